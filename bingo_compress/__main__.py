@@ -1,0 +1,3 @@
+from bingo_compress.cli import main
+
+main()

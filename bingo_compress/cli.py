@@ -1,0 +1,201 @@
+"""The command line: one function a command that parses, calls and prints. torch is imported inside, so that --help is quick."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bingo_compress import __version__
+from bingo_compress.errors import BingoError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Shrink a vision model with photos and no labels: distil any timm teacher into any timm student (BINGO), prove it, export it.",
+)
+
+Data = Annotated[Path, typer.Option(help="folder of images, searched to any depth")]
+Run = Annotated[Path, typer.Option(help="the --out folder of a finished distill")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
+INTERRUPTED = 130
+
+
+@app.command()
+def check(data: Data) -> None:
+    """Say what is in a folder, what cannot be used and why."""
+    from bingo_compress.checking import check as run
+
+    run(data)
+
+
+@app.command()
+def distill(
+    data: Annotated[str | None, typer.Option(help="folder of images, searched to any depth; labels are not needed")] = None,
+    teacher: Annotated[str | None, typer.Option(help="a timm model or family, for example resnet152")] = None,
+    student: Annotated[str | None, typer.Option(help="a timm model or family, for example mobilenetv3")] = None,
+    out: Annotated[Path, typer.Option(help="folder for all that the run makes")] = Path("runs/first"),
+    recipe: Annotated[str | None, typer.Option(help="a YAML file, or the name of a recipe that comes with the package")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="any setting of the recipe; may be repeated")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="bingo")] = None,
+    epochs: Annotated[int | None, typer.Option(help="passes over the folder")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="anchors a step")] = None,
+    bag_size: Annotated[int | None, typer.Option(help="nearest neighbours that make an image's bag")] = None,
+    queue_size: Annotated[int | None, typer.Option(help="teacher embeddings kept as negatives")] = None,
+    temperature: Annotated[float | None, typer.Option(help="tau of the loss")] = None,
+    views: Annotated[str | None, typer.Option(help="teacher views stored an image, or online")] = None,
+    image_size: Annotated[int | None, typer.Option(help="pixels a side for the student; default: its own")] = None,
+    teacher_size: Annotated[int | None, typer.Option(help="pixels a side for the teacher; default: its own")] = None,
+    teacher_weights: Annotated[str | None, typer.Option(help="pretrained (default), a file, or random")] = None,
+    student_weights: Annotated[
+        str | None, typer.Option(help="auto (pretrained where timm has weights, else random), pretrained, random, or a file")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda")] = None,
+    seed: Annotated[int | None, typer.Option(help="source of all random numbers")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="start the run in --out anew (stored pixels and embeddings that fit are used again)")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print settings, sizes, steps, memory and time, then stop")] = False,
+) -> None:
+    """Distil a teacher into a student on a folder of images."""
+    from bingo_compress.recipe import load_recipe, recipe_file
+
+    words = ("settings", "out", "recipe", "resume", "overwrite", "dry_run", "words")
+    flags: dict[str, Any] = {key: value for key, value in locals().items() if key not in (*words, "load_recipe", "recipe_file")}
+    saved = out / "recipe.yaml"
+    file = recipe_file(recipe) if recipe else saved if resume and saved.is_file() else None
+    chosen = load_recipe(file, settings or [], flags)
+    _check_early(chosen, out, resume, overwrite, dry_run)
+
+    from bingo_compress import estimate, pipeline
+
+    if dry_run:
+        estimate.dry_run(chosen, out)
+    else:
+        pipeline.run_distill(chosen, out, resume=resume, overwrite=overwrite)
+
+
+@app.command()
+def validate(
+    run: Run,
+    data: Annotated[Path, typer.Option(help="labelled images, one folder a class")],
+    test: Annotated[Path | None, typer.Option(help="labelled images to test on; default: a quarter of --data is set aside")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write protocol and figures to this file")] = None,
+    device: Device = "auto",
+) -> None:
+    """Prove a run: kNN, linear probe and neighbour recall of teacher, student, start, random weights and the exported file."""
+    from bingo_compress.validation import validate as prove
+
+    prove(run, data, test, json_file, device)
+
+
+@app.command()
+def export(
+    run: Run,
+    out: Annotated[Path | None, typer.Option(help="folder for student.onnx; default: RUN/export")] = None,
+    data: Annotated[Path | None, typer.Option(help="where the run's images are now, if they moved")] = None,
+) -> None:
+    """Write the student as an ONNX file, proven equal on your own images."""
+    from bingo_compress.exporting import export as write
+
+    write(run, out, data)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="folder for all that the demo makes")] = Path("runs/demo"),
+    epochs: Annotated[int | None, typer.Option(help="passes over the photos; fewer is quicker and worse")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda")] = None,
+    seed: Annotated[int | None, typer.Option(help="source of all random numbers")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier demo in --out")] = False,
+) -> None:
+    """The whole road on photos of solar cells that come with the package's `demo` extra; nothing to prepare."""
+    from bingo_compress.demo import demo as show
+
+    show(out, {"epochs": epochs, "device": device, "seed": seed}, overwrite=overwrite)
+
+
+@app.command()
+def models(pattern: Annotated[str, typer.Argument(help="part of a name, or with * and ?; default: a short list")] = "") -> None:
+    """List models that can be a teacher or a student, with parameters and size."""
+    from bingo_compress.catalogue import show
+
+    show(pattern)
+
+
+def _check_early(recipe: Any, out: Path, resume: bool, overwrite: bool, dry_run: bool) -> None:
+    """What can be refused before torch is imported is refused now."""
+    if not recipe.data:
+        raise BingoError("--data: expected a folder of images, found none given; for example --data photos/")
+    for role in ("teacher", "student"):
+        if not getattr(recipe, role):
+            raise BingoError(
+                f"--{role}: expected a model name, found none given; for example --{role} {'resnet152' if role == 'teacher' else 'mobilenetv3'}"
+            )
+        source = getattr(recipe, f"{role}_weights")
+        if source not in ("auto", "pretrained", "random") and not Path(source).is_file():
+            raise BingoError(f"--{role.replace('_', '-')}-weights: expected pretrained, random or a weights file; found no file {source}")
+    if not Path(recipe.data).is_dir():
+        raise BingoError(
+            f"--data: expected a folder of images, found {'a file' if Path(recipe.data).exists() else 'nothing'} at {recipe.data}; check the path"
+        )
+    if out.exists() and not out.is_dir():
+        raise BingoError(f"--out: expected a folder, found the file {out}; name another")
+    if out.is_dir() and any(out.iterdir()) and not (resume or overwrite or dry_run):
+        raise BingoError(f"--out: {out} is not empty; add --resume to go on, --overwrite to start anew, or name another folder")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"bingo-compress {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")] = False) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line; a BingoError becomes one line and its exit status."""
+    _keep_memory()
+    try:
+        app()
+    except BingoError as error:
+        from bingo_compress import screen
+
+        screen.complain(f"error: {error}")
+        sys.exit(error.exit_status)
+    except KeyboardInterrupt:
+        print("\nstopped; what is finished is kept: the same command with --resume goes on", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except OSError as error:
+        if error.errno in (28, 122):  # no space left, quota exceeded
+            print(
+                f"error: no space left while writing {error.filename or 'the run'}; free some, then the same command with --resume goes on",
+                file=sys.stderr,
+            )
+            sys.exit(2)
+        raise
+
+
+def _keep_memory() -> None:
+    """Let glibc keep freed blocks: otherwise each large tensor is mapped and cleared anew by the kernel, half of a CPU run's time."""
+    if sys.platform != "linux" or "MALLOC_MMAP_THRESHOLD_" in os.environ:
+        return
+    import ctypes
+
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return  # another libc
+    trim_threshold, mmap_threshold = -1, -3
+    mallopt(mmap_threshold, 1 << 30)
+    mallopt(trim_threshold, 2**31 - 1)

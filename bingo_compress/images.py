@@ -1,0 +1,178 @@
+"""A folder to a list of images, with every file that cannot be used named together with its reason."""
+
+import csv
+import hashlib
+import os
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
+
+from bingo_edge.image import ImageError, Pixels, load_image
+
+from bingo_compress.errors import BingoError
+from bingo_compress.run_dir import atomic
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+# Refused by name without a look inside: nobody means these to be images, and there may be millions of them.
+NOT_IMAGES = frozenset(
+    [
+        ".txt",
+        ".csv",
+        ".json",
+        ".xml",
+        ".md",
+        ".py",
+        ".yaml",
+        ".yml",
+        ".html",
+        ".zip",
+        ".tar",
+        ".gz",
+        ".mp4",
+        ".mov",
+        ".avi",
+        ".db",
+        ".npz",
+        ".npy",
+        ".pt",
+        ".pth",
+        ".onnx",
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Files found under `root`: `files` to be tried as images (relative paths, sorted), `bad` as (relative path, reason)."""
+
+    root: Path
+    files: tuple[str, ...]
+    bad: tuple[tuple[str, str], ...]
+
+    def path(self, index: int) -> Path:
+        """Where image number `index` lies."""
+        return self.root / self.files[index]
+
+    def fingerprint(self) -> str:
+        """A hash of names, sizes and times of change: differs when the folder does."""
+        digest = hashlib.sha256()
+        for name in self.files:
+            status = os.stat(self.root / name)
+            digest.update(os.fsencode(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0"))
+        return digest.hexdigest()
+
+
+def list_folder(root: Path, option: str = "--data") -> Folder:
+    """Every regular file below `root`, links followed, each real file once. Raises BingoError for a folder that is not one."""
+    if not root.exists():
+        raise BingoError(f"{option}: expected a folder of images, found nothing at {root}; check the path")
+    if not root.is_dir():
+        raise BingoError(f"{option}: expected a folder of images, found a file: {root}; name its folder")
+    files: list[str] = []
+    bad: list[tuple[str, str]] = []
+    seen: set[tuple[int, int]] = set()
+    anything = False
+    above = {(status.st_dev, status.st_ino) for status in map(os.stat, root.resolve().parents)}
+
+    def unreadable(error: OSError) -> None:
+        bad.append((_relative(str(error.filename), root), "folder cannot be read"))
+
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=unreadable):
+        here = os.stat(folder)
+        if (here.st_dev, here.st_ino) in seen | above:
+            folders.clear()
+            continue
+        seen.add((here.st_dev, here.st_ino))
+        folders.sort()
+        for name in sorted(names):
+            anything = True
+            relative = _relative(os.path.join(folder, name), root)
+            reason = _unusable(os.path.join(folder, name), seen)
+            if reason is None:
+                files.append(relative)
+            elif reason:
+                bad.append((relative, reason))
+    if not anything:
+        raise BingoError(f"{option}: expected images, found an empty folder: {root}; put photos in it or name another folder")
+    return Folder(root, tuple(files), tuple(bad))
+
+
+def _relative(path: str, root: Path) -> str:
+    return os.path.relpath(path, root)
+
+
+def _unusable(path: str, seen: set[tuple[int, int]]) -> str | None:
+    """Why a file is not even tried; None if it is to be tried, "" if it was seen under another name."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return "link that leads nowhere"
+    if not stat.S_ISREG(status.st_mode):
+        return "not a regular file"
+    identity = (status.st_dev, status.st_ino)
+    if identity in seen:
+        return ""
+    if status.st_size == 0:
+        return "empty file"
+    if Path(path).suffix.lower() in NOT_IMAGES:
+        return f"not an image (its name ends in {Path(path).suffix.lower()})"
+    if os.path.islink(path) or status.st_nlink > 1:
+        seen.add(identity)
+    return None
+
+
+def labels_of(folder: Folder) -> tuple[list[str], list[int]]:
+    """Classes and one class index an image, from the first folder below the root. Raises BingoError where there are no such folders."""
+    names = [Path(name).parts[0] if len(Path(name).parts) > 1 else "" for name in folder.files]
+    if "" in names or len(set(names)) < 2:
+        raise BingoError(
+            f"labels: expected one folder a class in {folder.root} (class_a/1.jpg, class_b/2.jpg, ...), "
+            f"found {len(set(names) - {''})} such folders and {names.count('')} images outside of them"
+        )
+    classes = sorted(set(names))
+    return classes, [classes.index(name) for name in names]
+
+
+def decode_all(folder: Folder, indices: Iterable[int], use: Callable[[Pixels], Result]) -> Iterator[tuple[int, Result | ImageError]]:
+    """Decode the images `indices` of `folder` in threads, in order: (index, use(pixels)), or (index, ImageError) for a bad file.
+
+    pixels: uint8 (height, width, 3). A bounded number is in flight, so memory does not grow with the folder.
+    """
+
+    def job(index: int) -> Result | ImageError:
+        try:
+            return use(load_image(folder.path(index)))
+        except ImageError as error:
+            return error
+
+    yield from in_threads(job, indices)
+
+
+def in_threads(job: Callable[[Item], Result], items: Iterable[Item], threads: int = 0, ahead: int = 64) -> Iterator[tuple[Item, Result]]:
+    """(item, job(item)) in the order of `items`, computed by `threads` threads at most `ahead` items early."""
+    queue = iter(items)
+    pool = ThreadPoolExecutor(threads or min(os.cpu_count() or 1, 16))
+    pending: list[tuple[Item, Future[Result]]] = []
+    try:
+        pending = [(item, pool.submit(job, item)) for item in islice(queue, ahead)]
+        while pending:
+            item, future = pending.pop(0)
+            result = future.result()
+            pending.extend((more, pool.submit(job, more)) for more in islice(queue, 1))
+            yield item, result
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def write_quarantine(path: Path, bad: Iterable[tuple[str, str]]) -> None:
+    """quarantine.csv: a header, then path and reason of every file that was not used."""
+    with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as handle:
+        writer = csv.writer(handle)
+        writer.writerow(("path", "reason"))
+        writer.writerows(bad)

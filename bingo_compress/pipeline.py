@@ -1,0 +1,233 @@
+"""A whole run on one page: folder -> pixels -> teacher -> bags -> student. The stages are elsewhere; here is their order."""
+
+import json
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bingo_compress import __version__, bagging, checkpoint, embed, images, pixels, probes, run_dir, screen
+from bingo_compress.distill import Plan, distill, plan
+from bingo_compress.encoder import Encoder, build, has_pretrained, resolve_name
+from bingo_compress.errors import BingoError
+from bingo_compress.recipe import RESUME_MAY_CHANGE, Recipe, load_recipe, recipe_text
+
+HELD_OUT_AT_MOST = 1000
+GALLERY_AT_MOST = 20_000
+
+
+@dataclass(frozen=True)
+class Models:
+    """The two encoders of a run, and the recipe with everything that was left open filled in."""
+
+    recipe: Recipe
+    teacher: Encoder
+    student: Encoder
+
+
+def choose_device(wanted: str) -> torch.device:
+    """auto, cpu or cuda to a device. Raises BingoError when cuda is asked for and absent."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise BingoError("--device: expected a CUDA GPU, torch sees none; use --device cpu or auto")
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def resolve(recipe: Recipe) -> Recipe:
+    """Family names to models and `auto` student weights to what they mean; says on screen what it chose. Raises BingoError."""
+    names: dict[str, Any] = {}
+    for role in ("teacher", "student"):
+        names[role] = resolve_name(getattr(recipe, role), f"--{role}")
+        if names[role] != getattr(recipe, role):
+            screen.say(f"{role}: {getattr(recipe, role)} means {names[role]}")
+    if recipe.student_weights == "auto":
+        names["student_weights"] = "pretrained" if has_pretrained(names["student"]) else "random"
+        screen.say(
+            f"student weights: {names['student_weights']} (timm {'has' if names['student_weights'] == 'pretrained' else 'has no'} weights for {names['student']})"
+        )
+    return recipe.model_copy(update=names)
+
+
+def build_models(recipe: Recipe) -> Models:
+    """Teacher and student with their weights; input sizes left at 0 are filled in. Raises BingoError."""
+    torch.manual_seed(embed.hash_seed(recipe.seed, "teacher"))
+    teacher = build(recipe.teacher, recipe.teacher_size, recipe.teacher_weights, "--teacher-weights")
+    student = build_student(recipe, recipe.student_weights, "student")
+    sizes = {"teacher_size": teacher.preprocessing.size, "image_size": student.preprocessing.size}
+    return Models(recipe.model_copy(update=sizes), teacher, student)
+
+
+def build_student(recipe: Recipe, source: str, stream: str) -> Encoder:
+    """A student of the recipe's kind and size; `stream` names the random numbers of its random weights."""
+    torch.manual_seed(embed.hash_seed(recipe.seed, stream))
+    return build(recipe.student, recipe.image_size, source, "--student-weights")
+
+
+def load_student(recipe: Recipe, file: Path) -> Encoder:
+    """The student with weights from a safetensors file of a run. Raises BingoError."""
+    student = build_student(recipe, "random", "student")
+    tensors, _ = checkpoint.load(file)
+    try:
+        student.backbone.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise BingoError(f"{file} does not fit {recipe.student}: {error}") from None
+    return student
+
+
+def saved_recipe(run: run_dir.RunDir) -> Recipe:
+    """The resolved recipe of a run folder. Raises BingoError."""
+    return load_recipe(run.recipe, [], {})
+
+
+def run_distill(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = False) -> run_dir.RunDir:
+    """Distil recipe.teacher into recipe.student on recipe.data; everything lands in `out`. Raises BingoError."""
+    folder = images.list_folder(Path(recipe.data))
+    plan(recipe, len(folder.files))
+    device = choose_device(recipe.device)
+    _use_threads(recipe)
+    recipe = resolve(recipe)
+    before = saved_recipe(run_dir.RunDir(out)) if resume and (out / "recipe.yaml").is_file() else None
+    models = build_models(recipe)
+    recipe = models.recipe.model_copy(update={"data": str(Path(recipe.data).resolve())})
+    _refuse_other_recipe(before, recipe)
+    run = run_dir.open_new(out, resume=resume, overwrite=overwrite)
+    run_dir.write_text(run.recipe, recipe_text(recipe))
+    header(models, folder, device, recipe)
+
+    store, folder = pixels.build(folder, pixels.store_side(recipe.image_size, recipe.teacher_size), run.work, device)
+    images.write_quarantine(run.quarantine, folder.bad)
+    if folder.bad:
+        screen.say(f"{len(folder.bad):,} files cannot be used and are left out; {run.quarantine} names each with its reason")
+    held, training = split(len(store), recipe)
+    planned = plan(recipe, len(training))
+    screen.say(f"{len(training):,} images to train on, {len(held):,} held out; {planned.describe()}")
+    _say_smaller(recipe, planned)
+
+    views = 0 if recipe.views == "online" else int(recipe.views)
+    seen = embed.teacher_pass(models.teacher, folder, store, views, recipe.crop_scale_min, recipe.seed, run.work, device)
+    bags, similar = bagging.BAGGERS["knn"](seen.features[training], recipe.bag_size)
+    screen.say(f"bags: {recipe.bag_size} nearest neighbours by {bagging.describe_backend()}, mean cosine {float(similar.mean()):.3f}")
+    target = recipe.target if recipe.target != "auto" else "pca" if models.teacher.projection is None else "raw"
+    space = embed.target_space(seen.embeddings[training], target, recipe.target_dim)
+    dim = space(seen.embeddings[:1]).shape[1]
+    target_of = (
+        embed.OnlineTargets(models.teacher, store, space, recipe.crop_scale_min, device, dim)
+        if recipe.views == "online"
+        else embed.StoredTargets(seen.views, space, device)
+    )
+    if not run.start.exists():
+        save_student(models.student, run.start, recipe)
+    distill(recipe, models.student, store, training, bags, target_of, dim, run.metrics, run.checkpoint, device)
+    save_student(models.student, run.student, recipe)
+    _close(run, models, folder, held, training, seen, device)
+    return run
+
+
+def split(count: int, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """(held out, training): positions of the images, each ascending; the share is the recipe's, at most HELD_OUT_AT_MOST."""
+    keep = min(int(count * recipe.hold_out), HELD_OUT_AT_MOST)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(embed.hash_seed(recipe.seed, "hold-out")))
+    return order[:keep].sort().values, order[keep:].sort().values
+
+
+def save_student(student: Encoder, path: Path, recipe: Recipe) -> None:
+    """The backbone under timm's own keys, no head, with the facts needed to build it in the file's metadata."""
+    checkpoint.save(path, student.backbone.state_dict(), student=recipe.student, image_size=recipe.image_size, version=__version__)
+
+
+def header(models: Models, folder: images.Folder, device: torch.device, recipe: Recipe) -> None:
+    """Who is distilled into whom, on what, where."""
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
+    rows = [
+        (role, encoder.name, f"{encoder.parameters_count() / 1e6:.2f} M", f"{encoder.preprocessing.size} px", str(encoder.width), source)
+        for role, encoder, source in (
+            ("teacher", models.teacher, recipe.teacher_weights),
+            ("student", models.student, recipe.student_weights),
+        )
+    ]
+    screen.table(f"bingo-compress {__version__}", ("", "model", "parameters", "input", "width", "weights"), rows)
+    screen.say(f"images: {len(folder.files):,} files in {folder.root}; device: {where}")
+    targets = "an online teacher" if recipe.views == "online" else f"{recipe.views} stored views an image"
+    screen.say(
+        f"method: {recipe.method} ({recipe.variant}), bags of {recipe.bag_size}, temperature {recipe.temperature}, targets from {targets}, {recipe.epochs} epochs"
+    )
+
+
+def _use_threads(recipe: Recipe) -> None:
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+
+
+def _refuse_other_recipe(before: Recipe | None, now: Recipe) -> None:
+    """--resume goes on with the run that is there; a changed setting would make it another one."""
+    if before is None:
+        return
+    changed = [key for key, value in now.model_dump().items() if getattr(before, key) != value and key not in RESUME_MAY_CHANGE]
+    if changed:
+        difference = ", ".join(f"{key}: {getattr(before, key)} -> {getattr(now, key)}" for key in changed)
+        raise BingoError(f"--resume: the run was started with other settings ({difference}); use those, or start anew with --overwrite")
+
+
+def _say_smaller(recipe: Recipe, planned: Plan) -> None:
+    if planned.batch_size < recipe.batch_size:
+        screen.say(f"batch size {planned.batch_size} instead of {recipe.batch_size}: there are no more images")
+    if planned.queue_size < recipe.queue_size:
+        screen.say(f"queue {planned.queue_size:,} instead of {recipe.queue_size:,}: one entry an image")
+
+
+def _close(
+    run: run_dir.RunDir,
+    models: Models,
+    folder: images.Folder,
+    held: Tensor,
+    training: Tensor,
+    seen: embed.TeacherPass,
+    device: torch.device,
+) -> None:
+    """Neighbour recall on the held-out images, before and after, and the closing table."""
+    recipe, student = models.recipe, models.student
+    summary: dict[str, Any] = {
+        "version": __version__,
+        "run_id": run_dir.stage_key(recipe=recipe.model_dump(), student=embed.weights_digest(student)),
+        "images": {"training": len(training), "held_out": len(held), "unusable": len(folder.bad)},
+        "machine": {
+            "processor": platform.processor() or platform.machine(),
+            "torch": torch.__version__,
+            "device": str(device),
+            "threads": torch.get_num_threads(),
+        },
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    recall: dict[str, float] = {}
+    if len(held):
+        gallery = training[:: -(-len(training) // GALLERY_AT_MOST)]
+        start = load_student(recipe, run.start)
+        which = torch.cat((held, gallery)).tolist()
+        found, _ = embed.plain(
+            {"start": embed.as_embed(start, device), "student": embed.as_embed(student, device)}, folder, which, "check held-out images"
+        )
+        truth = seen.features.float()
+        for name, features in found.items():
+            recall[name] = probes.neighbour_recall((truth[held], truth[gallery]), (features[: len(held)], features[len(held) :]))
+        summary["neighbour_recall"] = {"k": probes.RECALL_K, "queries": len(held), "gallery": len(gallery), **recall}
+    run_dir.write_text(run.summary, json.dumps(summary, indent=2) + "\n")
+    closing_table(models, {name: {"neighbour_recall": value} for name, value in ({"teacher": 1.0} | recall).items()} if recall else {})
+    screen.say(f"weights: {run.student}   metrics: {run.metrics}   settings: {run.recipe}")
+    screen.say(f"next: bingo-compress validate --run {run.path} --data LABELLED_FOLDER   (kNN and linear need a folder of labels)")
+    screen.say(f"      bingo-compress export --run {run.path}")
+
+
+def closing_table(models: Models, rows: dict[str, dict[str, float]]) -> None:
+    """Teacher, student before and after: recall, kNN, linear (a dash is not measured); parameters, size and ratio."""
+    labels = {"teacher": "teacher", "start": "student before", "student": "student after"}
+    big, small = models.teacher.parameters_count(), models.student.parameters_count()
+    cells = []
+    for name, label in labels.items():
+        figures = rows.get(name, {})
+        count = big if name == "teacher" else small
+        scores = [f"{figures[key]:.3f}" if key in figures else "-" for key in ("neighbour_recall", "knn", "linear")]
+        cells.append((label, *scores, f"{count / 1e6:.2f} M", f"{count * 4 / 1e6:.1f}", f"{big / count:.1f}x"))
+    screen.table("", ("", f"recall@{probes.RECALL_K}", "kNN", "linear", "parameters", "MB", "smaller"), cells)

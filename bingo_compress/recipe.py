@@ -1,0 +1,146 @@
+"""Every setting of a run, once: the same word is the command-line flag, the YAML key and the attribute."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from bingo_compress.errors import BingoError, nearest
+
+
+def _number_as_text(value: Any) -> Any:
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+class Recipe(BaseModel):
+    """A run's settings. Frozen: what is on screen, in recipe.yaml and in the code is one and the same."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    data: str = Field("", description="folder of images, searched to any depth; its folder names are never used as labels")
+    teacher: str = Field("", description="a timm model, or a family name such as resnet or mobilenetv3")
+    student: str = Field("", description="a timm model, or a family name")
+    teacher_weights: str = Field("pretrained", description="pretrained (timm's own loader), a local file, or random (must be asked for)")
+    student_weights: str = Field("auto", description="auto (pretrained where timm has weights, else random), pretrained, random, or a file")
+    teacher_size: int = Field(0, ge=0, description="pixels a side the teacher sees; 0: its own input size")
+    image_size: int = Field(0, ge=0, description="pixels a side the student sees, in training and on the device; 0: its own input size")
+
+    method: Literal["bingo"] = Field("bingo", description="distillation method")
+    variant: Literal["paper", "official"] = Field(
+        "paper", description="paper: 2 student views, 1 target; official: CutMix, 3 views, 2 targets"
+    )
+    switch_epoch: int = Field(11, ge=0, description="official: first epoch (from 0) whose weights are (0.5, 0.5) instead of (1, 0)")
+    bag_size: int = Field(5, ge=1, description="K: nearest neighbours of an image that make its bag (paper: 5)")
+    queue_size: int = Field(
+        65536, ge=1, description="teacher embeddings of earlier anchors kept as negatives; never more than there are images"
+    )
+    mask_mates: bool = Field(True, description="leave the anchor's own and its mates' embeddings out of its negatives (paper: false)")
+    temperature: float = Field(0.2, gt=0, description="tau of InfoNCE (paper: 0.2; EfficientNet-B0 0.12)")
+    views: Annotated[str, BeforeValidator(_number_as_text)] = Field(
+        "4", pattern=r"^([1-9][0-9]*|online)$", description="teacher views stored an image, or online: the teacher runs in every step"
+    )
+    target: Literal["auto", "raw", "centred", "pca"] = Field(
+        "auto", description="teacher embedding as target; auto: raw where the checkpoint has a projection head, else pca"
+    )
+    target_dim: int = Field(256, ge=1, description="pca: dimensions kept of the centred teacher embedding")
+    head_hidden: int = Field(2048, ge=1, description="hidden width of the student's projection head (paper: 2048)")
+
+    epochs: int = Field(100, ge=1, description="passes over the folder, each image an anchor once")
+    batch_size: int = Field(128, ge=2, description="anchors a step; the student sees two views an anchor (official: three)")
+    optimizer: Literal["auto", "sgd", "adamw"] = Field("auto", description="auto: adamw under 50,000 steps, else sgd as in the paper")
+    lr: float = Field(0.0, ge=0, description="peak learning rate; 0: sgd 0.03 x batch/256, adamw 0.003 x sqrt(batch/128)")
+    weight_decay: float = Field(
+        1e-4, ge=0, description="of weights, not of biases and norms under adamw (paper: 1e-4; EfficientNet-B0 4e-5)"
+    )
+    warmup_epochs: float = Field(-1.0, ge=-1, description="linear warm-up before the cosine; -1: none with sgd, 5% of the run with adamw")
+    crop_scale_min: float = Field(0.2, gt=0, le=1, description="smallest share of the image's area that a random crop keeps (MoCo-v2: 0.2)")
+
+    hold_out: float = Field(0.05, ge=0, lt=1, description="share of the images kept out of training for the closing check (at most 1,000)")
+    save_every_minutes: float = Field(2.0, gt=0, description="a checkpoint is written this often and at the end")
+    threads: int = Field(0, ge=0, description="CPU threads of torch; 0: torch's own choice")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where torch sees a GPU")
+    seed: int = Field(0, ge=0, description="the one source of all random numbers")
+
+
+KEYS = tuple(Recipe.model_fields)
+# A run's result does not depend on these, so --resume may change them.
+RESUME_MAY_CHANGE = frozenset({"data", "threads", "device", "save_every_minutes"})
+RECIPES_DIR = next(
+    (folder for folder in (Path(__file__).parent / "recipes", Path(__file__).parent.parent / "recipes") if folder.is_dir()),
+    Path("recipes"),
+)
+
+
+def recipe_file(name: str) -> Path:
+    """A recipe by path, or by the name of one that comes with the package. Raises BingoError."""
+    shipped = sorted(path.stem for path in RECIPES_DIR.glob("*.yaml"))
+    for path in (Path(name), RECIPES_DIR / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    raise BingoError(f"--recipe: expected a YAML file or one of {', '.join(shipped)}; found no file {name!r}")
+
+
+def load_recipe(file: Path | None, settings: list[str], flags: dict[str, Any]) -> Recipe:
+    """Defaults, then the file, then each KEY=VALUE of `settings`, then the flags that were given. Raises BingoError."""
+    values: dict[str, Any] = {}
+    if file is not None:
+        values.update(_read_yaml(file))
+    for setting in settings:
+        key, separator, text = setting.partition("=")
+        if not separator:
+            raise BingoError(f"--set: expected KEY=VALUE, found {setting!r}; for example --set temperature=0.1")
+        values[key.strip()] = _yaml_scalar(text, key)
+    values.update({key: value for key, value in flags.items() if value is not None})
+    return make_recipe(values, str(file) if file else "the command line")
+
+
+def make_recipe(values: dict[str, Any], source: str) -> Recipe:
+    """Check and build. Raises BingoError that names the key, what it wants and what it got."""
+    for key in values:
+        if key not in KEYS:
+            raise BingoError(f"{source}: unknown key {key!r}; the nearest is {nearest(str(key), KEYS, 1)[0]!r}")
+    try:
+        # Through JSON, so that 1 is accepted where a float is wanted and nothing else is coerced.
+        return Recipe.model_validate_json(json.dumps(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = str(first["loc"][0])
+        raise BingoError(
+            f"{source}: {key}: {first['msg']}, found {first['input']!r}; {key} is {Recipe.model_fields[key].description}"
+        ) from None
+    except (TypeError, ValueError) as error:
+        raise BingoError(f"{source}: expected plain numbers, words and true/false as values ({error})") from None
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """The recipe as YAML that `load_recipe` reads back to an equal recipe."""
+    return yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise BingoError(f"{file}: cannot be read ({error})") from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise BingoError(f"{file}: expected YAML, found something else ({error})") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise BingoError(f"{file}: expected lines of 'key: value', found a {type(values).__name__}")
+    return values
+
+
+def _yaml_scalar(text: str, key: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError):
+        raise BingoError(f"--set {key}: expected a plain value, found {text!r}") from None
+    if isinstance(value, str):  # YAML 1.1 reads 3e-4 as text; people mean the number.
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value

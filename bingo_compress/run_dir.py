@@ -1,0 +1,123 @@
+"""The names of everything in a run folder, and the only ways to write there."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from bingo_compress.errors import BingoError
+
+UMASK = os.umask(0o022)
+os.umask(UMASK)
+
+
+class RunDir:
+    """A run folder: results on top, `work/` for what later stages and --resume need (safe to delete after the run)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe = path / "recipe.yaml"
+        self.student = path / "student.safetensors"
+        self.metrics = path / "metrics.jsonl"
+        self.quarantine = path / "quarantine.csv"
+        self.summary = path / "summary.json"
+        self.export = path / "export"
+        self.work = path / "work"
+        self.start = self.work / "start.safetensors"
+        self.checkpoint = self.work / "checkpoint.safetensors"
+
+
+def open_new(path: Path, *, resume: bool, overwrite: bool) -> RunDir:
+    """The folder for a run that is to be written. Raises BingoError if something is in it and neither flag says what to do."""
+    run = RunDir(path)
+    if path.exists() and not path.is_dir():
+        raise BingoError(f"--out: expected a folder, found the file {path}; name another")
+    if path.is_dir() and any(path.iterdir()):
+        if not resume and not overwrite:
+            raise BingoError(f"--out: {path} is not empty; add --resume to go on, --overwrite to start anew, or name another folder")
+        if overwrite and not resume:
+            _clear(run)
+    elif resume:
+        raise BingoError(f"--resume: expected a run in {path}, found none; leave --resume out to start one")
+    try:
+        run.work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BingoError(f"--out: {path} cannot be made ({error.strerror}); name a folder you may write to") from None
+    return run
+
+
+def open_finished(path: Path) -> RunDir:
+    """The folder of a finished run. Raises BingoError."""
+    run = RunDir(path)
+    if not run.recipe.is_file():
+        raise BingoError(f"--run: expected the --out folder of `distill`, found no recipe.yaml in {path}")
+    if not run.student.is_file():
+        raise BingoError(f"--run: {path} holds an unfinished run (no student.safetensors); finish it with distill --out {path} --resume")
+    return run
+
+
+def _clear(run: RunDir) -> None:
+    if not run.recipe.is_file():
+        raise BingoError(
+            f"--overwrite: {run.path} is not a run of this program (no recipe.yaml), so nothing in it is deleted; name another folder"
+        )
+    for path in (run.recipe, run.student, run.metrics, run.quarantine, run.summary, run.start, run.checkpoint):
+        path.unlink(missing_ok=True)
+    shutil.rmtree(run.export, ignore_errors=True)
+
+
+def stage_key(**made_from: Any) -> str:
+    """A short hash of all that a stage's artefact depends on; part of its file name, so that a stale one is never read."""
+    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def drop_stale(folder: Path, stem: str, keep: set[str]) -> None:
+    """Delete the artefacts `stem`-* in `folder` whose names are not in `keep`."""
+    for path in folder.glob(f"{stem}-*"):
+        if path.name not in keep:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` to write to; synced and renamed when the block ends well, deleted when it does not."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as handle:
+            os.fsync(handle.fileno())
+        os.chmod(temporary, 0o666 & ~UMASK)  # safetensors makes files that only their owner may read
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path`, whole or not at all."""
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def need_space(folder: Path, size: int, what: str) -> None:
+    """Raise BingoError unless `folder`'s disk has `size` bytes free and a little more."""
+    free = shutil.disk_usage(folder).free
+    if size * 1.02 > free:
+        raise BingoError(
+            f"no space: {what} needs {size / 1e9:.2f} GB in {folder}, {free / 1e9:.2f} GB are free; free some, or put --out on another disk"
+        )

@@ -1,0 +1,118 @@
+"""What the user sees: a live bar a stage on a terminal, one plain line every ten seconds elsewhere."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+# A pipe or a log has no width of its own; 140 keeps a table's names whole.
+console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+PLAIN_SECONDS = 10.0
+
+Advance = Callable[..., None]
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:,.0f} images/s" if task.speed else "")
+
+
+@contextmanager
+def bar(what: str, total: int) -> Iterator[Advance]:
+    """Show the progress of one stage; call the yielded function as `advance(images, note="")`.
+
+    total: images. On a terminal: bar, images/s, time left, note. Otherwise a line every PLAIN_SECONDS and one at the end.
+    """
+    if not console.is_terminal:
+        with _plain_bar(what, total) as advance:
+            yield advance
+        return
+    columns = (
+        TextColumn("{task.description:<24}"),
+        BarColumn(bar_width=30),
+        TaskProgressColumn(),
+        _Rate(),
+        TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, speed_estimate_period=20) as progress:
+        task = progress.add_task(escape(what), total=total, note="")
+
+        def advance(images: int, note: str | None = None) -> None:
+            progress.update(task, advance=images)
+            if note is not None:
+                progress.update(task, note=escape(note))
+
+        yield advance
+
+
+@contextmanager
+def _plain_bar(what: str, total: int) -> Iterator[Advance]:
+    start = last = time.monotonic()
+    done = 0
+    latest = ""
+
+    def line(now: float) -> str:
+        rate = done / max(now - start, 1e-9)
+        left = duration((total - done) / rate) if rate else "?"
+        return f"{what}: {done:,}/{total:,} images, {rate:,.0f} images/s, {left} left{', ' + latest if latest else ''}"
+
+    def advance(images: int, note: str | None = None) -> None:
+        nonlocal done, last, latest
+        done += images
+        latest = latest if note is None else note
+        now = time.monotonic()
+        if now - last >= PLAIN_SECONDS:
+            last = now
+            say(line(now))
+
+    yield advance
+    seconds = time.monotonic() - start
+    say(f"{what}: {done:,} images in {duration(seconds)}, {done / max(seconds, 1e-9):,.0f} images/s{', ' + latest if latest else ''}")
+
+
+def say(text: str) -> None:
+    """One plain line; brackets in it are text, not markup."""
+    console.print(text, markup=False)
+    sys.stdout.flush()
+
+
+def complain(text: str) -> None:
+    """One line on standard error."""
+    errors.print(text, markup=False)
+
+
+def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table: the first column left-aligned, the others right-aligned."""
+    grid = Table(title=title or None, title_justify="left", title_style="bold")
+    for index, name in enumerate(header):
+        grid.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        grid.add_row(*(escape(cell) for cell in row))
+    console.print(grid)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 8s, 3m05s or 2h03m."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def size(count: float) -> str:
+    """Bytes as 12.3 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

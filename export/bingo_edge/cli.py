@@ -1,0 +1,208 @@
+"""The commands. numpy, Pillow and onnxruntime are imported inside them, so that --help answers at once."""
+
+import argparse
+import io
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from bingo_edge import __version__
+from bingo_edge.errors import EdgeError
+
+if TYPE_CHECKING:
+    from bingo_edge.model import Embedded, Embedder
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise EdgeError("arguments as in the help", message, f"see {self.prog} --help")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    shared = _Parser(add_help=False)
+    shared.add_argument("model", metavar="MODEL", help="the ONNX file made by bingo-compress")
+    shared.add_argument("--json", action="store_true", help="print one JSON document")
+    shared.add_argument("--threads", type=int, default=1, metavar="N", help="threads of the network (default 1)")
+    top = _Parser(prog="bingo-edge", description="Picture embeddings, nearest pictures and classes from an ONNX student.")
+    top.add_argument("--version", action="version", version=f"bingo-edge {__version__}")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, run: Any, about: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, parents=[shared], help=about, description=about)
+        command.set_defaults(run=run)
+        return command
+
+    command = add("embed", _embed, "embed pictures and whole folders")
+    command.add_argument("paths", nargs="+", metavar="PATH")
+    command.add_argument("--out", type=Path, metavar="FILE.npz", help="write paths and embeddings here instead of printing them")
+    command = add("nearest", _nearest, "the pictures of an index most similar to one picture")
+    command.add_argument("query", metavar="QUERY")
+    command.add_argument("--index", required=True, metavar="FILE.npz|FOLDER", help="a file from embed --out, a bank.npz, or a folder")
+    command.add_argument("--k", type=int, default=5, help="how many (default 5)")
+    command = add("classify", _classify, "the class of pictures, with its probability")
+    command.add_argument("paths", nargs="+", metavar="PATH")
+    command.add_argument("--head", required=True, metavar="HEAD.npz", help="linear.npz or bank.npz from bingo-compress validate")
+    command = add("time", _time, "time of one picture in the network, preprocessing not included")
+    command.add_argument("--runs", type=int, default=200, metavar="N", help="timed runs after a warm-up (default 200)")
+    add("info", _info, "the contract inside an ONNX file")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command: 0, or 2 with one line on stderr for an error that the user can mend."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file's name must not end a run where the terminal cannot show it
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # damaged EXIF and the like: the picture itself is fine
+    try:
+        args = parser().parse_args(argv)
+        args.run(args)
+        sys.stdout.flush()
+        return 0
+    except EdgeError as error:
+        print(f"error: {_shown(str(error))}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader has left, as `head` does; the flush at exit must not complain about it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _embed(args: argparse.Namespace) -> None:
+    from bingo_edge.files import check_out, write_npz
+
+    if args.out:
+        check_out(args.out)
+    embedder = _open(args)
+    result = _Collector()
+    for batch in _batches(embedder, args.paths, result):
+        if args.out or args.json:
+            result.names += batch.names
+            result.embeddings.append(batch.embeddings)
+        else:
+            for name, row in zip(batch.names, batch.embeddings, strict=True):
+                print(_shown(name), *(f"{value:.6g}" for value in row), sep="\t")
+    if not (args.out or args.json):
+        return
+    import numpy as np
+
+    embeddings = np.concatenate(result.embeddings)
+    report: dict[str, Any] = {"pictures": len(embeddings), "embedding_dim": embedder.dim, "skipped": result.skipped}
+    if args.out:
+        write_npz(args.out, paths=np.array(result.names), embeddings=embeddings, run_id=np.array(embedder.contract.get("run_id", "")))
+        report["out"] = str(args.out)
+    else:
+        report |= {"paths": result.names, "embeddings": embeddings.tolist()}
+    _report(args, report, f"{len(embeddings)} pictures x {embedder.dim} in {args.out}, {len(result.skipped)} skipped")
+
+
+def _nearest(args: argparse.Namespace) -> None:
+    from bingo_edge.heads import load_index, nearest
+
+    if args.k < 1:
+        raise EdgeError("--k of at least 1", str(args.k), "give a positive number")
+    if os.path.isdir(args.query):
+        raise EdgeError("one picture as QUERY", f"the folder {args.query}", "give a file")
+    embedder = _open(args)
+    query = embedder.embed(args.query)
+    if not query.names:
+        raise EdgeError("a readable picture as QUERY", ": ".join(query.skipped[0]), "give another file")
+    result = _Collector()
+    if os.path.isdir(args.index):
+        import numpy as np
+
+        for batch in _batches(embedder, [args.index], result):
+            result.names += batch.names
+            result.embeddings.append(batch.embeddings)
+        rows, paths = np.concatenate(result.embeddings), np.array(result.names)
+    else:
+        rows, paths = load_index(args.index, embedder.contract.get("run_id", ""))
+    if rows.shape[1] != embedder.dim:
+        raise EdgeError(f"an index of {embedder.dim} values a picture", f"{rows.shape[1]} in {args.index}", "make it with this model")
+    places, cosines = nearest(query.embeddings, rows, args.k)
+    found = [{"path": str(paths[place]), "cosine": float(cosine)} for place, cosine in zip(places[0], cosines[0], strict=True)]
+    lines = "\n".join(f"{one['cosine']:.6f}\t{_shown(str(one['path']))}" for one in found)
+    _report(args, {"query": args.query, "nearest": found, "skipped": result.skipped}, lines)
+
+
+def _classify(args: argparse.Namespace) -> None:
+    from bingo_edge.heads import classify, load_head
+
+    head = load_head(args.head)
+    result = _Collector()
+    found: list[dict[str, Any]] = []
+    for batch in _batches(_open(args), args.paths, result):
+        classes, probabilities = classify(head, batch.embeddings, batch.features)
+        for name, label, probability in zip(batch.names, classes, probabilities.max(axis=1), strict=True):
+            if args.json:
+                found.append({"path": name, "class": str(label), "probability": float(probability)})
+            else:
+                print(_shown(name), _shown(str(label)), f"{probability:.4f}", sep="\t")
+    if args.json:
+        _report(args, {"pictures": found, "skipped": result.skipped}, "")
+
+
+def _time(args: argparse.Namespace) -> None:
+    import numpy as np
+
+    from bingo_edge.model import latency_ms
+
+    embedder = _open(args)
+    p50, p90, p99 = (float(value) for value in np.percentile(latency_ms(embedder, args.runs), [50, 90, 99]))
+    load_ms = embedder.load_seconds * 1e3
+    report = {"p50_ms": p50, "p90_ms": p90, "p99_ms": p99, "load_ms": load_ms, "runs": args.runs, "threads": args.threads}
+    text = f"p50 {p50:.3f} ms\np90 {p90:.3f} ms\np99 {p99:.3f} ms\nload {load_ms:.1f} ms\n"
+    text += f"one picture a run, {args.runs} runs after a warm-up, threads {args.threads}, preprocessing not included"
+    _report(args, {**report, "batch": 1, "preprocessing_included": False}, text)
+
+
+def _info(args: argparse.Namespace) -> None:
+    report = {"file": args.model, "bytes": os.path.getsize(args.model) if os.path.isfile(args.model) else 0, **_open(args).contract}
+    lines = (f"{key}: {value if isinstance(value, str) else json.dumps(value)}" for key, value in report.items())
+    _report(args, report, "\n".join(map(_shown, lines)))
+
+
+class _Collector:
+    """What a command gathers over its batches."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.embeddings: list[Any] = []
+        self.skipped: list[dict[str, str]] = []
+
+
+def _open(args: argparse.Namespace) -> "Embedder":
+    from bingo_edge.model import Embedder
+
+    return Embedder(args.model, threads=args.threads)
+
+
+def _batches(embedder: "Embedder", paths: list[str], result: _Collector) -> Iterator["Embedded"]:
+    """The batches that hold a picture, skipped ones reported on stderr; no picture at all is one error instead of many lines."""
+    told, good = 0, False
+    for batch in embedder.stream(paths):
+        result.skipped += [one._asdict() for one in batch.skipped]
+        good = good or bool(batch.names)
+        if good:
+            for one in result.skipped[told:]:
+                print(f"skipped {_shown(one['name'])}: {_shown(one['reason'])}", file=sys.stderr)
+            told = len(result.skipped)
+            yield batch
+    if not good:
+        first = "".join(f"; the first, {one['name']}: {one['reason']}" for one in result.skipped[:1])
+        raise EdgeError("at least one readable picture", f"{len(result.skipped)} that are not{first}", "give other paths")
+
+
+def _report(args: argparse.Namespace, report: dict[str, Any], text: str) -> None:
+    print(json.dumps(report, indent=None if "embeddings" in report else 2) if args.json else text)
+
+
+def _shown(text: str) -> str:
+    """One line that is safe to print, whatever a file is called."""
+    return text if text.isprintable() else text.encode("unicode_escape").decode()

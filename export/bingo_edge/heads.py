@@ -1,0 +1,110 @@
+"""What to do with embeddings: the nearest ones, and classes from a linear or a nearest-neighbour head."""
+
+import os
+from os import PathLike
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bingo_edge.errors import EdgeError
+from bingo_edge.files import read_npz, unit_rows
+
+CHUNK = 4_000_000  # similarities held at once: 16 MB
+
+
+class LinearHead(NamedTuple):
+    """weight float32 (C, D) and bias float32 (C,) on raw features; classes unicode (C,)."""
+
+    weight: NDArray[np.float32]
+    bias: NDArray[np.float32]
+    classes: NDArray[np.str_]
+
+
+class BankHead(NamedTuple):
+    """embeddings float32 (N, D) L2-normalised, labels int (N,) into classes unicode (C,), k neighbours, temperature of the vote."""
+
+    embeddings: NDArray[np.float32]
+    labels: NDArray[np.integer[Any]]
+    classes: NDArray[np.str_]
+    k: int
+    temperature: float
+
+
+Head = LinearHead | BankHead
+KEYS = {"linear head": ("weight", "bias", "classes"), "bank": ("embeddings", "labels", "classes", "k", "temperature")}
+
+
+def load_head(path: str | PathLike[str]) -> Head:
+    """Open a linear.npz or bank.npz; which of the two it is shows in its keys. Raises EdgeError."""
+    kind, held = read_npz(path, "a head", KEYS)
+    classes = held["classes"]
+    try:
+        good = classes.ndim == 1 and classes.dtype.kind == "U" and len(classes) > 0
+        if kind == "linear head":
+            weight, bias = held["weight"], held["bias"]
+            good = good and weight.ndim == 2 and bias.shape == classes.shape == weight.shape[:1]
+            if good and np.isfinite(weight).all() and np.isfinite(bias).all():
+                return LinearHead(weight.astype(np.float32), bias.astype(np.float32), classes)
+        else:
+            rows, labels = unit_rows(held["embeddings"], path), held["labels"]
+            k, temperature = int(held["k"]), float(held["temperature"])
+            good = good and labels.shape == (len(rows),) and labels.dtype.kind in "iu" and k > 0 and 0 < temperature < np.inf
+            if good and labels.min() >= 0 and labels.max() < len(classes):
+                return BankHead(rows, labels, classes, k, temperature)
+    except (TypeError, ValueError):
+        pass  # the arrays are not even numbers: the same refusal
+    shapes = ", ".join(f"{key} {held[key].dtype} {held[key].shape}" for key in KEYS[kind])
+    raise EdgeError(f"a sound {kind}", f"{shapes} in {os.fspath(path)}", "run bingo-compress validate again")
+
+
+def classify(head: Head, embeddings: NDArray[Any], features: NDArray[Any]) -> tuple[NDArray[np.str_], NDArray[np.float64]]:
+    """Classes of n pictures, from their embeddings (n, D) and features (n, D); a linear head reads the features, a bank the embeddings.
+
+    Returns the most likely class of each, unicode (n,), and the probabilities float64 (n, C) in the order of head.classes: a softmax for
+    a linear head; for a bank each class's share of the votes exp(cosine / temperature) of the k most similar rows.
+    Raises EdgeError when D is not the head's.
+    """
+    rows, table = (features, head.weight) if isinstance(head, LinearHead) else (embeddings, head.embeddings)
+    if rows.ndim != 2 or rows.shape[1] != table.shape[1]:
+        raise EdgeError(f"rows of {table.shape[1]} values, as in the head", f"shape {rows.shape}", "use the head made for this model")
+    if isinstance(head, LinearHead):
+        scores = rows.astype(np.float64) @ table.T.astype(np.float64) + head.bias
+        shares = np.exp(scores - scores.max(axis=1, keepdims=True))
+    else:
+        places, cosines = nearest(rows, table, head.k)
+        votes = np.exp((cosines - cosines[:, :1]) / head.temperature)  # less the best cosine: the shares are the same, none overflows
+        shares = np.zeros((len(rows), len(head.classes)))
+        np.add.at(shares, (np.arange(len(rows))[:, None], head.labels[places]), votes)
+    probabilities = shares / shares.sum(axis=1, keepdims=True)
+    return head.classes[probabilities.argmax(axis=1)], probabilities
+
+
+def nearest(queries: NDArray[Any], bank: NDArray[np.float32], k: int) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+    """The min(k, N) rows of bank (N, D) most similar to each of queries (n, D), all L2-normalised, best first, ties in bank order.
+
+    Returns places in the bank and cosines, each (n, min(k, N)).
+    """
+    k = min(k, len(bank))
+    places, cosines = np.empty((len(queries), k), np.intp), np.empty((len(queries), k))
+    step = max(1, CHUNK // len(bank))
+    for start in range(0, len(queries), step):
+        for offset, row in enumerate(queries[start : start + step].astype(np.float32) @ bank.T):
+            close = np.flatnonzero(row >= np.partition(row, -k)[-k])  # at least k: a whole sort of a large bank would be slow
+            best = close[np.argsort(-row[close], kind="stable")][:k]
+            places[start + offset], cosines[start + offset] = best, row[best]
+    return places, cosines
+
+
+def load_index(path: str | PathLike[str], run_id: str) -> tuple[NDArray[np.float32], NDArray[np.str_]]:
+    """Embeddings float32 (N, D) and paths unicode (N,) of a file from `embed --out`, or of a bank.npz. Raises EdgeError.
+
+    An index that says it was made by another model than `run_id` is refused: its cosines would mean nothing.
+    """
+    _, held = read_npz(path, "an index", {"index": ("paths", "embeddings")})
+    rows, paths = unit_rows(held["embeddings"], path), held["paths"]
+    if paths.shape != (len(rows),) or paths.dtype.kind != "U":
+        raise EdgeError(f"{len(rows)} paths", f"{paths.dtype} {paths.shape} in {os.fspath(path)}", "make the index again")
+    if "run_id" in held and str(held["run_id"]) != run_id:
+        raise EdgeError(f"an index of model {run_id}", f"one of {held['run_id']} in {os.fspath(path)}", "make it again with this model")
+    return rows, paths

@@ -1,0 +1,161 @@
+"""The student network: an ONNX file that carries its own contract."""
+
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from os import PathLike
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bingo_edge.errors import EdgeError
+from bingo_edge.files import Source, pictures
+from bingo_edge.image import ImageError, Pixels, preprocess_from
+
+Floats = NDArray[np.float32]
+AGAIN = "export the model again with bingo-compress"
+
+
+class Skipped(NamedTuple):
+    """A picture that could not be used."""
+
+    name: str
+    reason: str
+
+
+class Embedded(NamedTuple):
+    """n pictures that worked, in order: embeddings float32 (n, D) L2-normalised, features float32 (n, D) raw, n names; and the rest."""
+
+    embeddings: Floats
+    features: Floats
+    names: list[str]
+    skipped: list[Skipped]
+
+
+class Embedder:
+    """An open student network: `contract` (the dict of student.json), `dim` (D), `load_seconds`."""
+
+    def __init__(self, model: str | PathLike[str], *, threads: int = 1) -> None:
+        """Open an ONNX file made by bingo-compress; raises EdgeError for any other file."""
+        path = os.fspath(model)
+        if threads < 1:
+            raise EdgeError("at least 1 thread", str(threads), "give a positive number")
+        if not os.path.isfile(path):
+            raise EdgeError("an ONNX file", f"no file at {path}", "check the path")
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+        options.log_severity_level = 4  # its errors come as exceptions too; the log would repeat them on stderr
+        start = time.perf_counter()
+        try:
+            self._session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's own exceptions share no base class below Exception
+            found = f"{path} ({error})"
+            raise EdgeError(f"an ONNX file that onnxruntime {ort.__version__} can open", found, f"{AGAIN} or update onnxruntime") from None
+        self.load_seconds = time.perf_counter() - start
+        self.contract = read_contract(self._session.get_modelmeta().custom_metadata_map.get("bingo_compress"), path)
+        self.dim = int(self.contract["embedding_dim"])
+        _check_graph(self._session, self.contract, path)
+
+    def infer(self, batch: Pixels) -> tuple[Floats, Floats]:
+        """Run preprocessed pictures, uint8 (n, S, S, 3): embeddings and features, each float32 (n, D). Raises EdgeError."""
+        try:
+            embeddings, features = self._session.run(["embedding", "features"], {self.contract["input"]["name"]: batch})
+        except Exception as error:  # as above
+            raise EdgeError("the network to run", f"{error}", f"{AGAIN} or use a smaller batch") from None
+        return embeddings, features
+
+    def stream(self, sources: Source | Iterable[Source], batch_size: int = 16) -> Iterator[Embedded]:
+        """As `embed`, batch by batch: memory holds one batch of small inputs and one decoded picture, however many there are."""
+        if batch_size < 1:
+            raise EdgeError("a batch of at least 1", str(batch_size), "give a positive number")
+        names: list[str] = []
+        rows: list[Pixels] = []
+        skipped: list[Skipped] = []
+        for name, load in pictures(sources):
+            try:
+                rows.append(preprocess_from(self.contract, load()))
+                names.append(name)
+            except ImageError as error:
+                skipped.append(Skipped(name, " ".join(str(error).split())))
+            if len(rows) == batch_size:
+                yield self._batch(rows, names, skipped)
+                names, rows, skipped = [], [], []
+        if rows or skipped:
+            yield self._batch(rows, names, skipped)
+
+    def _batch(self, rows: list[Pixels], names: list[str], skipped: list[Skipped]) -> Embedded:
+        if not rows:
+            nothing = np.empty((0, self.dim), np.float32)
+            return Embedded(nothing, nothing, names, skipped)
+        embeddings, features = self.infer(np.stack(rows))
+        fine = np.isfinite(np.hstack([embeddings, features])).all(axis=1)
+        skipped += [Skipped(names[row], "the network's output is not finite") for row in np.flatnonzero(~fine)]
+        return Embedded(embeddings[fine], features[fine], [names[row] for row in np.flatnonzero(fine)], skipped)
+
+    def embed(self, sources: Source | Iterable[Source], batch_size: int = 16) -> Embedded:
+        """Embed a path, a folder, a uint8 (height, width, 3) array, or an iterable of these.
+
+        Returns Embedded: row i of embeddings and features belongs to names[i]. A picture that cannot be used never ends the run: it is
+        in `skipped` with its reason and has no row.
+        """
+        batches = list(self.stream(sources, batch_size)) or [self._batch([], [], [])]
+        embeddings, features, names, skipped = zip(*batches, strict=True)
+        return Embedded(np.concatenate(embeddings), np.concatenate(features), list(chain(*names)), list(chain(*skipped)))
+
+
+def latency_ms(embedder: Embedder, runs: int, warm_up: int = 20) -> NDArray[np.float64]:
+    """Milliseconds of each of `runs` single-picture inferences after a warm-up, shape (runs,). Preprocessing is not included."""
+    if runs < 1:
+        raise EdgeError("at least 1 run", str(runs), "give a positive number")
+    size = embedder.contract["input"]["size"]
+    picture = np.random.default_rng(0).integers(0, 256, (1, size, size, 3), np.uint8)
+    times = np.empty(warm_up + runs)
+    for run in range(warm_up + runs):
+        start = time.perf_counter()
+        embedder.infer(picture)
+        times[run] = (time.perf_counter() - start) * 1e3
+    return times[warm_up:]
+
+
+def read_contract(text: str | None, path: str) -> dict[str, Any]:
+    """The contract from the text in an ONNX file's metadata; raises EdgeError unless this version can honour all of it."""
+    if text is None:
+        raise EdgeError('an ONNX file with "bingo_compress" metadata', f"{path} without it", AGAIN)
+    try:
+        contract = json.loads(text)
+        version, given, rule = contract["format"], contract["input"], contract["preprocess"]
+        kind = (given["layout"], given["dtype"], given["color"])
+        size, crop, mode = given["size"], rule["crop_pct"], rule.get("crop_mode", "center")
+        sound = isinstance(given["name"], str) and isinstance(size, int) and size > 0 and contract["embedding_dim"] > 0
+        sound = sound and 0 < crop <= 1 and mode in ("center", "squash")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise EdgeError("a whole contract in the metadata", f"{path} ({type(error).__name__}: {error})", AGAIN) from None
+    if version != 1:
+        raise EdgeError("contract format 1", f"format {version} in {path}", "update bingo-edge")
+    if kind != ("NHWC", "uint8", "RGB"):
+        raise EdgeError("an NHWC uint8 RGB input", f"{' '.join(map(str, kind))} in {path}", AGAIN)
+    try:  # the rule is tried on a dot, so that one this version does not know is refused here and not at the first picture
+        preprocess_from({**contract, "input": {"size": 1}}, np.zeros((2, 2, 3), np.uint8))
+    except (ValueError, TypeError, KeyError):
+        sound = False
+    if not sound:
+        found = f"size {size!r}, embedding_dim {contract['embedding_dim']!r}, preprocess {json.dumps(rule)} in {path}"
+        raise EdgeError("sizes and a preprocessing rule that this version knows", found, "update bingo-edge")
+    return dict(contract)
+
+
+def _check_graph(session: Any, contract: dict[str, Any], path: str) -> None:
+    """Refuse a graph that is not what its contract says, before a wrong number can come out of it."""
+    size, dim, name = contract["input"]["size"], contract["embedding_dim"], contract["input"]["name"]
+    inputs = [(node.name, node.type, *node.shape[1:]) for node in session.get_inputs()]
+    outputs = {node.name: (node.type, *node.shape[1:]) for node in session.get_outputs()}
+    wanted = ("tensor(float)", dim)
+    fits = inputs == [(name, "tensor(uint8)", size, size, 3)] and all(outputs.get(key) == wanted for key in ("embedding", "features"))
+    if not fits:
+        expected = f"input {name} uint8 (batch, {size}, {size}, 3), outputs embedding and features float32 (batch, {dim})"
+        raise EdgeError(expected, f"inputs {inputs}, outputs {outputs} in {path}", AGAIN)
