@@ -210,12 +210,18 @@ class _Log:
             "images_per_s": self._images / (now - self._since),
             "seconds": now - self._start,
         }
+        rounded = {key: _short(value) for key, value in line.items()} | {"time": round(time.time(), 3)}
         with self._path.open("a", encoding="utf-8") as handle:
-            handle.write(
-                json.dumps({key: value if not isinstance(value, float) else float(f"{value:.6g}") for key, value in line.items()}) + "\n"
-            )
+            handle.write(json.dumps(rounded) + "\n")
         self._clear()
         return means["loss"]
+
+
+def _short(value: float) -> float | None:
+    """Six digits; None (JSON's null) for what JSON has no number for."""
+    if isinstance(value, int):
+        return value
+    return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 def _forget_after(metrics: Path, step: int) -> None:
