@@ -1,5 +1,6 @@
 """The command line: one function a command that parses, calls and prints. torch is imported inside, so that --help is quick."""
 
+import io
 import os
 import sys
 from pathlib import Path
@@ -166,6 +167,9 @@ def _main(version: Annotated[bool, typer.Option("--version", callback=_version, 
 def main() -> None:
     """Run the command line; a BingoError becomes one line and its exit status."""
     _keep_memory()
+    for stream in (sys.stdout, sys.stderr):  # a file name may hold bytes that the terminal's encoding has no character for
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except BingoError as error:

@@ -116,7 +116,7 @@ def distill(
         checkpoint.load_optimizer(optimizer, checkpoint.under(tensors, "optimizer"))
         queue.load_state(checkpoint.under(tensors, "queue"))
         step = int(str(facts["step"]))
-        _forget_after(metrics, step)
+    _forget_after(metrics, step)
 
     size, batch = student.preprocessing.size, planned.batch_size
     log = _Log(metrics, planned.student_views)

@@ -29,7 +29,6 @@ FAMILIES = {
     "mobilenetv4_small": "mobilenetv4_conv_small",
     "efficientnet": "efficientnet_b0",
     "efficientnet_lite": "tf_efficientnet_lite0",
-    "efficientnet_lite0": "tf_efficientnet_lite0",
     "fastvit": "fastvit_t8",
     "repvit": "repvit_m0_9",
     "ghostnet": "ghostnet_100",

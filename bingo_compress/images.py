@@ -85,7 +85,7 @@ def list_folder(root: Path, option: str = "--data") -> Folder:
 
     for folder, folders, names in os.walk(root, followlinks=True, onerror=unreadable):
         here = os.stat(folder)
-        if (here.st_dev, here.st_ino) in seen | above:
+        if (here.st_dev, here.st_ino) in seen or (here.st_dev, here.st_ino) in above:
             folders.clear()
             continue
         seen.add((here.st_dev, here.st_ino))
@@ -122,8 +122,7 @@ def _unusable(path: str, seen: set[tuple[int, int]]) -> str | None:
         return "empty file"
     if Path(path).suffix.lower() in NOT_IMAGES:
         return f"not an image (its name ends in {Path(path).suffix.lower()})"
-    if os.path.islink(path) or status.st_nlink > 1:
-        seen.add(identity)
+    seen.add(identity)  # of every file, not of links alone: a link may come after the file that it leads to
     return None
 
 

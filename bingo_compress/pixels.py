@@ -1,6 +1,7 @@
 """The pixel store: every image decoded once, kept as one uint8 array of equal squares on disk, read through memory or held by the GPU."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -99,4 +100,5 @@ def _fill(folder: Folder, side: int, data: Path, state: Path, done: dict[str, An
             advance(1, note=f"{len(done['bad'])} bad" if done["bad"] else None)
             if done["tried"] % chunk == 0 or done["tried"] == len(folder.files):
                 handle.flush()
+                os.fsync(handle.fileno())  # before the state says so
                 write_text(state, json.dumps(done))

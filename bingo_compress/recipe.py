@@ -1,6 +1,5 @@
 """Every setting of a run, once: the same word is the command-line flag, the YAML key and the attribute."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,7 +16,7 @@ def _number_as_text(value: Any) -> Any:
 class Recipe(BaseModel):
     """A run's settings. Frozen: what is on screen, in recipe.yaml and in the code is one and the same."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     data: str = Field("", description="folder of images, searched to any depth; its folder names are never used as labels")
     teacher: str = Field("", description="a timm model, or a family name such as resnet or mobilenetv3")
@@ -102,16 +101,13 @@ def make_recipe(values: dict[str, Any], source: str) -> Recipe:
         if key not in KEYS:
             raise BingoError(f"{source}: unknown key {key!r}; the nearest is {nearest(str(key), KEYS, 1)[0]!r}")
     try:
-        # Through JSON, so that 1 is accepted where a float is wanted and nothing else is coerced.
-        return Recipe.model_validate_json(json.dumps(values))
+        return Recipe.model_validate({key: _number(key, value) for key, value in values.items()})
     except ValidationError as error:
         first = error.errors()[0]
         key = str(first["loc"][0])
         raise BingoError(
             f"{source}: {key}: {first['msg']}, found {first['input']!r}; {key} is {Recipe.model_fields[key].description}"
         ) from None
-    except (TypeError, ValueError) as error:
-        raise BingoError(f"{source}: expected plain numbers, words and true/false as values ({error})") from None
 
 
 def recipe_text(recipe: Recipe) -> str:
@@ -135,12 +131,14 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 
 def _yaml_scalar(text: str, key: str) -> Any:
     try:
-        value = yaml.safe_load(text)
+        return yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError, ValueError):
         raise BingoError(f"--set {key}: expected a plain value, found {text!r}") from None
-    if isinstance(value, str):  # YAML 1.1 reads 3e-4 as text; people mean the number.
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+
+
+def _number(key: str, value: Any) -> Any:
+    """YAML 1.1 reads 3e-4 as text; where a float is wanted, people mean the number."""
+    try:
+        return float(value) if isinstance(value, str) and Recipe.model_fields[key].annotation is float else value
+    except ValueError:
+        return value

@@ -1,5 +1,7 @@
 """Other people's checkpoints into a timm model: every missing or unexpected key is named, nothing is loaded in part, no pickled code is run."""
 
+import argparse
+import contextlib
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,9 +49,10 @@ def read_tensors(file: Path, option: str) -> Tensors:
         if file.suffix == ".safetensors":
             content: Any = safetensors.torch.load_file(file)
         else:
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals([argparse.Namespace]):  # the settings in DINO's own files
+                content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "weights_only" in str(error).lower():
+        if "unsupported global" in str(error).lower():
             raise BingoError(
                 f"{option}: {file} holds more than tensors (pickled code), which is never run; save its state_dict alone"
             ) from None
@@ -139,10 +142,11 @@ def _load(backbone: nn.Module, name: str, tensors: Tensors, file: Path, option: 
     convert = getattr(__import__(type(backbone).__module__, fromlist=["x"]), "checkpoint_filter_fn", None)
     wanted = backbone.state_dict()
     if convert is not None and (set(tensors) != set(wanted) or _shapes(tensors, wanted)):
-        tensors = dict(convert(tensors, backbone))
+        with contextlib.suppress(Exception):  # not what it converts: the keys that do not fit are named below
+            tensors = dict(convert(dict(tensors), backbone))
     config: dict[str, Any] = getattr(backbone, "pretrained_cfg", None) or {}
     classifiers = config.get("classifier") or ()
-    prefixes = tuple(f"{prefix}." for prefix in ((classifiers,) if isinstance(classifiers, str) else classifiers))
+    prefixes = tuple(f"{prefix.split('.')[0]}." for prefix in ((classifiers,) if isinstance(classifiers, str) else classifiers))
     tensors = {key: value for key, value in tensors.items() if key in wanted or not key.startswith(prefixes or ("fc.",))}
     missing = [key for key in wanted if key not in tensors and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in tensors if key not in wanted]

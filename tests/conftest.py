@@ -1,0 +1,61 @@
+"""Fixtures that several files share: a folder of odd-sized photos, what the program prints, and the pictures outside of the repository."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from bingo_compress import screen
+
+# (width, height): wide, tall, square, one pixel thin, and nothing a multiple of eight.
+SIZES = ((33, 57), (64, 64), (200, 31), (17, 90), (1, 40), (121, 80), (50, 49), (9, 7))
+SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+def picture(number: int, width: int, height: int) -> Image.Image:
+    """A smooth picture by formula, another one for each number."""
+    y, x = np.mgrid[:height, :width] / max(height, width)
+    wave = np.sin((3 + number % 5) * x) + np.cos((2 + number % 3) * y - 1) * np.sin(4 * x * y + number)
+    return Image.fromarray(np.rint(127 + 60 * wave[..., None] * [1, 0.8, -0.7]).clip(0, 255).astype(np.uint8))
+
+
+@pytest.fixture
+def make_photo() -> Callable[..., Path]:
+    """make_photo(path, number=0, width=40, height=30): writes a JPEG, making its folder."""
+
+    def make(path: Path, number: int = 0, width: int = 40, height: int = 30) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(number, width, height).save(path, "JPEG", quality=90)
+        return path
+
+    return make
+
+
+@pytest.fixture
+def photos(tmp_path: Path, make_photo: Callable[..., Path]) -> Path:
+    """A folder of eight JPEGs of odd sizes, in the folders `cats` and `dogs`."""
+    root = tmp_path / "photos"
+    for number, (width, height) in enumerate(SIZES):
+        make_photo(root / ("cats", "dogs")[number % 2] / f"{number}.jpg", number, width, height)
+    return root
+
+
+@pytest.fixture
+def printed(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """What is printed on standard output, as to a log of 140 columns."""
+    text = io.StringIO()
+    monkeypatch.setattr(screen, "console", Console(file=text, highlight=False, soft_wrap=True, width=140, force_terminal=False))
+    return text
+
+
+@pytest.fixture
+def clothing() -> Path:
+    """The small photo set that lies beside the repository on the developers' machines."""
+    folder = SHARED_DATA / "clothing"
+    if not folder.is_dir():
+        pytest.skip(f"no photos at {folder}")
+    return folder

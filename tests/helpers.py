@@ -1,0 +1,134 @@
+"""Small things that several test files make: photos on disk, pixel stores, tiny models, and the command line in this process."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from bingo_compress.cli import main
+from bingo_compress.embed import hash_seed
+from bingo_compress.encoder import Encoder, build
+from bingo_compress.pixels import PixelStore
+from bingo_compress.recipe import Recipe, make_recipe
+
+CPU = torch.device("cpu")
+TINY = {
+    "teacher": "test_resnet",
+    "student": "test_efficientnet",
+    "teacher_weights": "random",
+    "student_weights": "random",
+    "teacher_size": 32,
+    "image_size": 32,
+    "head_hidden": 32,
+    "target_dim": 16,
+    "batch_size": 8,
+    "bag_size": 3,
+    "views": "2",
+    "epochs": 2,
+    "hold_out": 0.1,
+    "device": "cpu",
+    "threads": 1,
+}
+
+
+def recipe(**changes: Any) -> Recipe:
+    """A recipe of the smallest models and sizes, with `changes`."""
+    return make_recipe({**TINY, **changes}, "tests")
+
+
+def encoder(name: str = "test_resnet", size: int = 32, seed: int = 0) -> Encoder:
+    """A model with the random weights of `seed`, in eval mode, its BatchNorm statistics away from the trivial (0, 1)."""
+    torch.manual_seed(seed)
+    made = build(name, size, "random", "--test")
+    generator = torch.Generator().manual_seed(seed)
+    for module in made.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.running_mean.uniform_(-0.1, 0.1, generator=generator)
+            module.running_var.uniform_(0.7, 1.3, generator=generator)
+    return made
+
+
+def photo(kind: int, seed: int, height: int = 40, width: int = 56) -> np.ndarray:
+    """uint8 (height, width, 3): stripes, dots or blobs by `kind`, each in its own colour, with noise of `seed`."""
+    random = np.random.default_rng([kind, seed])
+    rows, columns = np.mgrid[:height, :width]
+    phase = random.uniform(0, 6)
+    pattern = (
+        np.sin(rows / 2 + phase),
+        np.sin(columns / 2 + phase),
+        np.sin(rows / 6 + phase) * np.sin(columns / 6 + phase),
+    )[kind % 3]
+    colour = np.array([(200, 60, 60), (60, 190, 70), (70, 70, 210)], float)[kind % 3] * random.uniform(0.8, 1.1)
+    noisy = colour * (1 + 0.35 * pattern[:, :, None]) + random.normal(0, 8, (height, width, 3))
+    return noisy.clip(0, 255).astype(np.uint8)
+
+
+def photos(folder: Path, each: int, kinds: int = 3, start: int = 0) -> Path:
+    """`each` photos of every kind as PNG in folder/kind0, folder/kind1, ... of differing shapes. Returns the folder."""
+    for kind in range(kinds):
+        (folder / f"kind{kind}").mkdir(parents=True, exist_ok=True)
+        for number in range(start, start + each):
+            shape = (40 + 3 * (number % 4), 56 - 5 * (number % 5))
+            Image.fromarray(photo(kind, number, *shape)).save(folder / f"kind{kind}" / f"{number:03d}.png")
+    return folder
+
+
+def bad_files(folder: Path) -> set[str]:
+    """Put five files that are no images into `folder`. Returns their names."""
+    good = next(folder.rglob("*.png"))
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "cut.png").write_bytes(good.read_bytes()[: good.stat().st_size // 2])
+    (folder / "words.jpg").write_text("these are words")
+    (folder / "notes.txt").write_text("no image by name")
+    (folder / "nowhere.jpg").symlink_to(folder / "gone.jpg")
+    return {"empty.jpg", "cut.png", "words.jpg", "notes.txt", "nowhere.jpg"}
+
+
+def pixel_store(count: int, side: int = 40) -> PixelStore:
+    """`count` pictures of three kinds in turn, in memory."""
+    pictures = np.stack([photo(number % 3, number, side, side) for number in range(count)])
+    return PixelStore(pictures, torch.ones(count), CPU)
+
+
+def unit(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Random rows of length one, the last dimension being the vectors'."""
+    generator = torch.Generator().manual_seed(hash_seed("unit", seed, shape))
+    return torch.nn.functional.normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1).to(dtype)
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a command left: exit status, standard output and standard error."""
+
+    status: int
+    out: str
+    err: str
+
+
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object) -> Ran:
+    """bingo-compress with `words`, in this process."""
+    monkeypatch.setattr(sys, "argv", ["bingo-compress", *map(str, words)])
+    capsys.readouterr()
+    status = 0
+    try:
+        main()
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    out, err = capsys.readouterr()
+    return Ran(status, out, err)
+
+
+def flags(**changes: Any) -> list[str]:
+    """TINY as the words of the command line, with `changes`; settings without a flag of their own go through --set."""
+    own = ("teacher", "student", "teacher_weights", "student_weights", "teacher_size", "image_size", "batch_size", "bag_size", "views")
+    own += ("epochs", "device", "seed", "data", "queue_size", "temperature")
+    words: list[str] = []
+    for key, value in {**TINY, **changes}.items():
+        words += [f"--{key.replace('_', '-')}", str(value)] if key in own else ["--set", f"{key}={value}"]
+    return words

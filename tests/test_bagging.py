@@ -1,0 +1,116 @@
+"""Bags and neighbours, against a brute force in float64 numpy."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import unit
+
+from bingo_compress import bagging
+from bingo_compress.bagging import BAGGERS, describe_backend, knn, nearest_neighbours
+
+BACKENDS = ["faiss", "torch"]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "torch":
+        monkeypatch.setattr(bagging, "load_faiss", lambda: None)
+    elif bagging.load_faiss() is None:
+        pytest.skip("faiss is not installed")
+    return str(request.param)
+
+
+def brute_force(queries: np.ndarray, gallery: np.ndarray, count: int, exclude_self: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """(cosines, indices) of the `count` best by sorting all cosines."""
+    queries, gallery = queries.astype(np.float64), gallery.astype(np.float64)
+    cosines = (queries / np.linalg.norm(queries, axis=1)[:, None]) @ (gallery / np.linalg.norm(gallery, axis=1)[:, None]).T
+    if exclude_self:
+        np.fill_diagonal(cosines, -np.inf)
+    order = np.argsort(-cosines, axis=1, kind="stable")[:, :count]
+    return np.take_along_axis(cosines, order, 1), order
+
+
+def features(count: int, dim: int = 24, seed: int = 0) -> torch.Tensor:
+    """Rows of very different lengths: only cosines may count."""
+    lengths = torch.linspace(0.1, 50, count)[:, None]
+    return unit(count, dim, seed=seed) * lengths
+
+
+@pytest.mark.parametrize("bag_size", [1, 5, 59])
+def test_knn_equals_brute_force_and_never_holds_the_image_itself(backend: str, bag_size: int) -> None:
+    rows = features(60)
+    bags, similar = knn(rows, bag_size)
+    cosines, indices = brute_force(rows.numpy(), rows.numpy(), bag_size, exclude_self=True)
+    assert bags.shape == similar.shape == (60, bag_size)
+    assert bags.dtype == torch.int64
+    assert np.array_equal(bags.numpy(), indices)
+    assert similar.numpy() == pytest.approx(cosines, abs=1e-6)
+    assert not bool((bags == torch.arange(60)[:, None]).any())
+
+
+def test_half_precision_features_give_the_neighbours_of_their_values(backend: str) -> None:
+    rows = unit(50, 16, seed=2).half()
+    assert np.array_equal(knn(rows, 4)[0].numpy(), brute_force(rows.numpy(), rows.numpy(), 4, exclude_self=True)[1])
+
+
+def test_an_image_with_many_copies_gets_copies_never_itself(backend: str) -> None:
+    rows = features(30)
+    rows[[3, 7, 11, 19, 20, 21, 28]] = rows[3].clone()
+    bags, similar = knn(rows, 4)
+    assert bags.shape == (30, 4)
+    assert not bool((bags == torch.arange(30)[:, None]).any())
+    copies = {3, 7, 11, 19, 20, 21, 28}
+    for image in copies:
+        assert set(bags[image].tolist()) <= copies - {image}
+        assert len(set(bags[image].tolist())) == 4
+    assert similar[3].tolist() == pytest.approx([1.0] * 4, abs=1e-6)
+
+
+def test_all_images_the_same_still_gives_bags_without_the_image_itself(backend: str) -> None:
+    bags, _ = knn(torch.ones(12, 8), 3)
+    assert all(len(set(bag)) == 3 and row not in bag for row, bag in enumerate(bags.tolist()))
+
+
+def test_neighbours_of_other_queries_in_a_gallery_with_several_blocks(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bagging, "ROWS", 7)
+    queries, gallery = features(20, seed=1), features(45, seed=2)
+    similar, indices = nearest_neighbours(queries, gallery, 6)
+    cosines, expected = brute_force(queries.numpy(), gallery.numpy(), 6)
+    assert np.array_equal(indices.numpy(), expected)
+    assert similar.numpy() == pytest.approx(cosines, abs=1e-6)
+    assert similar.dtype == torch.float32 and indices.dtype == torch.int64
+
+
+def test_torch_and_faiss_find_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    if bagging.load_faiss() is None:
+        pytest.skip("faiss is not installed")
+    queries, gallery = features(40, seed=3), features(70, seed=4)
+    by_faiss = nearest_neighbours(queries, gallery, 9)
+    monkeypatch.setattr(bagging, "load_faiss", lambda: None)
+    by_torch = nearest_neighbours(queries, gallery, 9)
+    assert torch.equal(by_faiss[1], by_torch[1])
+    assert torch.allclose(by_faiss[0], by_torch[0], atol=1e-6)
+
+
+def test_a_larger_bag_goes_on_where_the_smaller_ends(backend: str) -> None:
+    rows = features(40)
+    assert torch.equal(knn(rows, 20)[0][:, :5], knn(rows, 5)[0])
+
+
+def test_the_backend_says_what_it_is(backend: str) -> None:
+    expected = {"torch": ["torch (exact)"], "faiss": ["faiss-cpu (exact)", "faiss-gpu (exact)"]}
+    assert describe_backend() in expected[backend]
+
+
+def test_faiss_absent_is_found_out_by_importing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "faiss", None)
+    assert bagging.load_faiss() is None
+    assert describe_backend() == "torch (exact)"
+
+
+@pytest.mark.parametrize("name", sorted(BAGGERS))
+def test_every_way_of_bagging_gives_k_other_images_each(name: str) -> None:
+    bags, similar = BAGGERS[name](features(25), 5)
+    assert bags.shape == similar.shape == (25, 5)
+    assert int(bags.min()) >= 0 and int(bags.max()) < 25
+    assert not bool((bags == torch.arange(25)[:, None]).any())

@@ -1,0 +1,347 @@
+"""Embeddings: plain features, the teacher's resumable pass, target spaces and the two sources of targets."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from bingo_edge.image import load_image, preprocess
+from helpers import CPU, bad_files, encoder, photos, unit
+from PIL import Image
+from torch.nn.functional import normalize
+
+from bingo_compress import augment, embed, images, pixels
+from bingo_compress.embed import OnlineTargets, StoredTargets, TargetSpace, TeacherPass, target_space
+from bingo_compress.encoder import Encoder
+from bingo_compress.errors import BingoError
+
+COUNT = 18
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> images.Folder:
+    return images.list_folder(photos(tmp_path_factory.mktemp("photos"), COUNT // 3))
+
+
+@pytest.fixture(scope="module")
+def store(folder: images.Folder, tmp_path_factory: pytest.TempPathFactory) -> pixels.PixelStore:
+    return pixels.build(folder, 40, tmp_path_factory.mktemp("work"), CPU)[0]
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Encoder:
+    return encoder()
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embed, "SHARD", 8)
+    monkeypatch.setattr(embed, "BATCH", 4)
+
+
+def one_by_one(model: Encoder, folder: images.Folder, index: int) -> torch.Tensor:
+    """Features of one image, without the code under test: decode, crop, normalise, backbone."""
+    settings = model.preprocessing
+    seen = preprocess(load_image(folder.path(index)), **settings.geometry())
+    scaled = (seen.astype(np.float64) / 255 - np.array(settings.mean)) / np.array(settings.std)
+    with torch.inference_mode():
+        features: torch.Tensor = model.backbone(torch.from_numpy(scaled.transpose(2, 0, 1)[None]).float())[0]
+    return features
+
+
+# ---------------------------------------------------------------- plain
+
+
+def test_plain_features_are_those_of_each_image_alone(folder: images.Folder, teacher: Encoder) -> None:
+    found, good = embed.plain({"a": embed.as_embed(teacher, CPU)}, folder, [4, 0, 17, 9, 3, 11], "test")
+    assert good == [4, 0, 17, 9, 3, 11]
+    expected = torch.stack([one_by_one(teacher, folder, index) for index in good])
+    assert torch.allclose(found["a"], expected, atol=1e-5 * float(expected.abs().max()))
+    assert float((expected[0] - expected[1]).abs().max()) > 1e-2 * float(expected.abs().max())  # images do differ
+
+
+def test_several_models_share_one_decoding(folder: images.Folder, teacher: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[str] = []
+    real = images.load_image
+
+    def counted(path: Any) -> Any:
+        decoded.append(Path(path).name)
+        return real(path)
+
+    monkeypatch.setattr(images, "load_image", counted)
+    models = {"a": teacher, "b": encoder("test_efficientnet", 48, seed=1), "c": encoder("test_resnet", 32, seed=2)}
+    found, good = embed.plain({name: embed.as_embed(model, CPU) for name, model in models.items()}, folder, range(COUNT), "test")
+    assert len(decoded) == COUNT
+    assert good == list(range(COUNT))
+    for name, model in models.items():
+        assert found[name].shape == (COUNT, model.width)
+        alone = one_by_one(model, folder, 7)
+        assert torch.allclose(found[name][7], alone, atol=1e-5 * float(alone.abs().max()))
+
+
+def test_plain_leaves_out_what_cannot_be_decoded(tmp_path: Path, teacher: Encoder) -> None:
+    photos(tmp_path, 2)
+    bad_files(tmp_path)
+    mixed = images.list_folder(tmp_path)
+    found, good = embed.plain({"a": embed.as_embed(teacher, CPU)}, mixed, range(len(mixed.files)), "test")
+    assert [mixed.files[index] for index in good] == [name for name in mixed.files if name.startswith("kind")]
+    assert len(found["a"]) == 6
+    with pytest.raises(BingoError, match="found none"):
+        embed.plain({"a": embed.as_embed(teacher, CPU)}, mixed, [mixed.files.index("words.jpg")], "test")
+
+
+def test_pixels_of_skips_bad_files_and_stops_at_the_count(tmp_path: Path, teacher: Encoder) -> None:
+    photos(tmp_path, 2)
+    bad_files(tmp_path)
+    mixed = images.list_folder(tmp_path)
+    order = [mixed.files.index("words.jpg"), mixed.files.index("kind1/000.png"), mixed.files.index("kind0/001.png"), 0]
+    found = embed.pixels_of(teacher.preprocessing, mixed, order, 2)
+    assert found.dtype == torch.uint8 and found.shape == (2, 32, 32, 3)
+    assert np.array_equal(found[0].numpy(), preprocess(load_image(tmp_path / "kind1/000.png"), **teacher.preprocessing.geometry()))
+    with pytest.raises(BingoError, match="found none"):
+        embed.pixels_of(teacher.preprocessing, mixed, order[:1], 2)
+
+
+# ---------------------------------------------------------------- the teacher's pass
+
+
+def run_pass(teacher: Encoder, folder: images.Folder, store: pixels.PixelStore, work: Path, views: int = 2, seed: int = 0) -> TeacherPass:
+    work.mkdir(exist_ok=True)
+    return embed.teacher_pass(teacher, folder, store, views, 0.2, seed, work, CPU)
+
+
+def same(one: TeacherPass, two: TeacherPass) -> bool:
+    return all(torch.equal(getattr(one, name), getattr(two, name)) for name in ("features", "embeddings", "views"))
+
+
+def test_the_pass_gives_plain_features_unit_embeddings_and_differing_views(
+    folder: images.Folder, store: pixels.PixelStore, teacher: Encoder, tmp_path: Path
+) -> None:
+    seen = run_pass(teacher, folder, store, tmp_path)
+    plain = embed.plain({"a": embed.as_embed(teacher, CPU)}, folder, range(COUNT), "test")[0]["a"]
+    assert seen.features.dtype == seen.embeddings.dtype == seen.views.dtype == torch.float16
+    assert torch.allclose(seen.features.float(), plain, rtol=2e-3, atol=1e-3 * float(plain.abs().max()))
+    assert torch.allclose(seen.embeddings.float(), normalize(plain, dim=1), atol=1e-3)
+    assert seen.views.shape == (COUNT, 2, teacher.width)
+    assert seen.views.float().norm(dim=2).numpy() == pytest.approx(1, abs=2e-3)
+    assert float((seen.views[:, 0] - seen.views[:, 1]).float().norm(dim=1).min()) > 1e-3
+    assert not torch.equal(seen.views[:4], seen.views[4:8])
+
+
+def test_without_views_the_pass_gives_none(folder: images.Folder, store: pixels.PixelStore, teacher: Encoder, tmp_path: Path) -> None:
+    assert run_pass(teacher, folder, store, tmp_path, views=0).views.shape == (COUNT, 0, teacher.width)
+
+
+@pytest.mark.parametrize("at", [1, 2, 4, 7, 10])
+def test_a_pass_interrupted_and_started_again_equals_the_whole(
+    at: int, folder: images.Folder, store: pixels.PixelStore, teacher: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run_pass(teacher, folder, store, tmp_path / "whole")
+    calls = 0
+    real = augment.apply
+
+    def stopping(*arguments: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(augment, "apply", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            run_pass(teacher, folder, store, tmp_path / "parts")
+    done = len(list((tmp_path / "parts").glob("*/*.safetensors")))
+    assert done == (at - 1) // 4  # a shard of 8 is two batches of two views
+    assert same(run_pass(teacher, folder, store, tmp_path / "parts"), whole)
+
+
+def test_stored_shards_are_not_made_again(
+    folder: images.Folder, store: pixels.PixelStore, teacher: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run_pass(teacher, folder, store, tmp_path)
+    monkeypatch.setattr(embed, "_embed_shard", lambda *_: pytest.fail("embedded again"))
+    assert same(run_pass(teacher, folder, store, tmp_path), first)
+
+
+def test_another_seed_view_count_teacher_or_folder_makes_another_pass_and_drops_the_old(
+    folder: images.Folder, store: pixels.PixelStore, teacher: Encoder, tmp_path: Path
+) -> None:
+    names = []
+    other = images.Folder(folder.root, folder.files[:-1], ())
+    for model, listed, views, seed in (
+        (teacher, folder, 1, 0),
+        (teacher, folder, 1, 5),
+        (teacher, folder, 2, 5),
+        (encoder(seed=9), folder, 2, 5),
+        (teacher, other, 2, 5),
+    ):
+        run_pass(model, listed, store, tmp_path, views, seed)
+        kept = [path.name for path in tmp_path.iterdir()]
+        assert len(kept) == 1
+        names += kept
+    assert len(set(names)) == len(names)
+
+
+def test_another_seed_draws_other_views_of_the_same_plain_embeddings(
+    folder: images.Folder, store: pixels.PixelStore, teacher: Encoder, tmp_path: Path
+) -> None:
+    one, two = (run_pass(teacher, folder, store, tmp_path, 1, seed) for seed in (0, 1))
+    assert torch.equal(one.embeddings, two.embeddings)
+    assert not torch.equal(one.views, two.views)
+
+
+def test_an_image_that_breaks_during_the_run_is_named(teacher: Encoder, tmp_path: Path) -> None:
+    broken = images.list_folder(photos(tmp_path / "photos", 2))
+    (tmp_path / "work").mkdir()
+    store, broken = pixels.build(broken, 40, tmp_path / "work", CPU)
+    broken.path(3).write_bytes(b"no image any more")
+    with pytest.raises(BingoError, match=Path(broken.files[3]).name):
+        run_pass(teacher, broken, store, tmp_path / "work")
+
+
+def test_no_space_is_said_before_the_pass(
+    folder: images.Folder, store: pixels.PixelStore, teacher: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10})())
+    with pytest.raises(BingoError, match="the teacher's embeddings"):
+        run_pass(teacher, folder, store, tmp_path)
+
+
+# ---------------------------------------------------------------- target spaces
+
+
+def cosines(rows: torch.Tensor) -> torch.Tensor:
+    rows = normalize(rows.double(), dim=-1)
+    return rows @ rows.T
+
+
+def test_raw_only_normalises() -> None:
+    rows = unit(20, 8) * 7
+    assert torch.allclose(target_space(rows, "raw", 4)(rows), rows / 7, atol=1e-6)
+
+
+def test_centred_subtracts_the_mean_of_the_normalised_rows() -> None:
+    rows = unit(20, 8) * torch.linspace(1, 9, 20)[:, None] + 0.3
+    points = rows.double().numpy() / np.linalg.norm(rows.double().numpy(), axis=1)[:, None]
+    expected = points - points.mean(0)
+    expected /= np.linalg.norm(expected, axis=1)[:, None]
+    assert target_space(rows, "centred", 4)(rows).numpy() == pytest.approx(expected, abs=1e-5)
+
+
+def test_pca_with_every_dimension_keeps_the_centred_cosines() -> None:
+    rows = unit(60, 8) + 0.4
+    full = target_space(rows, "pca", 8)(rows)
+    assert full.shape == (60, 8)
+    assert torch.allclose(cosines(full), cosines(target_space(rows, "centred", 8)(rows)), atol=1e-5)
+
+
+@pytest.mark.parametrize(("rows", "width", "dim", "kept"), [(60, 8, 3, 3), (60, 8, 100, 8), (5, 8, 8, 4), (6, 20, 3, 3)])
+def test_pca_keeps_no_more_dimensions_than_asked_than_there_are_and_than_rows_span(rows: int, width: int, dim: int, kept: int) -> None:
+    made = unit(rows, width)
+    found = target_space(made, "pca", dim)(made)
+    assert found.shape == (rows, kept)
+    assert found.norm(dim=1).numpy() == pytest.approx(1, abs=1e-5)
+
+
+def test_pca_keeps_the_directions_of_most_variance() -> None:
+    rows = torch.randn(80, 6, generator=torch.Generator().manual_seed(0)) * torch.tensor([5, 0.1, 3, 0.1, 0.1, 0.2]) + 1
+    points = normalize(rows.double(), dim=1).numpy()
+    basis = np.linalg.svd(points - points.mean(0))[2][:2]
+    found = target_space(rows, "pca", 2).basis
+    assert found is not None
+    assert np.linalg.norm(basis @ found.double().numpy()) == pytest.approx(np.sqrt(2), abs=1e-4)  # the same plane
+
+
+def test_a_space_takes_views_of_any_shape() -> None:
+    rows = unit(20, 3, 8)
+    space = target_space(rows[:, 0], "pca", 5)
+    assert torch.allclose(space(rows)[7, 2], space(rows[7:8, 2])[0], atol=1e-6)
+
+
+# ---------------------------------------------------------------- targets
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_stored_targets_draw_every_view_and_nothing_else() -> None:
+    views = unit(12, 4, 16)
+    space = target_space(views[:, 0], "centred", 16)
+    targets = StoredTargets(views.half(), space, CPU)
+    assert targets.dim == 16
+    indices, stream, drawn = torch.tensor([3, 3, 11, 0]), generator(), []
+    for _ in range(60):
+        found = targets(indices, stream)
+        assert found.dtype == torch.float32
+        assert found.norm(dim=1).numpy() == pytest.approx(1, abs=1e-6)
+        near = (found[:, None] - space(views[indices])).norm(dim=2)  # to each of the image's views
+        assert float(near.min(dim=1).values.max()) < 3e-3
+        drawn.append(near.argmin(dim=1))
+    counts = torch.stack(drawn).T
+    assert all(set(row.tolist()) == {0, 1, 2, 3} for row in counts)
+    assert not torch.equal(counts[0], counts[1])  # the same image twice in a batch draws twice
+
+
+def test_stored_targets_depend_on_the_generator_alone() -> None:
+    targets = StoredTargets(unit(6, 5, 8), TargetSpace(None, None), CPU)
+    indices = torch.arange(6)
+    assert torch.equal(targets(indices, generator(1)), targets(indices, generator(1)))
+    assert not torch.equal(targets(indices, generator(1)), targets(indices, generator(2)))
+
+
+def test_online_targets_are_the_teacher_on_a_fresh_view(store: pixels.PixelStore, teacher: Encoder) -> None:
+    space = target_space(unit(30, teacher.width), "pca", 10)
+    targets = OnlineTargets(teacher, store, space, 0.3, CPU, 10)
+    assert targets.dim == 10
+    indices = torch.tensor([2, 9, 5])
+    found = targets(indices, generator(4))
+    drawn = augment.draw(store.aspect[indices], generator(4), 0.3)
+    with torch.no_grad():
+        expected = space(teacher(augment.apply(store.batch(indices), drawn, 32)))
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert found.shape == (3, 10) and found.dtype == torch.float32
+    assert found.norm(dim=1).numpy() == pytest.approx(1, abs=1e-5)
+    assert not torch.equal(found, targets(indices, generator(5)))
+
+
+@pytest.mark.parametrize("kind", ["stored", "online"])
+def test_targets_carry_no_gradient_and_can_be_trained_against(kind: str, store: pixels.PixelStore, teacher: Encoder) -> None:
+    space = TargetSpace(None, None)
+    targets = (
+        StoredTargets(unit(COUNT, 2, teacher.width), space, CPU)
+        if kind == "stored"
+        else OnlineTargets(teacher, store, space, 0.2, CPU, teacher.width)
+    )
+    found = targets(torch.arange(4), generator())
+    query = unit(4, teacher.width, seed=8).requires_grad_()
+    (query * found).sum().backward()
+    assert not found.requires_grad
+    assert query.grad is not None and torch.equal(query.grad, found)
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+# ---------------------------------------------------------------- seeds and digests
+
+
+def test_seeds_of_other_streams_differ_and_fit_torch() -> None:
+    seeds = {embed.hash_seed(0, "view", view, start) for view in range(10) for start in range(10)} | {embed.hash_seed("0", "view", 0, 0)}
+    assert len(seeds) == 101
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_the_digest_sees_every_weight() -> None:
+    one, two = encoder(), encoder()
+    assert embed.weights_digest(one) == embed.weights_digest(two)
+    with torch.no_grad():
+        next(two.parameters()).view(-1)[0] += 1e-6
+    assert embed.weights_digest(one) != embed.weights_digest(two)
+
+
+def test_half_made_photos_of_one_pixel_can_be_embedded(tmp_path: Path, teacher: Encoder) -> None:
+    Image.new("RGB", (1, 1), (9, 9, 9)).save(tmp_path / "dot.png")
+    Image.new("RGB", (300, 1), (9, 200, 9)).save(tmp_path / "line.png")
+    found, good = embed.plain({"a": embed.as_embed(teacher, CPU)}, images.list_folder(tmp_path), range(2), "test")
+    assert good == [0, 1] and bool(found["a"].isfinite().all())

@@ -1,0 +1,187 @@
+"""The probes against slow, plain references."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from helpers import unit
+
+from bingo_compress import probes
+from bingo_compress.probes import (
+    L2_STRENGTHS,
+    accuracy,
+    auc,
+    balanced_accuracy,
+    fit_linear,
+    gap_closed,
+    knn_predict,
+    neighbour_recall,
+    normalised,
+)
+
+
+def clusters(count: int, classes: int = 3, dim: int = 8, seed: int = 0, spread: float = 0.9) -> tuple[torch.Tensor, torch.Tensor]:
+    """Overlapping clouds: features (count, dim), labels (count,)."""
+    labels = torch.arange(count) % classes
+    centres = unit(classes, dim, seed=50)
+    noise = torch.randn(count, dim, generator=torch.Generator().manual_seed(seed))
+    return centres[labels] + spread * noise / math.sqrt(dim) * 1.5, labels
+
+
+# ---------------------------------------------------------------- kNN
+
+
+@pytest.mark.parametrize("k", [1, 5, 20, 500])
+def test_knn_is_the_vote_of_dino(k: int) -> None:
+    bank, labels = clusters(90)
+    queries, _ = clusters(40, seed=1)
+    b, q = (rows.double().numpy() / np.linalg.norm(rows.double().numpy(), axis=1)[:, None] for rows in (bank, queries))
+    expected = []
+    for query in q:
+        cosines = b @ query
+        votes = np.zeros(3)
+        for index in np.argsort(-cosines)[:k]:
+            votes[int(labels[index])] += math.exp(cosines[index] / 0.07)
+        expected.append(int(votes.argmax()))
+    assert knn_predict(bank, labels, queries, 3, k).tolist() == expected
+
+
+def test_knn_weighs_votes_by_similarity() -> None:
+    bank = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.6, -0.8]])
+    assert knn_predict(bank, torch.tensor([0, 1, 1]), torch.tensor([[3.0, 0.0]]), 2, k=3).tolist() == [0]  # e^14 against 2 e^8.6
+
+
+# ---------------------------------------------------------------- linear probe
+
+
+def probabilities(head: probes.LinearHead, features: torch.Tensor) -> np.ndarray:
+    logits = features.double().numpy() @ head.weight.double().numpy().T + head.bias.double().numpy()
+    shares = np.exp(logits - logits.max(1, keepdims=True))
+    return shares / shares.sum(1, keepdims=True)
+
+
+def test_the_fit_is_where_the_gradient_of_its_objective_vanishes() -> None:
+    features, labels = clusters(150)
+    head = fit_linear(features, labels, 3)
+    mean, scale = features.double().numpy().mean(0), features.double().numpy().std(0, ddof=1)
+    standard = (features.double().numpy() - mean) / scale
+    weight = head.weight.double().numpy() * scale
+    error = probabilities(head, features) - np.eye(3)[labels.numpy()]
+    assert np.abs(error.T @ standard / 150 + head.strength * weight / 3).max() < 2e-4
+    assert np.abs(error.mean(0)).max() < 2e-4
+
+
+def test_the_fit_equals_scikit_learn() -> None:
+    linear_model = pytest.importorskip("sklearn.linear_model", reason="scikit-learn is not installed")
+    features, labels = clusters(150)
+    head = fit_linear(features, labels, 3)
+    raw = features.double().numpy()
+    standard = (raw - raw.mean(0)) / raw.std(0, ddof=1)
+    model = linear_model.LogisticRegression(C=3 / (head.strength * 150), max_iter=5000, tol=1e-9).fit(standard, labels.numpy())
+    assert probabilities(head, features) == pytest.approx(model.predict_proba(standard), abs=2e-3)
+    assert head.scores(features).numpy() == pytest.approx(probabilities(head, features), abs=1e-5)
+    assert head.predict(features).tolist() == model.predict(standard).tolist()
+
+
+def test_the_strength_is_chosen_on_rows_of_the_bank_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    fitted: list[tuple[int, float]] = []
+    real = probes._logistic
+
+    def recorded(x: torch.Tensor, y: torch.Tensor, classes: int, strength: float, start: object) -> tuple[torch.Tensor, torch.Tensor]:
+        fitted.append((len(x), strength))
+        return real(x, y, classes, strength, start)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(probes, "_logistic", recorded)
+    head = fit_linear(*clusters(100), 3)
+    assert head.strength in L2_STRENGTHS
+    assert sorted(fitted[:-1]) == sorted((80, strength) for strength in L2_STRENGTHS)
+    assert fitted[-1] == (100, head.strength)
+
+
+def test_labels_that_are_noise_get_more_penalty_than_labels_that_are_clear() -> None:
+    features, labels = clusters(120, dim=60, spread=0.3)
+    noise = torch.randint(3, (120,), generator=torch.Generator().manual_seed(5))
+    assert accuracy(fit_linear(features, labels, 3).predict(features), labels) > 0.95
+    strengths = [fit_linear(features, noise, 3, seed=seed).strength for seed in range(3)]
+    assert max(strengths) >= 0.1
+
+
+def test_weights_fold_the_standardisation_so_that_scale_and_offset_do_not_matter() -> None:
+    features, labels = clusters(120)
+    scale, offset = torch.logspace(-2, 3, 8), torch.linspace(-50, 20, 8)
+    plain, stretched = fit_linear(features, labels, 3), fit_linear(features * scale + offset, labels, 3)
+    assert stretched.strength == plain.strength
+    assert stretched.scores(features * scale + offset).numpy() == pytest.approx(plain.scores(features).numpy(), abs=5e-3)
+
+
+def test_a_dead_feature_does_no_harm() -> None:
+    features, labels = clusters(120)
+    dead = torch.cat((features, torch.full((120, 1), 3.7), torch.zeros(120, 1)), dim=1)
+    head = fit_linear(dead, labels, 3)
+    assert bool(head.weight.isfinite().all()) and bool(head.bias.isfinite().all())
+    assert head.scores(dead).numpy() == pytest.approx(fit_linear(features, labels, 3).scores(features).numpy(), abs=5e-3)
+
+
+def test_the_same_rows_give_the_same_head_bit_for_bit() -> None:
+    one, two = (fit_linear(*clusters(80), 3) for _ in range(2))
+    assert torch.equal(one.weight, two.weight) and torch.equal(one.bias, two.bias)
+
+
+def test_a_class_that_no_row_has_is_never_predicted() -> None:
+    features, labels = clusters(90, classes=2)
+    assert int(fit_linear(features, labels, 3).predict(features).max()) < 2
+
+
+# ---------------------------------------------------------------- figures
+
+
+def test_balanced_accuracy_counts_each_class_the_same() -> None:
+    labels = torch.tensor([0] * 8 + [1] * 2 + [3] * 4)
+    predicted = torch.tensor([0] * 8 + [0, 1] + [3, 0, 0, 0])
+    assert accuracy(predicted, labels) == pytest.approx(10 / 14)
+    assert balanced_accuracy(predicted, labels) == pytest.approx((1 + 0.5 + 0.25) / 3)
+
+
+def test_auc_counts_pairs_with_ties_half() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        scores = torch.randint(6, (40,), generator=generator).float() / 5
+        positive = torch.rand(40, generator=generator) < 0.4
+        pairs = [(1.0 if p > n else 0.5 if p == n else 0.0) for p in scores[positive].tolist() for n in scores[~positive].tolist()]
+        assert auc(scores, positive) == pytest.approx(sum(pairs) / len(pairs), abs=1e-12)
+
+
+def test_auc_at_its_ends() -> None:
+    scores, positive = torch.tensor([0.1, 0.2, 0.8, 0.9]), torch.tensor([False, False, True, True])
+    assert auc(scores, positive) == 1
+    assert auc(-scores, positive) == 0
+    assert auc(torch.zeros(4), positive) == 0.5
+    assert math.isnan(auc(scores, torch.ones(4, dtype=torch.bool)))
+
+
+def test_neighbour_recall_equals_brute_force() -> None:
+    teacher, student = (unit(30, 6, seed=1), unit(80, 6, seed=2)), (unit(30, 9, seed=3), unit(80, 9, seed=4))
+    shares = []
+    for row in range(30):
+        best = [set(np.argsort(-(gallery.numpy() @ queries[row].numpy()))[:7].tolist()) for queries, gallery in (teacher, student)]
+        shares.append(len(best[0] & best[1]) / 7)
+    assert neighbour_recall(teacher, student, 7) == pytest.approx(np.mean(shares), abs=1e-6)
+
+
+def test_neighbour_recall_is_one_for_the_same_space_and_chance_for_a_strange_one() -> None:
+    queries, gallery = unit(200, 10, seed=1), unit(100, 10, seed=2)
+    assert neighbour_recall((queries, gallery), (queries * 3, gallery * 0.2)) == 1
+    strange = (unit(200, 10, seed=3), unit(100, 10, seed=4))
+    assert neighbour_recall((queries, gallery), strange, 20) == pytest.approx(20 / 100, abs=0.03)
+    assert neighbour_recall((queries, gallery), strange, 500) == 1  # all of the gallery
+
+
+def test_gap_closed() -> None:
+    assert gap_closed(0.2, 0.5, 0.8) == pytest.approx(0.5)
+    assert gap_closed(0.2, 0.1, 0.7) == pytest.approx(-0.2)
+    assert math.isnan(gap_closed(0.4, 0.5, 0.4))
+
+
+def test_normalised_rows_have_length_one() -> None:
+    assert normalised(unit(5, 4).half() * 30).norm(dim=1).tolist() == pytest.approx([1] * 5, abs=1e-6)
