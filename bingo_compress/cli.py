@@ -177,7 +177,9 @@ def main() -> None:
 
         screen.complain(f"error: {error}")
         sys.exit(error.exit_status)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:  # typer turns Ctrl-C into an exit with status 130
+        if isinstance(stop, SystemExit) and stop.code != INTERRUPTED:
+            raise
         print("\nstopped; what is finished is kept: the same command with --resume goes on", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except OSError as error:

@@ -111,6 +111,8 @@ def distill(
     step = 0
     if saved.exists():
         tensors, facts = checkpoint.load(saved)
+        if (facts["steps"], len(tensors["queue.rows"])) != (planned.steps, planned.queue_size):
+            raise BingoError(f"--resume: {saved} is of a run on another number of images; start anew with --overwrite")
         student.backbone.load_state_dict(checkpoint.under(tensors, "student"))
         head.load_state_dict(checkpoint.under(tensors, "head"))
         checkpoint.load_optimizer(optimizer, checkpoint.under(tensors, "optimizer"))

