@@ -13,7 +13,6 @@ from bingo_compress.errors import BingoError
 
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -24,6 +23,7 @@ Data = Annotated[Path, typer.Option(help="folder of images, searched to any dept
 Run = Annotated[Path, typer.Option(help="the --out folder of a finished distill")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
 INTERRUPTED = 130
+UsageError: type[Any] = typer.BadParameter.__bases__[0]  # typer brings its own click or uses the one that is installed, by version
 
 
 @app.command()
@@ -171,15 +171,22 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        app()
+        status = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
+        if status == INTERRUPTED:  # what typer makes of Ctrl-C
+            raise KeyboardInterrupt
+        sys.exit(status or 0)
+    except UsageError as error:
+        print(
+            f"error: {' '.join(error.format_message().split())} (see {error.ctx.command_path if error.ctx else 'bingo-compress'} --help)",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     except BingoError as error:
         from bingo_compress import screen
 
         screen.complain(f"error: {error}")
         sys.exit(error.exit_status)
-    except (KeyboardInterrupt, SystemExit) as stop:  # typer turns Ctrl-C into an exit with status 130
-        if isinstance(stop, SystemExit) and stop.code != INTERRUPTED:
-            raise
+    except KeyboardInterrupt:
         print("\nstopped; what is finished is kept: the same command with --resume goes on", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except OSError as error:

@@ -164,7 +164,8 @@ def distill(
             log.add(loss, terms, batch * planned.student_views)
             advance(batch * planned.student_views)
             end_of_epoch = step % planned.steps_per_epoch == 0
-            if log.due() or end_of_epoch or step == planned.steps:
+            saving = time.monotonic() - last_save > 60 * recipe.save_every_minutes or step in (planned.steps, stop_after)
+            if log.due() or end_of_epoch or saving:
                 mean = log.write(step=step, epoch=epoch, lr=rate)
                 advance(0, note=f"epoch {epoch + 1}/{recipe.epochs}, loss {mean:.3f}")
                 if not math.isfinite(mean):
@@ -172,7 +173,7 @@ def distill(
                         f"the loss is not finite at step {step} (epoch {epoch + 1}); the last checkpoint is in {saved.parent}: lower --set lr={rate / 2:.2g} "
                         f"and start anew with --overwrite, or look at the images of this batch: {', '.join(map(str, training[anchors][:5].tolist()))}, ..."
                     )
-            if time.monotonic() - last_save > 60 * recipe.save_every_minutes or step in (planned.steps, stop_after):
+            if saving:
                 save(step)
                 last_save = time.monotonic()
     student.eval()

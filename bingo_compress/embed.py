@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -77,7 +77,7 @@ def plain(
             flush()
     if not good:
         raise BingoError(
-            f"expected images that can be decoded in {folder.root}, found none; see `bingo-compress check --data {folder.root}`"
+            f"expected images in {folder.root}, found none that can be decoded; `bingo-compress check --data {folder.root}` says why"
         )
     return {name: torch.cat(parts) for name, parts in found.items()}, good
 
@@ -93,7 +93,7 @@ def pixels_of(preprocessing: Preprocessing, folder: Folder, order: Sequence[int]
             break
     if not found:
         raise BingoError(
-            f"expected images that can be decoded in {folder.root}, found none; see `bingo-compress check --data {folder.root}`"
+            f"expected images in {folder.root}, found none that can be decoded; `bingo-compress check --data {folder.root}` says why"
         )
     return torch.stack(found)
 
@@ -117,7 +117,7 @@ def teacher_pass(
     key = stage_key(
         images=folder.fingerprint(),
         teacher=weights_digest(teacher),
-        geometry=teacher.preprocessing.geometry(),
+        preprocessing=asdict(teacher.preprocessing),
         views=views,
         scale_min=scale_min,
         seed=seed,

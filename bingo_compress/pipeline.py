@@ -93,11 +93,17 @@ def run_distill(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: b
     models = build_models(recipe)
     recipe = models.recipe.model_copy(update={"data": str(Path(recipe.data).resolve())})
     _refuse_other_recipe(before, recipe)
+    side = pixels.store_side(recipe.image_size, recipe.teacher_size)
+    if not out.exists():  # refused before anything is written
+        embed.pixels_of(models.student.preprocessing, folder, range(len(folder.files)), 1)
+        run_dir.need_space(
+            next(parent for parent in out.resolve().parents if parent.is_dir()), 3 * side**2 * len(folder.files), "the pixel store"
+        )
     run = run_dir.open_new(out, resume=resume, overwrite=overwrite)
     run_dir.write_text(run.recipe, recipe_text(recipe))
     header(models, folder, device, recipe)
 
-    store, folder = pixels.build(folder, pixels.store_side(recipe.image_size, recipe.teacher_size), run.work, device)
+    store, folder = pixels.build(folder, side, run.work, device)
     images.write_quarantine(run.quarantine, folder.bad)
     if folder.bad:
         screen.say(f"{len(folder.bad):,} files cannot be used and are left out; {run.quarantine} names each with its reason")

@@ -65,6 +65,8 @@ def build(folder: Folder, side: int, work: Path, device: torch.device) -> tuple[
         json.loads(state.read_text()) if state.exists() and data.exists() else {"tried": 0, "good": [], "aspect": [], "bad": []}
     )
     each = side * side * 3
+    if not data.exists() or data.stat().st_size < each * len(done["good"]):  # cut short: what the state says is not there
+        done = {"tried": 0, "good": [], "aspect": [], "bad": []}
     if done["tried"] < len(folder.files):
         need_space(work, each * (len(folder.files) - done["tried"]), "the pixel store")
         _fill(folder, side, data, state, done)

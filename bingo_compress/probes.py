@@ -79,12 +79,12 @@ def _logistic(x: Tensor, y: Tensor, classes: int, strength: float, start: tuple[
 
 def accuracy(predicted: Tensor, labels: Tensor) -> float:
     """Share of equal entries."""
-    return float((predicted == labels).float().mean())
+    return float((predicted == labels).double().mean())
 
 
 def balanced_accuracy(predicted: Tensor, labels: Tensor) -> float:
     """Mean over the classes present in `labels` of the share found: a rare class counts as much as a common one."""
-    return float(torch.stack([(predicted[labels == c] == c).float().mean() for c in labels.unique()]).mean())
+    return float(torch.stack([(predicted[labels == c] == c).double().mean() for c in labels.unique()]).mean())
 
 
 def auc(scores: Tensor, positive: Tensor) -> float:
@@ -104,7 +104,7 @@ def neighbour_recall(teacher: tuple[Tensor, Tensor], student: tuple[Tensor, Tens
     k = min(k, len(teacher[1]))
     wanted = nearest_neighbours(*teacher, k)[1]
     found = nearest_neighbours(*student, k)[1]
-    return float((wanted[:, :, None] == found[:, None, :]).any(2).float().mean())
+    return float((wanted[:, :, None] == found[:, None, :]).any(2).double().mean())
 
 
 def gap_closed(low: float, value: float, high: float) -> float:

@@ -58,7 +58,12 @@ def read_tensors(file: Path, option: str) -> Tensors:
             ) from None
         raise BingoError(f"{option}: {file} is not a readable weights file (damaged, or not a checkpoint)") from None
     except Exception as error:
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        # A text file ends in a KeyError whose words are a number.
+        why = (
+            "damaged, or not a checkpoint"
+            if isinstance(error, KeyError)
+            else (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        )
         raise BingoError(f"{option}: {file} is not a readable weights file ({why})") from None
     for wrapper in ("teacher", "state_dict", "state_dict_ema", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):

@@ -106,7 +106,6 @@ def test_unknown_keys_and_wrong_types_in_settings_and_recipes(bingo: Any, data: 
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.xfail(strict=True, reason="typer prints usage, a hint, an empty line and Error: instead of one line that starts with error:")
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -142,6 +142,34 @@ def test_masking_takes_negatives_away(tmp_path: Path) -> None:
     assert masked < free - 0.01
 
 
+def test_negatives_are_earlier_anchors_and_the_mask_is_the_anchor_with_its_bag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = torch.arange(IMAGES).flip(0)[:30]  # positions are not image numbers
+    bags = (torch.arange(30)[:, None] + torch.tensor([1, 2, 5])) % 30
+    place = {image: position for position, image in enumerate(training.tolist())}
+    real, earlier = distill.LOSSES["bingo"].__call__, list[int]()
+    masks = 0
+
+    def checked(loss: Any, queries: Any, targets: Any, negatives: torch.Tensor, masked: torch.Tensor, epoch: int) -> Any:
+        nonlocal masks
+        held = negatives.argmax(1).tolist()  # the target of image i is the unit vector i
+        assert sorted(held) == sorted(earlier[-20:])
+        anchors = targets.anchor.argmax(1).tolist()
+        for row, anchor in enumerate(anchors):
+            bag = {anchor, *training[bags[place[anchor]]].tolist()}
+            assert masked[row].tolist() == [image in bag for image in held]
+        masks += int(masked.sum())
+        earlier.extend(anchors)
+        return real(loss, queries, targets, negatives, masked, epoch)
+
+    monkeypatch.setattr(distill.LOSSES["bingo"], "__call__", checked)
+    source = StoredTargets(torch.eye(IMAGES)[:, None], TargetSpace(None, None), CPU)
+    files = (tmp_path / "metrics.jsonl", tmp_path / "checkpoint.safetensors")
+    distill.distill(recipe(queue_size=20, epochs=4), encoder(), STORE, training, bags, source, IMAGES, *files, CPU)
+    assert len(earlier) == 4 * 3 * 8
+    assert masks > 50
+    assert all(len(set(earlier[start : start + 24])) == 24 for start in range(0, 96, 24))  # an epoch shows no image twice
+
+
 def test_stored_and_online_targets_both_work_and_the_teacher_never_changes(tmp_path: Path) -> None:
     teacher = encoder("test_resnet", 32, seed=0)
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}

@@ -129,6 +129,23 @@ def test_the_pass_gives_plain_features_unit_embeddings_and_differing_views(
     assert not torch.equal(seen.views[:4], seen.views[4:8])
 
 
+def test_every_batch_and_view_draws_its_own_parameters(
+    folder: images.Folder, store: pixels.PixelStore, teacher: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.Tensor] = []
+    real = augment.draw
+
+    def recorded(*arguments: Any) -> augment.Draw:
+        drawn = real(*arguments)
+        seen.append(drawn.brightness)
+        return drawn
+
+    monkeypatch.setattr(augment, "draw", recorded)
+    run_pass(teacher, folder, store, tmp_path)
+    assert [len(batch) for batch in seen] == [4] * 8 + [2] * 2
+    assert len(torch.cat(seen).unique()) == COUNT * 2
+
+
 def test_without_views_the_pass_gives_none(folder: images.Folder, store: pixels.PixelStore, teacher: Encoder, tmp_path: Path) -> None:
     assert run_pass(teacher, folder, store, tmp_path, views=0).views.shape == (COUNT, 0, teacher.width)
 

@@ -51,7 +51,6 @@ def quick(exported: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 MODELS = [
-    pytest.param("test_efficientnet", 32),
     pytest.param("test_resnet", 32, marks=pytest.mark.slow),
     pytest.param("mobilenetv3_small_050", 64, marks=pytest.mark.slow),
     pytest.param("repvit_m0_9", 64, marks=pytest.mark.slow),  # reparameterised

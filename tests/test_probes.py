@@ -72,6 +72,7 @@ def test_the_fit_is_where_the_gradient_of_its_objective_vanishes() -> None:
     assert np.abs(error.mean(0)).max() < 2e-4
 
 
+@pytest.mark.slow  # importing scikit-learn
 def test_the_fit_equals_scikit_learn() -> None:
     linear_model = pytest.importorskip("sklearn.linear_model", reason="scikit-learn is not installed")
     features, labels = clusters(150)
