@@ -63,7 +63,8 @@ def validate(run_path: Path, data: Path, test: Path | None = None, json_file: Pa
     rows = []
     heads: dict[str, probes.LinearHead] = {}
     for name in models:
-        heads[name] = probes.fit_linear(bank[name], bank_labels, len(classes))
+        # The file is judged with the student's own head, as the device will run it: a head fitted anew may end elsewhere.
+        heads[name] = heads["student"] if name == "onnx" else probes.fit_linear(bank[name], bank_labels, len(classes))
         rows.append({"name": name, **_scores(bank[name], bank_labels, queries[name], query_labels, heads[name], len(classes))})
         rows[-1]["neighbour_recall"] = probes.neighbour_recall((queries["teacher"], bank["teacher"]), (queries[name], bank[name]))
     result = {"protocol": _protocol(bank_folder, test_folder, len(bank_labels), len(query_labels), classes), "rows": rows}
@@ -121,6 +122,7 @@ def _protocol(bank: images.Folder, test: images.Folder | None, bank_count: int, 
         "knn": f"weighted vote exp(cos/{probes.KNN_TEMPERATURE}), k = {probes.KNN_K} (DINO), plain view",
         "linear": "logistic regression (L-BFGS) on frozen standardised features; L2 strength chosen on a fifth of the bank held out, never on the test set; refitted on the whole bank",
         "neighbour_recall": f"share of the teacher's {probes.RECALL_K} nearest bank images of each test image that are also the model's; no labels used",
+        "onnx": "the student's linear head on the features that the exported file gives",
         "linear_balanced": "mean over classes of the linear probe's recall",
         "bank": str(bank.root),
         "test": str(test.root) if test else f"a quarter of each class of {bank.root}, set aside",
