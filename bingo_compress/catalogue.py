@@ -6,8 +6,9 @@ import timm
 import torch
 
 from bingo_compress import screen
-from bingo_compress.encoder import FAMILIES, has_pretrained
+from bingo_compress.encoder import has_pretrained
 from bingo_compress.errors import BingoError, nearest
+from bingo_compress.families import FAMILIES
 
 AT_MOST = 60
 SHORT_LIST = [

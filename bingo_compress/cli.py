@@ -66,14 +66,17 @@ def distill(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print settings, sizes, steps, memory and time, then stop")] = False,
 ) -> None:
     """Distil a teacher into a student on a folder of images."""
+    from bingo_compress.early import refuse_early
     from bingo_compress.recipe import load_recipe, recipe_file
 
     words = ("settings", "out", "recipe", "resume", "overwrite", "dry_run", "words")
-    flags: dict[str, Any] = {key: value for key, value in locals().items() if key not in (*words, "load_recipe", "recipe_file")}
+    flags: dict[str, Any] = {
+        key: value for key, value in locals().items() if key not in (*words, "load_recipe", "recipe_file", "refuse_early")
+    }
     saved = out / "recipe.yaml"
     file = recipe_file(recipe) if recipe else saved if resume and saved.is_file() else None
     chosen = load_recipe(file, settings or [], flags)
-    _check_early(chosen, out, resume, overwrite, dry_run)
+    refuse_early(chosen, out, resume, overwrite, dry_run)
 
     from bingo_compress import estimate, pipeline
 
@@ -129,28 +132,6 @@ def models(pattern: Annotated[str, typer.Argument(help="part of a name, or with 
     from bingo_compress.catalogue import show
 
     show(pattern)
-
-
-def _check_early(recipe: Any, out: Path, resume: bool, overwrite: bool, dry_run: bool) -> None:
-    """What can be refused before torch is imported is refused now."""
-    if not recipe.data:
-        raise BingoError("--data: expected a folder of images, found none given; for example --data photos/")
-    for role in ("teacher", "student"):
-        if not getattr(recipe, role):
-            raise BingoError(
-                f"--{role}: expected a model name, found none given; for example --{role} {'resnet152' if role == 'teacher' else 'mobilenetv3'}"
-            )
-        source = getattr(recipe, f"{role}_weights")
-        if source not in ("auto", "pretrained", "random") and not Path(source).is_file():
-            raise BingoError(f"--{role.replace('_', '-')}-weights: expected pretrained, random or a weights file; found no file {source}")
-    if not Path(recipe.data).is_dir():
-        raise BingoError(
-            f"--data: expected a folder of images, found {'a file' if Path(recipe.data).exists() else 'nothing'} at {recipe.data}; check the path"
-        )
-    if out.exists() and not out.is_dir():
-        raise BingoError(f"--out: expected a folder, found the file {out}; name another")
-    if out.is_dir() and any(out.iterdir()) and not (resume or overwrite or dry_run):
-        raise BingoError(f"--out: {out} is not empty; add --resume to go on, --overwrite to start anew, or name another folder")
 
 
 def _version(wanted: bool) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 # Lowest first; a module imports only from lower lines.
 LAYERS = (
-    "errors",
+    "errors families",
     "recipe run_dir",
     "screen feature_queue losses schedule augment weights",
     "images encoder checkpoint",
@@ -17,7 +17,7 @@ LAYERS = (
     "distill checking catalogue",
     "pipeline",
     "validation exporting estimate",
-    "demo",
+    "demo early",
     "cli",
     "__main__",
 )
