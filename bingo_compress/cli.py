@@ -66,13 +66,11 @@ def distill(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print settings, sizes, steps, memory and time, then stop")] = False,
 ) -> None:
     """Distil a teacher into a student on a folder of images."""
+    given = dict(locals())
     from bingo_compress.early import refuse_early
-    from bingo_compress.recipe import load_recipe, recipe_file
+    from bingo_compress.recipe import KEYS, load_recipe, recipe_file
 
-    words = ("settings", "out", "recipe", "resume", "overwrite", "dry_run", "words")
-    flags: dict[str, Any] = {
-        key: value for key, value in locals().items() if key not in (*words, "load_recipe", "recipe_file", "refuse_early")
-    }
+    flags = {key: value for key, value in given.items() if key in KEYS}
     saved = out / "recipe.yaml"
     file = recipe_file(recipe) if recipe else saved if resume and saved.is_file() else None
     chosen = load_recipe(file, settings or [], flags)

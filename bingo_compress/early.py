@@ -8,6 +8,7 @@ from bingo_compress.errors import BingoError, nearest
 from bingo_compress.families import FAMILIES
 from bingo_compress.images import list_folder
 from bingo_compress.recipe import Recipe
+from bingo_compress.run_dir import refuse_taken
 
 OWN = ("resnet50x2",)  # models that weights.py adds to timm's
 
@@ -24,10 +25,7 @@ def refuse_early(recipe: Recipe, out: Path, resume: bool, overwrite: bool, dry_r
         source = getattr(recipe, f"{role}_weights")
         if source not in ("auto", "pretrained", "random") and not Path(source).is_file():
             raise BingoError(f"--{role.replace('_', '-')}-weights: expected pretrained, random or a weights file; found no file {source}")
-    if out.exists() and not out.is_dir():
-        raise BingoError(f"--out: expected a folder, found the file {out}; name another")
-    if out.is_dir() and any(out.iterdir()) and not (resume or overwrite or dry_run):
-        raise BingoError(f"--out: {out} is not empty; add --resume to go on, --overwrite to start anew, or name another folder")
+    refuse_taken(out, may_hold_files=resume or overwrite or dry_run)
     folder = list_folder(Path(recipe.data))
     if len(folder.files) <= recipe.bag_size:
         raise BingoError(

@@ -34,11 +34,8 @@ class RunDir:
 def open_new(path: Path, *, resume: bool, overwrite: bool) -> RunDir:
     """The folder for a run that is to be written. Raises BingoError if something is in it and neither flag says what to do."""
     run = RunDir(path)
-    if path.exists() and not path.is_dir():
-        raise BingoError(f"--out: expected a folder, found the file {path}; name another")
+    refuse_taken(path, may_hold_files=resume or overwrite)
     if path.is_dir() and any(path.iterdir()):
-        if not resume and not overwrite:
-            raise BingoError(f"--out: {path} is not empty; add --resume to go on, --overwrite to start anew, or name another folder")
         if overwrite and not resume:
             _clear(run)
     elif resume:
@@ -48,6 +45,14 @@ def open_new(path: Path, *, resume: bool, overwrite: bool) -> RunDir:
     except OSError as error:
         raise BingoError(f"--out: {path} cannot be made ({error.strerror}); name a folder you may write to") from None
     return run
+
+
+def refuse_taken(path: Path, *, may_hold_files: bool) -> None:
+    """Raise BingoError if `path` is a file, or a folder with something in it unless that is allowed."""
+    if path.exists() and not path.is_dir():
+        raise BingoError(f"--out: expected a folder, found the file {path}; name another")
+    if path.is_dir() and any(path.iterdir()) and not may_hold_files:
+        raise BingoError(f"--out: {path} is not empty; add --resume to go on, --overwrite to start anew, or name another folder")
 
 
 def open_finished(path: Path) -> RunDir:
