@@ -44,9 +44,12 @@ def distill(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="any setting of the recipe; may be repeated")
     ] = None,
-    method: Annotated[str | None, typer.Option(help="bingo")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="bingo, or one to compare with: seed, disco, compress, simreg, coss, moco, self")
+    ] = None,
     epochs: Annotated[int | None, typer.Option(help="passes over the folder")] = None,
     batch_size: Annotated[int | None, typer.Option(help="anchors a step")] = None,
+    bags: Annotated[str | None, typer.Option(help="knn, adaptive, kmeans, labels or none")] = None,
     bag_size: Annotated[int | None, typer.Option(help="nearest neighbours that make an image's bag")] = None,
     queue_size: Annotated[int | None, typer.Option(help="teacher embeddings kept as negatives")] = None,
     temperature: Annotated[float | None, typer.Option(help="tau of the loss")] = None,
@@ -59,6 +62,9 @@ def distill(
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda")] = None,
     seed: Annotated[int | None, typer.Option(help="source of all random numbers")] = None,
+    keep_best: Annotated[
+        bool | None, typer.Option("--keep-best", help="leave the student with the best neighbour recall on held-out images")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out")] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="start the run in --out anew (stored pixels and embeddings that fit are used again)")
@@ -82,6 +88,57 @@ def distill(
         estimate.dry_run(chosen, out)
     else:
         pipeline.run_distill(chosen, out, resume=resume, overwrite=overwrite)
+
+
+@app.command()
+def compare(
+    data: Annotated[str, typer.Option(help="folder of images to distil on")],
+    labels: Annotated[Path, typer.Option(help="labelled images, one folder a class: the bank of the probes")],
+    teacher: Annotated[str, typer.Option(help="a timm model or family")],
+    student: Annotated[str, typer.Option(help="a timm model or family")],
+    test: Annotated[Path | None, typer.Option(help="labelled images to judge on; default: --labels, cross-validated")] = None,
+    methods: Annotated[
+        str, typer.Option(help="names with commas between; settings after colons make a variant: bingo:bag_size=1:bags=kmeans")
+    ] = "bingo,seed,disco,compress,simreg,coss,moco,self",
+    seeds: Annotated[str, typer.Option(help="numbers with commas between")] = "0,1,2",
+    out: Annotated[Path, typer.Option(help="folder for tables and shared stages; the same command again goes on where it was")] = Path(
+        "runs/compare"
+    ),
+    recipe: Annotated[str | None, typer.Option(help="a YAML file, or the name of a recipe that comes with the package")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="any setting of the recipe, for all; may be repeated")
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="passes over the folder, two student views an image; every method gets as many views")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="anchors a step")] = None,
+    bag_size: Annotated[int | None, typer.Option(help="images that make an image's bag")] = None,
+    views: Annotated[str | None, typer.Option(help="teacher views stored an image, or online")] = None,
+    image_size: Annotated[int | None, typer.Option(help="pixels a side for the student; default: its own")] = None,
+    teacher_size: Annotated[int | None, typer.Option(help="pixels a side for the teacher; default: its own")] = None,
+    teacher_weights: Annotated[str | None, typer.Option(help="pretrained (default), a file, or random")] = None,
+    student_weights: Annotated[str | None, typer.Option(help="auto, pretrained, random, or a file")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="run everything anew (pixels and teacher embeddings are used again)")
+    ] = False,
+) -> None:
+    """Several methods, or variants of one, side by side: equal student passes, several seeds, one table."""
+    given = dict(locals())
+    from bingo_compress.early import refuse_early
+    from bingo_compress.recipe import KEYS, load_recipe, recipe_file
+
+    chosen = load_recipe(
+        recipe_file(recipe) if recipe else None, settings or [], {key: value for key, value in given.items() if key in KEYS}
+    )
+    numbers = [part.strip() for part in seeds.split(",")]
+    if not all(number.isdigit() for number in numbers):
+        raise BingoError(f"--seeds: expected numbers with commas between, for example 0,1,2; found {seeds!r}")
+    refuse_early(chosen, out, resume=True, overwrite=overwrite, dry_run=False)
+
+    from bingo_compress.compare import compare as run
+
+    run(chosen, labels, test, methods, list(dict.fromkeys(map(int, numbers))), out, overwrite=overwrite)
 
 
 @app.command()

@@ -108,58 +108,64 @@ class TeacherPass:
 
 
 def teacher_pass(
-    teacher: Encoder, folder: Folder, pixels: PixelStore, views: int, scale_min: float, seed: int, work: Path, device: torch.device
+    teacher: Encoder,
+    folder: Folder,
+    pixels: PixelStore,
+    views: int,
+    scale_min: float,
+    work: Path,
+    device: torch.device,
+    *,
+    of_features: bool = False,
 ) -> TeacherPass:
     """Embed the plain view and `views` augmented views of every image of `folder`, in shards under work/teacher-KEY that are never made twice.
 
-    folder and pixels hold the same images in the same order. Raises BingoError when the disk is too small.
+    folder and pixels hold the same images in the same order. View v of an image is the same whatever `views` and the run's seed are, so that runs
+    share them. of_features: views are backbone features, not embeddings. Raises BingoError when the disk is too small.
     """
     key = stage_key(
         images=folder.fingerprint(),
         teacher=weights_digest(teacher),
         preprocessing=asdict(teacher.preprocessing),
-        views=views,
         scale_min=scale_min,
-        seed=seed,
+        of_features=of_features and teacher.projection is not None,
+        layout=2,
     )
     shards = work / f"teacher-{key}"
     drop_stale(work, "teacher", {shards.name})
     shards.mkdir(exist_ok=True)
     ranges = [range(start, min(start + SHARD, len(folder.files))) for start in range(0, len(folder.files), SHARD)]
-    files = [shards / f"{rows.start:09d}.safetensors" for rows in ranges]
-    missing = [(rows, file) for rows, file in zip(ranges, files, strict=True) if not file.exists()]
+    files = {
+        (rows, view): shards / f"{'plain' if view < 0 else f'view{view}'}-{rows.start:09d}.safetensors"
+        for view in range(-1, views)
+        for rows in ranges
+    }
+    missing = [(rows, view, file) for (rows, view), file in files.items() if not file.exists()]
     if missing:
-        count = sum(len(rows) for rows, _ in missing)
+        count = sum(len(rows) for rows, _, _ in missing)
         with torch.inference_mode():
             width = teacher.embed(torch.zeros(1, 3, teacher.preprocessing.size, teacher.preprocessing.size))[1].shape[1]
-        need_space(work, count * 2 * (teacher.width + (views + 1) * width), "the teacher's embeddings")
+        need_space(work, count * 2 * max(teacher.width, width) + len(folder.files) * 2 * width, "the teacher's embeddings")
         teacher.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        with screen.bar(f"teacher, {views + 1} views", count * (views + 1)) as advance:
-            for rows, file in missing:
-                checkpoint.save(file, _embed_shard(teacher, folder, pixels, rows, views, scale_min, seed, device, advance))
-    loaded = [checkpoint.load(file)[0] for file in files]
-    return TeacherPass(*(torch.cat([shard[name] for shard in loaded]) for name in ("features", "embeddings", "views")))
+        with screen.bar(f"teacher, {views + 1} views", len(folder.files) * (views + 1)) as advance:
+            advance(len(folder.files) * (views + 1) - count)
+            for rows, view, file in missing:
+                if view < 0:
+                    checkpoint.save(file, _plain_shard(teacher, folder, rows, device, advance))
+                else:
+                    checkpoint.save(file, _view_shard(teacher, pixels, rows, view, scale_min, device, advance, of_features))
+    loaded = {where: checkpoint.load(file)[0] for where, file in files.items()}
+    features, embeddings = (torch.cat([loaded[rows, -1][name] for rows in ranges]) for name in ("features", "embeddings"))
+    each = [torch.cat([loaded[rows, view]["views"] for rows in ranges]) for view in range(views)]
+    return TeacherPass(
+        features, embeddings, torch.stack(each, dim=1) if each else embeddings.new_empty(len(embeddings), 0, embeddings.shape[1])
+    )
 
 
 @torch.inference_mode()
-def _embed_shard(
-    teacher: Encoder,
-    folder: Folder,
-    pixels: PixelStore,
-    rows: range,
-    views: int,
-    scale_min: float,
-    seed: int,
-    device: torch.device,
-    advance: screen.Advance,
-) -> dict[str, Tensor]:
+def _plain_shard(teacher: Encoder, folder: Folder, rows: range, device: torch.device, advance: screen.Advance) -> dict[str, Tensor]:
     geometry = teacher.preprocessing.geometry()
-    features, embeddings, viewed = [], [], []
-
-    def run(batch: Tensor) -> tuple[Tensor, Tensor]:
-        pair = teacher.embed(batch.contiguous(memory_format=torch.channels_last))
-        return pair[0].half().cpu(), normalize(pair[1].float(), dim=1).half().cpu()
-
+    features, embeddings = [], []
     decoded = decode_all(folder, rows, lambda picture: preprocess(picture, **geometry))
     for start in range(rows.start, rows.stop, BATCH):
         batch = []
@@ -168,20 +174,40 @@ def _embed_shard(
             if isinstance(result, ImageError):
                 raise BingoError(f"{folder.path(index)} changed while the run was reading it ({result}); start the command again")
             batch.append(torch.from_numpy(result))
-        feature, embedding = run(to_float(torch.stack(batch).to(device)))
-        features.append(feature)
+        feature, embedding = _both(teacher, to_float(torch.stack(batch).to(device)))
+        features.append(feature.half().cpu())
         embeddings.append(embedding)
         advance(len(batch))
-        indices = torch.arange(start, start + len(batch))
-        each = []
-        for view in range(views):
-            # One generator a batch and view: the views do not depend on where the pass was interrupted.
-            generator = torch.Generator().manual_seed(hash_seed(seed, "view", view, start))
-            drawn = augment.draw(pixels.aspect[indices], generator, scale_min)
-            each.append(run(augment.apply(pixels.batch(indices), drawn, teacher.preprocessing.size))[1])
-            advance(len(batch))
-        viewed.append(torch.stack(each, dim=1) if views else torch.empty(len(batch), 0, embedding.shape[1], dtype=torch.float16))
-    return {"features": torch.cat(features), "embeddings": torch.cat(embeddings), "views": torch.cat(viewed)}
+    return {"features": torch.cat(features), "embeddings": torch.cat(embeddings)}
+
+
+@torch.inference_mode()
+def _view_shard(
+    teacher: Encoder,
+    pixels: PixelStore,
+    rows: range,
+    view: int,
+    scale_min: float,
+    device: torch.device,
+    advance: screen.Advance,
+    of_features: bool,
+) -> dict[str, Tensor]:
+    viewed = []
+    for start in range(rows.start, rows.stop, BATCH):
+        indices = torch.arange(start, min(start + BATCH, rows.stop))
+        # One generator a batch and view: the views do not depend on where the pass was interrupted.
+        generator = torch.Generator().manual_seed(hash_seed("view", view, start))
+        drawn = augment.draw(pixels.aspect[indices], generator, scale_min)
+        feature, embedding = _both(teacher, augment.apply(pixels.batch(indices), drawn, teacher.preprocessing.size))
+        viewed.append(normalize(feature, dim=1).half().cpu() if of_features else embedding)
+        advance(len(indices))
+    return {"views": torch.cat(viewed)}
+
+
+def _both(teacher: Encoder, batch: Tensor) -> tuple[Tensor, Tensor]:
+    """(features float32 on the device, embeddings float16 of length one on the CPU)."""
+    features, embeddings = teacher.embed(batch.contiguous(memory_format=torch.channels_last))
+    return features.float(), normalize(embeddings.float(), dim=1).half().cpu()
 
 
 @dataclass(frozen=True)
@@ -193,16 +219,20 @@ class TargetSpace:
 
     def __call__(self, embeddings: Tensor) -> Tensor:
         """(..., D) -> (..., d) float32, L2-normalised."""
+        return normalize(self.project(embeddings), dim=-1)
+
+    def project(self, embeddings: Tensor) -> Tensor:
+        """The same without the last normalisation: (..., D) -> (..., d) float32."""
         points = normalize(embeddings.float(), dim=-1)
         if self.mean is not None:
             points = points - self.mean.to(points.device)
         if self.basis is not None:
             points = points @ self.basis.to(points.device)
-        return normalize(points, dim=-1)
+        return points
 
 
 def target_space(embeddings: Tensor, target: str, dim: int) -> TargetSpace:
-    """Fit on the plain-view embeddings (N, D). target: raw, centred or pca; pca keeps at most `dim` dimensions."""
+    """Fit on the plain-view embeddings (N, D). target: raw, centred, pca (at most `dim` dimensions kept) or whitened (the same, each scaled to variance 1)."""
     if target == "raw":
         return TargetSpace(None, None)
     points = normalize(embeddings.float(), dim=1)
@@ -214,40 +244,75 @@ def target_space(embeddings: Tensor, target: str, dim: int) -> TargetSpace:
         centred = (rows - mean).double()
         covariance += centred.T @ centred
     keep = min(dim, points.shape[1], len(points) - 1)
-    return TargetSpace(mean, torch.linalg.eigh(covariance).eigenvectors[:, -keep:].float())
+    values, vectors = torch.linalg.eigh(covariance / len(points))
+    basis = vectors[:, -keep:]
+    if target == "whitened":
+        # The floor keeps directions without spread (fewer images than dimensions) from being blown up to noise.
+        basis = basis / values[-keep:].clamp(min=1e-6 * float(values[-1])).sqrt()
+    return TargetSpace(mean, basis.float())
 
 
 class StoredTargets:
-    """Targets from stored views: one of an image's V views, drawn anew each time. views: (N, V, D)."""
+    """Targets from stored views: one of an image's V views, drawn anew each time. views: (N, V, D). lengths: not normalised at the end."""
 
-    def __init__(self, views: Tensor, space: TargetSpace, device: torch.device) -> None:
-        self._views = torch.cat([space(rows).half() for rows in views.split(8192)])
+    def __init__(self, views: Tensor, space: TargetSpace, device: torch.device, *, lengths: bool = False) -> None:
+        self._lengths = lengths
+        self._views = torch.cat([(space.project(rows) if lengths else space(rows)).half() for rows in views.split(8192)])
         if device.type == "cuda" and self._views.nbytes < 0.2 * torch.cuda.mem_get_info(device)[0]:
             self._views = self._views.to(device)
         self._device = device
         self.dim = self._views.shape[2]
 
     def __call__(self, indices: Tensor, generator: torch.Generator) -> Tensor:
-        """Targets (B, dim), float32, L2-normalised, of the images `indices` (B,)."""
+        """Targets (B, dim), float32, L2-normalised (unless `lengths`), of the images `indices` (B,)."""
         view = torch.randint(self._views.shape[1], (len(indices),), generator=generator)
         home = self._views.device
-        return normalize(self._views[indices.to(home), view.to(home)].to(self._device).float(), dim=1)
+        drawn = self._views[indices.to(home), view.to(home)].to(self._device).float()
+        return drawn if self._lengths else normalize(drawn, dim=1)
 
 
 class OnlineTargets:
-    """Targets from the teacher itself, run on a fresh view of each image."""
+    """Targets from the teacher itself, run on a fresh view of each image. lengths: not normalised at the end."""
 
-    def __init__(self, teacher: Encoder, pixels: PixelStore, space: TargetSpace, scale_min: float, device: torch.device, dim: int) -> None:
+    def __init__(
+        self,
+        teacher: Encoder,
+        pixels: PixelStore,
+        space: TargetSpace,
+        scale_min: float,
+        device: torch.device,
+        dim: int,
+        *,
+        features: bool = False,
+        lengths: bool = False,
+    ) -> None:
         self._teacher = teacher.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._pixels, self._space, self._scale_min = pixels, space, scale_min
+        self._pixels, self._scale_min = pixels, scale_min
+        self._project = space.project if lengths else space.__call__
+        self._which = 0 if features else 1
         self.dim = dim
 
     @torch.no_grad()
     def __call__(self, indices: Tensor, generator: torch.Generator) -> Tensor:
-        """Targets (B, dim), float32, L2-normalised, of the images `indices` (B,)."""
+        """Targets (B, dim), float32, L2-normalised (unless `lengths`), of the images `indices` (B,)."""
         drawn = augment.draw(self._pixels.aspect[indices], generator, self._scale_min)
         images = augment.apply(self._pixels.batch(indices), drawn, self._teacher.preprocessing.size)
-        return self._space(self._teacher.embed(images.contiguous(memory_format=torch.channels_last))[1])
+        return self._project(self._teacher.embed(images.contiguous(memory_format=torch.channels_last))[self._which])
+
+
+@torch.inference_mode()
+def store_features(encoder: Encoder, pixels: PixelStore, indices: Tensor, device: torch.device) -> Tensor:
+    """Features (n, width), on the CPU, of whole images of the pixel store, resized without crop: close to the plain view, and nothing is decoded."""
+    was_training = encoder.training
+    encoder.eval()
+    size = encoder.preprocessing.size
+    whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
+    found = []
+    for rows in indices.split(BATCH):
+        views = augment.crop(pixels.batch(rows), whole.expand(len(rows), 4), size).float().div_(255)
+        found.append(encoder(views.contiguous(memory_format=torch.channels_last)).float().cpu())
+    encoder.train(was_training)
+    return torch.cat(found)
 
 
 def hash_seed(*parts: object) -> int:

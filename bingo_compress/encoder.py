@@ -13,7 +13,6 @@ from urllib.parse import urlparse
 import timm
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
 from bingo_compress import weights
 from bingo_compress.errors import BingoError, nearest
@@ -89,15 +88,20 @@ class Encoder(nn.Module):
 
 
 class ProjectionHead(nn.Sequential):
-    """The paper's student head, used in training only: Linear(width, hidden)-ReLU-Linear(hidden, dim)."""
+    """The paper's student head, used in training only: Linear(width, hidden)-ReLU-Linear(hidden, dim), (B, width) -> (B, dim)."""
 
     def __init__(self, width: int, hidden: int, dim: int) -> None:
         super().__init__(nn.Linear(width, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, dim))
 
-    def forward(self, features: Tensor) -> Tensor:
-        """(B, width) -> (B, dim), L2-normalised, float32."""
-        embedded: Tensor = super().forward(features)  # type: ignore[no-untyped-call]
-        return normalize(embedded.float(), dim=1)
+
+class RegressionHead(nn.Sequential):
+    """SimReg's student head, used in training only: four linear layers with BatchNorm and ReLU between them, the last to the teacher's width."""
+
+    def __init__(self, width: int, hidden: int, dim: int) -> None:
+        layers: list[nn.Module] = []
+        for before, after in ((width, hidden), (hidden, hidden // 2), (hidden // 2, hidden)):
+            layers += [nn.Linear(before, after), nn.BatchNorm1d(after), nn.ReLU(inplace=True)]
+        super().__init__(*layers, nn.Linear(hidden, dim))
 
 
 def resolve_name(word: str, option: str) -> str:

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from bingo_compress import images, screen
-from bingo_compress.distill import plan
-from bingo_compress.embed import hash_seed
-from bingo_compress.encoder import Encoder, ProjectionHead
+from bingo_compress.distill import make_head, plan
+from bingo_compress.encoder import Encoder
 from bingo_compress.errors import BingoError
 from bingo_compress.pipeline import build_models, choose_device, header, resolve, split
 from bingo_compress.pixels import store_side
@@ -91,9 +90,8 @@ def _teacher_seconds(teacher: Encoder, device: torch.device) -> float:
 
 def _step_cost(student: Encoder, recipe: Recipe, views: int, dim: int, device: torch.device) -> tuple[float, float]:
     """(seconds of a step, bytes of its activations), from a step on at most SAMPLE_VIEWS views, scaled up."""
-    torch.manual_seed(hash_seed(recipe.seed, "head"))
     size = student.preprocessing.size
-    head = ProjectionHead(student.width, recipe.head_hidden, dim).to(device)
+    head = make_head(recipe, student.width, dim).to(device)
     student.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     tried = min(views, SAMPLE_VIEWS)
     batch = torch.rand(tried, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)

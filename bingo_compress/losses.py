@@ -1,17 +1,23 @@
-"""The losses: pure functions of tensors. A method is one dataclass whose call gives {name: scalar}, and one line in LOSSES."""
+"""The losses: pure functions of tensors. A method is one dataclass whose call gives {name: scalar}, and one line in LOSSES.
 
-from dataclasses import dataclass
+What a method needs from the loop stands beside its equation: `mates` (its second view shows a bag mate, else the anchor again), `teacher`, `momentum`
+(embeddings of the student's own moving average: "views" of both student views, "fresh" of one more view of the anchor), `lengths` (embeddings come as
+they are, not of length one), `regression` (a deeper head onto the teacher's own features). Its fields are settings of the recipe.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import cosine_similarity, softplus
 
 MASKED = -1e9  # finite, so that a row whose every negative is masked has a gradient of zero, not NaN
 
 
 @dataclass(frozen=True)
 class Queries:
-    """Student embeddings of one batch, each (B, D), L2-normalised: anchor, bag mate, and (official) the CutMix of both with its share."""
+    """Student embeddings of one batch, each (B, D): the anchor, the second view (see `mates`), and (official) the CutMix of both with its share."""
 
     anchor: Tensor
     mate: Tensor
@@ -21,18 +27,68 @@ class Queries:
 
 @dataclass(frozen=True)
 class Targets:
-    """Teacher embeddings (B, D), L2-normalised, of the anchors and (official) of their bag mates."""
+    """Embeddings (B, D) of the anchors and, where a method asks for them, of what the second view shows; views of their own."""
 
     anchor: Tensor
     mate: Tensor | None = None
 
 
-def negatives_energy(query: Tensor, negatives: Tensor, masked: Tensor | None, temperature: float) -> Tensor:
-    """log of the sum over the queue of exp(query . q / tau). query: (B, D); negatives: (Q, D); masked: (B, Q) left out. Returns (B,)."""
+@dataclass(frozen=True)
+class Batch:
+    """All that a loss may look at. keys: by the student's moving average; negatives: (Q, D) earlier targets (keys where there are no targets);
+    masked: (B, Q) rows that are no negatives for that anchor, or None."""
+
+    queries: Queries
+    targets: Targets | None
+    keys: Targets | None
+    negatives: Tensor
+    masked: Tensor | None
+    epoch: int
+
+    @property
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """Each student view with the target of the image it shows."""
+        assert self.targets is not None and self.targets.mate is not None
+        return [(self.queries.anchor, self.targets.anchor), (self.queries.mate, self.targets.mate)]
+
+
+class Loss(Protocol):
+    """A method: what it needs, and its equation."""
+
+    mates: ClassVar[bool]
+    teacher: ClassVar[bool]
+    momentum: ClassVar[str]
+    lengths: ClassVar[bool]
+    regression: ClassVar[bool]
+    own_temperature: ClassVar[float]
+
+    @property
+    def temperature(self) -> float:
+        """tau of the student's side."""
+
+    @property
+    def official(self) -> bool:
+        """Whether a mixed student view is needed."""
+
+    @property
+    def both(self) -> bool:
+        """Whether the second view needs a target of its own."""
+
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        """The terms whose sum is the loss."""
+
+
+def similarities(query: Tensor, negatives: Tensor, masked: Tensor | None, temperature: float) -> Tensor:
+    """query . q / tau for every q of the queue, (B, Q). query: (B, D); negatives: (Q, D); masked: (B, Q) left out."""
     logits = query @ negatives.T / temperature
-    if masked is not None:
-        logits = logits.masked_fill(masked, MASKED)
-    return logits.logsumexp(dim=1) if len(negatives) else torch.full_like(query[:, 0], MASKED)
+    return logits if masked is None else logits.masked_fill(masked, MASKED)
+
+
+def negatives_energy(query: Tensor, negatives: Tensor, masked: Tensor | None, temperature: float) -> Tensor:
+    """log of the sum over the queue of exp(query . q / tau). Arguments as in `similarities`. Returns (B,)."""
+    if not len(negatives):
+        return torch.full_like(query[:, 0], MASKED)
+    return similarities(query, negatives, masked, temperature).logsumexp(dim=1)
 
 
 def info_nce(query: Tensor, target: Tensor, energy: Tensor, temperature: float) -> Tensor:
@@ -41,31 +97,56 @@ def info_nce(query: Tensor, target: Tensor, energy: Tensor, temperature: float) 
 
 
 @dataclass(frozen=True)
-class Bingo:
+class _Method:
+    """What most methods share: a teacher, both views of the anchor, embeddings of length one."""
+
+    temperature: float = 0.2
+    mates: ClassVar[bool] = False
+    teacher: ClassVar[bool] = True
+    momentum: ClassVar[str] = ""
+    lengths: ClassVar[bool] = False
+    regression: ClassVar[bool] = False
+    own_temperature: ClassVar[float] = 0.2
+    official: ClassVar[bool] = False
+    both: ClassVar[bool] = True
+
+    def _contrast(self, query: Tensor, key: Tensor, batch: Batch) -> Tensor:
+        energy = negatives_energy(query, batch.negatives, batch.masked, self.temperature)
+        return info_nce(query, key, energy, self.temperature)
+
+
+@dataclass(frozen=True)
+class Bingo(_Method):
     """BINGO (arXiv 2107.01691). variant "paper": its equations; "official": what the published code computes (CutMix, two targets)."""
 
-    temperature: float
-    variant: str
-    switch_epoch: int
+    variant: str = "paper"
+    switch_epoch: int = 11
+    mates: ClassVar[bool] = True
 
     @property
-    def official(self) -> bool:
+    def official(self) -> bool:  # type: ignore[override]
         """Whether a mixed student view and the mate's target are needed."""
         return self.variant == "official"
 
-    def __call__(self, queries: Queries, targets: Targets, negatives: Tensor, masked: Tensor | None, epoch: int) -> dict[str, Tensor]:
-        """The terms whose sum is the loss. negatives: (Q, D); masked: (B, Q) rows that are no negatives for that anchor, or None."""
-        tau = self.temperature
-        anchor_energy = negatives_energy(queries.anchor, negatives, masked, tau)
-        mate_energy = negatives_energy(queries.mate, negatives, masked, tau)
+    @property
+    def both(self) -> bool:  # type: ignore[override]
+        """Whether the mate's target is needed."""
+        return self.official
+
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        """intra + inter (+ mixed)."""
+        assert batch.targets is not None
+        queries, targets, tau = batch.queries, batch.targets, self.temperature
         if not self.official:
             return {
-                "intra": info_nce(queries.anchor, targets.anchor, anchor_energy, tau),
-                "inter": info_nce(queries.mate, targets.anchor, mate_energy, tau),
+                "intra": self._contrast(queries.anchor, targets.anchor, batch),
+                "inter": self._contrast(queries.mate, targets.anchor, batch),
             }
         assert queries.mixed is not None and targets.mate is not None
-        own, other = (1.0, 0.0) if epoch < self.switch_epoch else (0.5, 0.5)
-        mixed_energy = negatives_energy(queries.mixed, negatives, masked, tau)
+        own, other = (1.0, 0.0) if batch.epoch < self.switch_epoch else (0.5, 0.5)
+        anchor_energy, mate_energy, mixed_energy = (
+            negatives_energy(query, batch.negatives, batch.masked, tau) for query in (queries.anchor, queries.mate, queries.mixed)
+        )
         share = queries.share
         intra = info_nce(queries.anchor, targets.anchor, anchor_energy, tau) + info_nce(queries.mate, targets.mate, mate_energy, tau)
         inter = info_nce(queries.anchor, targets.mate, anchor_energy, tau) + info_nce(queries.mate, targets.anchor, mate_energy, tau)
@@ -74,4 +155,127 @@ class Bingo:
         return {"intra": own * intra / 3, "inter": other * inter / 3, "mixed": mixed / 3}
 
 
-LOSSES = {"bingo": Bingo}
+@dataclass(frozen=True)
+class Itself(_Method):
+    """BINGO's equations with the student's own moving average as teacher (the paper's future work); bags are rebuilt from it every few epochs."""
+
+    mates: ClassVar[bool] = True
+    teacher: ClassVar[bool] = False
+    momentum: ClassVar[str] = "fresh"
+    both: ClassVar[bool] = False
+
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        """intra + inter."""
+        assert batch.keys is not None
+        key = batch.keys.anchor
+        return {"intra": self._contrast(batch.queries.anchor, key, batch), "inter": self._contrast(batch.queries.mate, key, batch)}
+
+
+@dataclass(frozen=True)
+class Moco(_Method):
+    """MoCo-v2 (arXiv 2003.04297), no teacher: InfoNCE of each view against the other's key by the moving average, mean of both directions."""
+
+    teacher: ClassVar[bool] = False
+    momentum: ClassVar[str] = "views"
+
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        """contrast."""
+        assert batch.keys is not None and batch.keys.mate is not None
+        queries, keys = batch.queries, batch.keys
+        return {"contrast": (self._contrast(queries.anchor, batch.keys.mate, batch) + self._contrast(queries.mate, keys.anchor, batch)) / 2}
+
+
+@dataclass(frozen=True)
+class Disco(_Method):
+    """DisCo (arXiv 2104.09124): MoCo-v2's loss and, for each view, the squared distance of the normalised embeddings of student and teacher."""
+
+    momentum: ClassVar[str] = "views"
+
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        """contrast + one distance a view, weights 1/1/1."""
+        distances = [(query - target).square().sum(1).mean() for query, target in batch.pairs]
+        return {**Moco(self.temperature)(batch), "distance": distances[0] + distances[1]}
+
+
+@dataclass(frozen=True)
+class Seed(_Method):
+    """SEED (arXiv 2101.04731): cross-entropy between teacher's and student's softmax over [own target; queue]. temperature is the student's."""
+
+    teacher_temperature: float = 0.01
+
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        """distribution: mean of both views."""
+        return {"distribution": torch.stack([self._one(query, target, batch) for query, target in batch.pairs]).mean()}
+
+    def _one(self, query: Tensor, target: Tensor, batch: Batch) -> Tensor:
+        def logits(rows: Tensor, tau: float) -> Tensor:
+            own = (rows * target).sum(1, keepdim=True) / tau
+            return torch.cat((own, similarities(rows, batch.negatives, batch.masked, tau)), dim=1)
+
+        wanted = logits(target, self.teacher_temperature).softmax(1)
+        return -(wanted * logits(query, self.temperature).log_softmax(1)).sum(1).mean()
+
+
+@dataclass(frozen=True)
+class Compress(_Method):
+    """CompRess, 1q (arXiv 2010.14713): KL between the teacher's and the student's softmax over one queue of teacher embeddings."""
+
+    temperature: float = 0.04
+    own_temperature: ClassVar[float] = 0.04
+
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        """distribution: mean of both views."""
+        return {"distribution": torch.stack([self._one(query, target, batch) for query, target in batch.pairs]).mean()}
+
+    def _one(self, query: Tensor, target: Tensor, batch: Batch) -> Tensor:
+        if not len(batch.negatives):
+            return query.sum() * 0
+        wanted, found = (similarities(rows, batch.negatives, batch.masked, self.temperature).log_softmax(1) for rows in (target, query))
+        return (wanted.exp() * (wanted - found)).sum(1).mean()
+
+
+@dataclass(frozen=True)
+class Simreg(_Method):
+    """SimReg (arXiv 2201.05131): squared distance of the normalised output of a four-layer head to the teacher's normalised features."""
+
+    regression: ClassVar[bool] = True
+
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        """distance: mean of both views."""
+        return {"distance": torch.stack([(query - target).square().sum(1).mean() for query, target in batch.pairs]).mean()}
+
+
+@dataclass(frozen=True)
+class Coss(_Method):
+    """CoSS (arXiv 2409.13939): cosine distance of each embedding, and of each dimension over a batch that is enriched with neighbours."""
+
+    mates: ClassVar[bool] = True
+    lengths: ClassVar[bool] = True
+
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        """feature + space."""
+        queries, targets = (torch.cat(rows) for rows in zip(*batch.pairs, strict=True))
+        return {
+            "feature": (1 - cosine_similarity(queries, targets, dim=1)).mean(),
+            "space": (1 - cosine_similarity(queries, targets, dim=0)).mean(),
+        }
+
+
+LOSSES: dict[str, Any] = {
+    "bingo": Bingo,
+    "seed": Seed,
+    "disco": Disco,
+    "compress": Compress,
+    "simreg": Simreg,
+    "coss": Coss,
+    "moco": Moco,
+    "self": Itself,
+}
+
+
+def make_loss(method: str, settings: dict[str, Any]) -> Loss:
+    """The method with those of its fields that are in `settings`; a temperature of 0 means the method's own."""
+    kind = LOSSES[method]
+    values = {field.name: settings[field.name] for field in fields(kind) if field.name in settings}
+    made: Loss = kind(**values | {"temperature": settings.get("temperature") or kind.own_temperature})
+    return made

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from bingo_compress import __version__, bagging, checkpoint, embed, images, pixels, probes, run_dir, screen
-from bingo_compress.distill import Plan, distill, plan
+from bingo_compress.distill import Check, Plan, TargetOf, distill, loss_of, plan
 from bingo_compress.encoder import Encoder, build, has_pretrained, resolve_name
 from bingo_compress.errors import BingoError
 from bingo_compress.recipe import RESUME_MAY_CHANGE, Recipe, load_recipe, recipe_text
 
 HELD_OUT_AT_MOST = 1000
 GALLERY_AT_MOST = 20_000
+CHECK_GALLERY = 2000
+CHECKS = 10
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ def choose_device(wanted: str) -> torch.device:
 
 def resolve(recipe: Recipe) -> Recipe:
     """Family names to models and `auto` student weights to what they mean; says on screen what it chose. Raises BingoError."""
-    names: dict[str, Any] = {}
+    names: dict[str, Any] = {"temperature": loss_of(recipe).temperature}
     for role in ("teacher", "student"):
         names[role] = resolve_name(getattr(recipe, role), f"--{role}")
         if names[role] != getattr(recipe, role):
@@ -103,39 +105,118 @@ def run_distill(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: b
     run_dir.write_text(run.recipe, recipe_text(recipe))
     header(models, folder, device, recipe)
 
-    store, folder = pixels.build(folder, side, run.work, device)
-    images.write_quarantine(run.quarantine, folder.bad)
-    if folder.bad:
-        screen.say(f"{len(folder.bad):,} files cannot be used and are left out; {run.quarantine} names each with its reason")
-    held, training = split(len(store), recipe)
-    planned = plan(recipe, len(training))
-    screen.say(f"{len(training):,} images to train on, {len(held):,} held out; {planned.describe()}")
+    material = prepare(models, folder, side, run.work, device)
+    images.write_quarantine(run.quarantine, material.folder.bad)
+    if material.folder.bad:
+        screen.say(f"{len(material.folder.bad):,} files cannot be used and are left out; {run.quarantine} names each with its reason")
+    planned = plan(recipe, len(material.training))
+    screen.say(f"{len(material.training):,} images to train on, {len(material.held):,} held out; {planned.describe()}")
     _say_smaller(recipe, planned)
-
-    views = 0 if recipe.views == "online" else int(recipe.views)
-    seen = embed.teacher_pass(models.teacher, folder, store, views, recipe.crop_scale_min, recipe.seed, run.work, device)
-    bags, similar = bagging.BAGGERS["knn"](seen.features[training], recipe.bag_size)
-    screen.say(f"bags: {recipe.bag_size} nearest neighbours by {bagging.describe_backend()}, mean cosine {float(similar.mean()):.3f}")
-    target = recipe.target if recipe.target != "auto" else "pca" if models.teacher.projection is None else "raw"
-    space = embed.target_space(seen.embeddings[training], target, recipe.target_dim)
-    dim = space(seen.embeddings[:1]).shape[1]
-    target_of = (
-        embed.OnlineTargets(models.teacher, store, space, recipe.crop_scale_min, device, dim)
-        if recipe.views == "online"
-        else embed.StoredTargets(seen.views, space, device)
-    )
+    bags = make_bags(recipe, models.teacher, material)
+    files = [material.folder.files[index] for index in material.training.tolist()]
+    checkpoint.save(run.bags, {"bags": bags}, root=str(folder.root), files=files)
+    facts = bagging.report(bags, material.seen.features[material.training])
+    screen.say(describe_bags(recipe, facts))
     if not run.start.exists():
         save_student(models.student, run.start, recipe)
-    distill(recipe, models.student, store, training, bags, target_of, dim, run.metrics, run.checkpoint, device)
+    train(models, material, bags, run.metrics, run.checkpoint, device)
     save_student(models.student, run.student, recipe)
-    _close(run, models, folder, held, training, seen, device)
+    _close(run, models, material, facts, device)
     return run
 
 
+@dataclass(frozen=True)
+class Material:
+    """What stages before training give. store, folder and seen hold the same images in the same order; held and training are positions in them."""
+
+    store: pixels.PixelStore
+    folder: images.Folder
+    held: Tensor
+    training: Tensor
+    seen: embed.TeacherPass
+
+
+def prepare(models: Models, folder: images.Folder, side: int, work: Path, device: torch.device) -> Material:
+    """Pixels, split and the teacher's pass for a recipe, under `work`; what is there already is not made again. Raises BingoError."""
+    recipe = models.recipe
+    store, folder = pixels.build(folder, side, work, device)
+    held, training = split(len(store), recipe)
+    views = 0 if recipe.views == "online" or not loss_of(recipe).teacher else int(recipe.views)
+    features = loss_of(recipe).regression
+    seen = embed.teacher_pass(models.teacher, folder, store, views, recipe.crop_scale_min, work, device, of_features=features)
+    return Material(store, folder, held, training, seen)
+
+
+def make_bags(recipe: Recipe, teacher: Encoder, material: Material) -> Tensor:
+    """Bags (n, K) over the training images, by the teacher's plain features. Raises BingoError."""
+    seen, training = material.seen, material.training
+    own = torch.empty(len(training), 0)
+    if teacher.projection is None and seen.views.shape[1]:
+        own = torch.einsum("nd,nvd->nv", seen.embeddings[training].float(), seen.views[training].float())
+    labels = None
+    if recipe.bags == "labels":
+        names, indices = images.labels_of(material.folder)
+        screen.say(f"warning: bags by {len(names)} folder names are an oracle for comparison; a real run has no labels")
+        labels = torch.tensor(indices)[training]
+    looked = bagging.Seen(seen.features[training], own, labels, recipe.clusters, embed.hash_seed(recipe.seed, "bags"))
+    return bagging.BAGGERS[recipe.bags](looked, recipe.bag_size)
+
+
+def describe_bags(recipe: Recipe, facts: dict[str, float]) -> str:
+    """One line for the screen of what `bagging.report` found."""
+    line = f"bags: {recipe.bags} by {bagging.describe_backend()}, {facts['size_mean']:.1f} mates on average ({facts['size_least']:.0f}-{facts['size_most']:.0f})"
+    line += f", {facts['empty']:.0%} empty" if facts["empty"] else ""
+    return line + (f", mean cosine {facts['similarity']:.3f}, {facts['mutual']:.0%} mutual" if "similarity" in facts else "")
+
+
+def target_source(models: Models, material: Material, device: torch.device) -> tuple[TargetOf | None, int]:
+    """(the teacher's targets, their width) for the recipe's method; None for a method without teacher."""
+    recipe, loss, seen = models.recipe, loss_of(models.recipe), material.seen
+    if not loss.teacher:
+        return None, recipe.target_dim
+    target = recipe.target
+    if target == "auto":
+        target = "raw" if loss.regression or models.teacher.projection is not None else "pca"
+    source = seen.features if loss.regression else seen.embeddings
+    space = embed.target_space(source[material.training], target, recipe.target_dim)
+    dim = space(source[:1]).shape[1]
+    if recipe.views == "online":
+        return embed.OnlineTargets(
+            models.teacher, material.store, space, recipe.crop_scale_min, device, dim, features=loss.regression, lengths=loss.lengths
+        ), dim
+    return embed.StoredTargets(seen.views, space, device, lengths=loss.lengths), dim
+
+
+def train(models: Models, material: Material, bags: Tensor, metrics: Path, saved: Path, device: torch.device) -> None:
+    """Distil models.student in place, with checks of neighbour recall where the recipe asks for them."""
+    recipe = models.recipe
+    target_of, dim = target_source(models, material, device)
+    check = None
+    if recipe.keep_best or recipe.check_every:
+        if not len(material.held):
+            raise BingoError("--keep-best: expected images held out, found none; add images or raise --set hold_out=0.05")
+        recipe = recipe.model_copy(update={"check_every": recipe.check_every or max(1, recipe.epochs // CHECKS)})
+        check = recall_check(material, device)
+    distill(recipe, models.student, material.store, material.training, bags, target_of, dim, metrics, saved, device, check=check)
+
+
+def recall_check(material: Material, device: torch.device) -> Check:
+    """A function that gives a student's neighbour recall on the held-out images, from the pixel store, in a gallery of at most CHECK_GALLERY."""
+    gallery = material.training[:: -(-len(material.training) // CHECK_GALLERY)]
+    truth = material.seen.features.float()
+
+    def check(student: Encoder) -> float:
+        found = embed.store_features(student, material.store, torch.cat((material.held, gallery)), device)
+        held = len(material.held)
+        return probes.neighbour_recall((truth[material.held], truth[gallery]), (found[:held], found[held:]))
+
+    return check
+
+
 def split(count: int, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """(held out, training): positions of the images, each ascending; the share is the recipe's, at most HELD_OUT_AT_MOST."""
+    """(held out, training): positions of the images, each ascending, the same for every seed; the share is the recipe's, at most HELD_OUT_AT_MOST."""
     keep = min(int(count * recipe.hold_out), HELD_OUT_AT_MOST)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(embed.hash_seed(recipe.seed, "hold-out")))
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(embed.hash_seed("hold-out")))
     return order[:keep].sort().values, order[keep:].sort().values
 
 
@@ -157,8 +238,10 @@ def header(models: Models, folder: images.Folder, device: torch.device, recipe: 
     screen.table(f"bingo-compress {__version__}", ("", "model", "parameters", "input", "width", "weights"), rows)
     screen.say(f"images: {len(folder.files):,} files in {folder.root}; device: {where}")
     targets = "an online teacher" if recipe.views == "online" else f"{recipe.views} stored views an image"
+    method = f"bingo ({recipe.variant})" if recipe.method == "bingo" else recipe.method
+    source = targets if loss_of(recipe).teacher else "the student's own moving average"
     screen.say(
-        f"method: {recipe.method} ({recipe.variant}), bags of {recipe.bag_size}, temperature {recipe.temperature}, targets from {targets}, {recipe.epochs} epochs"
+        f"method: {method}, bags: {recipe.bags} of {recipe.bag_size}, temperature {recipe.temperature}, targets from {source}, {recipe.epochs} epochs"
     )
 
 
@@ -184,21 +267,15 @@ def _say_smaller(recipe: Recipe, planned: Plan) -> None:
         screen.say(f"queue {planned.queue_size:,} instead of {recipe.queue_size:,}: one entry an image")
 
 
-def _close(
-    run: run_dir.RunDir,
-    models: Models,
-    folder: images.Folder,
-    held: Tensor,
-    training: Tensor,
-    seen: embed.TeacherPass,
-    device: torch.device,
-) -> None:
+def _close(run: run_dir.RunDir, models: Models, material: Material, bag_facts: dict[str, float], device: torch.device) -> None:
     """Neighbour recall on the held-out images, before and after, and the closing table."""
     recipe, student = models.recipe, models.student
+    folder, held, training, seen = material.folder, material.held, material.training, material.seen
     summary: dict[str, Any] = {
         "version": __version__,
         "run_id": run_dir.stage_key(recipe=recipe.model_dump(), student=embed.weights_digest(student)),
         "images": {"training": len(training), "held_out": len(held), "unusable": len(folder.bad)},
+        "bags": bag_facts,
         "machine": {
             "processor": platform.processor() or platform.machine(),
             "torch": torch.__version__,

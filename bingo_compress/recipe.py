@@ -26,24 +26,36 @@ class Recipe(BaseModel):
     teacher_size: int = Field(0, ge=0, description="pixels a side the teacher sees; 0: its own input size")
     image_size: int = Field(0, ge=0, description="pixels a side the student sees, in training and on the device; 0: its own input size")
 
-    method: Literal["bingo"] = Field("bingo", description="distillation method")
+    method: Literal["bingo", "seed", "disco", "compress", "simreg", "coss", "moco", "self"] = Field(
+        "bingo", description="distillation method; moco has no teacher, self takes the student's own moving average for one"
+    )
     variant: Literal["paper", "official"] = Field(
         "paper", description="paper: 2 student views, 1 target; official: CutMix, 3 views, 2 targets"
     )
     switch_epoch: int = Field(11, ge=0, description="official: first epoch (from 0) whose weights are (0.5, 0.5) instead of (1, 0)")
-    bag_size: int = Field(5, ge=1, description="K: nearest neighbours of an image that make its bag (paper: 5)")
+    bags: Literal["knn", "adaptive", "kmeans", "labels", "none"] = Field(
+        "knn",
+        description="knn: nearest neighbours; adaptive: those of them that can be trusted; kmeans; labels: folder names, an oracle; none",
+    )
+    bag_size: int = Field(5, ge=1, description="K: images that make an image's bag, at most (paper: 5)")
+    clusters: int = Field(0, ge=0, description="kmeans: clusters; 0: one for every 20 images")
     queue_size: int = Field(
         65536, ge=1, description="teacher embeddings of earlier anchors kept as negatives; never more than there are images"
     )
     mask_mates: bool = Field(True, description="leave the anchor's own and its mates' embeddings out of its negatives (paper: false)")
-    temperature: float = Field(0.2, gt=0, description="tau of InfoNCE (paper: 0.2; EfficientNet-B0 0.12)")
+    temperature: float = Field(0.0, ge=0, description="tau of the loss; 0: the method's own, 0.2 (compress: 0.04)")
+    teacher_temperature: float = Field(0.01, gt=0, description="seed: tau of the teacher's softmax (paper: 0.01)")
+    average: float = Field(
+        0.0, ge=0, lt=1, description="disco, moco, self: share kept by the moving average; 0: 0.999, under 50,000 steps 0.99"
+    )
+    rebag_epochs: int = Field(5, ge=1, description="self: bags are rebuilt this often")
     views: Annotated[str, BeforeValidator(_number_as_text)] = Field(
         "4", pattern=r"^([1-9][0-9]*|online)$", description="teacher views stored an image, or online: the teacher runs in every step"
     )
-    target: Literal["auto", "raw", "centred", "pca"] = Field(
+    target: Literal["auto", "raw", "centred", "pca", "whitened"] = Field(
         "auto", description="teacher embedding as target; auto: raw where the checkpoint has a projection head, else pca"
     )
-    target_dim: int = Field(256, ge=1, description="pca: dimensions kept of the centred teacher embedding")
+    target_dim: int = Field(256, ge=1, description="pca, whitened: dimensions kept of the centred teacher embedding")
     head_hidden: int = Field(2048, ge=1, description="hidden width of the student's projection head (paper: 2048)")
 
     epochs: int = Field(100, ge=1, description="passes over the folder, each image an anchor once")
@@ -57,6 +69,12 @@ class Recipe(BaseModel):
     crop_scale_min: float = Field(0.2, gt=0, le=1, description="smallest share of the image's area that a random crop keeps (MoCo-v2: 0.2)")
 
     hold_out: float = Field(0.05, ge=0, lt=1, description="share of the images kept out of training for the closing check (at most 1,000)")
+    check_every: int = Field(
+        0, ge=0, description="epochs between two checks of neighbour recall on the held-out images; 0: only at the end"
+    )
+    keep_best: bool = Field(
+        False, description="leave the student of the best check instead of the last one (10 checks where check_every is 0)"
+    )
     save_every_minutes: float = Field(2.0, gt=0, description="a checkpoint is written this often and at the end")
     threads: int = Field(0, ge=0, description="CPU threads of torch; 0: torch's own choice")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where torch sees a GPU")
@@ -86,13 +104,17 @@ def load_recipe(file: Path | None, settings: list[str], flags: dict[str, Any]) -
     values: dict[str, Any] = {}
     if file is not None:
         values.update(_read_yaml(file))
-    for setting in settings:
-        key, separator, text = setting.partition("=")
-        if not separator:
-            raise BingoError(f"--set: expected KEY=VALUE, found {setting!r}; for example --set temperature=0.1")
-        values[key.strip()] = _yaml_scalar(text, key)
+    values.update(parse_setting(setting, "--set") for setting in settings)
     values.update({key: value for key, value in flags.items() if value is not None})
     return make_recipe(values, str(file) if file else "the command line")
+
+
+def parse_setting(setting: str, option: str) -> tuple[str, Any]:
+    """KEY=VALUE to (key, value). Raises BingoError."""
+    key, separator, text = setting.partition("=")
+    if not separator:
+        raise BingoError(f"{option}: expected KEY=VALUE, found {setting!r}; for example temperature=0.1")
+    return key.strip(), _yaml_scalar(text, key)
 
 
 def make_recipe(values: dict[str, Any], source: str) -> Recipe:

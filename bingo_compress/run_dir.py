@@ -28,6 +28,7 @@ class RunDir:
         self.export = path / "export"
         self.work = path / "work"
         self.start = self.work / "start.safetensors"
+        self.bags = self.work / "bags.safetensors"
         self.checkpoint = self.work / "checkpoint.safetensors"
 
 
@@ -70,7 +71,7 @@ def _clear(run: RunDir) -> None:
         raise BingoError(
             f"--overwrite: {run.path} is not a run of this program (no recipe.yaml), so nothing in it is deleted; name another folder"
         )
-    for path in (run.recipe, run.student, run.metrics, run.quarantine, run.summary, run.start, run.checkpoint):
+    for path in (run.recipe, run.student, run.metrics, run.quarantine, run.summary, run.start, run.bags, run.checkpoint):
         path.unlink(missing_ok=True)
     shutil.rmtree(run.export, ignore_errors=True)
 

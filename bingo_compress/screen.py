@@ -99,6 +99,18 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> N
     console.print(grid)
 
 
+def table_text(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The same as plain text for a file: columns of equal width, two spaces apart."""
+    lines = [list(header), *(list(row) for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if not column else cell.rjust(width) for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
 def duration(seconds: float) -> str:
     """Seconds as 8s, 3m05s or 2h03m."""
     whole = round(seconds)

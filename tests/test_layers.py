@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 # Lowest first; a module imports only from lower lines.
 LAYERS = (
     "errors families",
-    "recipe run_dir",
+    "recipe run_dir layouts",
     "screen feature_queue losses schedule augment weights",
     "images encoder checkpoint",
     "pixels bagging",

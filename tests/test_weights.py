@@ -1,6 +1,5 @@
 """Other people's checkpoints, written here in their exact layouts: loaded bit for bit, or refused by name and never in part."""
 
-import argparse
 import importlib.util
 import os
 import pickle
@@ -103,87 +102,6 @@ def test_counters_of_batch_norm_may_be_missing(tmp_path: Path) -> None:
     source = trained("test_resnet")
     tensors = {key: value for key, value in source.state_dict().items() if not key.endswith("num_batches_tracked")}
     check_equal(build("test_resnet", 64, saved(tensors, tmp_path / "w.pth"), OPTION), source)
-
-
-# ---------------------------------------------------------------- self-supervised layouts
-
-
-@pytest.mark.parametrize("wrapped", ["module.", ""])
-def test_moco_v2(tmp_path: Path, wrapped: str) -> None:
-    source = trained("resnet18", num_classes=0)
-    head = {"0.weight": torch.randn(40, 512), "0.bias": torch.randn(40), "2.weight": torch.randn(16, 40), "2.bias": torch.randn(16)}
-    query = {**source.state_dict(), **prefixed(head, "fc.")}
-    key = {name: torch.full_like(value, 7) for name, value in query.items() if "layer" not in name}
-    tensors = {**prefixed(query, f"{wrapped}encoder_q."), **prefixed(key, f"{wrapped}encoder_k.")}
-    tensors |= {f"{wrapped}queue": torch.randn(16, 32), f"{wrapped}queue_ptr": torch.zeros(1, dtype=torch.long)}
-    content = {"epoch": 800, "arch": "resnet18", "state_dict": tensors, "optimizer": {"state": {}, "param_groups": []}}
-    encoder = build("resnet18", 32, saved(content, tmp_path / "moco.pth.tar"), OPTION)
-    features = check_equal(encoder, source)
-    with torch.inference_mode():
-        hidden = (features @ head["0.weight"].T + head["0.bias"]).clamp(min=0)
-        torch.testing.assert_close(encoder.embed(pictures(32))[1], hidden @ head["2.weight"].T + head["2.bias"])
-
-
-def test_moco_v1_has_a_linear_head(tmp_path: Path) -> None:
-    source = trained("test_resnet", num_classes=0)
-    weight, bias = torch.randn(16, 96), torch.randn(16)
-    query = prefixed({**source.state_dict(), "fc.weight": weight, "fc.bias": bias}, "module.encoder_q.")
-    encoder = build("test_resnet", 64, saved({"state_dict": query}, tmp_path / "moco.pth"), OPTION)
-    features = check_equal(encoder, source)
-    with torch.inference_mode():
-        torch.testing.assert_close(encoder.embed(pictures(64))[1], features @ weight.T + bias)
-
-
-def swav_head(width: int) -> Tensors:
-    return {
-        "projection_head.0.weight": torch.randn(40, width),
-        "projection_head.0.bias": torch.randn(40),
-        "projection_head.1.weight": torch.rand(40) + 0.5,
-        "projection_head.1.bias": torch.randn(40),
-        "projection_head.1.running_mean": torch.randn(40),
-        "projection_head.1.running_var": torch.rand(40) + 0.5,
-        "projection_head.1.num_batches_tracked": torch.tensor(5),
-        "projection_head.3.weight": torch.randn(16, 40),
-        "projection_head.3.bias": torch.randn(16),
-    }
-
-
-@pytest.mark.parametrize("wrapped", ["module.", ""])
-def test_swav(tmp_path: Path, wrapped: str) -> None:
-    source = trained("test_resnet", num_classes=0)
-    head = swav_head(96)
-    tensors = prefixed({**source.state_dict(), **head, "prototypes.weight": torch.randn(30, 16)}, wrapped)
-    encoder = build("test_resnet", 64, saved(tensors, tmp_path / "swav.pth.tar"), OPTION)
-    features = check_equal(encoder, source)
-    first, norm, last = ({k.split(".")[2]: v for k, v in head.items() if k.startswith(f"projection_head.{i}.")} for i in (0, 1, 3))
-    hidden = features @ first["weight"].T + first["bias"]
-    hidden = (hidden - norm["running_mean"]) / (norm["running_var"] + 1e-5).sqrt() * norm["weight"] + norm["bias"]
-    with torch.inference_mode():
-        torch.testing.assert_close(encoder.embed(pictures(64))[1], hidden.clamp(min=0) @ last["weight"].T + last["bias"])
-    projection = load_into(source, "test_resnet", tmp_path / "swav.pth.tar", OPTION)
-    assert projection is not None and not projection.training
-
-
-def test_swav_with_a_linear_head_is_refused(tmp_path: Path) -> None:
-    tensors = {**trained("test_resnet", num_classes=0).state_dict(), "projection_head.weight": torch.randn(16, 96)}
-    with pytest.raises(BingoError, match="linear projection head"):
-        build("test_resnet", 64, saved(tensors, tmp_path / "swav.pth"), OPTION)
-
-
-@pytest.mark.parametrize(("name", "size"), [("test_vit", 160), ("test_resnet", 64)])
-@pytest.mark.parametrize("wrapped", ["", "module."])
-def test_dino_gives_the_teachers_trunk_and_no_projection(tmp_path: Path, name: str, size: int, wrapped: str) -> None:
-    source, student = trained(name, 1, num_classes=0), trained(name, 2, num_classes=0)
-    head = {"head.mlp.0.weight": torch.randn(8, 9), "head.mlp.0.bias": torch.randn(8), "head.last_layer.weight_g": torch.ones(20, 1)}
-    content = {
-        "student": prefixed({**prefixed(student.state_dict(), "backbone."), **head}, "module."),
-        "teacher": prefixed({**prefixed(source.state_dict(), "backbone."), **head}, wrapped),
-        "epoch": 100,
-        "args": argparse.Namespace(arch="vit_small", lr=0.1),  # as in DINO's own files
-    }
-    encoder = build(name, size, saved(content, tmp_path / "dino.pth"), OPTION)
-    assert encoder.projection is None
-    check_equal(encoder, source)
 
 
 def test_swavs_wide_resnet() -> None:

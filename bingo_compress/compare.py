@@ -1,0 +1,331 @@
+"""Several methods side by side on one folder: shared stages, equal student passes, several seeds, one table."""
+
+import csv
+import io
+import json
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bingo_compress import bagging, chart, checkpoint, embed, evidence, images, probes, run_dir, screen
+from bingo_compress.distill import loss_of, plan
+from bingo_compress.encoder import Encoder
+from bingo_compress.errors import BingoError
+from bingo_compress.images import Folder
+from bingo_compress.pipeline import Material, Models, build_models, choose_device, make_bags, prepare, resolve, train
+from bingo_compress.pixels import store_side
+from bingo_compress.recipe import Recipe, make_recipe, parse_setting
+
+FIGURES = ("knn", "linear", "neighbour_recall")
+TITLES = {"knn": "kNN", "linear": "linear", "neighbour_recall": f"recall@{probes.RECALL_K}"}
+FOLDS = 5
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One line of the table: its name as typed (bingo, seed, bingo:bag_size=1) and the recipe it stands for."""
+
+    name: str
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Labelled images as every student is judged on them. bank, test: folders (test None: cross-validated over the bank); teacher: its features."""
+
+    bank: Folder
+    test: Folder | None
+    labels: Tensor
+    test_labels: Tensor
+    classes: int
+    teacher: dict[str, Tensor]
+
+
+def make_arms(methods: str, base: Recipe) -> list[Arm]:
+    """Arms of a comma-separated list; each may change settings after colons. Epochs follow from the base recipe: student passes are equal.
+
+    Raises BingoError for an unknown method or setting.
+    """
+    arms = []
+    for name in filter(None, (part.strip() for part in methods.split(","))):
+        method, *changes = name.split(":")
+        values: dict[str, Any] = {"method": method} | dict(parse_setting(change, f"--methods {name}") for change in changes)
+        recipe = make_recipe(base.model_dump() | values, "--methods")
+        if "epochs" not in values:
+            views = 3 if loss_of(recipe).official else 2
+            recipe = recipe.model_copy(update={"epochs": max(1, round(base.epochs * 2 / views))})
+        arms.append(Arm(name, recipe))
+    if not arms:
+        raise BingoError("--methods: expected names such as bingo,seed or bingo:bag_size=1, found none")
+    if len({arm.name for arm in arms}) < len(arms):
+        raise BingoError(f"--methods: expected different names, found one twice in {methods!r}")
+    return arms
+
+
+def compare(
+    base: Recipe, labels: Path, test: Path | None, methods: str, seeds: list[int], out: Path, *, overwrite: bool = False
+) -> dict[str, Any]:
+    """Distil every arm with every seed and judge all students on the labelled images; table.txt, .json, .csv and .svg land in `out`.
+
+    Called again with the same settings it goes on where it was. Raises BingoError.
+    """
+    folder = images.list_folder(Path(base.data))
+    bank = images.list_folder(labels, "--labels")
+    arms = make_arms(methods, base)
+    device = choose_device(base.device)
+    if base.threads:
+        torch.set_num_threads(base.threads)
+    base = resolve(base.model_copy(update={"data": str(Path(base.data).resolve())})).model_copy(update={"temperature": base.temperature})
+    arms = make_arms(methods, base)
+    for arm in arms:
+        plan(arm.recipe, len(folder.files))
+    tested = images.list_folder(test, "--test") if test else None
+    work = _open(out, base, overwrite)
+    judging: dict[str, Labelled] = {}
+    results = []
+    for arm in arms:
+        for seed in seeds:
+            recipe = resolve_quietly(arm.recipe.model_copy(update={"seed": seed}))
+            name = f"{_file_name(arm.name)}-seed{seed}"
+            trained, judged = out / "runs" / f"{name}.student.safetensors", out / "runs" / f"{name}.figures.safetensors"
+            key = run_dir.stage_key(recipe=recipe.model_dump(), images=folder.fingerprint())
+            judged_key = run_dir.stage_key(student=key, bank=bank.fingerprint(), test=tested.fingerprint() if tested else "")
+            if _key(judged) != judged_key:
+                screen.say(f"== {arm.name}, seed {seed}")
+                models = build_models(recipe)
+                if _key(trained) != key:
+                    material = prepare(models, folder, store_side(models.recipe.image_size, models.recipe.teacher_size), work, device)
+                    facts = _train(models, material, bank, work, key, device)
+                    checkpoint.save(trained, models.student.backbone.state_dict(), key=key, arm=arm.name, seed=seed, **facts)
+                tensors, found = checkpoint.load(trained)
+                models.student.backbone.load_state_dict(tensors)
+                which = f"{recipe.teacher} {recipe.teacher_size} {recipe.teacher_weights}"
+                if which not in judging:
+                    judging[which] = _labelled(bank, tested, models.teacher, device)
+                figures, right = judge(models.student, judging[which], device)
+                checkpoint.save(judged, right, **(found | figures | {"key": judged_key}))
+            right, found = checkpoint.load(judged)
+            results.append({**found, "tensors": right})
+    table = summarise(results, [arm.name for arm in arms], base, test)
+    write(table, out)
+    return table
+
+
+def resolve_quietly(recipe: Recipe) -> Recipe:
+    """Names are resolved already; what is left is the method's own temperature."""
+    return recipe.model_copy(update={"temperature": loss_of(recipe).temperature})
+
+
+def _key(file: Path) -> object:
+    return checkpoint.load(file)[1].get("key") if file.exists() else None
+
+
+def _file_name(arm: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "=._" else "+" for letter in arm)
+
+
+def _open(out: Path, base: Recipe, overwrite: bool) -> Path:
+    if out.exists() and not out.is_dir():
+        raise BingoError(f"--out: expected a folder, found the file {out}; name another")
+    marker = out / "compare.json"
+    if out.is_dir() and any(out.iterdir()) and not marker.is_file():
+        raise BingoError(f"--out: {out} holds something else than a comparison; name another folder")
+    if overwrite:
+        for path in (out / "runs").glob("*"):
+            path.unlink()
+    (out / "runs").mkdir(parents=True, exist_ok=True)
+    (out / "work").mkdir(exist_ok=True)
+    run_dir.write_text(marker, json.dumps({"base": base.model_dump()}, indent=2) + "\n")
+    return out / "work"
+
+
+def _labelled(bank: Folder, test: Folder | None, teacher: Encoder, device: torch.device) -> Labelled:
+    folders = {"bank": bank} | ({"test": test} if test else {})
+    names = sorted(set(images.labels_of(bank)[0]))
+    features, labels, kept = {}, {}, {}
+    for role, folder in folders.items():
+        found, good = embed.plain({"teacher": embed.as_embed(teacher, device)}, folder, range(len(folder.files)), f"teacher, {role} images")
+        mine, indices = images.labels_of(folder)
+        if not set(mine) <= set(names):
+            raise BingoError(
+                f"--test: expected the classes of --labels ({', '.join(names[:10])}), found others: {', '.join(sorted(set(mine) - set(names))[:10])}"
+            )
+        features[role] = found["teacher"]
+        labels[role] = torch.tensor([names.index(mine[indices[index]]) for index in good])
+        kept[role] = Folder(folder.root, tuple(folder.files[index] for index in good), ())
+    return Labelled(kept["bank"], kept.get("test"), labels["bank"], labels.get("test", labels["bank"]), len(names), features)
+
+
+def _train(models: Models, material: Material, bank: Folder, work: Path, key: str, device: torch.device) -> dict[str, Any]:
+    """Distil one arm with one seed; says what it took."""
+    recipe, loss = models.recipe, loss_of(models.recipe)
+    bags = make_bags(recipe, models.teacher, material)
+    saved, metrics, marker = (work / name for name in ("checkpoint.safetensors", "metrics.jsonl", "checkpoint.key"))
+    if not (marker.is_file() and marker.read_text(encoding="utf-8") == key):  # what is there is another arm's
+        saved.unlink(missing_ok=True)
+        metrics.unlink(missing_ok=True)
+        run_dir.write_text(marker, key)
+    began = time.monotonic()
+    train(models, material, bags, metrics, saved, device)
+    seconds = time.monotonic() - began
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    saved.unlink(missing_ok=True)
+    planned = plan(recipe, len(material.training))
+    passes = planned.steps * planned.batch_size
+    stored = len(material.store) * (1 + (0 if recipe.views == "online" else int(recipe.views)))
+    online = passes * (2 if loss.both else 1) if recipe.views == "online" else 0
+    labels = _labels_of_training(material, bank)
+    return {
+        "student": recipe.student,
+        "method": recipe.method,
+        "epochs": recipe.epochs,
+        "student_passes": passes * planned.student_views,
+        "average_passes": passes * {"": 0, "views": 2, "fresh": 1}[loss.momentum],
+        "teacher_passes": stored + online if loss.teacher else 0,
+        "train_seconds": seconds,
+        "memory_mb": _memory_mb(device),
+        "bags": bagging.report(bags, material.seen.features[material.training], labels) if loss.mates else {},
+        "checks": [[line["epoch"] + 1, line["neighbour_recall"]] for line in lines if line.get("neighbour_recall") is not None],
+    }
+
+
+def judge(student: Encoder, judged: Labelled, device: torch.device) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """kNN, linear and neighbour recall of a student, and per test image whether kNN and linear were right (uint8)."""
+    student.eval()
+    model = {"student": embed.as_embed(student, device)}
+    bank = embed.plain(model, judged.bank, range(len(judged.bank.files)), "embed labelled images")[0]["student"]
+    right: dict[str, Tensor] = {}
+    if judged.test is not None:
+        queries = embed.plain(model, judged.test, range(len(judged.test.files)), "embed test images")[0]["student"]
+        parts = [(torch.arange(len(bank)), bank, queries, torch.arange(len(queries)))]
+        recall = probes.neighbour_recall((judged.teacher["test"], judged.teacher["bank"]), (queries, bank))
+    else:
+        parts = []
+        recalls = []
+        fold = torch.randperm(len(bank), generator=torch.Generator().manual_seed(0)) % FOLDS
+        for number in range(FOLDS):
+            inside, outside = (fold != number).nonzero()[:, 0], (fold == number).nonzero()[:, 0]
+            parts.append((inside, bank[inside], bank[outside], outside))
+            seen = judged.teacher["bank"]
+            recalls.append(probes.neighbour_recall((seen[outside], seen[inside]), (bank[outside], bank[inside])))
+        recall = statistics.fmean(recalls)
+    for name in ("knn", "linear"):
+        right[name] = torch.zeros(len(judged.test_labels), dtype=torch.uint8)
+    for inside, rows, queries, places in parts:
+        labels = judged.labels[inside]
+        predicted = {
+            "knn": probes.knn_predict(rows, labels, queries, judged.classes),
+            "linear": probes.fit_linear(rows, labels, judged.classes).predict(queries),
+        }
+        for name, guess in predicted.items():
+            right[name][places] = (guess == judged.test_labels[places]).to(torch.uint8)
+    return {name: float(values.double().mean()) for name, values in right.items()} | {"neighbour_recall": recall}, right
+
+
+def _labels_of_training(material: Material, bank: Folder) -> Tensor | None:
+    """Labels (n,) of the training images that are also in --labels, -1 for others; None where hardly any is."""
+    known = {bank.path(index).resolve(): label for index, label in enumerate(images.labels_of(bank)[1])}
+    labels = torch.tensor([known.get(material.folder.path(index).resolve(), -1) for index in material.training.tolist()])
+    return labels if int((labels >= 0).sum()) > 1 else None
+
+
+def _memory_mb(device: torch.device) -> float:
+    """The most memory so far: of the GPU, else of this process (which has also run the arms before)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
+def summarise(results: list[dict[str, Any]], arms: list[str], base: Recipe, test: Path | None) -> dict[str, Any]:
+    """Mean and spread (standard deviation over seeds) of every arm; its paired difference from the first arm; recall's rank correlation with labels."""
+    rows = []
+    first = [run for run in results if run["arm"] == arms[0]]
+    for arm in arms:
+        runs = [run for run in results if run["arm"] == arm]
+        row: dict[str, Any] = {
+            "name": arm,
+            "seeds": [run["seed"] for run in runs],
+            "student": runs[0]["student"],
+            "epochs": runs[0]["epochs"],
+        }
+        for figure in FIGURES:
+            row[figure], row[f"{figure}_spread"] = evidence.mean_and_spread([run[figure] for run in runs])
+        for count in ("student_passes", "average_passes", "teacher_passes"):
+            row[count] = runs[0][count]
+        row["train_seconds"] = statistics.fmean(run["train_seconds"] for run in runs)
+        row["memory_mb"] = max(run["memory_mb"] for run in runs)
+        row["bags"] = runs[0]["bags"]
+        for figure in ("knn", "linear"):
+            # Per test image, the share of seeds that were right: the pairing is over images, which both arms share.
+            mine, theirs = (torch.stack([run["tensors"][figure].double() for run in part]).mean(0) for part in (runs, first))
+            row[f"{figure}_minus_first"] = float((mine - theirs).mean())
+            row[f"{figure}_minus_first_interval"] = list(evidence.mean_interval(mine - theirs))
+        rows.append(row)
+    ranks = {
+        figure: evidence.spearman([run["neighbour_recall"] for run in results], [run[figure] for run in results])
+        for figure in ("knn", "linear")
+    }
+    return {
+        "protocol": {
+            "knn": f"weighted vote exp(cos/{probes.KNN_TEMPERATURE}), k = {probes.KNN_K} (DINO), plain view",
+            "linear": "logistic regression on frozen standardised features, strength chosen inside the bank",
+            "queries": f"all images of {test}" if test else f"every labelled image once, {FOLDS}-fold cross-validated",
+            "spread": "standard deviation over seeds (student's weights, order, augmentation and mates; teacher views and split are shared)",
+            "minus_first": "mean over test images of the difference from the first arm, 95% bootstrap over images",
+            "student_passes": "views through the student, forward and backward",
+            "memory_mb": "highest so far in this process: it also holds the arms before",
+        },
+        "settings": base.model_dump(),
+        "rank_correlation_of_recall": {**ranks, "runs": len(results)},
+        "rows": rows,
+        "runs": [{key: value for key, value in run.items() if key not in ("tensors", "key")} for run in results],
+    }
+
+
+def write(table: dict[str, Any], out: Path) -> None:
+    """table.json, table.csv, table.txt and table.svg, and the table on screen."""
+    rows = table["rows"]
+    run_dir.write_text(out / "table.json", json.dumps(table, indent=2) + "\n")
+    buffer = io.StringIO()
+    flat = [{key: value for key, value in row.items() if not isinstance(value, dict)} for row in rows]
+    writer = csv.DictWriter(buffer, list(flat[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: json.dumps(value) if isinstance(value, list) else value for key, value in row.items()} for row in flat)
+    run_dir.write_text(out / "table.csv", buffer.getvalue())
+    header = ["", *TITLES.values(), "linear - first", "student passes", "teacher passes", "time", "memory", "bags"]
+    cells = []
+    for row in rows:
+        low, high = row["linear_minus_first_interval"]
+        teacher = f"{row['teacher_passes']:,}" + (f" + {row['average_passes']:,} own" if row["average_passes"] else "")
+        bags = (
+            f"{row['bags']['size_mean']:.1f}" + (f", purity {row['bags']['purity']:.2f}" if "purity" in row["bags"] else "")
+            if row["bags"]
+            else "-"
+        )
+        figures = [f"{row[figure]:.3f} ± {row[f'{figure}_spread']:.3f}" for figure in FIGURES]
+        difference = "-" if row is rows[0] else f"{row['linear_minus_first']:+.3f} [{low:+.3f}, {high:+.3f}]"
+        cells.append(
+            (
+                row["name"],
+                *figures,
+                difference,
+                f"{row['student_passes']:,}",
+                teacher,
+                screen.duration(row["train_seconds"]),
+                f"{row['memory_mb']:,.0f} MB",
+                bags,
+            )
+        )
+    run_dir.write_text(out / "table.txt", screen.table_text(header, cells) + "\n")
+    run_dir.write_text(out / "table.svg", chart.dots(rows, FIGURES, TITLES))
+    screen.table("", header, cells)
+    ranks = table["rank_correlation_of_recall"]
+    screen.say(f"recall@{probes.RECALL_K} against linear over {ranks['runs']} runs: rank correlation {ranks['linear']:.2f}")
+    screen.say(f"the table: {out / 'table.txt'}, .json, .csv, .svg")
