@@ -55,7 +55,7 @@ LETTERS = {
     frozenset({"weight 1", "bias 1", "running_mean 1", "running_var 1"}): "N",
     frozenset({"running_mean 1", "running_var 1"}): "n",
 }
-WORDS = {"L": "Linear", "l": "Linear without bias", "N": "BatchNorm", "n": "BatchNorm without weights", "?": "another layer"}
+WORDS = {"L": "Linear", "l": "Linear(no bias)", "N": "BatchNorm", "n": "BatchNorm(no weights)", "?": "another layer"}
 
 
 def find(tensors: Tensors) -> Layout | None:
@@ -99,8 +99,9 @@ def build_head(layout: Layout, head: Tensors, width: int, where: str) -> nn.Modu
     placed = {f"0.{key}": value for key, value in head.items()} if single else head
     form = _form(placed)
     if form not in layout.forms or single != (len(form) == 1):
+        known = " or ".join(_words(form, layout) + " alone (weight, bias)" * (len(form) == 1) for form in layout.forms)
         raise BingoError(
-            f"{where}: expected the projection head of {layout.method} to be {' or '.join(_words(known, layout) for known in layout.forms)}; "
+            f"{where}: expected the projection head of {layout.method} to be {known}; "
             f"found {_words(form, layout)} ({names(head)}); is the file complete?"
         )
     layers: list[nn.Module] = []

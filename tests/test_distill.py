@@ -16,6 +16,7 @@ from bingo_compress.bagging import knn
 from bingo_compress.embed import OnlineTargets, StoredTargets, TargetSpace, target_space
 from bingo_compress.encoder import Encoder
 from bingo_compress.errors import BingoError
+from bingo_compress.losses import Batch, Bingo
 from bingo_compress.recipe import Recipe
 
 IMAGES, DIM, VIEWS = 40, 16, 3
@@ -146,22 +147,23 @@ def test_negatives_are_earlier_anchors_and_the_mask_is_the_anchor_with_its_bag(t
     training = torch.arange(IMAGES).flip(0)[:30]  # positions are not image numbers
     bags = (torch.arange(30)[:, None] + torch.tensor([1, 2, 5])) % 30
     place = {image: position for position, image in enumerate(training.tolist())}
-    real, earlier = distill.LOSSES["bingo"].__call__, list[int]()
+    real, earlier = Bingo.__call__, list[int]()
     masks = 0
 
-    def checked(loss: Any, queries: Any, targets: Any, negatives: torch.Tensor, masked: torch.Tensor, epoch: int) -> Any:
+    def checked(loss: Any, batch: Batch) -> Any:
         nonlocal masks
-        held = negatives.argmax(1).tolist()  # the target of image i is the unit vector i
+        assert batch.targets is not None and batch.masked is not None
+        held = batch.negatives.argmax(1).tolist()  # the target of image i is the unit vector i
         assert sorted(held) == sorted(earlier[-20:])
-        anchors = targets.anchor.argmax(1).tolist()
+        anchors = batch.targets.anchor.argmax(1).tolist()
         for row, anchor in enumerate(anchors):
             bag = {anchor, *training[bags[place[anchor]]].tolist()}
-            assert masked[row].tolist() == [image in bag for image in held]
-        masks += int(masked.sum())
+            assert batch.masked[row].tolist() == [image in bag for image in held]
+        masks += int(batch.masked.sum())
         earlier.extend(anchors)
-        return real(loss, queries, targets, negatives, masked, epoch)
+        return real(loss, batch)
 
-    monkeypatch.setattr(distill.LOSSES["bingo"], "__call__", checked)
+    monkeypatch.setattr(Bingo, "__call__", checked)
     source = StoredTargets(torch.eye(IMAGES)[:, None], TargetSpace(None, None), CPU)
     files = (tmp_path / "metrics.jsonl", tmp_path / "checkpoint.safetensors")
     distill.distill(recipe(queue_size=20, epochs=4), encoder(), STORE, training, bags, source, IMAGES, *files, CPU)

@@ -106,9 +106,9 @@ def test_pixels_of_skips_bad_files_and_stops_at_the_count(tmp_path: Path, teache
 # ---------------------------------------------------------------- the teacher's pass
 
 
-def run_pass(teacher: Encoder, folder: images.Folder, store: pixels.PixelStore, work: Path, views: int = 2, seed: int = 0) -> TeacherPass:
+def run_pass(teacher: Encoder, folder: images.Folder, store: pixels.PixelStore, work: Path, views: int = 2) -> TeacherPass:
     work.mkdir(exist_ok=True)
-    return embed.teacher_pass(teacher, folder, store, views, 0.2, seed, work, CPU)
+    return embed.teacher_pass(teacher, folder, store, views, 0.2, work, CPU)
 
 
 def same(one: TeacherPass, two: TeacherPass) -> bool:
@@ -142,7 +142,7 @@ def test_every_batch_and_view_draws_its_own_parameters(
 
     monkeypatch.setattr(augment, "draw", recorded)
     run_pass(teacher, folder, store, tmp_path)
-    assert [len(batch) for batch in seen] == [4] * 8 + [2] * 2
+    assert [len(batch) for batch in seen] == [4, 4, 4, 4, 2] * 2
     assert len(torch.cat(seen).unique()) == COUNT * 2
 
 
@@ -170,7 +170,9 @@ def test_a_pass_interrupted_and_started_again_equals_the_whole(
         with pytest.raises(KeyboardInterrupt):
             run_pass(teacher, folder, store, tmp_path / "parts")
     done = len(list((tmp_path / "parts").glob("*/*.safetensors")))
-    assert done == (at - 1) // 4  # a shard of 8 is two batches of two views
+    assert (
+        done == 3 + (0, 0, 1, 1, 2, 3, 3, 4, 4, 5)[at - 1]
+    )  # three plain shards; a view's shards of 8 are two batches, the last one of 2 is one
     assert same(run_pass(teacher, folder, store, tmp_path / "parts"), whole)
 
 
@@ -178,35 +180,46 @@ def test_stored_shards_are_not_made_again(
     folder: images.Folder, store: pixels.PixelStore, teacher: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = run_pass(teacher, folder, store, tmp_path)
-    monkeypatch.setattr(embed, "_embed_shard", lambda *_: pytest.fail("embedded again"))
+    for work in ("_plain_shard", "_view_shard"):
+        monkeypatch.setattr(embed, work, lambda *_: pytest.fail("embedded again"))
     assert same(run_pass(teacher, folder, store, tmp_path), first)
 
 
-def test_another_seed_view_count_teacher_or_folder_makes_another_pass_and_drops_the_old(
+def test_more_views_add_to_the_views_that_are_there(
+    folder: images.Folder, store: pixels.PixelStore, teacher: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two = run_pass(teacher, folder, store, tmp_path, 2)
+    monkeypatch.setattr(embed, "_plain_shard", lambda *_: pytest.fail("embedded again"))
+    three = run_pass(teacher, folder, store, tmp_path, 3)
+    assert torch.equal(three.views[:, :2], two.views)
+    assert not torch.equal(three.views[:, 2], two.views[:, 1])
+    assert same(run_pass(teacher, folder, store, tmp_path, 2), two)
+
+
+def test_another_teacher_or_folder_makes_another_pass_and_drops_the_old(
     folder: images.Folder, store: pixels.PixelStore, teacher: Encoder, tmp_path: Path
 ) -> None:
     names = []
     other = images.Folder(folder.root, folder.files[:-1], ())
-    for model, listed, views, seed in (
-        (teacher, folder, 1, 0),
-        (teacher, folder, 1, 5),
-        (teacher, folder, 2, 5),
-        (encoder(seed=9), folder, 2, 5),
-        (teacher, other, 2, 5),
-    ):
-        run_pass(model, listed, store, tmp_path, views, seed)
+    for model, listed in ((teacher, folder), (encoder(seed=9), folder), (teacher, other)):
+        run_pass(model, listed, store, tmp_path, 1)
         kept = [path.name for path in tmp_path.iterdir()]
         assert len(kept) == 1
         names += kept
     assert len(set(names)) == len(names)
 
 
-def test_another_seed_draws_other_views_of_the_same_plain_embeddings(
+def test_views_of_features_are_the_backbones_where_there_is_a_projection(
     folder: images.Folder, store: pixels.PixelStore, teacher: Encoder, tmp_path: Path
 ) -> None:
-    one, two = (run_pass(teacher, folder, store, tmp_path, 1, seed) for seed in (0, 1))
-    assert torch.equal(one.embeddings, two.embeddings)
-    assert not torch.equal(one.views, two.views)
+    plain = run_pass(teacher, folder, store, tmp_path / "none", 1).views
+    projected = encoder()
+    projected.load_state_dict(teacher.state_dict())
+    projected.projection = torch.nn.Linear(teacher.width, 6).eval()
+    (tmp_path / "two").mkdir()
+    of_features = embed.teacher_pass(projected, folder, store, 1, 0.2, tmp_path / "two", CPU, of_features=True)
+    assert torch.equal(of_features.views, plain)
+    assert run_pass(projected, folder, store, tmp_path / "three", 1).views.shape == (COUNT, 1, 6)
 
 
 def test_an_image_that_breaks_during_the_run_is_named(teacher: Encoder, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from huggingface_hub import constants
 from torch import Tensor, nn
 
 from bingo_compress import encoder as module
-from bingo_compress.encoder import FAMILIES, Encoder, Preprocessing, ProjectionHead, build, has_pretrained, resolve_name
+from bingo_compress.encoder import FAMILIES, Encoder, Preprocessing, ProjectionHead, RegressionHead, build, has_pretrained, resolve_name
 from bingo_compress.errors import BingoError
 
 # model, pixels a side, width of the pooled features
@@ -133,12 +133,18 @@ def test_measuring_changes_neither_mode_nor_statistics() -> None:
     assert all(torch.equal(value, before[key]) for key, value in backbone.state_dict().items())
 
 
-def test_projection_head_is_normalised_and_two_layers_deep() -> None:
+def test_projection_head_is_two_layers_deep() -> None:
     head, features = ProjectionHead(7, 11, 5), torch.randn(3, 7)
     first, last = head[0], head[2]
     expected = torch.relu(features @ first.weight.T + first.bias) @ last.weight.T + last.bias
-    torch.testing.assert_close(head(features), expected / expected.norm(dim=1, keepdim=True))
-    assert head.to(torch.bfloat16)(features.to(torch.bfloat16)).dtype == torch.float32
+    torch.testing.assert_close(head(features), expected)
+
+
+def test_regression_head_has_four_linear_layers_with_norms_between() -> None:
+    head = RegressionHead(7, 12, 5)
+    kinds = [type(layer).__name__ for layer in head]
+    assert kinds == ["Linear", "BatchNorm1d", "ReLU"] * 3 + ["Linear"]
+    assert head(torch.randn(3, 7)).shape == (3, 5)
 
 
 # ---------------------------------------------------------------- names

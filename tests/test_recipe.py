@@ -115,7 +115,7 @@ def test_an_unknown_key_names_the_nearest(tmp_path: Path, wrong: str, meant: str
         ("epochs", "0", "greater than or equal to 1", "0"),
         ("batch_size", "1", "greater than or equal to 2", "1"),
         ("temperature", "warm", "valid number", "'warm'"),
-        ("temperature", "0", "greater than 0", "0"),
+        ("temperature", "-1", "greater than or equal to 0", "-1"),
         ("temperature", ".inf", "finite", "inf"),
         ("lr", "nan", "finite", "nan"),
         ("lr", "1e999", "finite", "inf"),
