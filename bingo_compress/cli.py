@@ -132,7 +132,7 @@ def compare(
         recipe_file(recipe) if recipe else None, settings or [], {key: value for key, value in given.items() if key in KEYS}
     )
     numbers = [part.strip() for part in seeds.split(",")]
-    if not all(number.isdigit() for number in numbers):
+    if not all(number.isdecimal() for number in numbers):
         raise BingoError(f"--seeds: expected numbers with commas between, for example 0,1,2; found {seeds!r}")
     refuse_early(chosen, out, resume=True, overwrite=overwrite, dry_run=False)
 
@@ -147,12 +147,24 @@ def validate(
     data: Annotated[Path, typer.Option(help="labelled images, one folder a class")],
     test: Annotated[Path | None, typer.Option(help="labelled images to test on; default: a quarter of --data is set aside")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="write protocol and figures to this file")] = None,
+    shots: Annotated[
+        str, typer.Option(help="probe on a part of the labels as well: shares or images a class with commas between, 1%,10%,5")
+    ] = "",
+    fine_tune: Annotated[
+        bool, typer.Option("--fine-tune", help="with --shots: also train the whole of student, start and random weights on each part")
+    ] = False,
+    literature: Annotated[
+        bool, typer.Option("--literature", help="also the literature's linear probe: 100 epochs of crops and flips; costs time")
+    ] = False,
+    against: Annotated[
+        Path | None, typer.Option(help="the --out folder of another run: compare the two students on the same images")
+    ] = None,
     device: Device = "auto",
 ) -> None:
     """Prove a run: kNN, linear probe and neighbour recall of teacher, student, start, random weights and the exported file."""
     from bingo_compress.validation import validate as prove
 
-    prove(run, data, test, json_file, device)
+    prove(run, data, test, json_file, device, shots=shots, fine_tune=fine_tune, literature=literature, against=against)
 
 
 @app.command()

@@ -1,8 +1,10 @@
 """Several methods side by side on one folder: shared stages, equal student passes, several seeds, one table."""
 
 import csv
+import hashlib
 import io
 import json
+import math
 import statistics
 import time
 from dataclasses import dataclass
@@ -12,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bingo_compress import bagging, chart, checkpoint, embed, evidence, images, probes, run_dir, screen
+from bingo_compress import chart, checkpoint, embed, evidence, images, probes, run_dir, screen
 from bingo_compress.distill import loss_of, plan
 from bingo_compress.encoder import Encoder
 from bingo_compress.errors import BingoError
 from bingo_compress.images import Folder
-from bingo_compress.pipeline import Material, Models, build_models, choose_device, make_bags, prepare, resolve, train
+from bingo_compress.pipeline import Material, Models, bag_facts, build_models, choose_device, make_bags, prepare, resolve, train
 from bingo_compress.pixels import store_side
 from bingo_compress.recipe import Recipe, make_recipe, parse_setting
 
@@ -76,6 +78,13 @@ def compare(
     """
     folder = images.list_folder(Path(base.data))
     bank = images.list_folder(labels, "--labels")
+    tested = images.list_folder(test, "--test") if test else None
+    classes = set(images.labels_of(bank)[0])
+    unknown = sorted(set(images.labels_of(tested)[0]) - classes) if tested else []
+    if unknown:
+        raise BingoError(
+            f"--test: expected the classes of --labels ({', '.join(sorted(classes)[:10])}), found others: {', '.join(unknown[:10])}"
+        )
     arms = make_arms(methods, base)
     device = choose_device(base.device)
     if base.threads:
@@ -84,19 +93,18 @@ def compare(
     arms = make_arms(methods, base)
     for arm in arms:
         plan(arm.recipe, len(folder.files))
-    tested = images.list_folder(test, "--test") if test else None
     work = _open(out, base, overwrite)
     judging: dict[str, Labelled] = {}
-    results = []
+    results: list[dict[str, Any]] = []
     for arm in arms:
         for seed in seeds:
             recipe = resolve_quietly(arm.recipe.model_copy(update={"seed": seed}))
             name = f"{_file_name(arm.name)}-seed{seed}"
             trained, judged = out / "runs" / f"{name}.student.safetensors", out / "runs" / f"{name}.figures.safetensors"
-            key = run_dir.stage_key(recipe=recipe.model_dump(), images=folder.fingerprint())
+            key = run_dir.stage_key(recipe=recipe.model_dump(), weights=_weights(recipe), images=folder.fingerprint())
             judged_key = run_dir.stage_key(student=key, bank=bank.fingerprint(), test=tested.fingerprint() if tested else "")
             if _key(judged) != judged_key:
-                screen.say(f"== {arm.name}, seed {seed}")
+                screen.say(f"== {arm.name}, seed {seed} ({len(results) + 1} of {len(arms) * len(seeds)})")
                 models = build_models(recipe)
                 if _key(trained) != key:
                     material = prepare(models, folder, store_side(models.recipe.image_size, models.recipe.teacher_size), work, device)
@@ -112,13 +120,41 @@ def compare(
             right, found = checkpoint.load(judged)
             results.append({**found, "tensors": right})
     table = summarise(results, [arm.name for arm in arms], base, test)
+    table["references"] = _references(base, bank, tested, out, judging, device)
     write(table, out)
     return table
+
+
+def _references(
+    base: Recipe, bank: Folder, test: Folder | None, out: Path, judging: dict[str, Labelled], device: torch.device
+) -> list[dict[str, Any]]:
+    """What the students are to be read against: the teacher, and a student with the random weights of seed 0."""
+    recipe = base.model_copy(update={"student_weights": "random", "seed": 0})
+    key = run_dir.stage_key(
+        recipe=recipe.model_dump(), weights=_weights(recipe), bank=bank.fingerprint(), test=test.fingerprint() if test else ""
+    )
+    found = []
+    for name in ("teacher", "random"):
+        file = out / "runs" / f"{name}.reference.safetensors"
+        if _key(file) != key:
+            models = build_models(recipe)
+            which = f"{recipe.teacher} {recipe.teacher_size} {recipe.teacher_weights}"
+            judging[which] = judging.get(which) or _labelled(bank, test, models.teacher, device)
+            figures, right = judge(models.teacher if name == "teacher" else models.student, judging[which], device)
+            checkpoint.save(file, right, key=key, name=f"{name} weights" if name == "random" else name, **figures)
+        found.append({field: value for field, value in checkpoint.load(file)[1].items() if field != "key"})
+    return found
 
 
 def resolve_quietly(recipe: Recipe) -> Recipe:
     """Names are resolved already; what is left is the method's own temperature."""
     return recipe.model_copy(update={"temperature": loss_of(recipe).temperature})
+
+
+def _weights(recipe: Recipe) -> list[str]:
+    """Hashes of the weights files of a recipe: a file's name does not tell what is in it."""
+    files = [Path(source) for source in (recipe.teacher_weights, recipe.student_weights) if source not in ("auto", "pretrained", "random")]
+    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
 
 
 def _key(file: Path) -> object:
@@ -136,7 +172,7 @@ def _open(out: Path, base: Recipe, overwrite: bool) -> Path:
     if out.is_dir() and any(out.iterdir()) and not marker.is_file():
         raise BingoError(f"--out: {out} holds something else than a comparison; name another folder")
     if overwrite:
-        for path in (out / "runs").glob("*"):
+        for path in (*(out / "runs").glob("*"), *(out / "work").glob("checkpoint.*")):
             path.unlink()
     (out / "runs").mkdir(parents=True, exist_ok=True)
     (out / "work").mkdir(exist_ok=True)
@@ -151,10 +187,6 @@ def _labelled(bank: Folder, test: Folder | None, teacher: Encoder, device: torch
     for role, folder in folders.items():
         found, good = embed.plain({"teacher": embed.as_embed(teacher, device)}, folder, range(len(folder.files)), f"teacher, {role} images")
         mine, indices = images.labels_of(folder)
-        if not set(mine) <= set(names):
-            raise BingoError(
-                f"--test: expected the classes of --labels ({', '.join(names[:10])}), found others: {', '.join(sorted(set(mine) - set(names))[:10])}"
-            )
         features[role] = found["teacher"]
         labels[role] = torch.tensor([names.index(mine[indices[index]]) for index in good])
         kept[role] = Folder(folder.root, tuple(folder.files[index] for index in good), ())
@@ -189,7 +221,7 @@ def _train(models: Models, material: Material, bank: Folder, work: Path, key: st
         "teacher_passes": stored + online if loss.teacher else 0,
         "train_seconds": seconds,
         "memory_mb": _memory_mb(device),
-        "bags": bagging.report(bags, material.seen.features[material.training], labels) if loss.mates else {},
+        "bags": bag_facts(recipe, bags, material, labels),
         "checks": [[line["epoch"] + 1, line["neighbour_recall"]] for line in lines if line.get("neighbour_recall") is not None],
     }
 
@@ -283,7 +315,10 @@ def summarise(results: list[dict[str, Any]], arms: list[str], base: Recipe, test
             "memory_mb": "highest so far in this process: it also holds the arms before",
         },
         "settings": base.model_dump(),
-        "rank_correlation_of_recall": {**ranks, "runs": len(results)},
+        "rank_correlation_of_recall": {
+            **{name: None if math.isnan(value) else value for name, value in ranks.items()},
+            "runs": len(results),
+        },
         "rows": rows,
         "runs": [{key: value for key, value in run.items() if key not in ("tensors", "key")} for run in results],
     }
@@ -299,33 +334,29 @@ def write(table: dict[str, Any], out: Path) -> None:
     writer.writeheader()
     writer.writerows({key: json.dumps(value) if isinstance(value, list) else value for key, value in row.items()} for row in flat)
     run_dir.write_text(out / "table.csv", buffer.getvalue())
-    header = ["", *TITLES.values(), "linear - first", "student passes", "teacher passes", "time", "memory", "bags"]
-    cells = []
+    quality = [("", *TITLES.values(), "kNN - first", "linear - first")]
+    cost = [("", "epochs", "student passes", "teacher passes", "own average's", "time", "memory", "mates", "purity")]
     for row in rows:
-        low, high = row["linear_minus_first_interval"]
-        teacher = f"{row['teacher_passes']:,}" + (f" + {row['average_passes']:,} own" if row["average_passes"] else "")
-        bags = (
-            f"{row['bags']['size_mean']:.1f}" + (f", purity {row['bags']['purity']:.2f}" if "purity" in row["bags"] else "")
-            if row["bags"]
-            else "-"
-        )
         figures = [f"{row[figure]:.3f} ± {row[f'{figure}_spread']:.3f}" for figure in FIGURES]
-        difference = "-" if row is rows[0] else f"{row['linear_minus_first']:+.3f} [{low:+.3f}, {high:+.3f}]"
-        cells.append(
-            (
-                row["name"],
-                *figures,
-                difference,
-                f"{row['student_passes']:,}",
-                teacher,
-                screen.duration(row["train_seconds"]),
-                f"{row['memory_mb']:,.0f} MB",
-                bags,
-            )
-        )
-    run_dir.write_text(out / "table.txt", screen.table_text(header, cells) + "\n")
-    run_dir.write_text(out / "table.svg", chart.dots(rows, FIGURES, TITLES))
-    screen.table("", header, cells)
+        differences = [
+            "-"
+            if row is rows[0]
+            else "{:+.3f} [{:+.3f}, {:+.3f}]".format(row[f"{figure}_minus_first"], *row[f"{figure}_minus_first_interval"])
+            for figure in ("knn", "linear")
+        ]
+        quality.append((row["name"], *figures, *differences))
+        passes = [f"{row[name]:,}" for name in ("epochs", "student_passes", "teacher_passes", "average_passes")]
+        bags = [f"{row['bags'][name]:.{digits}f}" if name in row["bags"] else "-" for name, digits in (("size_mean", 1), ("purity", 2))]
+        cost.append((row["name"], *passes, screen.duration(row["train_seconds"]), f"{row['memory_mb']:,.0f} MB", *bags))
+    for reference in table["references"]:
+        quality.append((str(reference["name"]), *(f"{reference[figure]:.3f}" for figure in FIGURES), "-", "-"))
     ranks = table["rank_correlation_of_recall"]
-    screen.say(f"recall@{probes.RECALL_K} against linear over {ranks['runs']} runs: rank correlation {ranks['linear']:.2f}")
-    screen.say(f"the table: {out / 'table.txt'}, .json, .csv, .svg")
+    correlation = "not defined" if ranks["linear"] is None else f"{ranks['linear']:.2f}"
+    closing = f"recall@{probes.RECALL_K} against linear over {ranks['runs']} runs: rank correlation {correlation}"
+    text = "\n\n".join(screen.table_text(part[0], part[1:]) for part in (quality, cost))
+    run_dir.write_text(out / "table.txt", f"{text}\n\n{closing}\n")
+    run_dir.write_text(out / "table.svg", chart.dots(rows, FIGURES, TITLES))
+    for title, part in (("mean ± spread over seeds", quality), ("cost of one seed", cost)):
+        screen.table(title, part[0], part[1:])
+    screen.say(closing)
+    screen.say(f"the tables: {out / 'table.txt'}, .json, .csv, .svg")

@@ -10,7 +10,7 @@ from bingo_compress.images import list_folder
 from bingo_compress.recipe import Recipe
 from bingo_compress.run_dir import refuse_taken
 
-OWN = ("resnet50x2",)  # models that weights.py adds to timm's
+OWN = ("resnet50x2", "vit_small_moco_v3")  # models that weights.py adds to timm's
 
 
 def refuse_early(recipe: Recipe, out: Path, resume: bool, overwrite: bool, dry_run: bool) -> None:

@@ -131,8 +131,9 @@ def teacher_pass(
         of_features=of_features and teacher.projection is not None,
         layout=2,
     )
-    shards = work / f"teacher-{key}"
-    drop_stale(work, "teacher", {shards.name})
+    stem = "teacher_features" if of_features and teacher.projection is not None else "teacher"
+    shards = work / f"{stem}-{key}"
+    drop_stale(work, stem, {shards.name})
     shards.mkdir(exist_ok=True)
     ranges = [range(start, min(start + SHARD, len(folder.files))) for start in range(0, len(folder.files), SHARD)]
     files = {

@@ -5,13 +5,14 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
 import timm
 import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from bingo_compress import weights
@@ -40,7 +41,7 @@ class Preprocessing:
 class Encoder(nn.Module):
     """A timm backbone without classifier. forward: float (B, 3, S, S) in 0..1 -> float (B, width), pooled as the model pools.
 
-    `projection`, where a checkpoint brought one (MoCo-v2, SwAV), maps features to the embedding that the method's targets use.
+    `projection`, where a checkpoint brought one (MoCo, SwAV, DINO), maps features to the embedding that the method's targets use.
     """
 
     mean: Tensor
@@ -164,7 +165,12 @@ def build(name: str, size: int, source: str, option: str) -> Encoder:
         ),
     )
     if source not in ("pretrained", "random"):
-        encoder.projection = weights.load_into(encoder.backbone, name, Path(source), option)
+        projection = weights.load_into(encoder.backbone, name, Path(source), option)
+        if (
+            projection is not None
+        ):  # MoCo, SwAV and DINO all normalised with ImageNet's mean and std, whatever timm's model of that name does
+            encoder = Encoder(name, encoder.backbone, replace(encoder.preprocessing, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD))
+            encoder.projection = projection
     return encoder.eval()
 
 

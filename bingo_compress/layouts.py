@@ -99,7 +99,7 @@ def build_head(layout: Layout, head: Tensors, width: int, where: str) -> nn.Modu
     placed = {f"0.{key}": value for key, value in head.items()} if single else head
     form = _form(placed)
     if form not in layout.forms or single != (len(form) == 1):
-        known = " or ".join(_words(form, layout) + " alone (weight, bias)" * (len(form) == 1) for form in layout.forms)
+        known = " or ".join(_words(one, layout) + " alone (weight, bias)" * (len(one) == 1) for one in layout.forms)
         raise BingoError(
             f"{where}: expected the projection head of {layout.method} to be {known}; "
             f"found {_words(form, layout)} ({names(head)}); is the file complete?"

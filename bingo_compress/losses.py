@@ -74,6 +74,10 @@ class Loss(Protocol):
     def both(self) -> bool:
         """Whether the second view needs a target of its own."""
 
+    @property
+    def soft(self) -> bool:
+        """Whether mates are no wrong answers, so that they are not masked."""
+
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         """The terms whose sum is the loss."""
 
@@ -96,6 +100,16 @@ def info_nce(query: Tensor, target: Tensor, energy: Tensor, temperature: float) 
     return softplus(energy - (query * target).sum(1) / temperature).mean()
 
 
+def soft_nce(query: Tensor, target: Tensor, batch: Batch, temperature: float, teacher_temperature: float) -> Tensor:
+    """Cross-entropy between softmax of the target's and of the query's similarities to [target; queue], mean over the batch (SEED, equation 3)."""
+
+    def logits(rows: Tensor, tau: float) -> Tensor:
+        own = (rows * target).sum(1, keepdim=True) / tau
+        return torch.cat((own, similarities(rows, batch.negatives, batch.masked, tau)), dim=1)
+
+    return -(logits(target, teacher_temperature).softmax(1) * logits(query, temperature).log_softmax(1)).sum(1).mean()
+
+
 @dataclass(frozen=True)
 class _Method:
     """What most methods share: a teacher, both views of the anchor, embeddings of length one."""
@@ -109,6 +123,7 @@ class _Method:
     own_temperature: ClassVar[float] = 0.2
     official: ClassVar[bool] = False
     both: ClassVar[bool] = True
+    soft: ClassVar[bool] = False
 
     def _contrast(self, query: Tensor, key: Tensor, batch: Batch) -> Tensor:
         energy = negatives_energy(query, batch.negatives, batch.masked, self.temperature)
@@ -117,16 +132,23 @@ class _Method:
 
 @dataclass(frozen=True)
 class Bingo(_Method):
-    """BINGO (arXiv 2107.01691). variant "paper": its equations; "official": what the published code computes (CutMix, two targets)."""
+    """BINGO (arXiv 2107.01691). variant "paper": its equations; "official": what the published code computes (CutMix, two targets);
+    "soft": ours, the paper's two queries against the teacher's own distribution over [target; queue] (as SEED's) in place of the one right answer."""
 
     variant: str = "paper"
     switch_epoch: int = 11
+    teacher_temperature: float = 0.01
     mates: ClassVar[bool] = True
 
     @property
     def official(self) -> bool:  # type: ignore[override]
         """Whether a mixed student view and the mate's target are needed."""
         return self.variant == "official"
+
+    @property
+    def soft(self) -> bool:  # type: ignore[override]
+        """Whether mates stay among the queue's rows: the teacher's distribution says how right they are."""
+        return self.variant == "soft"
 
     @property
     def both(self) -> bool:  # type: ignore[override]
@@ -137,6 +159,11 @@ class Bingo(_Method):
         """intra + inter (+ mixed)."""
         assert batch.targets is not None
         queries, targets, tau = batch.queries, batch.targets, self.temperature
+        if self.variant == "soft":
+            intra, inter = (
+                soft_nce(query, targets.anchor, batch, tau, self.teacher_temperature) for query in (queries.anchor, queries.mate)
+            )
+            return {"intra": intra, "inter": inter}
         if not self.official:
             return {
                 "intra": self._contrast(queries.anchor, targets.anchor, batch),
@@ -205,15 +232,11 @@ class Seed(_Method):
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         """distribution: mean of both views."""
-        return {"distribution": torch.stack([self._one(query, target, batch) for query, target in batch.pairs]).mean()}
-
-    def _one(self, query: Tensor, target: Tensor, batch: Batch) -> Tensor:
-        def logits(rows: Tensor, tau: float) -> Tensor:
-            own = (rows * target).sum(1, keepdim=True) / tau
-            return torch.cat((own, similarities(rows, batch.negatives, batch.masked, tau)), dim=1)
-
-        wanted = logits(target, self.teacher_temperature).softmax(1)
-        return -(wanted * logits(query, self.temperature).log_softmax(1)).sum(1).mean()
+        return {
+            "distribution": torch.stack(
+                [soft_nce(query, target, batch, self.temperature, self.teacher_temperature) for query, target in batch.pairs]
+            ).mean()
+        }
 
 
 @dataclass(frozen=True)

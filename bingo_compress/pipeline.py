@@ -55,7 +55,7 @@ def resolve(recipe: Recipe) -> Recipe:
 
 def build_models(recipe: Recipe) -> Models:
     """Teacher and student with their weights; input sizes left at 0 are filled in. Raises BingoError."""
-    torch.manual_seed(embed.hash_seed(recipe.seed, "teacher"))
+    torch.manual_seed(embed.hash_seed("teacher"))
     teacher = build(recipe.teacher, recipe.teacher_size, recipe.teacher_weights, "--teacher-weights")
     student = build_student(recipe, recipe.student_weights, "student")
     sizes = {"teacher_size": teacher.preprocessing.size, "image_size": student.preprocessing.size}
@@ -115,7 +115,7 @@ def run_distill(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: b
     bags = make_bags(recipe, models.teacher, material)
     files = [material.folder.files[index] for index in material.training.tolist()]
     checkpoint.save(run.bags, {"bags": bags}, root=str(folder.root), files=files)
-    facts = bagging.report(bags, material.seen.features[material.training])
+    facts = bag_facts(recipe, bags, material)
     screen.say(describe_bags(recipe, facts))
     if not run.start.exists():
         save_student(models.student, run.start, recipe)
@@ -162,8 +162,16 @@ def make_bags(recipe: Recipe, teacher: Encoder, material: Material) -> Tensor:
     return bagging.BAGGERS[recipe.bags](looked, recipe.bag_size)
 
 
+def bag_facts(recipe: Recipe, bags: Tensor, material: Material, labels: Tensor | None = None) -> dict[str, float]:
+    """`bagging.report` of the teacher's bags; nothing for a method that does not use them."""
+    loss = loss_of(recipe)
+    return bagging.report(bags, material.seen.features[material.training], labels) if loss.mates and loss.teacher else {}
+
+
 def describe_bags(recipe: Recipe, facts: dict[str, float]) -> str:
-    """One line for the screen of what `bagging.report` found."""
+    """One line for the screen of what `bag_facts` found."""
+    if not facts:
+        return f"bags: {'rebuilt from the student' if loss_of(recipe).mates else 'none'} in method {recipe.method}"
     line = f"bags: {recipe.bags} by {bagging.describe_backend()}, {facts['size_mean']:.1f} mates on average ({facts['size_least']:.0f}-{facts['size_most']:.0f})"
     line += f", {facts['empty']:.0%} empty" if facts["empty"] else ""
     return line + (f", mean cosine {facts['similarity']:.3f}, {facts['mutual']:.0%} mutual" if "similarity" in facts else "")
@@ -267,7 +275,7 @@ def _say_smaller(recipe: Recipe, planned: Plan) -> None:
         screen.say(f"queue {planned.queue_size:,} instead of {recipe.queue_size:,}: one entry an image")
 
 
-def _close(run: run_dir.RunDir, models: Models, material: Material, bag_facts: dict[str, float], device: torch.device) -> None:
+def _close(run: run_dir.RunDir, models: Models, material: Material, facts: dict[str, float], device: torch.device) -> None:
     """Neighbour recall on the held-out images, before and after, and the closing table."""
     recipe, student = models.recipe, models.student
     folder, held, training, seen = material.folder, material.held, material.training, material.seen
@@ -275,7 +283,7 @@ def _close(run: run_dir.RunDir, models: Models, material: Material, bag_facts: d
         "version": __version__,
         "run_id": run_dir.stage_key(recipe=recipe.model_dump(), student=embed.weights_digest(student)),
         "images": {"training": len(training), "held_out": len(held), "unusable": len(folder.bad)},
-        "bags": bag_facts,
+        "bags": facts,
         "machine": {
             "processor": platform.processor() or platform.machine(),
             "torch": torch.__version__,

@@ -1,6 +1,7 @@
 """The proof of a finished run: teacher, student, its start, random weights and the exported file, on a folder of labelled images."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,29 +9,41 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bingo_compress import embed, images, probes, run_dir, screen
-from bingo_compress.encoder import build
+from bingo_compress import embed, evidence, figures, finetune, images, pixels, probes, run_dir, screen
+from bingo_compress.encoder import Encoder, build
 from bingo_compress.errors import BingoError
 from bingo_compress.exporters.onnx import onnx_runner
-from bingo_compress.pipeline import Models, build_student, choose_device, closing_table, load_student, saved_recipe
+from bingo_compress.figures import Sides
+from bingo_compress.pipeline import Models, build_student, choose_device, load_student, saved_recipe
+from bingo_compress.proof_table import NAMES as NAMES
+from bingo_compress.proof_table import show
 
 TEST_SHARE = 0.25
-LEAST_GAP = 0.05
-NAMES = {
-    "teacher": "teacher",
-    "student": "student (distilled)",
-    "start": "student before",
-    "random": "student, random weights",
-    "onnx": "exported ONNX file",
-}
 
 
-def validate(run_path: Path, data: Path, test: Path | None = None, json_file: Path | None = None, device: str = "auto") -> dict[str, Any]:
+def validate(
+    run_path: Path,
+    data: Path,
+    test: Path | None = None,
+    json_file: Path | None = None,
+    device: str = "auto",
+    *,
+    shots: str = "",
+    fine_tune: bool = False,
+    literature: bool = False,
+    against: Path | None = None,
+) -> dict[str, Any]:
     """Probe every model of a run. data: the labelled bank; test: labelled queries, or None to set a quarter of each class of `data` aside.
 
-    Returns and, with json_file, writes {"protocol": ..., "rows": ...}. Saves linear.npz and bank.npz for the edge kit. Raises BingoError.
+    shots: parts of the labels, such as "1%,10%,5", to probe with as well and, with fine_tune, to fine-tune on; literature: the linear probe with
+    augmentation too; against: another finished run, whose student is compared on the same images. Returns and, with json_file, writes
+    {"protocol": ..., "rows": ...}, every figure with a 95% interval. Saves linear.npz and bank.npz for the edge kit. Raises BingoError.
     """
+    specs = finetune.parse_shots(shots) if shots else []
+    if fine_tune and not specs:
+        raise BingoError("--fine-tune: expected --shots beside it, found none; for example --shots 1%,10% --fine-tune")
     run = run_dir.open_finished(run_path)
+    other = _open_against(against) if against else None
     recipe = saved_recipe(run)
     bank_folder = images.list_folder(data)
     classes, _ = images.labels_of(bank_folder)
@@ -38,42 +51,58 @@ def validate(run_path: Path, data: Path, test: Path | None = None, json_file: Pa
     if test_folder:
         _same_classes(classes, images.labels_of(test_folder)[0])
     where = choose_device(device)
-    torch.manual_seed(embed.hash_seed(recipe.seed, "teacher"))
+    torch.manual_seed(embed.hash_seed("teacher"))
     teacher = build(recipe.teacher, recipe.teacher_size, recipe.teacher_weights, "--teacher-weights")
     student = load_student(recipe, run.student)
-    start = load_student(recipe, run.start) if run.start.exists() else None
-    models = {"teacher": embed.as_embed(teacher, where), "student": embed.as_embed(student, where)}
-    if start is not None:
-        models["start"] = embed.as_embed(start, where)
-    models["random"] = embed.as_embed(build_student(recipe, "random", "random row"), where)
+    trainable = {"student": student}
+    if run.start.exists():
+        trainable["start"] = load_student(recipe, run.start)
+    trainable["random"] = build_student(recipe, "random", "random row")
+    models = {name: embed.as_embed(encoder, where) for name, encoder in ({"teacher": teacher} | trainable).items()}
     onnx_file = run.export / "student.onnx"
     if onnx_file.exists():
         session = onnx_runner(onnx_file)
         models["onnx"] = (student.preprocessing, lambda batch: session(batch)[1])
+    if other:
+        models["against"] = embed.as_embed(load_student(saved_recipe(other), other.student), where)
+    sides = _sides(models, bank_folder, test_folder, classes)
 
-    bank, bank_labels, paths = _embedded(models, bank_folder, classes, "embed labelled images")
-    if test_folder:
-        queries, query_labels, _ = _embedded(models, test_folder, classes, "embed test images")
-    else:
-        chosen = _quarter(bank_labels)
-        queries, query_labels = {name: rows[chosen] for name, rows in bank.items()}, bank_labels[chosen]
-        bank, bank_labels = {name: rows[~chosen] for name, rows in bank.items()}, bank_labels[~chosen]
-        paths = [path for path, taken in zip(paths, chosen.tolist(), strict=True) if not taken]
-
-    rows = []
+    rows: list[dict[str, Any]] = []
     heads: dict[str, probes.LinearHead] = {}
+    right: dict[str, dict[str, Tensor]] = {}
     for name in models:
         # The file is judged with the student's own head, as the device will run it: a head fitted anew may end elsewhere.
-        heads[name] = heads["student"] if name == "onnx" else probes.fit_linear(bank[name], bank_labels, len(classes))
-        rows.append({"name": name, **_scores(bank[name], bank_labels, queries[name], query_labels, heads[name], len(classes))})
-        rows[-1]["neighbour_recall"] = probes.neighbour_recall((queries["teacher"], bank["teacher"]), (queries[name], bank[name]))
-    result = {"protocol": _protocol(bank_folder, test_folder, len(bank_labels), len(query_labels), classes), "rows": rows}
+        heads[name] = heads["student"] if name == "onnx" else probes.fit_linear(sides.bank[name], sides.labels, len(classes))
+        found, right[name] = figures.scores(name, sides, heads[name])
+        if name in ("student", "onnx"):
+            found |= figures.by_class(heads[name].predict(sides.queries[name]), sides)
+        if specs and name != "onnx":
+            found["shots"] = {spec: figures.few_labels(name, sides, spec) for spec in specs}
+        rows.append({"name": name, **found})
+    by_name = {row["name"]: row for row in rows}
+    by_name["student"] |= figures.gap_closed(right["random"]["linear"], right["student"]["linear"], right["teacher"]["linear"])
+    if fine_tune or literature:
+        _train_with_labels(by_name, trainable, sides, specs if fine_tune else [], literature, run, where)
+
+    result: dict[str, Any] = {"protocol": _protocol(sides, test_folder, specs, fine_tune, literature, against), "rows": rows}
+    if against:
+        result["paired"] = {key: figures.compared(right["student"][key], right["against"][key]) for key in ("knn", "linear")}
+    if run.bags.exists():
+        result |= figures.bag_purity(run.bags, bank_folder)
     deployed = "onnx" if "onnx" in models else "student"
-    save_heads(run.export, heads[deployed], bank[deployed], bank_labels, classes, paths)
+    paths = [bank_folder.files[place] for place in sides.places]
+    save_heads(run.export, heads[deployed], sides.bank[deployed], sides.labels, classes, paths)
     if json_file:
-        run_dir.write_text(json_file, json.dumps(result, indent=2) + "\n")
-    _show(result, run, Models(recipe, teacher, student))
+        run_dir.write_text(json_file, _json(result))
+    show(result, run, Models(recipe, teacher, student))
     return result
+
+
+def _open_against(path: Path) -> run_dir.RunDir:
+    try:
+        return run_dir.open_finished(path)
+    except BingoError as error:
+        raise BingoError(f"--against:{str(error).removeprefix('--run:')}") from None
 
 
 def _same_classes(known: list[str], found: list[str]) -> None:
@@ -82,14 +111,26 @@ def _same_classes(known: list[str], found: list[str]) -> None:
         raise BingoError(f"--test: expected the classes of --data ({', '.join(known[:10])}), found others: {', '.join(unknown[:10])}")
 
 
-def _embedded(models: dict[str, Any], folder: images.Folder, classes: list[str], what: str) -> tuple[dict[str, Tensor], Tensor, list[str]]:
+def _sides(models: dict[str, Any], bank_folder: images.Folder, test_folder: images.Folder | None, classes: list[str]) -> Sides:
+    """Everything embedded; without a test folder a quarter of each class of the bank is set aside."""
+    bank, labels, places = _embedded(models, bank_folder, classes, "embed labelled images")
+    if test_folder:
+        queries, query_labels, query_places = _embedded(models, test_folder, classes, "embed test images")
+        return Sides(classes, bank, labels, bank_folder, places, queries, query_labels, test_folder, query_places)
+    chosen = _quarter(labels)
+    queries, bank = ({name: rows[part] for name, rows in bank.items()} for part in (chosen, ~chosen))
+    query_places, places = (torch.tensor(places)[part].tolist() for part in (chosen, ~chosen))
+    return Sides(classes, bank, labels[~chosen], bank_folder, places, queries, labels[chosen], bank_folder, query_places)
+
+
+def _embedded(models: dict[str, Any], folder: images.Folder, classes: list[str], what: str) -> tuple[dict[str, Tensor], Tensor, list[int]]:
     features, good = embed.plain(models, folder, range(len(folder.files)), what)
     if len(good) < len(folder.files) or folder.bad:
         screen.say(
             f"{len(folder.files) - len(good) + len(folder.bad):,} files in {folder.root} cannot be used and are left out; `bingo-compress check` names them"
         )
     names, labels = images.labels_of(folder)
-    return features, torch.tensor([classes.index(names[labels[index]]) for index in good]), [folder.files[index] for index in good]
+    return features, torch.tensor([classes.index(names[labels[index]]) for index in good]), good
 
 
 def _quarter(labels: Tensor) -> Tensor:
@@ -105,31 +146,86 @@ def _quarter(labels: Tensor) -> Tensor:
     return chosen
 
 
-def _scores(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, head: probes.LinearHead, classes: int) -> dict[str, float]:
-    predicted = head.predict(queries)
-    scores = {
-        "knn": probes.accuracy(probes.knn_predict(bank, bank_labels, queries, classes), labels),
-        "linear": probes.accuracy(predicted, labels),
-        "linear_balanced": probes.balanced_accuracy(predicted, labels),
-    }
-    if classes == 2:
-        scores["linear_auc"] = probes.auc(head.scores(queries)[:, 0], labels == 0)
-    return scores
+def _train_with_labels(
+    rows: dict[str, dict[str, Any]],
+    encoders: dict[str, Encoder],
+    sides: Sides,
+    specs: list[str],
+    literature: bool,
+    run: run_dir.RunDir,
+    device: torch.device,
+) -> None:
+    """Add what costs training on pixels to the rows of `encoders`: fine-tuning on each of `specs`, and the literature's linear protocol."""
+    work = run.work / "labelled"  # of its own: building a store deletes the others of its folder
+    work.mkdir(parents=True, exist_ok=True)
+    classes = len(sides.classes)
+    store, stored = pixels.build(sides.bank_folder, pixels.store_side(encoders["student"].preprocessing.size, 0), work, device)
+    place = {path: position for position, path in enumerate(stored.files)}
+    bank = torch.tensor([place[sides.bank_folder.files[index]] for index in sides.places])
+    for name, encoder in encoders.items():
+        if literature:
+            head = finetune.linear_with_augmentation(encoder, store, bank, sides.labels, classes, device, what=f"linear, augmented: {name}")
+            rows[name] |= figures.with_interval("literature", head.predict(sides.queries[name]) == sides.query_labels)
+        for spec in specs:
+            chosen = finetune.subset(sides.labels, spec, 0)
+            tuned = finetune.fine_tune(
+                encoder, store, bank[chosen], sides.labels[chosen], classes, device, what=f"fine-tune on {spec}: {name}"
+            )
+            predicted, _ = embed.plain(
+                {name: (encoder.preprocessing, tuned)}, sides.query_folder, sides.query_places, f"test fine-tuned {name}"
+            )
+            rows[name]["shots"][spec] |= figures.with_interval("fine_tuned", predicted[name] == sides.query_labels)
 
 
-def _protocol(bank: images.Folder, test: images.Folder | None, bank_count: int, query_count: int, classes: list[str]) -> dict[str, Any]:
-    return {
+def _json(result: dict[str, Any]) -> str:
+    """Readable JSON: a list of plain numbers, such as a row of a confusion matrix, on one line."""
+    return re.sub(r"\[\n[\d\s.,eE+-]+\]", lambda found: f"[{' '.join(found[0][1:-1].split())}]", json.dumps(result, indent=2)) + "\n"
+
+
+def _protocol(
+    sides: Sides, test: images.Folder | None, specs: list[str], fine_tune: bool, literature: bool, against: Path | None
+) -> dict[str, Any]:
+    root = sides.bank_folder.root
+    said: dict[str, Any] = {
         "knn": f"weighted vote exp(cos/{probes.KNN_TEMPERATURE}), k = {probes.KNN_K} (DINO), plain view",
         "linear": "logistic regression (L-BFGS) on frozen standardised features; L2 strength chosen on a fifth of the bank held out, never on the test set; refitted on the whole bank",
         "neighbour_recall": f"share of the teacher's {probes.RECALL_K} nearest bank images of each test image that are also the model's; no labels used",
         "onnx": "the student's linear head on the features that the exported file gives",
         "linear_balanced": "mean over classes of the linear probe's recall",
-        "bank": str(bank.root),
-        "test": str(test.root) if test else f"a quarter of each class of {bank.root}, set aside",
-        "bank_images": bank_count,
-        "test_images": query_count,
-        "classes": classes,
+        "intervals": f"95% percentile bootstrap over test images, {evidence.DRAWS} draws; bank, weights and heads stay as they are, so that a second run of distill may "
+        "land outside; no width where all test images agree",
+        "per_class": "the linear probe's recall of each class; confusion: counts, rows the truth",
+        "gap_closed": "(student - random) / (teacher - random) of the linear probe; left out where teacher - random is under "
+        f"{figures.LEAST_GAP}",
+        "bank": str(root),
+        "test": str(test.root) if test else f"a quarter of each class of {root}, set aside",
+        "bank_images": len(sides.labels),
+        "test_images": len(sides.query_labels),
+        "classes": sides.classes,
     }
+    if specs:
+        said["shots"] = (
+            f"the linear probe on a part of each class of the bank ({', '.join(specs)}; at least one image a class): mean over {figures.SUBSETS} draws of the part, "
+            "spread their standard deviation, interval over test images"
+        )
+    if fine_tune:
+        said["fine_tuned"] = (
+            "student, start and random weights (the teacher would be expensive), everything trained on the first of the draws alone: random crops of "
+            f"{finetune.SCALE_MIN}-1 and flips, Nesterov SGD, learning rate {finetune.BACKBONE_LR} (classifier x {finetune.HEAD_TIMES}), cosine, no weight decay, batches of "
+            f"{finetune.BATCH}, at least {finetune.TUNE_EPOCHS} epochs and {finetune.TUNE_STEPS} steps; nothing chosen on the test set"
+        )
+    if literature:
+        said["literature"] = (
+            "student, start and random weights (the teacher would be expensive): MoCo's linear protocol, SGD with learning rate 30 (EfficientNet, MobileNet: 3), "
+            f"no weight decay, batches of {finetune.BATCH}, {finetune.LINEAR_EPOCHS} epochs, x0.1 at 60% and 80%, random crops of {finetune.SCALE_MIN}-1 and flips on frozen weights; "
+            "tested on the plain view"
+        )
+    if fine_tune or literature:
+        said["crops"] = "cut from images stored as squares of 9/8 of the student's input, as in distillation"
+    if against:
+        said["against"] = f"the student of {against} on the same images, each student with its own input size"
+        said["paired"] = "this student minus the other; 95% paired bootstrap over test images; exact two-sided McNemar test (p_value)"
+    return said
 
 
 def save_heads(folder: Path, head: probes.LinearHead, bank: Tensor, labels: Tensor, classes: list[str], paths: list[str]) -> None:
@@ -150,34 +246,3 @@ def save_heads(folder: Path, head: probes.LinearHead, bank: Tensor, labels: Tens
     for file, arrays in contents.items():
         with run_dir.atomic(folder / file) as temporary, temporary.open("wb") as handle:
             np.savez(handle, **arrays)  # type: ignore[arg-type]
-
-
-def _show(result: dict[str, Any], run: run_dir.RunDir, models: Models) -> None:
-    protocol = result["protocol"]
-    header = ["", "kNN", "linear", "balanced", *(["AUC"] if "linear_auc" in result["rows"][0] else []), f"recall@{probes.RECALL_K}"]
-    cells = []
-    for row in result["rows"]:
-        figures = [
-            row["knn"],
-            row["linear"],
-            row["linear_balanced"],
-            *([row["linear_auc"]] if "linear_auc" in row else []),
-            row["neighbour_recall"],
-        ]
-        cells.append((NAMES[row["name"]], *(f"{value:.3f}" for value in figures)))
-    screen.table(
-        f"{protocol['test_images']:,} test images, bank of {protocol['bank_images']:,}, {len(protocol['classes'])} classes", header, cells
-    )
-    closing_table(models, {row["name"]: row for row in result["rows"]})
-    values = {row["name"]: row["linear"] for row in result["rows"]}
-    gap = f"between random weights ({values['random']:.3f}) and the teacher ({values['teacher']:.3f})"
-    if values["teacher"] - values["random"] < LEAST_GAP:
-        screen.say(f"linear probe: there is hardly a gap {gap}; these labels do not tell good features from bad")
-    else:
-        screen.say(
-            f"linear probe: the student closed {probes.gap_closed(values['random'], values['student'], values['teacher']):.0%} of the gap {gap}"
-        )
-    if "onnx" not in values:
-        screen.say(f"no exported file yet. next: bingo-compress export --run {run.path}")
-    else:
-        screen.say(f"next: bingo-edge classify {run.export / 'student.onnx'} --head {run.export / 'linear.npz'} PHOTOS")

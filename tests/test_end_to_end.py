@@ -247,7 +247,8 @@ def test_overwrite_uses_stored_pixels_and_embeddings_again(
     bingo: Any, world: dict[str, Any], run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pixels, "_fill", lambda *_: pytest.fail("decoded again"))
-    monkeypatch.setattr(embed, "_embed_shard", lambda *_: pytest.fail("embedded again"))
+    for shard in ("_plain_shard", "_view_shard"):
+        monkeypatch.setattr(embed, shard, lambda *_: pytest.fail("embedded again"))
     (run / "export").mkdir()
     (run / "export" / "student.onnx").write_bytes(b"of the old run")
     ran = bingo("distill", *flags(data=world["data"], epochs=1), "--out", run, "--overwrite")
@@ -269,7 +270,7 @@ def test_official_with_an_online_teacher_runs_to_the_end(bingo: Any, world: dict
 
 
 def test_the_bags_of_the_run_hold_images_of_one_kind(world: dict[str, Any]) -> None:
-    shard = next((world["run"] / "work").glob("teacher-*/*.safetensors"))
+    shard = next((world["run"] / "work").glob("teacher-*/plain-*.safetensors"))
     features = safetensors.torch.load_file(shard)["features"]
     kinds = torch.arange(66) // 22
     assert float((kinds[knn(features, 3)[0]] == kinds[:, None]).float().mean()) > 0.9

@@ -1,0 +1,139 @@
+"""What `validate` measures on features: every figure with its 95% interval, classes, few labels, two students, the bags' purity."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bingo_compress import bagging, checkpoint, evidence, finetune, probes
+from bingo_compress.images import Folder, labels_of
+
+LEAST_GAP = 0.05
+SUBSETS = 3  # draws of few labels
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Bank and test images as every model sees them.
+
+    bank, queries: features (N, D) and (M, D) by model; labels, query_labels: (N,) and (M,), positions in `classes`.
+    places, query_places: which files of bank_folder and query_folder the N and M rows are.
+    """
+
+    classes: list[str]
+    bank: dict[str, Tensor]
+    labels: Tensor
+    bank_folder: Folder
+    places: list[int]
+    queries: dict[str, Tensor]
+    query_labels: Tensor
+    query_folder: Folder
+    query_places: list[int]
+
+
+def scores(name: str, sides: Sides, head: probes.LinearHead) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(the figures of one model, whether kNN and linear were right on each query, bool (M,))."""
+    bank, queries, labels, classes = sides.bank[name], sides.queries[name], sides.query_labels, len(sides.classes)
+    predicted = head.predict(queries)
+    right = {"knn": probes.knn_predict(bank, sides.labels, queries, classes) == labels, "linear": predicted == labels}
+    found = with_interval("knn", right["knn"]) | with_interval("linear", right["linear"])
+    found["linear_balanced"] = probes.balanced_accuracy(predicted, labels)
+    found["linear_balanced_interval"] = evidence.interval(lambda drawn: _balanced(right["linear"][drawn], labels[drawn]), len(labels))
+    if classes == 2:
+        chance, positive = head.scores(queries)[:, 0], labels == 0
+        found["linear_auc"] = probes.auc(chance, positive)
+        found["linear_auc_interval"] = evidence.interval(lambda drawn: probes.auc(chance[drawn], positive[drawn]), len(labels))
+    found |= with_interval("neighbour_recall", recalls((sides.queries["teacher"], sides.bank["teacher"]), (queries, bank)))
+    return found, right
+
+
+def with_interval(key: str, values: Tensor) -> dict[str, Any]:
+    """The mean of per-query values (M,) as {key: mean, key_interval: (low, high)}."""
+    return {key: float(values.double().mean()), f"{key}_interval": evidence.mean_interval(values)}
+
+
+def recalls(teacher: tuple[Tensor, Tensor], student: tuple[Tensor, Tensor], k: int = probes.RECALL_K) -> Tensor:
+    """`probes.neighbour_recall` of each query, (M,)."""
+    k = min(k, len(teacher[1]))
+    wanted, found = (bagging.nearest_neighbours(*pair, k)[1] for pair in (teacher, student))
+    return (wanted[:, :, None] == found[:, None, :]).any(2).double().mean(1)
+
+
+def _balanced(right: Tensor, labels: Tensor) -> float:
+    """`probes.balanced_accuracy`, a thousand times over."""
+    counts = torch.bincount(labels).double()
+    return float((torch.bincount(labels, right.double()) / counts)[counts > 0].mean())
+
+
+def by_class(predicted: Tensor, sides: Sides) -> dict[str, Any]:
+    """Per class: test images, share found, and the class it is most often taken for; and the confusion matrix, rows the truth."""
+    classes, labels = sides.classes, sides.query_labels
+    counts = evidence.confusion(predicted, labels, len(classes))
+    entries: list[dict[str, Any]] = []
+    for index, accuracy in enumerate(evidence.per_class(counts)):
+        entry: dict[str, Any] = {"class": classes[index], "images": int(counts[index].sum()), "accuracy": accuracy, "mistaken_for": None}
+        if accuracy is not None:
+            entry["accuracy_interval"] = evidence.mean_interval(predicted[labels == index] == index)
+        others = counts[index].clone()
+        others[index] = 0
+        if others.any():
+            entry["mistaken_for"] = classes[int(others.argmax())]
+        entries.append(entry)
+    return {"per_class": entries, "confusion": counts.tolist()}
+
+
+def gap_closed(low: Tensor, value: Tensor, high: Tensor) -> dict[str, Any]:
+    """How far a model got from `low` to `high`, each right or wrong on the same queries (M,); nothing where there is hardly a gap."""
+    if float(high.double().mean() - low.double().mean()) < LEAST_GAP:
+        return {}
+
+    def closed(drawn: Tensor) -> float:
+        return probes.gap_closed(*(float(right[drawn].double().mean()) for right in (low, value, high)))
+
+    return {"gap_closed": closed(torch.arange(len(low))), "gap_closed_interval": evidence.interval(closed, len(low))}
+
+
+def few_labels(name: str, sides: Sides, spec: str) -> dict[str, Any]:
+    """The linear probe of one model on a part of the labels: mean and spread over SUBSETS draws of the part, interval over the queries."""
+    right = []
+    for seed in range(SUBSETS):
+        chosen = finetune.subset(sides.labels, spec, seed)
+        head = probes.fit_linear(sides.bank[name][chosen], sides.labels[chosen], len(sides.classes))
+        right.append(head.predict(sides.queries[name]) == sides.query_labels)
+    _, spread = evidence.mean_and_spread([float(each.double().mean()) for each in right])
+    return {"images": len(chosen)} | with_interval("linear", torch.stack(right).double().mean(0)) | {"linear_spread": spread}
+
+
+def compared(a: Tensor, b: Tensor) -> dict[str, Any]:
+    """`evidence.paired` as JSON."""
+    found = evidence.paired(a, b)
+    return {
+        "difference": found.difference,
+        "difference_interval": (found.low, found.high),
+        "only_this": found.only_a,
+        "only_other": found.only_b,
+        "p_value": found.p_value,
+    }
+
+
+def bag_purity(file: Path, labelled: Folder) -> dict[str, Any]:
+    """Share of (anchor, mate) pairs of a run's bags with the same label, of those that `labelled` has both labels for; nothing where it has none."""
+    tensors, facts = checkpoint.load(file)
+    known = {labelled.path(index).resolve(): label for index, label in enumerate(labels_of(labelled)[1])}
+    names, root = facts["files"], Path(str(facts["root"]))
+    assert isinstance(names, list)
+    labels = torch.tensor([known.get((root / name).resolve(), -1) for name in names])
+    mates = torch.where(tensors["bags"] >= 0, labels[tensors["bags"].clamp(min=0)], -1)
+    pairs = (mates >= 0) & (labels >= 0)[:, None]
+    anchors = pairs.any(1)
+    if not anchors.any():
+        return {}
+    same, counts = ((part & pairs)[anchors].sum(1).double() for part in (mates == labels[:, None], pairs))
+    each = torch.bincount(labels[labels >= 0]).double()
+    return {
+        "bag_purity": float(same.sum() / counts.sum()),
+        "bag_purity_interval": evidence.interval(lambda drawn: float(same[drawn].sum() / counts[drawn].sum()), len(same)),
+        "bag_purity_chance": float((each * (each - 1)).sum() / (each.sum() * (each.sum() - 1))),
+    }
