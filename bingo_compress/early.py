@@ -25,6 +25,8 @@ def refuse_early(recipe: Recipe, out: Path, resume: bool, overwrite: bool, dry_r
         source = getattr(recipe, f"{role}_weights")
         if source not in ("auto", "pretrained", "random") and not Path(source).is_file():
             raise BingoError(f"--{role.replace('_', '-')}-weights: expected pretrained, random or a weights file; found no file {source}")
+    if recipe.keep_best and not recipe.hold_out:
+        raise BingoError("--keep-best: expected images held out, found none; raise --set hold_out=0.05")
     refuse_taken(out, may_hold_files=resume or overwrite or dry_run)
     folder = list_folder(Path(recipe.data))
     if len(folder.files) <= recipe.bag_size:

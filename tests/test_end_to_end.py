@@ -310,3 +310,30 @@ def test_the_demo_without_its_packages_says_how_to_get_them(bingo: Any, tmp_path
     ran = bingo("demo", "--out", tmp_path / "demo")
     assert ran.status == 2 and "pip install" in ran.err and len(ran.err.splitlines()) == 1
     assert not (tmp_path / "demo").exists()
+
+
+def test_keep_best_leaves_the_student_of_the_best_check(bingo: Any, world: dict[str, Any], tmp_path: Path) -> None:
+    more = ("--set", "check_every=1", "--set", "hold_out=0.3", "--keep-best", "--bags", "adaptive")
+    ran = bingo("distill", *flags(data=world["data"], epochs=4), *more, "--out", tmp_path / "run")
+    assert ran.status == 0, ran.err
+    scores = [line["neighbour_recall"] for line in lines(tmp_path / "run")]
+    assert len(scores) == 4 and all(0 <= score <= 1 for score in scores)
+    tensors = safetensors.torch.load_file(tmp_path / "run" / "work" / "checkpoint.safetensors")
+    best = {name.removeprefix("best."): value for name, value in tensors.items() if name.startswith("best.")}
+    assert equal(weights(tmp_path / "run"), best)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert 0 <= summary["bags"]["size_mean"] <= 3
+
+
+@pytest.mark.parametrize("method", ["moco", "self", "simreg"])
+def test_another_method_runs_to_the_end(method: str, bingo: Any, world: dict[str, Any], tmp_path: Path) -> None:
+    ran = bingo("distill", *flags(data=world["data"], epochs=1), "--method", method, "--out", tmp_path / "run")
+    assert ran.status == 0, ran.err
+    assert ("moving average" in ran.out) == (method != "simreg")
+    assert not equal(weights(tmp_path / "run"), weights(world["run"]))
+
+
+def test_keep_best_without_held_out_images_is_refused(bingo: Any, world: dict[str, Any], tmp_path: Path) -> None:
+    ran = bingo("distill", *flags(data=world["data"]), "--set", "hold_out=0", "--keep-best", "--out", tmp_path / "run")
+    assert ran.status == 2
+    assert "--keep-best: expected images held out, found none" in ran.err
