@@ -17,11 +17,11 @@ from bingo_compress.pixels import PixelStore
 from bingo_compress.probes import LinearHead
 from bingo_compress.schedule import learning_rate
 
-BATCH = 256
 SCALE_MIN = 0.08
-LINEAR_EPOCHS = 100
-TUNE_EPOCHS, TUNE_STEPS = 30, 300
-BACKBONE_LR, HEAD_TIMES = 0.01, 20
+LINEAR_BATCH, LINEAR_EPOCHS = 256, 100
+TUNE_BATCH, TUNE_EPOCHS, TUNE_STEPS = 64, 30, 300
+TUNE_LRS = (0.01, 0.1)  # distilled students do best with the one, random weights with the other
+HEAD_LR = 1.0
 
 
 def parse_shots(text: str) -> list[str]:
@@ -85,7 +85,7 @@ def linear_with_augmentation(
     weight = (0.01 * torch.randn(classes, encoder.width, generator=generator)).to(device).requires_grad_()
     bias = torch.zeros(classes, device=device, requires_grad=True)
     optimizer = torch.optim.SGD([weight, bias], lr=peak, momentum=0.9)
-    for epoch, views, wanted in _batches(encoder, store, rows, labels, device, epochs, seed, what):
+    for epoch, views, wanted in _batches(encoder, store, rows, labels, device, epochs, LINEAR_BATCH, seed, what):
         optimizer.param_groups[0]["lr"] = peak * 0.1 ** sum(epoch >= share * epochs for share in (0.6, 0.8))
         with torch.no_grad():
             features = encoder(views)
@@ -104,32 +104,35 @@ def fine_tune(
     device: torch.device,
     *,
     epochs: int = 0,
-    lr: float = BACKBONE_LR,
+    lr: float = 0.0,
     seed: int = 0,
     what: str = "fine-tune",
 ) -> Embed:
     """Train a copy of the encoder and a linear classifier on a few labels, after SimCLR's and SwAV's semi-supervised protocols (2002.05709, 2006.09882).
 
-    rows, labels: (n,) positions in the store and their classes. Crops and flips only, Nesterov SGD, no weight decay, cosine; the head's learning rate is
-    HEAD_TIMES the backbone's `lr`. epochs: 0 for TUNE_EPOCHS, more where that is under TUNE_STEPS steps. Returns a function of plain views as
-    `embed.as_embed` takes them, uint8 (B, S, S, 3), to classes (B,) int64.
+    rows, labels: (n,) positions in the store and their classes. Crops and flips only, Nesterov SGD, no weight decay, cosine. lr: the backbone's, 0 for
+    the one of TUNE_LRS that does best on a fifth of the rows held out; the classifier's is HEAD_LR, as for features of length one: BatchNorm without
+    weights before it (as MAE's probe has, 2111.06377) makes it fit features of any scale. epochs: 0 for TUNE_EPOCHS, more where that is under TUNE_STEPS
+    steps. Returns a function of plain views as `embed.as_embed` takes them, uint8 (B, S, S, 3), to classes (B,) int64.
     """
+    lr = lr or _best_lr(encoder, store, rows, labels, classes, device, epochs, seed, what)
     tuned = copy.deepcopy(encoder)
     head = nn.Linear(encoder.width, classes)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
-    model = nn.Sequential(tuned, head).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    groups = [{"params": list(tuned.backbone.parameters())}, {"params": list(head.parameters())}]
+    model = nn.Sequential(tuned, nn.BatchNorm1d(encoder.width, affine=False), head)
+    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    peaks = (lr, HEAD_LR / encoder.width)
+    groups = [{"params": list(part.parameters())} for part in (tuned.backbone, head)]
     optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True)
-    each = _steps(len(rows))
+    each = _steps(len(rows), TUNE_BATCH)
     epochs = epochs or max(TUNE_EPOCHS, -(-TUNE_STEPS // each))
     # A single image has no spread to normalise by: BatchNorm then keeps its statistics.
     model.train(len(rows) > 1)
     torch.manual_seed(hash_seed("fine-tune", seed))  # for students with dropout
-    for step, (_, views, wanted) in enumerate(_batches(encoder, store, rows, labels, device, epochs, seed, what)):
-        rate = learning_rate(step, epochs * each, 0, lr)
-        for group, times in zip(optimizer.param_groups, (1, HEAD_TIMES), strict=True):
-            group["lr"] = times * rate
+    for step, (_, views, wanted) in enumerate(_batches(encoder, store, rows, labels, device, epochs, TUNE_BATCH, seed, what)):
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = learning_rate(step, epochs * each, 0, peak)
         optimizer.zero_grad(set_to_none=True)
         cross_entropy(model(views), wanted).backward()
         optimizer.step()
@@ -143,18 +146,43 @@ def fine_tune(
     return predict
 
 
-def _steps(count: int) -> int:
-    return -(-count // BATCH)
+def _best_lr(
+    encoder: Encoder,
+    store: PixelStore,
+    rows: Tensor,
+    labels: Tensor,
+    classes: int,
+    device: torch.device,
+    epochs: int,
+    seed: int,
+    what: str,
+) -> float:
+    """The learning rate that does best on a fifth of the rows, held out; a tie, or fewer than five rows, takes the smaller."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(hash_seed("held out", seed)))
+    held, kept = order[: len(order) // 5], order[len(order) // 5 :]
+    right = [0] * len(TUNE_LRS)
+    whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
+    for number, lr in enumerate(TUNE_LRS if len(held) else ()):
+        words = f"{what}, learning rate {lr}"
+        predict = fine_tune(encoder, store, rows[kept], labels[kept], classes, device, epochs=epochs, lr=lr, seed=seed, what=words)
+        for part in held.split(TUNE_BATCH):
+            plain = augment.crop(store.batch(rows[part]), whole.expand(len(part), 4), encoder.preprocessing.size)
+            right[number] += int((predict(plain.permute(0, 2, 3, 1)) == labels[part]).sum())
+    return TUNE_LRS[right.index(max(right))]
+
+
+def _steps(count: int, batch: int) -> int:
+    return -(-count // batch)
 
 
 def _batches(
-    encoder: Encoder, store: PixelStore, rows: Tensor, labels: Tensor, device: torch.device, epochs: int, seed: int, what: str
+    encoder: Encoder, store: PixelStore, rows: Tensor, labels: Tensor, device: torch.device, epochs: int, batch: int, seed: int, what: str
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(epoch, views (B, 3, S, S), labels (B,)) of `epochs` passes in random order; batches differ by one image at most, so none is left with a single one."""
     with screen.bar(what, epochs * len(rows)) as advance:
         for epoch in range(epochs):
             generator = torch.Generator().manual_seed(hash_seed("labelled", seed, epoch))
-            for part in torch.randperm(len(rows), generator=generator).tensor_split(_steps(len(rows))):
+            for part in torch.randperm(len(rows), generator=generator).tensor_split(_steps(len(rows), batch)):
                 images = rows[part]
                 drawn = crop_and_flip(store.aspect[images], generator)
                 views = augment.apply(store.batch(images), drawn, encoder.preprocessing.size)

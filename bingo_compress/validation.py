@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bingo_compress import embed, evidence, figures, finetune, images, pixels, probes, run_dir, screen
-from bingo_compress.encoder import Encoder, build
+from bingo_compress.encoder import Encoder, Preprocessing, build
 from bingo_compress.errors import BingoError
 from bingo_compress.exporters.onnx import onnx_runner
 from bingo_compress.figures import Sides
@@ -162,19 +162,19 @@ def _train_with_labels(
     store, stored = pixels.build(sides.bank_folder, pixels.store_side(encoders["student"].preprocessing.size, 0), work, device)
     place = {path: position for position, path in enumerate(stored.files)}
     bank = torch.tensor([place[sides.bank_folder.files[index]] for index in sides.places])
+    tuned: dict[tuple[str, str], tuple[Preprocessing, embed.Embed]] = {}
     for name, encoder in encoders.items():
         if literature:
             head = finetune.linear_with_augmentation(encoder, store, bank, sides.labels, classes, device, what=f"linear, augmented: {name}")
             rows[name] |= figures.with_interval("literature", head.predict(sides.queries[name]) == sides.query_labels)
         for spec in specs:
             chosen = finetune.subset(sides.labels, spec, 0)
-            tuned = finetune.fine_tune(
-                encoder, store, bank[chosen], sides.labels[chosen], classes, device, what=f"fine-tune on {spec}: {name}"
-            )
-            predicted, _ = embed.plain(
-                {name: (encoder.preprocessing, tuned)}, sides.query_folder, sides.query_places, f"test fine-tuned {name}"
-            )
-            rows[name]["shots"][spec] |= figures.with_interval("fine_tuned", predicted[name] == sides.query_labels)
+            what = f"fine-tune on {spec}: {name}"
+            predict = finetune.fine_tune(encoder, store, bank[chosen], sides.labels[chosen], classes, device, what=what)
+            tuned[name, spec] = encoder.preprocessing, predict
+    if tuned:
+        for (name, spec), predicted in embed.plain(tuned, sides.query_folder, sides.query_places, "test the fine-tuned")[0].items():
+            rows[name]["shots"][spec] |= figures.with_interval("fine_tuned", predicted == sides.query_labels)
 
 
 def _json(result: dict[str, Any]) -> str:
@@ -210,14 +210,15 @@ def _protocol(
         )
     if fine_tune:
         said["fine_tuned"] = (
-            "student, start and random weights (the teacher would be expensive), everything trained on the first of the draws alone: random crops of "
-            f"{finetune.SCALE_MIN}-1 and flips, Nesterov SGD, learning rate {finetune.BACKBONE_LR} (classifier x {finetune.HEAD_TIMES}), cosine, no weight decay, batches of "
-            f"{finetune.BATCH}, at least {finetune.TUNE_EPOCHS} epochs and {finetune.TUNE_STEPS} steps; nothing chosen on the test set"
+            "student, start and random weights (the teacher would be expensive), everything trained, on the first of the draws alone: random crops of "
+            f"{finetune.SCALE_MIN}-1 and flips, Nesterov SGD, cosine, no weight decay, batches of {finetune.TUNE_BATCH}, at least {finetune.TUNE_EPOCHS} epochs and "
+            f"{finetune.TUNE_STEPS} steps; learning rate {' or '.join(map(str, finetune.TUNE_LRS))} for the backbone, whichever does better on a fifth of the part held "
+            f"out, never on the test set, then all of the part; {finetune.HEAD_LR} for the classifier, on features of length one"
         )
     if literature:
         said["literature"] = (
             "student, start and random weights (the teacher would be expensive): MoCo's linear protocol, SGD with learning rate 30 (EfficientNet, MobileNet: 3), "
-            f"no weight decay, batches of {finetune.BATCH}, {finetune.LINEAR_EPOCHS} epochs, x0.1 at 60% and 80%, random crops of {finetune.SCALE_MIN}-1 and flips on frozen weights; "
+            f"no weight decay, batches of {finetune.LINEAR_BATCH}, {finetune.LINEAR_EPOCHS} epochs, x0.1 at 60% and 80%, random crops of {finetune.SCALE_MIN}-1 and flips on frozen weights; "
             "tested on the plain view"
         )
     if fine_tune or literature:

@@ -358,10 +358,10 @@ def test_cutmix_shares_are_beta_2_2_clipped_at_the_border() -> None:
     side = np.sqrt(1 - numbers.beta(2, 2, 400_000))
     spans = [np.minimum(place + side / 2, 1) - np.maximum(place - side / 2, 0) for place in numbers.random((2, 400_000))]
     expected = 1 - spans[0] * spans[1]
-    generator, blank = seeded(15), torch.zeros(1, 1, 256, 256)
+    generator, blank = seeded(15), torch.zeros(1, 1, 128, 128)
     found = np.array([cutmix(blank, blank, generator)[1] for _ in range(3000)])
-    # A side loses a pixel to rounding on average: half a percent of area.
-    assert abs(found.mean() - expected.mean()) < 4 * expected.std() / math.sqrt(3000) + 0.005
+    # A side loses a pixel to rounding on average: one percent of area.
+    assert abs(found.mean() - expected.mean()) < 4 * expected.std() / math.sqrt(3000) + 0.01
     assert abs(found.std() - expected.std()) < 0.015
     for share in (0.1, 0.5, 0.9):
         assert abs(np.quantile(found, share) - np.quantile(expected, share)) < 0.03

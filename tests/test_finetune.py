@@ -86,13 +86,12 @@ def test_views_are_crops_of_eight_hundredths_and_flips_without_colours() -> None
 
 
 def test_a_pass_shows_every_image_once_with_its_label_and_no_batch_of_one(student: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(finetune, "BATCH", 6)
     monkeypatch.setattr(finetune.augment, "apply", lambda images, drawn, size: images[:, :1, :1, 0:1].float())
     store = pixel_store(13)
     marks = store.batch(torch.arange(13))[:, 0, 0, 0].float()
     seen: dict[int, list[float]] = {}
     sizes = []
-    for epoch, views, labels in finetune._batches(student, store, torch.arange(12, -1, -1), marks.flip(0), CPU, 2, 0, "test"):
+    for epoch, views, labels in finetune._batches(student, store, torch.arange(12, -1, -1), marks.flip(0), CPU, 2, 6, 0, "test"):
         assert views[:, 0, 0, 0].tolist() == labels.tolist()
         seen.setdefault(epoch, []).extend(labels.tolist())
         sizes.append(len(labels))
@@ -113,7 +112,7 @@ def test_the_learning_rate_goes_by_the_models_name(name: str, rate: float) -> No
 def test_the_steps_are_those_of_plain_sgd_and_the_encoder_stays_frozen(student: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     store, rows = pixel_store(30), torch.arange(24)
     labels = rows % 3
-    drawn = list(finetune._batches(student, store, rows, labels, CPU, 10, 0, "test"))
+    drawn = list(finetune._batches(student, store, rows, labels, CPU, 10, 256, 0, "test"))
     before = copy.deepcopy(student.state_dict())
     head = linear_with_augmentation(student, store, rows, labels, 3, CPU, epochs=10)
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
@@ -160,12 +159,12 @@ def test_everything_is_trained_and_the_same_each_time(student: Encoder, monkeypa
     rows, weights = torch.arange(9), []
     for seed in (0, 0, 1):
         made.clear()
-        fine_tune(student, pixel_store(9), rows, rows % 3, 3, CPU, epochs=2, seed=seed)
+        fine_tune(student, pixel_store(9), rows, rows % 3, 3, CPU, epochs=2, lr=0.01, seed=seed)
         weights.append({name: value.clone() for name, value in made[0].state_dict().items()})
     for name, parameter in student.named_parameters():
         assert not torch.equal(weights[0][f"0.{name}"], parameter), name
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
-    assert not torch.equal(weights[0]["1.weight"], weights[2]["1.weight"])
+    assert not torch.equal(weights[0]["2.weight"], weights[2]["2.weight"])
 
 
 def test_few_images_get_more_epochs(student: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,8 +175,8 @@ def test_few_images_get_more_epochs(student: Encoder, monkeypatch: pytest.Monkey
         return []
 
     monkeypatch.setattr(finetune, "_batches", recorded)
-    for count in (5, 256, 257, 256 * 40):
-        fine_tune(student, pixel_store(3), torch.zeros(count, dtype=torch.int64), torch.zeros(count, dtype=torch.int64), 2, CPU)
+    for count in (5, 64, 65, 64 * 40):
+        fine_tune(student, pixel_store(3), torch.zeros(count, dtype=torch.int64), torch.zeros(count, dtype=torch.int64), 2, CPU, lr=0.01)
     assert asked == [300, 300, 150, 30]
 
 
@@ -186,3 +185,48 @@ def test_one_or_two_images_do_not_break_batchnorm(student: Encoder, count: int) 
     rows = torch.arange(count)
     predict = fine_tune(student, pixel_store(3), rows, rows, 3, CPU, epochs=2)
     assert predict(plain(range(1))).shape == (1,)
+
+
+def test_the_learning_rate_is_chosen_on_a_fifth_held_out_and_all_rows_are_used_in_the_end(
+    student: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[float, list[int]]] = []
+    real = fine_tune
+
+    def recorded(encoder: Encoder, store: object, rows: torch.Tensor, labels: torch.Tensor, *_: object, lr: float, **__: object) -> object:
+        asked.append((lr, rows.tolist()))
+        # Knows a share of the answers that depends on the learning rate alone; the store's first pixel is the answer.
+        return lambda batch: torch.where(torch.arange(len(batch)) < good[lr], answers[held()], -1)
+
+    def held() -> torch.Tensor:
+        return torch.tensor([row for row in finetune_order if row not in asked[-1][1]])
+
+    finetune_order = torch.randperm(20, generator=torch.Generator().manual_seed(finetune.hash_seed("held out", 0))).tolist()
+    answers = torch.arange(20) % 3
+    monkeypatch.setattr(finetune, "fine_tune", recorded)
+    monkeypatch.setattr(finetune, "TUNE_LRS", (0.1, 0.2, 0.3))
+    for good, best in (({0.1: 1, 0.2: 4, 0.3: 3}, 0.2), ({0.1: 2, 0.2: 2, 0.3: 1}, 0.1), ({0.1: 0, 0.2: 1, 0.3: 3}, 0.3)):
+        asked.clear()
+        assert finetune._best_lr(student, pixel_store(20), torch.arange(20), answers, 3, CPU, 1, 0, "test") == best
+        assert [lr for lr, _ in asked] == [0.1, 0.2, 0.3]
+        assert {tuple(rows) for _, rows in asked} == {tuple(finetune_order[4:])}
+    asked.clear()
+    assert finetune._best_lr(student, pixel_store(4), torch.arange(4), answers[:4], 3, CPU, 1, 0, "test") == 0.1
+    assert not asked
+    shown: list[int] = []
+    monkeypatch.setattr(finetune, "_best_lr", lambda *_: 0.01)
+    monkeypatch.setattr(finetune, "_batches", lambda encoder, store, rows, *_: shown.extend(rows.tolist()) or [])
+    real(student, pixel_store(20), torch.arange(20), answers, 3, CPU)
+    assert shown == list(range(20))
+
+
+def test_features_of_any_scale_are_learned_from(student: Encoder) -> None:
+    rows, found = torch.arange(24), []
+    for scale in (1.0, 1e-3, 1e3):
+        scaled = copy.deepcopy(student)
+        with torch.no_grad():
+            scaled.backbone.bn2.weight.mul_(scale)
+            scaled.backbone.bn2.bias.mul_(scale)
+        found.append(fine_tune(scaled, pixel_store(24), rows, rows % 3, 3, CPU, epochs=30, lr=1e-12)(plain(range(300, 345))))
+    assert torch.equal(found[0], found[2])
+    assert float((found[0] == torch.arange(45) % 3).float().mean()) > 0.8
