@@ -120,7 +120,7 @@ def fine_tune(
     head = nn.Linear(encoder.width, classes)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
-    model = nn.Sequential(tuned, nn.BatchNorm1d(encoder.width, affine=False), head)
+    model = nn.Sequential(tuned, nn.BatchNorm1d(encoder.width, eps=1e-8, affine=False), head)
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     peaks = (lr, HEAD_LR / encoder.width)
     groups = [{"params": list(part.parameters())} for part in (tuned.backbone, head)]

@@ -162,7 +162,7 @@ def _train_with_labels(
     store, stored = pixels.build(sides.bank_folder, pixels.store_side(encoders["student"].preprocessing.size, 0), work, device)
     place = {path: position for position, path in enumerate(stored.files)}
     bank = torch.tensor([place[sides.bank_folder.files[index]] for index in sides.places])
-    tuned: dict[tuple[str, str], tuple[Preprocessing, embed.Embed]] = {}
+    tuned: dict[str, tuple[Preprocessing, embed.Embed]] = {}
     for name, encoder in encoders.items():
         if literature:
             head = finetune.linear_with_augmentation(encoder, store, bank, sides.labels, classes, device, what=f"linear, augmented: {name}")
@@ -171,9 +171,10 @@ def _train_with_labels(
             chosen = finetune.subset(sides.labels, spec, 0)
             what = f"fine-tune on {spec}: {name}"
             predict = finetune.fine_tune(encoder, store, bank[chosen], sides.labels[chosen], classes, device, what=what)
-            tuned[name, spec] = encoder.preprocessing, predict
+            tuned[f"{spec}: {name}"] = encoder.preprocessing, predict
     if tuned:
-        for (name, spec), predicted in embed.plain(tuned, sides.query_folder, sides.query_places, "test the fine-tuned")[0].items():
+        for which, predicted in embed.plain(tuned, sides.query_folder, sides.query_places, "test the fine-tuned")[0].items():
+            spec, name = which.split(": ")
             rows[name]["shots"][spec] |= figures.with_interval("fine_tuned", predicted == sides.query_labels)
 
 
