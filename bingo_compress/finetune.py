@@ -20,7 +20,7 @@ from bingo_compress.schedule import learning_rate
 SCALE_MIN = 0.08
 LINEAR_BATCH, LINEAR_EPOCHS = 256, 100
 TUNE_BATCH, TUNE_EPOCHS, TUNE_STEPS = 64, 30, 300
-TUNE_LRS = (0.01, 0.1)  # distilled students do best with the one, random weights with the other
+TUNE_LRS = (0.01, 0.1)  # on 279 photos of clothing a distilled student did best with the one, random weights with the other
 HEAD_LR = 1.0
 
 

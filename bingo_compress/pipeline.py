@@ -114,7 +114,7 @@ def run_distill(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: b
     _say_smaller(recipe, planned)
     bags = make_bags(recipe, models.teacher, material)
     files = [material.folder.files[index] for index in material.training.tolist()]
-    checkpoint.save(run.bags, {"bags": bags}, root=str(folder.root), files=files)
+    checkpoint.save(run.bags, {"bags": bags}, root=str(folder.root.resolve()), files=files)
     facts = bag_facts(recipe, bags, material)
     screen.say(describe_bags(recipe, facts))
     if not run.start.exists():
