@@ -5,7 +5,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import cosine_similarity, normalize
 
 from bingo_compress.errors import BingoError
 
@@ -163,14 +163,10 @@ def purity(bags: Tensor, labels: Tensor) -> float:
 def report(bags: Tensor, features: Tensor, labels: Tensor | None = None) -> dict[str, float]:
     """What the bags are like: size (mean, least, most), share that is empty, mean similarity, share of mutual mates, and with labels the purity."""
     sizes = (bags >= 0).sum(1)
-    rows = normalize(features.float(), dim=1)
     anchors, places = (bags >= 0).nonzero(as_tuple=True)
     mates = bags[anchors, places]
-    similar = (
-        [float((rows[a] * rows[m]).sum()) for a, m in zip(anchors.split(ROWS * 64), mates.split(ROWS * 64), strict=True)]
-        if len(mates)
-        else []
-    )
+    pairs = zip(anchors.split(ROWS * 8), mates.split(ROWS * 8), strict=True)
+    similar = sum(float(cosine_similarity(features[one].float(), features[other].float()).sum()) for one, other in pairs)
     facts = {
         "size_mean": float(sizes.double().mean()),
         "size_least": float(sizes.min()),
@@ -178,7 +174,7 @@ def report(bags: Tensor, features: Tensor, labels: Tensor | None = None) -> dict
         "empty": float((sizes == 0).double().mean()),
     }
     if len(mates):
-        facts["similarity"] = sum(similar) / len(mates)
+        facts["similarity"] = similar / len(mates)
         facts["mutual"] = float(mutual(bags)[anchors, places].double().mean())
         if labels is not None:
             facts["purity"] = purity(bags, labels)

@@ -22,6 +22,13 @@ app = typer.Typer(
 Data = Annotated[Path, typer.Option(help="folder of images, searched to any depth")]
 Run = Annotated[Path, typer.Option(help="the --out folder of a finished distill")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
+RecipeName = Annotated[str | None, typer.Option(help="a YAML file, or the name of a recipe that comes with the package")]
+BatchSize = Annotated[int | None, typer.Option(help="anchors a step")]
+Views = Annotated[str | None, typer.Option(help="teacher views stored an image, or online")]
+ImageSize = Annotated[int | None, typer.Option(help="pixels a side for the student; default: its own")]
+TeacherSize = Annotated[int | None, typer.Option(help="pixels a side for the teacher; default: its own")]
+TeacherWeights = Annotated[str | None, typer.Option(help="pretrained (default), a file, or random")]
+DeviceSetting = Annotated[str | None, typer.Option(help="auto, cpu or cuda")]
 INTERRUPTED = 130
 UsageError: type[Any] = typer.BadParameter.__bases__[0]  # typer brings its own click or uses the one that is installed, by version
 
@@ -40,7 +47,7 @@ def distill(
     teacher: Annotated[str | None, typer.Option(help="a timm model or family, for example resnet152")] = None,
     student: Annotated[str | None, typer.Option(help="a timm model or family, for example mobilenetv3")] = None,
     out: Annotated[Path, typer.Option(help="folder for all that the run makes")] = Path("runs/first"),
-    recipe: Annotated[str | None, typer.Option(help="a YAML file, or the name of a recipe that comes with the package")] = None,
+    recipe: RecipeName = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="any setting of the recipe; may be repeated")
     ] = None,
@@ -48,19 +55,19 @@ def distill(
         str | None, typer.Option(help="bingo, or one to compare with: seed, disco, compress, simreg, coss, moco, self")
     ] = None,
     epochs: Annotated[int | None, typer.Option(help="passes over the folder")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="anchors a step")] = None,
+    batch_size: BatchSize = None,
     bags: Annotated[str | None, typer.Option(help="knn, adaptive, kmeans, labels or none")] = None,
     bag_size: Annotated[int | None, typer.Option(help="nearest neighbours that make an image's bag")] = None,
     queue_size: Annotated[int | None, typer.Option(help="teacher embeddings kept as negatives")] = None,
     temperature: Annotated[float | None, typer.Option(help="tau of the loss")] = None,
-    views: Annotated[str | None, typer.Option(help="teacher views stored an image, or online")] = None,
-    image_size: Annotated[int | None, typer.Option(help="pixels a side for the student; default: its own")] = None,
-    teacher_size: Annotated[int | None, typer.Option(help="pixels a side for the teacher; default: its own")] = None,
-    teacher_weights: Annotated[str | None, typer.Option(help="pretrained (default), a file, or random")] = None,
+    views: Views = None,
+    image_size: ImageSize = None,
+    teacher_size: TeacherSize = None,
+    teacher_weights: TeacherWeights = None,
     student_weights: Annotated[
         str | None, typer.Option(help="auto (pretrained where timm has weights, else random), pretrained, random, or a file")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda")] = None,
+    device: DeviceSetting = None,
     seed: Annotated[int | None, typer.Option(help="source of all random numbers")] = None,
     keep_best: Annotated[
         bool | None, typer.Option("--keep-best", help="leave the student with the best neighbour recall on held-out images")
@@ -104,21 +111,21 @@ def compare(
     out: Annotated[Path, typer.Option(help="folder for tables and shared stages; the same command again goes on where it was")] = Path(
         "runs/compare"
     ),
-    recipe: Annotated[str | None, typer.Option(help="a YAML file, or the name of a recipe that comes with the package")] = None,
+    recipe: RecipeName = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="any setting of the recipe, for all; may be repeated")
     ] = None,
     epochs: Annotated[
         int | None, typer.Option(help="passes over the folder, two student views an image; every method gets as many views")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="anchors a step")] = None,
+    batch_size: BatchSize = None,
     bag_size: Annotated[int | None, typer.Option(help="images that make an image's bag")] = None,
-    views: Annotated[str | None, typer.Option(help="teacher views stored an image, or online")] = None,
-    image_size: Annotated[int | None, typer.Option(help="pixels a side for the student; default: its own")] = None,
-    teacher_size: Annotated[int | None, typer.Option(help="pixels a side for the teacher; default: its own")] = None,
-    teacher_weights: Annotated[str | None, typer.Option(help="pretrained (default), a file, or random")] = None,
+    views: Views = None,
+    image_size: ImageSize = None,
+    teacher_size: TeacherSize = None,
+    teacher_weights: TeacherWeights = None,
     student_weights: Annotated[str | None, typer.Option(help="auto, pretrained, random, or a file")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda")] = None,
+    device: DeviceSetting = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="run everything anew (pixels and teacher embeddings are used again)")
     ] = False,
@@ -183,7 +190,7 @@ def export(
 def demo(
     out: Annotated[Path, typer.Option(help="folder for all that the demo makes")] = Path("runs/demo"),
     epochs: Annotated[int | None, typer.Option(help="passes over the photos; fewer is quicker and worse")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda")] = None,
+    device: DeviceSetting = None,
     seed: Annotated[int | None, typer.Option(help="source of all random numbers")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier demo in --out")] = False,
 ) -> None:

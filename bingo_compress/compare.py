@@ -7,6 +7,7 @@ import json
 import math
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bingo_compress import chart, checkpoint, embed, evidence, images, probes, run_dir, screen
+from bingo_compress import chart, checkpoint, embed, evidence, figures, images, probes, run_dir, screen
 from bingo_compress.distill import loss_of, plan
 from bingo_compress.encoder import Encoder
 from bingo_compress.errors import BingoError
@@ -79,13 +80,10 @@ def compare(
     folder = images.list_folder(Path(base.data))
     bank = images.list_folder(labels, "--labels")
     tested = images.list_folder(test, "--test") if test else None
-    classes = set(images.labels_of(bank)[0])
-    unknown = sorted(set(images.labels_of(tested)[0]) - classes) if tested else []
-    if unknown:
-        raise BingoError(
-            f"--test: expected the classes of --labels ({', '.join(sorted(classes)[:10])}), found others: {', '.join(unknown[:10])}"
-        )
-    arms = make_arms(methods, base)
+    images.labels_of(bank)
+    if tested:
+        images.refuse_other_classes(bank, tested, "--labels")
+    make_arms(methods, base)  # refused before anything is said
     device = choose_device(base.device)
     if base.threads:
         torch.set_num_threads(base.threads)
@@ -95,6 +93,14 @@ def compare(
         plan(arm.recipe, len(folder.files))
     work = _open(out, base, overwrite)
     judging: dict[str, Labelled] = {}
+
+    def labelled(models: Models) -> Labelled:
+        """The labelled images as this teacher sees them, embedded once."""
+        which = f"{models.recipe.teacher} {models.recipe.teacher_size} {models.recipe.teacher_weights}"
+        if which not in judging:
+            judging[which] = _labelled(bank, tested, models.teacher, device)
+        return judging[which]
+
     results: list[dict[str, Any]] = []
     for arm in arms:
         for seed in seeds:
@@ -112,21 +118,18 @@ def compare(
                     checkpoint.save(trained, models.student.backbone.state_dict(), key=key, arm=arm.name, seed=seed, **facts)
                 tensors, found = checkpoint.load(trained)
                 models.student.backbone.load_state_dict(tensors)
-                which = f"{recipe.teacher} {recipe.teacher_size} {recipe.teacher_weights}"
-                if which not in judging:
-                    judging[which] = _labelled(bank, tested, models.teacher, device)
-                figures, right = judge(models.student, judging[which], device)
-                checkpoint.save(judged, right, **(found | figures | {"key": judged_key}))
+                scores, right = judge(models.student, labelled(models), device)
+                checkpoint.save(judged, right, **(found | scores | {"key": judged_key}))
             right, found = checkpoint.load(judged)
             results.append({**found, "tensors": right})
     table = summarise(results, [arm.name for arm in arms], base, test)
-    table["references"] = _references(base, bank, tested, out, judging, device)
+    table["references"] = _references(base, bank, tested, out, labelled, device)
     write(table, out)
     return table
 
 
 def _references(
-    base: Recipe, bank: Folder, test: Folder | None, out: Path, judging: dict[str, Labelled], device: torch.device
+    base: Recipe, bank: Folder, test: Folder | None, out: Path, labelled: Callable[[Models], Labelled], device: torch.device
 ) -> list[dict[str, Any]]:
     """What the students are to be read against: the teacher, and a student with the random weights of seed 0."""
     recipe = base.model_copy(update={"student_weights": "random", "seed": 0})
@@ -138,10 +141,8 @@ def _references(
         file = out / "runs" / f"{name}.reference.safetensors"
         if _key(file) != key:
             models = build_models(recipe)
-            which = f"{recipe.teacher} {recipe.teacher_size} {recipe.teacher_weights}"
-            judging[which] = judging.get(which) or _labelled(bank, test, models.teacher, device)
-            figures, right = judge(models.teacher if name == "teacher" else models.student, judging[which], device)
-            checkpoint.save(file, right, key=key, name=f"{name} weights" if name == "random" else name, **figures)
+            scores, right = judge(models.teacher if name == "teacher" else models.student, labelled(models), device)
+            checkpoint.save(file, right, key=key, name=f"{name} weights" if name == "random" else name, **scores)
         found.append({field: value for field, value in checkpoint.load(file)[1].items() if field != "key"})
     return found
 
@@ -166,8 +167,7 @@ def _file_name(arm: str) -> str:
 
 
 def _open(out: Path, base: Recipe, overwrite: bool) -> Path:
-    if out.exists() and not out.is_dir():
-        raise BingoError(f"--out: expected a folder, found the file {out}; name another")
+    run_dir.refuse_taken(out, may_hold_files=True)
     marker = out / "compare.json"
     if out.is_dir() and any(out.iterdir()) and not marker.is_file():
         raise BingoError(f"--out: {out} holds something else than a comparison; name another folder")
@@ -181,16 +181,16 @@ def _open(out: Path, base: Recipe, overwrite: bool) -> Path:
 
 
 def _labelled(bank: Folder, test: Folder | None, teacher: Encoder, device: torch.device) -> Labelled:
-    folders = {"bank": bank} | ({"test": test} if test else {})
-    names = sorted(set(images.labels_of(bank)[0]))
+    classes = images.labels_of(bank)[0]
     features, labels, kept = {}, {}, {}
-    for role, folder in folders.items():
-        found, good = embed.plain({"teacher": embed.as_embed(teacher, device)}, folder, range(len(folder.files)), f"teacher, {role} images")
-        mine, indices = images.labels_of(folder)
-        features[role] = found["teacher"]
-        labels[role] = torch.tensor([names.index(mine[indices[index]]) for index in good])
-        kept[role] = Folder(folder.root, tuple(folder.files[index] for index in good), ())
-    return Labelled(kept["bank"], kept.get("test"), labels["bank"], labels.get("test", labels["bank"]), len(names), features)
+    for role, folder in {"bank": bank, "test": test}.items():
+        if folder:
+            found, labels[role], good = figures.embedded(
+                {"teacher": embed.as_embed(teacher, device)}, folder, classes, f"teacher, {role} images"
+            )
+            features[role] = found["teacher"]
+            kept[role] = Folder(folder.root, tuple(folder.files[index] for index in good), ())
+    return Labelled(kept["bank"], kept.get("test"), labels["bank"], labels.get("test", labels["bank"]), len(classes), features)
 
 
 def _train(models: Models, material: Material, bank: Folder, work: Path, key: str, device: torch.device) -> dict[str, Any]:
@@ -261,7 +261,7 @@ def judge(student: Encoder, judged: Labelled, device: torch.device) -> tuple[dic
 
 def _labels_of_training(material: Material, bank: Folder) -> Tensor | None:
     """Labels (n,) of the training images that are also in --labels, -1 for others; None where hardly any is."""
-    known = {bank.path(index).resolve(): label for index, label in enumerate(images.labels_of(bank)[1])}
+    known = images.labels_by_path(bank)
     labels = torch.tensor([known.get(material.folder.path(index).resolve(), -1) for index in material.training.tolist()])
     return labels if int((labels >= 0).sum()) > 1 else None
 
@@ -337,14 +337,14 @@ def write(table: dict[str, Any], out: Path) -> None:
     quality = [("", *TITLES.values(), "kNN - first", "linear - first")]
     cost = [("", "epochs", "student passes", "teacher passes", "own average's", "time", "memory", "mates", "purity")]
     for row in rows:
-        figures = [f"{row[figure]:.3f} ± {row[f'{figure}_spread']:.3f}" for figure in FIGURES]
+        means = [f"{row[figure]:.3f} ± {row[f'{figure}_spread']:.3f}" for figure in FIGURES]
         differences = [
             "-"
             if row is rows[0]
             else "{:+.3f} [{:+.3f}, {:+.3f}]".format(row[f"{figure}_minus_first"], *row[f"{figure}_minus_first_interval"])
             for figure in ("knn", "linear")
         ]
-        quality.append((row["name"], *figures, *differences))
+        quality.append((row["name"], *means, *differences))
         passes = [f"{row[name]:,}" for name in ("epochs", "student_passes", "teacher_passes", "average_passes")]
         bags = [f"{row['bags'][name]:.{digits}f}" if name in row["bags"] else "-" for name, digits in (("size_mean", 1), ("purity", 2))]
         cost.append((row["name"], *passes, screen.duration(row["train_seconds"]), f"{row['memory_mb']:,.0f} MB", *bags))

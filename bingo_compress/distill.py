@@ -176,6 +176,8 @@ def distill(
     step = 0
     if saved.exists():
         tensors, facts = checkpoint.load(saved)
+        if "best_score" not in facts:
+            raise BingoError(f"--resume: {saved} is of an earlier version, whose held-out images were others; start anew with --overwrite")
         if (facts["steps"], len(tensors["queue.rows"])) != (planned.steps, planned.queue_size):
             raise BingoError(f"--resume: {saved} is of a run on another number of images; start anew with --overwrite")
         student.backbone.load_state_dict(checkpoint.under(tensors, "student"))

@@ -306,14 +306,17 @@ def store_features(encoder: Encoder, pixels: PixelStore, indices: Tensor, device
     """Features (n, width), on the CPU, of whole images of the pixel store, resized without crop: close to the plain view, and nothing is decoded."""
     was_training = encoder.training
     encoder.eval()
-    size = encoder.preprocessing.size
-    whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
     found = []
     for rows in indices.split(BATCH):
-        views = augment.crop(pixels.batch(rows), whole.expand(len(rows), 4), size).float().div_(255)
+        views = whole_images(pixels, rows, encoder.preprocessing.size).float().div_(255)
         found.append(encoder(views.contiguous(memory_format=torch.channels_last)).float().cpu())
     encoder.train(was_training)
     return torch.cat(found)
+
+
+def whole_images(pixels: PixelStore, indices: Tensor, size: int) -> Tensor:
+    """Whole images (B,) of the pixel store, resized without crop: uint8 (B, 3, size, size)."""
+    return augment.crop(pixels.batch(indices), torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(indices), 4), size)
 
 
 def hash_seed(*parts: object) -> int:

@@ -96,13 +96,13 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
 
 def spearman(x: Sequence[float] | Tensor, y: Sequence[float] | Tensor) -> float:
     """Rank correlation (Spearman 1904) of x, y (n,), ties averaged; NaN where either has no spread."""
-    a, b = (_ranks(torch.as_tensor(values, dtype=torch.float64)) for values in (x, y))
+    a, b = (rank - rank.mean() for rank in (ranks(torch.as_tensor(values, dtype=torch.float64)) for values in (x, y)))
     scale = float(a.norm() * b.norm())
     return float(a @ b) / scale if scale else float("nan")
 
 
-def _ranks(values: Tensor) -> Tensor:
-    """Ranks (n,) about their mean, equal values sharing theirs."""
+def ranks(values: Tensor) -> Tensor:
+    """Ranks (n,) float64 from 1, equal values sharing theirs."""
     _, where, count = values.unique(return_inverse=True, return_counts=True)
-    ranks: Tensor = (count.cumsum(0).double() - (count - 1) / 2)[where]
-    return ranks - (len(values) + 1) / 2
+    shared: Tensor = (count.cumsum(0).double() - (count - 1) / 2)[where]
+    return shared

@@ -1,5 +1,6 @@
 """What `validate` measures on features: every figure with its 95% interval, classes, few labels, two students, the bags' purity."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bingo_compress import bagging, checkpoint, evidence, finetune, probes
-from bingo_compress.images import Folder, labels_of
+from bingo_compress import checkpoint, embed, evidence, finetune, probes, screen
+from bingo_compress.encoder import Preprocessing
+from bingo_compress.images import Folder, labels_by_path, labels_of
 
 LEAST_GAP = 0.05
 SUBSETS = 3  # draws of few labels
@@ -45,7 +47,7 @@ def scores(name: str, sides: Sides, head: probes.LinearHead) -> tuple[dict[str, 
         chance, positive = head.scores(queries)[:, 0], labels == 0
         found["linear_auc"] = probes.auc(chance, positive)
         found["linear_auc_interval"] = evidence.interval(lambda drawn: probes.auc(chance[drawn], positive[drawn]), len(labels))
-    found |= with_interval("neighbour_recall", recalls((sides.queries["teacher"], sides.bank["teacher"]), (queries, bank)))
+    found |= with_interval("neighbour_recall", probes.neighbour_recalls((sides.queries["teacher"], sides.bank["teacher"]), (queries, bank)))
     return found, right
 
 
@@ -54,11 +56,17 @@ def with_interval(key: str, values: Tensor) -> dict[str, Any]:
     return {key: float(values.double().mean()), f"{key}_interval": evidence.mean_interval(values)}
 
 
-def recalls(teacher: tuple[Tensor, Tensor], student: tuple[Tensor, Tensor], k: int = probes.RECALL_K) -> Tensor:
-    """`probes.neighbour_recall` of each query, (M,)."""
-    k = min(k, len(teacher[1]))
-    wanted, found = (bagging.nearest_neighbours(*pair, k)[1] for pair in (teacher, student))
-    return (wanted[:, :, None] == found[:, None, :]).any(2).double().mean(1)
+def embedded(
+    models: Mapping[str, tuple[Preprocessing, embed.Embed]], folder: Folder, classes: list[str], what: str
+) -> tuple[dict[str, Tensor], Tensor, list[int]]:
+    """(features by model, labels as positions in `classes`, which files) of the images of a labelled folder that can be decoded; says how many cannot."""
+    features, good = embed.plain(models, folder, range(len(folder.files)), what)
+    if len(good) < len(folder.files) or folder.bad:
+        screen.say(
+            f"{len(folder.files) - len(good) + len(folder.bad):,} files in {folder.root} cannot be used and are left out; `bingo-compress check` names them"
+        )
+    names, labels = labels_of(folder)
+    return features, torch.tensor([classes.index(names[labels[index]]) for index in good]), good
 
 
 def _balanced(right: Tensor, labels: Tensor) -> float:
@@ -121,7 +129,7 @@ def compared(a: Tensor, b: Tensor) -> dict[str, Any]:
 def bag_purity(file: Path, labelled: Folder) -> dict[str, Any]:
     """Share of (anchor, mate) pairs of a run's bags with the same label, of those that `labelled` has both labels for; nothing where it has none."""
     tensors, facts = checkpoint.load(file)
-    known = {labelled.path(index).resolve(): label for index, label in enumerate(labels_of(labelled)[1])}
+    known = labels_by_path(labelled)
     names, root = facts["files"], Path(str(facts["root"]))
     assert isinstance(names, list)
     labels = torch.tensor([known.get((root / name).resolve(), -1) for name in names])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from bingo_compress import augment, screen
-from bingo_compress.embed import Embed, hash_seed, to_float
+from bingo_compress.embed import Embed, hash_seed, to_float, whole_images
 from bingo_compress.encoder import Encoder
 from bingo_compress.errors import BingoError
 from bingo_compress.pixels import PixelStore
@@ -161,12 +161,11 @@ def _best_lr(
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(hash_seed("held out", seed)))
     held, kept = order[: len(order) // 5], order[len(order) // 5 :]
     right = [0] * len(TUNE_LRS)
-    whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
     for number, lr in enumerate(TUNE_LRS if len(held) else ()):
         words = f"{what}, learning rate {lr}"
         predict = fine_tune(encoder, store, rows[kept], labels[kept], classes, device, epochs=epochs, lr=lr, seed=seed, what=words)
         for part in held.split(TUNE_BATCH):
-            plain = augment.crop(store.batch(rows[part]), whole.expand(len(part), 4), encoder.preprocessing.size)
+            plain = whole_images(store, rows[part], encoder.preprocessing.size)
             right[number] += int((predict(plain.permute(0, 2, 3, 1)) == labels[part]).sum())
     return TUNE_LRS[right.index(max(right))]
 

@@ -138,6 +138,18 @@ def labels_of(folder: Folder) -> tuple[list[str], list[int]]:
     return classes, [classes.index(name) for name in names]
 
 
+def labels_by_path(folder: Folder) -> dict[Path, int]:
+    """The class index of every image by its real path, so that another folder's files can be looked up. Raises BingoError as `labels_of` does."""
+    return {folder.path(index).resolve(): label for index, label in enumerate(labels_of(folder)[1])}
+
+
+def refuse_other_classes(bank: Folder, test: Folder, option: str) -> None:
+    """Raise BingoError if `test` (--test) has classes that `bank` (given by `option`) does not have."""
+    known, unknown = labels_of(bank)[0], sorted(set(labels_of(test)[0]) - set(labels_of(bank)[0]))
+    if unknown:
+        raise BingoError(f"--test: expected the classes of {option} ({', '.join(known[:10])}), found others: {', '.join(unknown[:10])}")
+
+
 def decode_all(folder: Folder, indices: Iterable[int], use: Callable[[Pixels], Result]) -> Iterator[tuple[int, Result | ImageError]]:
     """Decode the images `indices` of `folder` in threads, in order: (index, use(pixels)), or (index, ImageError) for a bad file.
 

@@ -148,10 +148,12 @@ def prepare(models: Models, folder: images.Folder, side: int, work: Path, device
 
 
 def make_bags(recipe: Recipe, teacher: Encoder, material: Material) -> Tensor:
-    """Bags (n, K) over the training images, by the teacher's plain features. Raises BingoError."""
-    seen, training = material.seen, material.training
+    """Bags (n, K) over the training images, by the teacher's plain features; (n, 0) for a method that does not use them. Raises BingoError."""
+    seen, training, loss = material.seen, material.training, loss_of(recipe)
+    if not (loss.mates and loss.teacher):  # two views of the anchor, or bags that the student makes for itself
+        return torch.empty(len(training), 0, dtype=torch.int64)
     own = torch.empty(len(training), 0)
-    if teacher.projection is None and seen.views.shape[1]:
+    if recipe.bags == "adaptive" and teacher.projection is None and seen.views.shape[1]:
         own = torch.einsum("nd,nvd->nv", seen.embeddings[training].float(), seen.views[training].float())
     labels = None
     if recipe.bags == "labels":

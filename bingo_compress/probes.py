@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 from bingo_compress.bagging import nearest_neighbours
+from bingo_compress.evidence import ranks
 
 KNN_K = 20
 KNN_TEMPERATURE = 0.07
@@ -89,10 +90,7 @@ def balanced_accuracy(predicted: Tensor, labels: Tensor) -> float:
 
 def auc(scores: Tensor, positive: Tensor) -> float:
     """Area under the ROC curve: how often a positive outscores a negative, ties half. scores: (N,); positive: (N,) bool."""
-    rank = torch.zeros(len(scores), dtype=torch.float64)
-    _, where, count = scores.unique(return_inverse=True, return_counts=True)
-    upto = count.cumsum(0).double()
-    rank = (upto - (count - 1) / 2)[where]
+    rank = ranks(scores)
     many, few = int(positive.sum()), int((~positive).sum())
     if not many or not few:
         return float("nan")
@@ -101,10 +99,14 @@ def auc(scores: Tensor, positive: Tensor) -> float:
 
 def neighbour_recall(teacher: tuple[Tensor, Tensor], student: tuple[Tensor, Tensor], k: int = RECALL_K) -> float:
     """Share of the teacher's k nearest gallery images of each query that are also the student's. Each argument: (queries (M, D), gallery (N, D))."""
+    return float(neighbour_recalls(teacher, student, k).mean())
+
+
+def neighbour_recalls(teacher: tuple[Tensor, Tensor], student: tuple[Tensor, Tensor], k: int = RECALL_K) -> Tensor:
+    """`neighbour_recall` of each query, (M,)."""
     k = min(k, len(teacher[1]))
-    wanted = nearest_neighbours(*teacher, k)[1]
-    found = nearest_neighbours(*student, k)[1]
-    return float((wanted[:, :, None] == found[:, None, :]).any(2).double().mean())
+    wanted, found = (nearest_neighbours(*pair, k)[1] for pair in (teacher, student))
+    return (wanted[:, :, None] == found[:, None, :]).any(2).double().mean(1)
 
 
 def gap_closed(low: float, value: float, high: float) -> float:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bingo_compress import embed, evidence, figures, finetune, images, pixels, probes, run_dir, screen
+from bingo_compress import embed, evidence, figures, finetune, images, pixels, probes, run_dir
 from bingo_compress.encoder import Encoder, Preprocessing, build
 from bingo_compress.errors import BingoError
 from bingo_compress.exporters.onnx import onnx_runner
@@ -49,7 +49,7 @@ def validate(
     classes, _ = images.labels_of(bank_folder)
     test_folder = images.list_folder(test, "--test") if test else None
     if test_folder:
-        _same_classes(classes, images.labels_of(test_folder)[0])
+        images.refuse_other_classes(bank_folder, test_folder, "--data")
     where = choose_device(device)
     torch.manual_seed(embed.hash_seed("teacher"))
     teacher = build(recipe.teacher, recipe.teacher_size, recipe.teacher_weights, "--teacher-weights")
@@ -105,32 +105,16 @@ def _open_against(path: Path) -> run_dir.RunDir:
         raise BingoError(f"--against:{str(error).removeprefix('--run:')}") from None
 
 
-def _same_classes(known: list[str], found: list[str]) -> None:
-    unknown = sorted(set(found) - set(known))
-    if unknown:
-        raise BingoError(f"--test: expected the classes of --data ({', '.join(known[:10])}), found others: {', '.join(unknown[:10])}")
-
-
 def _sides(models: dict[str, Any], bank_folder: images.Folder, test_folder: images.Folder | None, classes: list[str]) -> Sides:
     """Everything embedded; without a test folder a quarter of each class of the bank is set aside."""
-    bank, labels, places = _embedded(models, bank_folder, classes, "embed labelled images")
+    bank, labels, places = figures.embedded(models, bank_folder, classes, "embed labelled images")
     if test_folder:
-        queries, query_labels, query_places = _embedded(models, test_folder, classes, "embed test images")
+        queries, query_labels, query_places = figures.embedded(models, test_folder, classes, "embed test images")
         return Sides(classes, bank, labels, bank_folder, places, queries, query_labels, test_folder, query_places)
     chosen = _quarter(labels)
     queries, bank = ({name: rows[part] for name, rows in bank.items()} for part in (chosen, ~chosen))
     query_places, places = (torch.tensor(places)[part].tolist() for part in (chosen, ~chosen))
     return Sides(classes, bank, labels[~chosen], bank_folder, places, queries, labels[chosen], bank_folder, query_places)
-
-
-def _embedded(models: dict[str, Any], folder: images.Folder, classes: list[str], what: str) -> tuple[dict[str, Tensor], Tensor, list[int]]:
-    features, good = embed.plain(models, folder, range(len(folder.files)), what)
-    if len(good) < len(folder.files) or folder.bad:
-        screen.say(
-            f"{len(folder.files) - len(good) + len(folder.bad):,} files in {folder.root} cannot be used and are left out; `bingo-compress check` names them"
-        )
-    names, labels = images.labels_of(folder)
-    return features, torch.tensor([classes.index(names[labels[index]]) for index in good]), good
 
 
 def _quarter(labels: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import Ran, command
 from PIL import Image
 from rich.console import Console
 
@@ -21,6 +22,16 @@ def picture(number: int, width: int, height: int) -> Image.Image:
     y, x = np.mgrid[:height, :width] / max(height, width)
     wave = np.sin((3 + number % 5) * x) + np.cos((2 + number % 3) * y - 1) * np.sin(4 * x * y + number)
     return Image.fromarray(np.rint(127 + 60 * wave[..., None] * [1, 0.8, -0.7]).clip(0, 255).astype(np.uint8))
+
+
+@pytest.fixture
+def bingo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    """bingo(*words): the command line in this process."""
+
+    def run(*words: object) -> Ran:
+        return command(monkeypatch, capsys, *words)
+
+    return run
 
 
 @pytest.fixture

@@ -1,6 +1,10 @@
 """Small things that several test files make: photos on disk, pixel stores, tiny models, and the command line in this process."""
 
+import itertools
+import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,6 +104,44 @@ def unit(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tens
     """Random rows of length one, the last dimension being the vectors'."""
     generator = torch.Generator().manual_seed(hash_seed("unit", seed, shape))
     return torch.nn.functional.normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1).to(dtype)
+
+
+def kind_targets(count: int, views: int, dim: int) -> Tensor:
+    """(count, views, dim): targets that `pixel_store` pictures tell: a direction for each of the three kinds, and a little of each image's own."""
+    kinds, own, noise = unit(3, dim, seed=1), unit(count, dim, seed=2), unit(count, views, dim, seed=3)
+    return torch.nn.functional.normalize(kinds[torch.arange(count) % 3][:, None] + 0.4 * own[:, None] + 0.2 * noise, dim=-1)
+
+
+@dataclass
+class Trained:
+    """What a call of distill.distill left."""
+
+    student: Encoder
+    metrics: Path
+    saved: Path
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.metrics.read_text().splitlines()]
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        return self.student.backbone.state_dict()
+
+
+@contextmanager
+def interrupted_at(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, at: int) -> Iterator[None]:
+    """owner.name raises KeyboardInterrupt in its call number `at`, counted from 1."""
+    real, calls = getattr(owner, name), itertools.count(1)
+
+    def stopping(*arguments: Any, **named: Any) -> Any:
+        if next(calls) == at:
+            raise KeyboardInterrupt
+        return real(*arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, stopping)
+        yield
 
 
 @dataclass(frozen=True)

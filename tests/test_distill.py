@@ -1,20 +1,17 @@
 """The training loop on a problem small enough to know its answers."""
 
-import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import CPU, encoder, pixel_store, recipe, unit
+from helpers import CPU, Trained, encoder, kind_targets, pixel_store, recipe
 
 from bingo_compress import augment, checkpoint, distill
 from bingo_compress.bagging import knn
 from bingo_compress.embed import OnlineTargets, StoredTargets, TargetSpace, target_space
-from bingo_compress.encoder import Encoder
 from bingo_compress.errors import BingoError
 from bingo_compress.losses import Batch, Bingo
 from bingo_compress.recipe import Recipe
@@ -24,41 +21,20 @@ STORE = pixel_store(IMAGES)
 TargetOf = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 
 
-def wanted() -> torch.Tensor:
-    """(IMAGES, VIEWS, DIM): targets that the pictures tell: a direction for each of the three kinds, and a little of each image's own."""
-    kinds, own, noise = unit(3, DIM, seed=1), unit(IMAGES, DIM, seed=2), unit(IMAGES, VIEWS, DIM, seed=3)
-    return torch.nn.functional.normalize(kinds[torch.arange(IMAGES) % 3][:, None] + 0.4 * own[:, None] + 0.2 * noise, dim=-1)
-
-
-TARGETS = wanted()
+TARGETS = kind_targets(IMAGES, VIEWS, DIM)
 BAGS = knn(TARGETS[:, 0], 3)[0]
 
 
-@dataclass
-class Run:
-    student: Encoder
-    metrics: Path
-    saved: Path
-
-    @property
-    def lines(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.metrics.read_text().splitlines()]
-
-    @property
-    def weights(self) -> dict[str, torch.Tensor]:
-        return self.student.backbone.state_dict()
-
-
-def train(folder: Path, settings: Recipe, target_of: TargetOf | None = None, dim: int = DIM, stop_after: int | None = None) -> Run:
+def train(folder: Path, settings: Recipe, target_of: TargetOf | None = None, dim: int = DIM, stop_after: int | None = None) -> Trained:
     folder.mkdir(exist_ok=True)
-    run = Run(encoder("test_resnet", 32, seed=5), folder / "metrics.jsonl", folder / "checkpoint.safetensors")
+    run = Trained(encoder("test_resnet", 32, seed=5), folder / "metrics.jsonl", folder / "checkpoint.safetensors")
     source = target_of or StoredTargets(TARGETS, TargetSpace(None, None), CPU)
     everything = torch.arange(IMAGES)
     distill.distill(settings, run.student, STORE, everything, BAGS, source, dim, run.metrics, run.saved, CPU, stop_after=stop_after)
     return run
 
 
-def equal(one: Run, two: Run) -> bool:
+def equal(one: Trained, two: Trained) -> bool:
     return set(one.weights) == set(two.weights) and all(torch.equal(one.weights[name], two.weights[name]) for name in one.weights)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from bingo_edge.image import load_image, preprocess
-from helpers import CPU, bad_files, encoder, photos, unit
+from helpers import CPU, bad_files, encoder, interrupted_at, photos, unit
 from PIL import Image
 from torch.nn.functional import normalize
 
@@ -155,20 +155,8 @@ def test_a_pass_interrupted_and_started_again_equals_the_whole(
     at: int, folder: images.Folder, store: pixels.PixelStore, teacher: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run_pass(teacher, folder, store, tmp_path / "whole")
-    calls = 0
-    real = augment.apply
-
-    def stopping(*arguments: Any) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        if calls == at:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(augment, "apply", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            run_pass(teacher, folder, store, tmp_path / "parts")
+    with interrupted_at(monkeypatch, augment, "apply", at), pytest.raises(KeyboardInterrupt):
+        run_pass(teacher, folder, store, tmp_path / "parts")
     done = len(list((tmp_path / "parts").glob("*/*.safetensors")))
     assert (
         done == 3 + (0, 0, 1, 1, 2, 3, 3, 4, 4, 5)[at - 1]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from helpers import Ran, bad_files, command, encoder, flags, photos
+from helpers import Ran, bad_files, encoder, flags, interrupted_at, photos
 
 from bingo_compress import demo, distill, embed, pixels
 from bingo_compress.bagging import knn
@@ -35,14 +35,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             main()
     assert not stop.value.code
     return {"root": root, "data": data, "test": test, "bad": bad, "run": root / "run"}
-
-
-@pytest.fixture
-def bingo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    def run(*words: object) -> Ran:
-        return command(monkeypatch, capsys, *words)
-
-    return run
 
 
 @pytest.fixture
@@ -185,17 +177,7 @@ def test_validate_refuses_classes_it_does_not_know_and_folders_without_classes(
 
 def interrupted(bingo: Any, monkeypatch: pytest.MonkeyPatch, world: dict[str, Any], out: Path, at: int, *words: str) -> Ran:
     """The same run, cut off by Ctrl-C in step `at`."""
-    real, calls = distill.learning_rate, 0
-
-    def stopping(*arguments: Any) -> float:
-        nonlocal calls
-        calls += 1
-        if calls == at:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(distill, "learning_rate", stopping)
+    with interrupted_at(monkeypatch, distill, "learning_rate", at):
         ran: Ran = bingo("distill", *flags(data=world["data"], epochs=2), *words, "--out", out)
     return ran
 

@@ -1,6 +1,5 @@
 """Every method but bingo against float64 references in plain Python loops; all methods in the loop: learning, stopping, going on, keeping the best."""
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CPU, encoder, pixel_store, recipe, unit
+from helpers import CPU, Trained, encoder, kind_targets, pixel_store, recipe, unit
 
 from bingo_compress import checkpoint, distill
 from bingo_compress.bagging import knn
@@ -223,33 +222,15 @@ def test_settings_reach_the_methods_fields() -> None:
 
 IMAGES = 40
 STORE = pixel_store(IMAGES)
-TARGETS = torch.nn.functional.normalize(
-    unit(3, 16, seed=1)[torch.arange(IMAGES) % 3][:, None] + 0.4 * unit(IMAGES, 16, seed=2)[:, None] + 0.2 * unit(IMAGES, 3, 16, seed=3),
-    dim=-1,
-)
+TARGETS = kind_targets(IMAGES, 3, 16)
 BAGS = knn(TARGETS[:, 0], 3)[0]
 
 
-@dataclass
-class Run:
-    student: Encoder
-    metrics: Path
-    saved: Path
-
-    @property
-    def lines(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.metrics.read_text().splitlines()]
-
-    @property
-    def weights(self) -> dict[str, torch.Tensor]:
-        return self.student.backbone.state_dict()
-
-
-def train(folder: Path, settings: Recipe, stop_after: int | None = None, check: distill.Check | None = None) -> Run:
+def train(folder: Path, settings: Recipe, stop_after: int | None = None, check: distill.Check | None = None) -> Trained:
     """The tiny problem of test_distill; a method without teacher gets no targets at all."""
     folder.mkdir(exist_ok=True)
     loss = distill.loss_of(settings)
-    run = Run(encoder("test_resnet", 32, seed=5), folder / "metrics.jsonl", folder / "checkpoint.safetensors")
+    run = Trained(encoder("test_resnet", 32, seed=5), folder / "metrics.jsonl", folder / "checkpoint.safetensors")
     source = StoredTargets(TARGETS, TargetSpace(None, None), CPU, lengths=loss.lengths) if loss.teacher else None
     files = (run.metrics, run.saved)
     distill.distill(settings, run.student, STORE, torch.arange(IMAGES), BAGS, source, 16, *files, CPU, check=check, stop_after=stop_after)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Ran, command, encoder, photos, recipe, unit
+from helpers import encoder, photos, recipe, unit
 
 from bingo_compress import bagging, checkpoint, embed, figures, finetune, images, probes, proof_table, run_dir, validation
 from bingo_compress.figures import Sides
@@ -132,14 +132,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("world")
     data, test = photos(root / "photos", 8), photos(root / "test", 5, start=200)
     return {"data": data, "test": test, "run": make_run(root / "run", data, 1), "other": make_run(root / "other", data, 2)}
-
-
-@pytest.fixture
-def bingo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    def run(*words: object) -> Ran:
-        return command(monkeypatch, capsys, *words)
-
-    return run
 
 
 @pytest.fixture
