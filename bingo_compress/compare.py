@@ -20,7 +20,18 @@ from bingo_compress.distill import loss_of, plan
 from bingo_compress.encoder import Encoder
 from bingo_compress.errors import BingoError
 from bingo_compress.images import Folder
-from bingo_compress.pipeline import Material, Models, bag_facts, build_models, choose_device, make_bags, prepare, resolve, train
+from bingo_compress.pipeline import (
+    Material,
+    Models,
+    bag_facts,
+    build_models,
+    choose_device,
+    make_bags,
+    prepare,
+    resolve_names,
+    settle,
+    train,
+)
 from bingo_compress.pixels import store_side
 from bingo_compress.recipe import Recipe, make_recipe, parse_setting
 
@@ -87,7 +98,7 @@ def compare(
     device = choose_device(base.device)
     if base.threads:
         torch.set_num_threads(base.threads)
-    base = resolve(base.model_copy(update={"data": str(Path(base.data).resolve())})).model_copy(update={"temperature": base.temperature})
+    base = resolve_names(base.model_copy(update={"data": str(Path(base.data).resolve())}))
     arms = make_arms(methods, base)
     for arm in arms:
         plan(arm.recipe, len(folder.files))
@@ -104,7 +115,7 @@ def compare(
     results: list[dict[str, Any]] = []
     for arm in arms:
         for seed in seeds:
-            recipe = resolve_quietly(arm.recipe.model_copy(update={"seed": seed}))
+            recipe = settle(arm.recipe.model_copy(update={"seed": seed}))
             name = f"{_file_name(arm.name)}-seed{seed}"
             trained, judged = out / "runs" / f"{name}.student.safetensors", out / "runs" / f"{name}.figures.safetensors"
             key = run_dir.stage_key(recipe=recipe.model_dump(), weights=_weights(recipe), images=folder.fingerprint())
@@ -145,11 +156,6 @@ def _references(
             checkpoint.save(file, right, key=key, name=f"{name} weights" if name == "random" else name, **scores)
         found.append({field: value for field, value in checkpoint.load(file)[1].items() if field != "key"})
     return found
-
-
-def resolve_quietly(recipe: Recipe) -> Recipe:
-    """Names are resolved already; what is left is the method's own temperature."""
-    return recipe.model_copy(update={"temperature": loss_of(recipe).temperature})
 
 
 def _weights(recipe: Recipe) -> list[str]:

@@ -230,9 +230,7 @@ def distill(
             targets = None
             if target_of is not None:
                 targets = Targets(target_of(images, generator), target_of(shown, generator) if loss_function.both else None)
-            known = (
-                torch.cat((anchors[:, None], bags[anchors]), dim=1) if loss_function.mates and not loss_function.soft else anchors[:, None]
-            )
+            known = torch.cat((anchors[:, None], bags[anchors]), dim=1) if loss_function.mates else anchors[:, None]
             masked = queue.holding(known) if recipe.mask_mates else None
             terms = loss_function(Batch(queries, targets, keys, queue.negatives(), masked, epoch))
             loss = torch.stack(list(terms.values())).sum()

@@ -60,7 +60,6 @@ class Loss(Protocol):
     momentum: ClassVar[str]
     lengths: ClassVar[bool]
     regression: ClassVar[bool]
-    own_temperature: ClassVar[float]
 
     @property
     def temperature(self) -> float:
@@ -73,10 +72,6 @@ class Loss(Protocol):
     @property
     def both(self) -> bool:
         """Whether the second view needs a target of its own."""
-
-    @property
-    def soft(self) -> bool:
-        """Whether mates are no wrong answers, so that they are not masked."""
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         """The terms whose sum is the loss."""
@@ -120,10 +115,8 @@ class _Method:
     momentum: ClassVar[str] = ""
     lengths: ClassVar[bool] = False
     regression: ClassVar[bool] = False
-    own_temperature: ClassVar[float] = 0.2
     official: ClassVar[bool] = False
     both: ClassVar[bool] = True
-    soft: ClassVar[bool] = False
 
     def _contrast(self, query: Tensor, key: Tensor, batch: Batch) -> Tensor:
         energy = negatives_energy(query, batch.negatives, batch.masked, self.temperature)
@@ -133,44 +126,44 @@ class _Method:
 @dataclass(frozen=True)
 class Bingo(_Method):
     """BINGO (arXiv 2107.01691). variant "paper": its equations; "official": what the published code computes (CutMix, two targets);
-    "soft": ours, the paper's two queries against the teacher's own distribution over [target; queue] (as SEED's) in place of the one right answer."""
+    "soft": ours, both views against both images' targets, each target as the teacher's distribution over [target; queue] (SEED's) in place of the one
+    right answer; inter_weight weighs a view against the other image's target."""
 
-    variant: str = "paper"
+    variant: str = "soft"
     switch_epoch: int = 11
-    teacher_temperature: float = 0.01
+    teacher_temperature: float = 0.1
+    inter_weight: float = 0.5
     mates: ClassVar[bool] = True
 
     @property
     def official(self) -> bool:  # type: ignore[override]
-        """Whether a mixed student view and the mate's target are needed."""
+        """Whether a mixed student view is needed."""
         return self.variant == "official"
-
-    @property
-    def soft(self) -> bool:  # type: ignore[override]
-        """Whether mates stay among the queue's rows: the teacher's distribution says how right they are."""
-        return self.variant == "soft"
 
     @property
     def both(self) -> bool:  # type: ignore[override]
         """Whether the mate's target is needed."""
-        return self.official
+        return self.variant != "paper"
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         """intra + inter (+ mixed)."""
         assert batch.targets is not None
         queries, targets, tau = batch.queries, batch.targets, self.temperature
-        if self.variant == "soft":
-            intra, inter = (
-                soft_nce(query, targets.anchor, batch, tau, self.teacher_temperature) for query in (queries.anchor, queries.mate)
-            )
-            return {"intra": intra, "inter": inter}
-        if not self.official:
+        if self.variant == "paper":
             return {
                 "intra": self._contrast(queries.anchor, targets.anchor, batch),
                 "inter": self._contrast(queries.mate, targets.anchor, batch),
             }
-        assert queries.mixed is not None and targets.mate is not None
-        own, other = (1.0, 0.0) if batch.epoch < self.switch_epoch else (0.5, 0.5)
+        assert targets.mate is not None
+        if self.variant == "soft":
+
+            def soft(query: Tensor, target: Tensor) -> Tensor:
+                return soft_nce(query, target, batch, tau, self.teacher_temperature)
+
+            inter = soft(queries.anchor, targets.mate) + soft(queries.mate, targets.anchor)
+            return {"intra": soft(queries.anchor, targets.anchor) + soft(queries.mate, targets.mate), "inter": self.inter_weight * inter}
+        assert queries.mixed is not None
+        now, later = (1.0, 0.0) if batch.epoch < self.switch_epoch else (0.5, 0.5)
         anchor_energy, mate_energy, mixed_energy = (
             negatives_energy(query, batch.negatives, batch.masked, tau) for query in (queries.anchor, queries.mate, queries.mixed)
         )
@@ -179,7 +172,7 @@ class Bingo(_Method):
         inter = info_nce(queries.anchor, targets.mate, anchor_energy, tau) + info_nce(queries.mate, targets.anchor, mate_energy, tau)
         mixed = share * info_nce(queries.mixed, targets.anchor, mixed_energy, tau)
         mixed = mixed + (1 - share) * info_nce(queries.mixed, targets.mate, mixed_energy, tau)
-        return {"intra": own * intra / 3, "inter": other * inter / 3, "mixed": mixed / 3}
+        return {"intra": now * intra / 3, "inter": later * inter / 3, "mixed": mixed / 3}
 
 
 @dataclass(frozen=True)
@@ -244,7 +237,6 @@ class Compress(_Method):
     """CompRess, 1q (arXiv 2010.14713): KL between the teacher's and the student's softmax over one queue of teacher embeddings."""
 
     temperature: float = 0.04
-    own_temperature: ClassVar[float] = 0.04
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         """distribution: mean of both views."""
@@ -300,5 +292,11 @@ def make_loss(method: str, settings: dict[str, Any]) -> Loss:
     """The method with those of its fields that are in `settings`; a temperature of 0 means the method's own."""
     kind = LOSSES[method]
     values = {field.name: settings[field.name] for field in fields(kind) if field.name in settings}
-    made: Loss = kind(**values | {"temperature": settings.get("temperature") or kind.own_temperature})
+    made: Loss = kind(**{name: value for name, value in values.items() if value or not name.endswith("temperature")})
     return made
+
+
+def settled(method: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """The method's fields with their values as `make_loss` takes them."""
+    made = make_loss(method, settings)
+    return {field.name: getattr(made, field.name) for field in fields(LOSSES[method])}

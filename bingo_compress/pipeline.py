@@ -14,6 +14,7 @@ from bingo_compress import __version__, bagging, checkpoint, embed, images, pixe
 from bingo_compress.distill import Check, Plan, TargetOf, distill, loss_of, plan
 from bingo_compress.encoder import Encoder, build, has_pretrained, resolve_name
 from bingo_compress.errors import BingoError
+from bingo_compress.losses import settled
 from bingo_compress.recipe import RESUME_MAY_CHANGE, Recipe, load_recipe, recipe_text
 
 HELD_OUT_AT_MOST = 1000
@@ -39,8 +40,18 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def resolve(recipe: Recipe) -> Recipe:
+    """`resolve_names` and `settle`."""
+    return settle(resolve_names(recipe))
+
+
+def settle(recipe: Recipe) -> Recipe:
+    """Temperatures left to the method are filled in."""
+    return recipe.model_copy(update=settled(recipe.method, recipe.model_dump()))
+
+
+def resolve_names(recipe: Recipe) -> Recipe:
     """Family names to models and `auto` student weights to what they mean; says on screen what it chose. Raises BingoError."""
-    names: dict[str, Any] = {"temperature": loss_of(recipe).temperature}
+    names: dict[str, Any] = {}
     for role in ("teacher", "student"):
         names[role] = resolve_name(getattr(recipe, role), f"--{role}")
         if names[role] != getattr(recipe, role):

@@ -29,9 +29,12 @@ class Recipe(BaseModel):
     method: Literal["bingo", "seed", "disco", "compress", "simreg", "coss", "moco", "self"] = Field(
         "bingo", description="distillation method; moco has no teacher, self takes the student's own moving average for one"
     )
-    variant: Literal["paper", "official", "soft"] = Field(
-        "paper",
-        description="paper: 2 student views, 1 target; official: CutMix, 3 views, 2 targets; soft: as paper, the teacher's distribution as target",
+    variant: Literal["soft", "paper", "official"] = Field(
+        "soft",
+        description="soft: 2 student views, 2 targets, the teacher's distribution; paper: 2 views, 1 target; official: CutMix, 3 views, 2 targets",
+    )
+    inter_weight: float = Field(
+        0.5, ge=0, description="soft: weight of a view against the target of its bag mate (its own image's target: 1)"
     )
     switch_epoch: int = Field(11, ge=0, description="official: first epoch (from 0) whose weights are (0.5, 0.5) instead of (1, 0)")
     bags: Literal["knn", "adaptive", "kmeans", "labels", "none"] = Field(
@@ -45,7 +48,9 @@ class Recipe(BaseModel):
     )
     mask_mates: bool = Field(True, description="leave the anchor's own and its mates' embeddings out of its negatives (paper: false)")
     temperature: float = Field(0.0, ge=0, description="tau of the loss; 0: the method's own, 0.2 (compress: 0.04)")
-    teacher_temperature: float = Field(0.01, gt=0, description="seed, soft: tau of the teacher's softmax (paper: 0.01)")
+    teacher_temperature: float = Field(
+        0.0, ge=0, description="soft, seed: tau of the teacher's softmax; 0: the method's own, soft 0.1, seed 0.01"
+    )
     average: float = Field(
         0.0, ge=0, lt=1, description="disco, moco, self: share kept by the moving average; 0: 0.999, under 50,000 steps 0.99"
     )

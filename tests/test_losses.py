@@ -41,6 +41,27 @@ def reference_official(q: dict[str, np.ndarray], queue: np.ndarray, left_out: np
     return (total + lam * ce("mixed", "k_a") + (1 - lam) * ce("mixed", "k_p")) / 3
 
 
+def reference_soft(
+    q: dict[str, np.ndarray], queue: np.ndarray, left_out: np.ndarray, tau: float, teacher_tau: float, weight: float
+) -> tuple[float, float]:
+    """(intra, inter): cross-entropy of teacher's and student's softmaxes over [target; queue], of each view with its own and the other image's target."""
+
+    def softmax(logits: list[float]) -> list[float]:
+        parts = [math.exp(value) for value in logits]
+        return [part / sum(parts) for part in parts]
+
+    def ce(query: str, key: str) -> float:
+        losses = []
+        for row, (student, target) in enumerate(zip(q[query], q[key], strict=True)):
+            rows = [target, *(negative for column, negative in enumerate(queue) if not left_out[row, column])]
+            wanted = softmax([float(target @ other) / teacher_tau for other in rows])
+            found = softmax([float(student @ other) / tau for other in rows])
+            losses.append(-sum(w * math.log(f) for w, f in zip(wanted, found, strict=True)))
+        return sum(losses) / len(losses)
+
+    return ce("anchor", "k_a") + ce("mate", "k_p"), weight * (ce("anchor", "k_p") + ce("mate", "k_a"))
+
+
 class Case:
     """One batch as float64 tensors with gradients, and the same as arrays."""
 
@@ -74,6 +95,16 @@ def test_paper_equals_its_equations(masked: bool, tau: float) -> None:
         reference_ce(case.arrays["mate"], case.arrays["k_a"], queue, case.left_out, tau), rel=1e-12
     )
     assert float(total(terms)) == pytest.approx(reference_paper(case.arrays, queue, case.left_out, tau), rel=1e-12)
+
+
+@pytest.mark.parametrize(("tau", "teacher_tau", "weight"), [(0.2, 0.1, 0.5), (0.1, 0.3, 2.0)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_soft_equals_its_equations(masked: bool, tau: float, teacher_tau: float, weight: float) -> None:
+    case = Case(masked)
+    loss = Bingo(tau, "soft", 11, teacher_tau, weight)
+    terms = loss(Batch(case.queries, case.targets, None, case.queue, case.masked, 0))
+    expected = reference_soft(case.arrays, case.queue.numpy(), case.left_out, tau, teacher_tau, weight)
+    assert (float(terms["intra"]), float(terms["inter"])) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("epoch", [0, 10, 11, 12])
@@ -124,7 +155,7 @@ def test_masked_negatives_change_the_loss_and_carry_no_weight() -> None:
     assert values[0] == pytest.approx(values[1], rel=1e-14)
 
 
-@pytest.mark.parametrize("variant", ["paper", "official"])
+@pytest.mark.parametrize("variant", ["soft", "paper", "official"])
 @pytest.mark.parametrize("negatives", ["empty queue", "all masked"])
 def test_without_negatives_the_loss_is_zero_and_gradients_are_finite_zeros(variant: str, negatives: str) -> None:
     case = Case(False, queue=0 if negatives == "empty queue" else QUEUE)
@@ -138,7 +169,7 @@ def test_without_negatives_the_loss_is_zero_and_gradients_are_finite_zeros(varia
         assert torch.equal(leaf.grad, torch.zeros_like(leaf))
 
 
-@pytest.mark.parametrize("variant", ["paper", "official"])
+@pytest.mark.parametrize("variant", ["soft", "paper", "official"])
 @pytest.mark.parametrize("epoch", [0, 20])
 def test_every_variant_gives_finite_scalars_and_gradients_to_every_query(variant: str, epoch: int) -> None:
     case = Case(True, dtype=torch.float32)
@@ -159,7 +190,7 @@ def test_the_temperature_is_used() -> None:
     assert len({round(value, 6) for value in values}) == 3
 
 
-@pytest.mark.parametrize("variant", ["paper", "official"])
+@pytest.mark.parametrize("variant", ["soft", "paper", "official"])
 def test_gradients_equal_finite_differences(variant: str) -> None:
     case = Case(True)
 
