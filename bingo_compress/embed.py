@@ -254,11 +254,15 @@ def target_space(embeddings: Tensor, target: str, dim: int) -> TargetSpace:
 
 
 class StoredTargets:
-    """Targets from stored views: one of an image's V views, drawn anew each time. views: (N, V, D). lengths: not normalised at the end."""
+    """Targets from stored views: one of an image's V views, drawn anew each time, or (mean) the mean of all, always the same.
 
-    def __init__(self, views: Tensor, space: TargetSpace, device: torch.device, *, lengths: bool = False) -> None:
+    views: (N, V, D). lengths: not normalised at the end.
+    """
+
+    def __init__(self, views: Tensor, space: TargetSpace, device: torch.device, *, lengths: bool = False, mean: bool = False) -> None:
         self._lengths = lengths
-        self._views = torch.cat([(space.project(rows) if lengths else space(rows)).half() for rows in views.split(8192)])
+        parts = (space.project(rows) if lengths else space(rows) for rows in views.split(8192))
+        self._views = torch.cat([(part.mean(1, keepdim=True) if mean else part).half() for part in parts])
         if device.type == "cuda" and self._views.nbytes < 0.2 * torch.cuda.mem_get_info(device)[0]:
             self._views = self._views.to(device)
         self._device = device

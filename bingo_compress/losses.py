@@ -73,6 +73,10 @@ class Loss(Protocol):
     def both(self) -> bool:
         """Whether the second view needs a target of its own."""
 
+    @property
+    def averaged(self) -> bool:
+        """Whether a target is the mean of an image's stored views, unless the recipe says otherwise."""
+
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         """The terms whose sum is the loss."""
 
@@ -117,6 +121,7 @@ class _Method:
     regression: ClassVar[bool] = False
     official: ClassVar[bool] = False
     both: ClassVar[bool] = True
+    averaged: ClassVar[bool] = False
 
     def _contrast(self, query: Tensor, key: Tensor, batch: Batch) -> Tensor:
         energy = negatives_energy(query, batch.negatives, batch.masked, self.temperature)
@@ -144,6 +149,11 @@ class Bingo(_Method):
     def both(self) -> bool:  # type: ignore[override]
         """Whether the mate's target is needed."""
         return self.variant != "paper"
+
+    @property
+    def averaged(self) -> bool:  # type: ignore[override]
+        """Whether a target is the mean of the stored views."""
+        return self.variant == "soft"
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         """intra + inter (+ mixed)."""

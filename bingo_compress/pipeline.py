@@ -45,8 +45,13 @@ def resolve(recipe: Recipe) -> Recipe:
 
 
 def settle(recipe: Recipe) -> Recipe:
-    """Temperatures left to the method are filled in."""
-    return recipe.model_copy(update=settled(recipe.method, recipe.model_dump()))
+    """What was left to the method is filled in: temperatures, and what a target is. Raises BingoError."""
+    chosen = recipe.stored_views
+    if chosen == "auto":
+        chosen = "mean" if loss_of(recipe).averaged and recipe.views != "online" else "drawn"
+    if chosen == "mean" and recipe.views == "online":
+        raise BingoError("--set stored_views=mean: expected stored views to take the mean of, found --views online; give --views 4")
+    return recipe.model_copy(update=settled(recipe.method, recipe.model_dump()) | {"stored_views": chosen})
 
 
 def resolve_names(recipe: Recipe) -> Recipe:
@@ -205,7 +210,7 @@ def target_source(models: Models, material: Material, device: torch.device) -> t
         return embed.OnlineTargets(
             models.teacher, material.store, space, recipe.crop_scale_min, device, dim, features=loss.regression, lengths=loss.lengths
         ), dim
-    return embed.StoredTargets(seen.views, space, device, lengths=loss.lengths), dim
+    return embed.StoredTargets(seen.views, space, device, lengths=loss.lengths, mean=recipe.stored_views == "mean"), dim
 
 
 def train(models: Models, material: Material, bags: Tensor, metrics: Path, saved: Path, device: torch.device) -> None:

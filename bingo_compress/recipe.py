@@ -58,6 +58,10 @@ class Recipe(BaseModel):
     views: Annotated[str, BeforeValidator(_number_as_text)] = Field(
         "4", pattern=r"^([1-9][0-9]*|online)$", description="teacher views stored an image, or online: the teacher runs in every step"
     )
+    stored_views: Literal["auto", "drawn", "mean"] = Field(
+        "auto",
+        description="a target is one of the stored views, drawn in each step, or their mean; auto: mean for bingo's soft, else drawn",
+    )
     target: Literal["auto", "raw", "centred", "pca", "whitened"] = Field(
         "auto", description="teacher embedding as target; auto: raw where the checkpoint has a projection head, else pca"
     )

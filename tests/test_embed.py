@@ -303,6 +303,16 @@ def test_stored_targets_draw_every_view_and_nothing_else() -> None:
     assert not torch.equal(counts[0], counts[1])  # the same image twice in a batch draws twice
 
 
+def test_the_mean_of_an_images_views_is_its_target_and_never_another() -> None:
+    views = unit(6, 5, 8)
+    targets = StoredTargets(views, TargetSpace(None, None), CPU, mean=True)
+    indices, generator = torch.tensor([4, 0, 4]), torch.Generator().manual_seed(0)
+    expected = normalize(views.mean(1), dim=-1)[indices]
+    for _ in range(3):
+        found = targets(indices, generator)
+        assert torch.allclose(found, expected, atol=2e-3) and torch.allclose(found.norm(dim=1), torch.ones(3), atol=1e-5)
+
+
 def test_stored_targets_depend_on_the_generator_alone() -> None:
     targets = StoredTargets(unit(6, 5, 8), TargetSpace(None, None), CPU)
     indices = torch.arange(6)

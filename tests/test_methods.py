@@ -15,8 +15,7 @@ from bingo_compress.bagging import knn
 from bingo_compress.distill import Average, make_head, pick_mates
 from bingo_compress.embed import StoredTargets, TargetSpace
 from bingo_compress.encoder import Encoder, ProjectionHead, RegressionHead
-from bingo_compress.losses import LOSSES, Batch, Loss, Queries, Targets, make_loss, settled
-from bingo_compress.pipeline import settle
+from bingo_compress.losses import LOSSES, Batch, Loss, Queries, Targets, make_loss
 from bingo_compress.recipe import Recipe
 
 BATCH, DIM, QUEUE = 4, 6, 9
@@ -210,13 +209,6 @@ def test_temperature_zero_is_the_methods_own_and_any_other_is_taken(method: str)
         for given in ({"temperature": 0.0}, {}, recipe(method=method).model_dump(), {"temperature": 0.13})
     ]
     assert found == [own, own, own, 0.13]
-
-
-@pytest.mark.parametrize(("method", "own"), [("bingo", 0.1), ("seed", 0.01)])
-def test_the_teachers_temperature_is_settled_by_the_method_too(method: str, own: float) -> None:
-    found = [settled(method, recipe(method=method, teacher_temperature=given).model_dump())["teacher_temperature"] for given in (0.0, 0.03)]
-    assert found == [own, 0.03]
-    assert settle(settle(recipe(method=method))) == settle(recipe(method=method)) != recipe(method=method)
 
 
 def test_settings_reach_the_methods_fields() -> None:
