@@ -4,7 +4,7 @@ Parameters come from a CPU generator, so the same seed gives the same views on C
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import permutations
 
 import torch
@@ -58,6 +58,11 @@ def draw(aspect: Tensor, generator: torch.Generator, scale_min: float = 0.2) -> 
         grey=chance(0.2),
         sigma=torch.where(chance(0.5), uniform(0.1, 2.0), 0.0),
     )
+
+
+def rows(drawn: Draw, which: Tensor) -> Draw:
+    """The parameters of the views `which` (b,) alone."""
+    return Draw(*(getattr(drawn, field.name)[which] for field in fields(drawn)))
 
 
 def _boxes(aspect: Tensor, generator: torch.Generator, scale_min: float) -> Tensor:

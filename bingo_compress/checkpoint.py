@@ -43,6 +43,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor])
         index, key = name.split(".", 1)
         state.setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    for parameter, entry in optimizer.state.items():
+        for key, value in entry.items():
+            if torch.is_tensor(value) and value.shape == parameter.shape:
+                # A fused optimiser walks parameter and state as they lie in memory: both channels last, or its result is wrong without a word.
+                entry[key] = torch.empty_like(parameter).copy_(value)
 
 
 def under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -225,6 +225,10 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # a file name may hold bytes that the terminal's encoding has no character for
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    if os.environ.get("RANK", "0") != "0":
+        from bingo_compress import screen
+
+        screen.be_quiet()
     try:
         status = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
         if status == INTERRUPTED:  # what typer makes of Ctrl-C
@@ -239,7 +243,7 @@ def main() -> None:
     except BingoError as error:
         from bingo_compress import screen
 
-        screen.complain(f"error: {error}")
+        screen.complain(f"error: {error}" if os.environ.get("RANK", "0") == "0" else f"process {os.environ['RANK']}: error: {error}")
         sys.exit(error.exit_status)
     except KeyboardInterrupt:
         print("\nstopped; what is finished is kept: the same command with --resume goes on", file=sys.stderr)
@@ -252,6 +256,11 @@ def main() -> None:
             )
             sys.exit(2)
         raise
+    finally:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            from bingo_compress import distributed
+
+            distributed.stop()
 
 
 def _keep_memory() -> None:

@@ -31,6 +31,7 @@ from bingo_compress.pipeline import (
     resolve_names,
     settle,
     train,
+    use_threads,
 )
 from bingo_compress.pixels import store_side
 from bingo_compress.recipe import Recipe, make_recipe, parse_setting
@@ -96,14 +97,13 @@ def compare(
         images.refuse_other_classes(bank, tested, "--labels")
     make_arms(methods, base)  # refused before anything is said
     device = choose_device(base.device)
-    if base.threads:
-        torch.set_num_threads(base.threads)
     base = resolve_names(base.model_copy(update={"data": str(Path(base.data).resolve())}))
     arms = make_arms(methods, base)
     for arm in arms:
         plan(arm.recipe, len(folder.files))
     work = _open(out, base, overwrite)
     judging: dict[str, Labelled] = {}
+    calibrated: set[str] = set()
 
     def labelled(models: Models) -> Labelled:
         """The labelled images as this teacher sees them, embedded once."""
@@ -123,6 +123,9 @@ def compare(
             if _key(judged) != judged_key:
                 screen.say(f"== {arm.name}, seed {seed} ({len(results) + 1} of {len(arms) * len(seeds)})")
                 models = build_models(recipe)
+                if recipe.student not in calibrated:  # once a student: its runs are then alike to the last bit
+                    calibrated.add(recipe.student)
+                    use_threads(recipe, models.student, device)
                 if _key(trained) != key:
                     material = prepare(models, folder, store_side(models.recipe.image_size, models.recipe.teacher_size), work, device)
                     facts = _train(models, material, bank, work, key, device)

@@ -1,7 +1,6 @@
 """The training loop, top to bottom. It owns all state; every random number comes from (seed, epoch, step), so a resumed run draws the same."""
 
 import copy
-import json
 import math
 import time
 from collections.abc import Callable
@@ -12,21 +11,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from bingo_compress import augment, checkpoint, screen
+from bingo_compress import checkpoint, distributed, screen, speed
 from bingo_compress.bagging import knn
-from bingo_compress.embed import hash_seed, store_features
+from bingo_compress.batches import Maker, Ready, ahead
+from bingo_compress.embed import TargetOf, hash_seed, store_features
 from bingo_compress.encoder import Encoder, ProjectionHead, RegressionHead
 from bingo_compress.errors import BingoError
 from bingo_compress.feature_queue import FeatureQueue
+from bingo_compress.frugal import Frugal
 from bingo_compress.losses import Batch, Loss, Queries, Targets, make_loss
+from bingo_compress.meter import Log, Meter, forget_after
 from bingo_compress.pixels import PixelStore
+from bingo_compress.profiling import profiled
 from bingo_compress.recipe import Recipe
 from bingo_compress.schedule import learning_rate
 
-LOG_SECONDS = 5.0
 ADAMW_BELOW = 50_000
+COMPILE_FROM = 5_000  # steps that pay for the minute or two that the compiler takes
 SLOW_AVERAGE, QUICK_AVERAGE = 0.999, 0.99
-TargetOf = Callable[[Tensor, torch.Generator], Tensor]
 Check = Callable[[Encoder], float]
 
 
@@ -59,6 +61,8 @@ def plan(recipe: Recipe, images: int) -> Plan:
             f"--data: expected more images than a bag holds ({recipe.bag_size}), found {images} to train on; add images or lower --bag-size"
         )
     batch = min(recipe.batch_size, images)
+    if batch % distributed.world():
+        raise BingoError(f"--batch-size: expected a multiple of the {distributed.world()} processes, found {batch}")
     each = images // batch
     steps = each * recipe.epochs
     optimizer = recipe.optimizer if recipe.optimizer != "auto" else "adamw" if steps < ADAMW_BELOW else "sgd"
@@ -80,17 +84,6 @@ def make_head(recipe: Recipe, width: int, dim: int) -> nn.Module:
     if loss_of(recipe).regression:
         return RegressionHead(width, recipe.head_hidden, dim)
     return ProjectionHead(width, recipe.head_hidden, dim)
-
-
-def pick_mates(bags: Tensor, anchors: Tensor, generator: torch.Generator) -> Tensor:
-    """One member of each anchor's bag, drawn uniformly; the anchor itself where the bag is empty. bags: (n, K), its -1 at the ends of the rows."""
-    rows = bags[anchors]
-    sizes = (rows >= 0).sum(1)
-    drawn = torch.rand(len(anchors), generator=generator)
-    if not rows.shape[1]:
-        return anchors
-    picked = (drawn * sizes).long().clamp(max=rows.shape[1] - 1)
-    return torch.where(sizes > 0, rows.gather(1, picked[:, None])[:, 0], anchors)
 
 
 class Average:
@@ -119,14 +112,13 @@ class Average:
 def make_optimizer(recipe: Recipe, planned: Plan, modules: list[nn.Module]) -> torch.optim.Optimizer:
     """SGD with momentum 0.9 as in the paper, or AdamW, which leaves biases and norms undecayed."""
     parameters = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
-    fused = parameters[0].is_cuda
     if planned.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=planned.peak_lr, momentum=0.9, weight_decay=recipe.weight_decay, fused=fused)
+        return torch.optim.SGD(parameters, lr=planned.peak_lr, momentum=0.9, weight_decay=recipe.weight_decay, fused=True)
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=planned.peak_lr, fused=fused)
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=planned.peak_lr, fused=True)
 
 
 def distill(
@@ -190,142 +182,121 @@ def distill(
             bags = tensors["bags.now"]
         best, best_score = checkpoint.under(tensors, "best"), float(str(facts["best_score"]))
         step = int(str(facts["step"]))
-    _forget_after(metrics, step)
+    first = distributed.rank() == 0
+    if first:
+        forget_after(metrics, step)
 
-    size, batch = student.preprocessing.size, planned.batch_size
-    log = _Log(metrics, planned.student_views)
-    last_save = time.monotonic()
-    with screen.bar("distil", planned.steps * batch * planned.student_views) as advance:
-        advance(step * batch * planned.student_views)
-        order = torch.empty(0, dtype=torch.int64)
-        while step < planned.steps and step != stop_after:
-            epoch, within = divmod(step, planned.steps_per_epoch)
-            if within == 0 or not len(order):
-                order = torch.randperm(len(training), generator=torch.Generator().manual_seed(hash_seed(recipe.seed, "order", epoch)))
-            if within == 0 and epoch % recipe.rebag_epochs == 0 and average is not None and loss_function.mates and recipe.bags != "none":
-                bags = knn(store_features(average.student, pixels, training, device), recipe.bag_size)[0]
-            seed = hash_seed(recipe.seed, "step", step)
-            generator = torch.Generator().manual_seed(seed)
-            torch.manual_seed(seed)  # for students with dropout
+    meter = Meter(device)
+    make = Maker(
+        seed=recipe.seed,
+        loss=loss_function,
+        pixels=pixels,
+        training=training,
+        batch=planned.batch_size,
+        steps_per_epoch=planned.steps_per_epoch,
+        size=student.preprocessing.size,
+        scale_min=recipe.crop_scale_min,
+        target_of=target_of,
+        device=device,
+        meter=meter,
+    )
+    model = nn.Sequential(student, head)
+    run = None
+    if recipe.compile == "on" or (recipe.compile == "auto" and device.type == "cuda" and planned.steps - step >= COMPILE_FROM):
+        run = speed.compiled_if_faster(model, make(step, bags).views, recipe.compile)
+    # DistributedDataParallel goes around everything else: it is what sees the gradients.
+    frugal = Frugal(model, student.backbone, distributed.shared(model, device) if distributed.world() > 1 else run)
+    rebags = average is not None and loss_function.mates and recipe.bags != "none"
+    period = recipe.rebag_epochs * planned.steps_per_epoch if rebags else planned.steps
+    last = planned.steps if stop_after is None else min(stop_after, planned.steps)
+    shown = planned.batch_size * planned.student_views
+    thread = speed.free_cores() > torch.get_num_threads() * distributed.world()
+    log = Log(metrics if first else None, device, meter)
 
-            def view(images: Tensor, drawing: torch.Generator = generator) -> Tensor:
-                drawn = augment.draw(pixels.aspect[images], drawing, recipe.crop_scale_min)
-                return augment.apply(pixels.batch(images), drawn, size).contiguous(memory_format=torch.channels_last)
-
-            anchors = order[within * batch : (within + 1) * batch]
-            mates = pick_mates(bags, anchors, generator) if loss_function.mates else anchors
-            images, shown = training[anchors], training[mates]
-            views = view(torch.cat((images, shown)))
-            share = 1.0
-            if loss_function.official:
-                mixed, share = augment.cutmix(views[:batch], views[batch:], generator)
-                views = torch.cat((views, mixed)).contiguous(memory_format=torch.channels_last)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                embedded = head(student(views)).float()
-                keys = None
-                if average is not None:
-                    keys = Targets(*average(views).split(batch)) if loss_function.momentum == "views" else Targets(average(view(images)))
+    def learn(ready: Ready, keys: Targets | None, masked: Tensor | None, epoch: int) -> dict[str, Tensor]:
+        """One forward and backward pass and the optimiser's step; the loss and its terms, detached."""
+        optimizer.zero_grad(set_to_none=True)
+        with meter("student"), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            embedded = frugal(ready.views).float()
+        with meter("loss"):
             embedded = embedded if loss_function.lengths else normalize(embedded, dim=1)
-            queries = Queries(*embedded.split(batch), share=share)  # type: ignore[misc]
-            targets = None
-            if target_of is not None:
-                targets = Targets(target_of(images, generator), target_of(shown, generator) if loss_function.both else None)
-            known = torch.cat((anchors[:, None], bags[anchors]), dim=1) if loss_function.mates else anchors[:, None]
-            masked = queue.holding(known) if recipe.mask_mates else None
+            parts, targets = embedded.chunk(planned.student_views), ready.targets
+            if loss_function.whole:
+                parts = tuple(map(distributed.with_gradients, parts))
+                assert targets is not None and targets.mate is not None
+                targets = Targets(distributed.rows(targets.anchor), distributed.rows(targets.mate))
+            queries = Queries(*parts, share=ready.share)  # type: ignore[misc, arg-type]
             terms = loss_function(Batch(queries, targets, keys, queue.negatives(), masked, epoch))
             loss = torch.stack(list(terms.values())).sum()
-
-            rate = learning_rate(step, planned.steps, planned.warmup, planned.peak_lr)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+        with meter("student"):
+            with frugal.backward():
+                loss.backward()
             optimizer.step()
-            pushed = keys or targets
-            assert pushed is not None
-            queue.push(pushed.anchor, anchors)
-            if average is not None:
-                average.follow(student, head, planned.average)
-            step += 1
+        return {name: value.detach() for name, value in {"loss": loss, **terms}.items()}
 
-            log.add(loss, terms, batch * planned.student_views)
-            advance(batch * planned.student_views)
-            end_of_epoch = step % planned.steps_per_epoch == 0
-            scored: dict[str, float] = {}
-            if check is not None and end_of_epoch and ((epoch + 1) % recipe.check_every == 0 or step == planned.steps):
-                scored["neighbour_recall"] = check(student)
-                student.train()
-                if recipe.keep_best and scored["neighbour_recall"] > best_score:
-                    best_score = scored["neighbour_recall"]
-                    best = {name: value.detach().clone() for name, value in student.backbone.state_dict().items()}
-            saving = time.monotonic() - last_save > 60 * recipe.save_every_minutes or step in (planned.steps, stop_after)
-            if log.due() or end_of_epoch or saving:
-                mean = log.write(step=step, epoch=epoch, lr=rate, **scored)
-                advance(0, note=f"epoch {epoch + 1}/{recipe.epochs}, loss {mean:.3f}")
-                if not math.isfinite(mean):
-                    raise BingoError(
-                        f"the loss is not finite at step {step} (epoch {epoch + 1}); the last checkpoint is in {saved.parent}: lower --set lr={rate / 2:.2g} "
-                        f"and start anew with --overwrite, or look at the images of this batch: {', '.join(map(str, training[anchors][:5].tolist()))}, ..."
-                    )
-            if saving:
-                save(step)
-                last_save = time.monotonic()
+    last_save = time.monotonic()
+    with (
+        screen.bar("distil", planned.steps * shown) as advance,
+        profiled(recipe.profile and first, metrics.with_name("trace.json")) as tick,
+    ):
+        advance(step * shown)
+        while step < last:
+            if rebags and step % period == 0:
+                assert average is not None
+                bags = distributed.from_first(lambda: knn(store_features(average.student, pixels, training, device), recipe.bag_size)[0])
+            span = range(step, min(step - step % period + period, last))
+            batches = ahead(lambda number: make(number, bags), span, device, thread=thread)  # noqa: B023 - used up before bags change
+            while True:
+                with meter("wait"):
+                    ready = next(batches, None)
+                if ready is None:
+                    break
+                epoch = step // planned.steps_per_epoch
+                torch.manual_seed(hash_seed(recipe.seed, "step", step))  # for students with dropout
+                keys = None
+                if average is not None:
+                    with meter("teacher"), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                        keys = Targets(average(ready.fresh)) if ready.fresh is not None else Targets(*average(ready.views).chunk(2))
+                rate = learning_rate(step, planned.steps, planned.warmup, planned.peak_lr)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                masked = queue.holding(ready.known) if recipe.mask_mates else None
+                losses = frugal.step(learn, ready, keys, masked, epoch)
+                pushed = keys or ready.targets
+                assert pushed is not None
+                queue.push(distributed.rows(pushed.anchor.float()), ready.anchors)
+                if average is not None:
+                    average.follow(student, head, planned.average)
+                step += 1
+
+                log.add(distributed.mean(losses), shown)
+                advance(shown)
+                tick()
+                end_of_epoch = step % planned.steps_per_epoch == 0
+                scored: dict[str, float] = {}
+                if check is not None and end_of_epoch and ((epoch + 1) % recipe.check_every == 0 or step == planned.steps):
+                    scored["neighbour_recall"] = distributed.from_first(lambda: check(student))
+                    student.train()
+                    if recipe.keep_best and scored["neighbour_recall"] > best_score:
+                        best_score = scored["neighbour_recall"]
+                        best = {name: value.detach().clone() for name, value in student.backbone.state_dict().items()}
+                saving = time.monotonic() - last_save > 60 * recipe.save_every_minutes or step in (planned.steps, stop_after)
+                if log.due() or end_of_epoch or saving:
+                    mean, shares = log.write(step=step, epoch=epoch, lr=rate, **scored)
+                    note = ", ".join(f"{part} {shares[part]:.0%}" for part in ("student", "loss", "wait"))
+                    advance(0, note=f"epoch {epoch + 1}/{recipe.epochs}, loss {mean:.3f}; time: {note}")
+                    if not math.isfinite(mean):
+                        raise BingoError(
+                            f"the loss is not finite at step {step} (epoch {epoch + 1}); the last checkpoint is in {saved.parent}: lower --set lr={rate / 2:.2g} "
+                            f"and start anew with --overwrite, or look at the images of this batch: {', '.join(map(str, training[ready.anchors][:5].tolist()))}, ..."
+                        )
+                if saving:
+                    if first:
+                        save(step)
+                    last_save = time.monotonic()
+    if first and log.steps:
+        screen.say(log.describe())
+    distributed.barrier()  # the last checkpoint is there for all
     if best and step == planned.steps:
         student.backbone.load_state_dict(best)
     student.eval()
-
-
-class _Log:
-    """Losses summed on the device and read only when a line is due, so that the GPU is not waited for in every step."""
-
-    def __init__(self, path: Path, student_views: int) -> None:
-        self._path = path
-        self._start = time.monotonic()
-        self._clear()
-
-    def _clear(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._steps = self._images = 0
-        self._since = time.monotonic()
-
-    def add(self, loss: Tensor, terms: dict[str, Tensor], images: int) -> None:
-        for name, value in {"loss": loss, **terms}.items():
-            self._sums[name] = self._sums.get(name, torch.zeros((), device=value.device)) + value.detach()
-        self._steps += 1
-        self._images += images
-
-    def due(self) -> bool:
-        return time.monotonic() - self._since >= LOG_SECONDS
-
-    def write(self, step: int, epoch: int, lr: float, **scored: float) -> float:
-        """Append one line of means since the last one, and what was scored; images_per_s counts student views. Returns the mean loss."""
-        means = {name: float(value) / self._steps for name, value in self._sums.items()}
-        now = time.monotonic()
-        line = {
-            "step": step,
-            "epoch": epoch,
-            **means,
-            **scored,
-            "lr": lr,
-            "images_per_s": self._images / (now - self._since),
-            "seconds": now - self._start,
-        }
-        rounded = {key: _short(value) for key, value in line.items()} | {"time": round(time.time(), 3)}
-        with self._path.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(rounded) + "\n")
-        self._clear()
-        return means["loss"]
-
-
-def _short(value: float) -> float | None:
-    """Six digits; None (JSON's null) for what JSON has no number for."""
-    if isinstance(value, int):
-        return value
-    return float(f"{value:.6g}") if math.isfinite(value) else None
-
-
-def _forget_after(metrics: Path, step: int) -> None:
-    """Drop the lines of steps that will be run again."""
-    if metrics.exists():
-        lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-        metrics.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step), encoding="utf-8")

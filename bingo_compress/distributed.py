@@ -2,11 +2,15 @@
 
 import os
 from collections.abc import Callable, Sequence
+from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 Item = TypeVar("Item")
 
@@ -25,7 +29,8 @@ def start(device: torch.device) -> torch.device:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         # gloo beside NCCL: small things on the CPU (paths, counts, refusals) are exchanged too.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        # The wait is long: while one process decodes or checks, the others stand at a barrier.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=2))
     return device
 
 
@@ -81,6 +86,15 @@ def from_first(make: Callable[[], Any]) -> Any:
     return told[0]
 
 
+def in_turn(make: Callable[[], Item]) -> Item:
+    """make() in rank 0, then in the others, which find what it left on the disk. If it raises, it raises in every process."""
+    if world() == 1:
+        return make()
+    made: list[Item] = []
+    from_first(lambda: made.append(make()))
+    return made[0] if made else make()
+
+
 def rows(tensor: Tensor) -> Tensor:
     """The rows of every process one after the other: (n, ...) to (world * n, ...), no gradient. Every process brings as many."""
     if world() == 1:
@@ -88,3 +102,78 @@ def rows(tensor: Tensor) -> Tensor:
     found = [torch.empty_like(tensor) for _ in range(world())]
     dist.all_gather(found, tensor.contiguous())
     return torch.cat(found)
+
+
+def mean(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The mean over the processes of each scalar, for the log."""
+    if world() == 1:
+        return values
+    together = torch.stack([value.detach() for value in values.values()])
+    dist.all_reduce(together)
+    return dict(zip(values, (together / world()).unbind(), strict=True))
+
+
+def with_gradients(tensor: Tensor) -> Tensor:
+    """`rows`, differentiable: every process gets the gradient of its own rows from the losses of all."""
+    if world() == 1:
+        return tensor
+    blank = torch.zeros_like(tensor)
+    return _sum(torch.cat([tensor if number == rank() else blank for number in range(world())]))
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over the processes; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(context: Any, tensor: Tensor) -> Tensor:
+        total = tensor.contiguous().clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        return _Sum.forward(None, gradient)
+
+
+def _sum(tensor: Tensor) -> Tensor:
+    total: Tensor = _Sum.apply(tensor)
+    return total
+
+
+def shared(model: nn.Module, device: torch.device) -> nn.Module:
+    """`model` with gradients averaged over the processes (DistributedDataParallel) and BatchNorm over all their views; itself for one process."""
+    if world() == 1:
+        return model
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            # In place of nn.SyncBatchNorm, which knows no CPU and not timm's BatchNorm with activation: names and weights stay as they are.
+            module.forward = partial(_batch_norm, module, module.forward)  # type: ignore[method-assign]
+    # static_graph: students with parameters that no output depends on, and recomputed activations.
+    return DistributedDataParallel(
+        model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False, static_graph=True
+    )
+
+
+def _batch_norm(norm: Any, alone: Callable[[Tensor], Tensor], views: Tensor) -> Tensor:
+    """BatchNorm in training over the views of every process: mean and variance of them all (two passes, as torch does), the same running statistics."""
+    if not norm.training or norm.running_mean is None:
+        return alone(views)
+    rest = [dim for dim in range(views.ndim) if dim != 1]
+    shape = [1, -1, *[1] * (views.ndim - 2)]
+    wide = views.float()
+    count = wide.numel() // wide.shape[1] * world()
+    middle = _sum(wide.sum(rest)) / count
+    centred = wide - middle.view(shape)
+    variance = _sum(centred.square().sum(rest)) / count
+    with torch.no_grad():
+        norm.num_batches_tracked.add_(1)
+        share = norm.momentum if norm.momentum is not None else 1 / float(norm.num_batches_tracked)
+        norm.running_mean.lerp_(middle, share)
+        norm.running_var.lerp_(variance * count / (count - 1), share)
+    out = centred * (variance + norm.eps).rsqrt().view(shape)
+    if norm.affine:
+        out = out * norm.weight.view(shape) + norm.bias.view(shape)
+    out = out.to(views.dtype)
+    # timm's BatchNormAct2d: the activation is part of the layer.
+    done: Tensor = norm.act(norm.drop(out)) if hasattr(norm, "act") else out
+    return done

@@ -11,7 +11,7 @@ from bingo_edge.image import ImageError, Pixels, preprocess
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from bingo_compress import augment, checkpoint, screen
+from bingo_compress import augment, checkpoint, distributed, screen
 from bingo_compress.encoder import Encoder, Preprocessing
 from bingo_compress.errors import BingoError
 from bingo_compress.images import Folder, decode_all
@@ -23,6 +23,8 @@ BATCH = 64
 
 # A batch of one model's input, uint8 (B, S, S, 3), to features (B, width).
 Embed = Callable[[Tensor], Tensor]
+# Images (B,), the step's generator, and which rows of the batch are wanted (b,), to targets (b, D).
+TargetOf = Callable[[Tensor, torch.Generator, Tensor], Tensor]
 
 
 def as_embed(encoder: Encoder, device: torch.device) -> tuple[Preprocessing, Embed]:
@@ -135,6 +137,7 @@ def teacher_pass(
     shards = work / f"{stem}-{key}"
     drop_stale(work, stem, {shards.name})
     shards.mkdir(exist_ok=True)
+    distributed.barrier()  # none looks for shards while another still drops old ones
     ranges = [range(start, min(start + SHARD, len(folder.files))) for start in range(0, len(folder.files), SHARD)]
     files = {
         (rows, view): shards / f"{'plain' if view < 0 else f'view{view}'}-{rows.start:09d}.safetensors"
@@ -150,11 +153,12 @@ def teacher_pass(
         teacher.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         with screen.bar(f"teacher, {views + 1} views", len(folder.files) * (views + 1)) as advance:
             advance(len(folder.files) * (views + 1) - count)
-            for rows, view, file in missing:
+            for rows, view, file in distributed.mine(missing):
                 if view < 0:
                     checkpoint.save(file, _plain_shard(teacher, folder, rows, device, advance))
                 else:
                     checkpoint.save(file, _view_shard(teacher, pixels, rows, view, scale_min, device, advance, of_features))
+    distributed.barrier()
     loaded = {where: checkpoint.load(file)[0] for where, file in files.items()}
     features, embeddings = (torch.cat([loaded[rows, -1][name] for rows in ranges]) for name in ("features", "embeddings"))
     each = [torch.cat([loaded[rows, view]["views"] for rows in ranges]) for view in range(views)]
@@ -268,10 +272,10 @@ class StoredTargets:
         self._device = device
         self.dim = self._views.shape[2]
 
-    def __call__(self, indices: Tensor, generator: torch.Generator) -> Tensor:
-        """Targets (B, dim), float32, L2-normalised (unless `lengths`), of the images `indices` (B,)."""
-        view = torch.randint(self._views.shape[1], (len(indices),), generator=generator)
-        home = self._views.device
+    def __call__(self, indices: Tensor, generator: torch.Generator, mine: Tensor) -> Tensor:
+        """Targets (b, dim), float32, L2-normalised (unless `lengths`), of the images indices[mine]; drawn for all of `indices` (B,)."""
+        view = torch.randint(self._views.shape[1], (len(indices),), generator=generator)[mine]
+        home, indices = self._views.device, indices[mine]
         drawn = self._views[indices.to(home), view.to(home)].to(self._device).float()
         return drawn if self._lengths else normalize(drawn, dim=1)
 
@@ -298,9 +302,10 @@ class OnlineTargets:
         self.dim = dim
 
     @torch.no_grad()
-    def __call__(self, indices: Tensor, generator: torch.Generator) -> Tensor:
-        """Targets (B, dim), float32, L2-normalised (unless `lengths`), of the images `indices` (B,)."""
-        drawn = augment.draw(self._pixels.aspect[indices], generator, self._scale_min)
+    def __call__(self, indices: Tensor, generator: torch.Generator, mine: Tensor) -> Tensor:
+        """Targets (b, dim), float32, L2-normalised (unless `lengths`), of the images indices[mine]; drawn for all of `indices` (B,)."""
+        drawn = augment.rows(augment.draw(self._pixels.aspect[indices], generator, self._scale_min), mine)
+        indices = indices[mine]
         images = augment.apply(self._pixels.batch(indices), drawn, self._teacher.preprocessing.size)
         return self._project(self._teacher.embed(images.contiguous(memory_format=torch.channels_last))[self._which])
 

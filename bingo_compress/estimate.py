@@ -11,7 +11,7 @@ from bingo_compress import images, screen
 from bingo_compress.distill import make_head, plan
 from bingo_compress.encoder import Encoder
 from bingo_compress.errors import BingoError
-from bingo_compress.pipeline import build_models, choose_device, header, resolve, split
+from bingo_compress.pipeline import build_models, choose_device, header, resolve, split, use_threads
 from bingo_compress.pixels import store_side
 from bingo_compress.recipe import Recipe, recipe_text
 
@@ -24,10 +24,9 @@ def dry_run(recipe: Recipe, out: Path) -> None:
     folder = images.list_folder(Path(recipe.data))
     plan(recipe, len(folder.files))
     device = choose_device(recipe.device)
-    if recipe.threads:
-        torch.set_num_threads(recipe.threads)
     models = build_models(resolve(recipe))
     recipe = models.recipe
+    use_threads(recipe, models.student, device)
     header(models, folder, device, recipe)
     screen.say(recipe_text(recipe).rstrip())
     held, training = split(len(folder.files), recipe)

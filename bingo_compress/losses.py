@@ -2,7 +2,8 @@
 
 What a method needs from the loop stands beside its equation: `mates` (its second view shows a bag mate, else the anchor again), `teacher`, `momentum`
 (embeddings of the student's own moving average: "views" of both student views, "fresh" of one more view of the anchor), `lengths` (embeddings come as
-they are, not of length one), `regression` (a deeper head onto the teacher's own features). Its fields are settings of the recipe.
+they are, not of length one), `regression` (a deeper head onto the teacher's own features), `whole` (an equation over the rows of a batch together: several
+processes bring theirs). Its fields are settings of the recipe.
 """
 
 from dataclasses import dataclass, fields
@@ -60,6 +61,7 @@ class Loss(Protocol):
     momentum: ClassVar[str]
     lengths: ClassVar[bool]
     regression: ClassVar[bool]
+    whole: ClassVar[bool]
 
     @property
     def temperature(self) -> float:
@@ -119,6 +121,7 @@ class _Method:
     momentum: ClassVar[str] = ""
     lengths: ClassVar[bool] = False
     regression: ClassVar[bool] = False
+    whole: ClassVar[bool] = False
     official: ClassVar[bool] = False
     both: ClassVar[bool] = True
     averaged: ClassVar[bool] = False
@@ -276,6 +279,7 @@ class Coss(_Method):
 
     mates: ClassVar[bool] = True
     lengths: ClassVar[bool] = True
+    whole: ClassVar[bool] = True
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         """feature + space."""

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bingo_compress import __version__, bagging, checkpoint, embed, images, pixels, probes, run_dir, screen
-from bingo_compress.distill import Check, Plan, TargetOf, distill, loss_of, plan
+from bingo_compress import __version__, bagging, checkpoint, distributed, embed, images, pixels, probes, run_dir, screen, speed
+from bingo_compress.distill import Check, Plan, distill, loss_of, plan
 from bingo_compress.encoder import Encoder, build, has_pretrained, resolve_name
 from bingo_compress.errors import BingoError
 from bingo_compress.losses import settled
@@ -33,10 +33,13 @@ class Models:
 
 
 def choose_device(wanted: str) -> torch.device:
-    """auto, cpu or cuda to a device. Raises BingoError when cuda is asked for and absent."""
+    """auto, cpu or cuda to this process's device; joins the other processes where torchrun started several. Raises BingoError without the GPU asked for."""
     if wanted == "cuda" and not torch.cuda.is_available():
         raise BingoError("--device: expected a CUDA GPU, torch sees none; use --device cpu or auto")
-    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+    device = distributed.start(torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what is not bf16: the loss, the teacher
+    return device
 
 
 def resolve(recipe: Recipe) -> Recipe:
@@ -103,26 +106,30 @@ def saved_recipe(run: run_dir.RunDir) -> Recipe:
 def run_distill(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = False) -> run_dir.RunDir:
     """Distil recipe.teacher into recipe.student on recipe.data; everything lands in `out`. Raises BingoError."""
     folder = images.list_folder(Path(recipe.data))
-    plan(recipe, len(folder.files))
     device = choose_device(recipe.device)
-    _use_threads(recipe)
+    plan(recipe, len(folder.files))
     recipe = resolve(recipe)
     before = saved_recipe(run_dir.RunDir(out)) if resume and (out / "recipe.yaml").is_file() else None
     models = build_models(recipe)
     recipe = models.recipe.model_copy(update={"data": str(Path(recipe.data).resolve())})
     _refuse_other_recipe(before, recipe)
+    use_threads(recipe, models.student, device)
     side = pixels.store_side(recipe.image_size, recipe.teacher_size)
     if not out.exists():  # refused before anything is written
         embed.pixels_of(models.student.preprocessing, folder, range(len(folder.files)), 1)
         run_dir.need_space(
             next(parent for parent in out.resolve().parents if parent.is_dir()), 3 * side**2 * len(folder.files), "the pixel store"
         )
-    run = run_dir.open_new(out, resume=resume, overwrite=overwrite)
-    run_dir.write_text(run.recipe, recipe_text(recipe))
+    distributed.barrier()  # no process looks at --out after the first has made it
+    run: run_dir.RunDir = distributed.from_first(lambda: run_dir.open_new(out, resume=resume, overwrite=overwrite))
+    first = distributed.rank() == 0
+    if first:
+        run_dir.write_text(run.recipe, recipe_text(recipe))
     header(models, folder, device, recipe)
 
     material = prepare(models, folder, side, run.work, device)
-    images.write_quarantine(run.quarantine, material.folder.bad)
+    if first:
+        images.write_quarantine(run.quarantine, material.folder.bad)
     if material.folder.bad:
         screen.say(f"{len(material.folder.bad):,} files cannot be used and are left out; {run.quarantine} names each with its reason")
     planned = plan(recipe, len(material.training))
@@ -130,14 +137,17 @@ def run_distill(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: b
     _say_smaller(recipe, planned)
     bags = make_bags(recipe, models.teacher, material)
     files = [material.folder.files[index] for index in material.training.tolist()]
-    checkpoint.save(run.bags, {"bags": bags}, root=str(folder.root.resolve()), files=files)
+    if first:
+        checkpoint.save(run.bags, {"bags": bags}, root=str(folder.root.resolve()), files=files)
     facts = bag_facts(recipe, bags, material)
     screen.say(describe_bags(recipe, facts))
-    if not run.start.exists():
+    if first and not run.start.exists():
         save_student(models.student, run.start, recipe)
     train(models, material, bags, run.metrics, run.checkpoint, device)
-    save_student(models.student, run.student, recipe)
-    _close(run, models, material, facts, device)
+    if first:
+        save_student(models.student, run.student, recipe)
+        _close(run, models, material, facts, device)
+    distributed.barrier()
     return run
 
 
@@ -155,7 +165,7 @@ class Material:
 def prepare(models: Models, folder: images.Folder, side: int, work: Path, device: torch.device) -> Material:
     """Pixels, split and the teacher's pass for a recipe, under `work`; what is there already is not made again. Raises BingoError."""
     recipe = models.recipe
-    store, folder = pixels.build(folder, side, work, device)
+    store, folder = distributed.in_turn(lambda: pixels.build(folder, side, work, device))
     held, training = split(len(store), recipe)
     views = 0 if recipe.views == "online" or not loss_of(recipe).teacher else int(recipe.views)
     features = loss_of(recipe).regression
@@ -195,7 +205,7 @@ def describe_bags(recipe: Recipe, facts: dict[str, float]) -> str:
     return line + (f", mean cosine {facts['similarity']:.3f}, {facts['mutual']:.0%} mutual" if "similarity" in facts else "")
 
 
-def target_source(models: Models, material: Material, device: torch.device) -> tuple[TargetOf | None, int]:
+def target_source(models: Models, material: Material, device: torch.device) -> tuple[embed.TargetOf | None, int]:
     """(the teacher's targets, their width) for the recipe's method; None for a method without teacher."""
     recipe, loss, seen = models.recipe, loss_of(models.recipe), material.seen
     if not loss.teacher:
@@ -271,9 +281,12 @@ def header(models: Models, folder: images.Folder, device: torch.device, recipe: 
     )
 
 
-def _use_threads(recipe: Recipe) -> None:
+def use_threads(recipe: Recipe, student: Encoder, device: torch.device) -> None:
+    """The recipe's threads; without, those with which a step of `student` is fastest here (one process on a CPU), or what torchrun set."""
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
+    elif device.type == "cpu" and distributed.world() == 1:
+        torch.set_num_threads(speed.choose_threads(student, student.preprocessing.size))
 
 
 def _refuse_other_recipe(before: Recipe | None, now: Recipe) -> None:

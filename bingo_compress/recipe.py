@@ -86,14 +86,19 @@ class Recipe(BaseModel):
         False, description="leave the student of the best check instead of the last one (10 checks where check_every is 0)"
     )
     save_every_minutes: float = Field(2.0, gt=0, description="a checkpoint is written this often and at the end")
-    threads: int = Field(0, ge=0, description="CPU threads of torch; 0: torch's own choice")
+    threads: int = Field(0, ge=0, description="CPU threads of torch; 0: a short calibration picks")
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="torch.compile of the student; auto: on a GPU, for runs of 5,000 steps or more, if a step is measured to be faster",
+    )
+    profile: bool = Field(False, description="write a trace of ten steps beside metrics.jsonl")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where torch sees a GPU")
     seed: int = Field(0, ge=0, description="the one source of all random numbers")
 
 
 KEYS = tuple(Recipe.model_fields)
 # A run's result does not depend on these, so --resume may change them.
-RESUME_MAY_CHANGE = frozenset({"data", "threads", "device", "save_every_minutes"})
+RESUME_MAY_CHANGE = frozenset({"data", "threads", "device", "save_every_minutes", "compile", "profile"})
 RECIPES_DIR = next(
     (folder for folder in (Path(__file__).parent / "recipes", Path(__file__).parent.parent / "recipes") if folder.is_dir()),
     Path("recipes"),

@@ -78,6 +78,11 @@ def _plain_bar(what: str, total: int) -> Iterator[Advance]:
     say(f"{what}: {done:,} images in {duration(seconds)}, {done / max(seconds, 1e-9):,.0f} images/s{', ' + latest if latest else ''}")
 
 
+def be_quiet() -> None:
+    """Of several processes only the first speaks; what goes wrong is said by all."""
+    console.quiet = True
+
+
 def say(text: str) -> None:
     """One plain line; brackets in it are text, not markup."""
     console.print(text, markup=False)

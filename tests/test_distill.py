@@ -9,8 +9,9 @@ import pytest
 import torch
 from helpers import CPU, Trained, encoder, kind_targets, pixel_store, recipe
 
-from bingo_compress import augment, checkpoint, distill
+from bingo_compress import augment, checkpoint, distill, meter
 from bingo_compress.bagging import knn
+from bingo_compress.batches import AHEAD
 from bingo_compress.embed import OnlineTargets, StoredTargets, TargetSpace, target_space
 from bingo_compress.errors import BingoError
 from bingo_compress.losses import Batch, Bingo
@@ -18,7 +19,7 @@ from bingo_compress.recipe import Recipe
 
 IMAGES, DIM, VIEWS = 40, 16, 3
 STORE = pixel_store(IMAGES)
-TargetOf = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
+TargetOf = Callable[[torch.Tensor, torch.Generator, torch.Tensor], torch.Tensor]
 
 
 TARGETS = kind_targets(IMAGES, VIEWS, DIM)
@@ -108,7 +109,7 @@ def test_the_loss_goes_down_and_the_student_learns_the_kinds(kind: str, tmp_path
 
 
 def test_the_first_step_has_no_negatives_and_so_no_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distill, "LOG_SECONDS", 0.0)
+    monkeypatch.setattr(meter, "LOG_SECONDS", 0.0)
     losses = [line["loss"] for line in train(tmp_path, recipe(epochs=1)).lines]
     assert len(losses) == 5
     assert losses[0] == 0 and min(losses[1:]) > 0.1
@@ -174,9 +175,9 @@ def test_official_trains_three_views_and_two_targets(tmp_path: Path, monkeypatch
         seen.append(len(one) + len(other))
         return real(one, other, generator)
 
-    def target_of(indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def target_of(indices: torch.Tensor, generator: torch.Generator, mine: torch.Tensor) -> torch.Tensor:
         asked.append(len(indices))
-        return source(indices, generator)
+        return source(indices, generator, mine)
 
     monkeypatch.setattr(augment, "cutmix", cutmix)
     run = train(tmp_path, recipe(variant="official", epochs=3, switch_epoch=1), target_of)
@@ -224,7 +225,7 @@ def test_a_run_stopped_and_gone_on_with_equals_the_whole_bit_for_bit(stop: int, 
 
 
 def test_lines_of_steps_that_are_run_again_are_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distill, "LOG_SECONDS", 0.0)
+    monkeypatch.setattr(meter, "LOG_SECONDS", 0.0)
     run = train(tmp_path, recipe(), stop_after=4)
     with run.metrics.open("a") as file:  # as a run that went on after its last checkpoint and was cut off while writing
         file.write('{"step": 5, "loss": 99.0}\n{"step": 6, "loss": 99.0}\n{"step": 7, "lo')
@@ -237,12 +238,12 @@ def test_a_run_cut_off_before_its_first_checkpoint_leaves_no_line_twice(tmp_path
     calls = 0
     source = StoredTargets(TARGETS, TargetSpace(None, None), CPU)
 
-    def target_of(indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def target_of(indices: torch.Tensor, generator: torch.Generator, mine: torch.Tensor) -> torch.Tensor:
         nonlocal calls
         calls += 1
         if calls == 8:
             raise KeyboardInterrupt
-        return source(indices, generator)
+        return source(indices, generator, mine)
 
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, recipe(), target_of)
@@ -253,7 +254,7 @@ def test_a_run_cut_off_before_its_first_checkpoint_leaves_no_line_twice(tmp_path
 
 def test_a_finished_run_is_not_trained_further(tmp_path: Path) -> None:
     first = train(tmp_path, recipe())
-    again = train(tmp_path, recipe(), lambda indices, generator: pytest.fail("a step was made"))
+    again = train(tmp_path, recipe(), lambda indices, generator, mine: pytest.fail("a step was made"))
     assert equal(first, again)
     assert len(again.lines) == 2
 
@@ -263,10 +264,10 @@ def test_a_finished_run_is_not_trained_further(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distill, "LOG_SECONDS", 0.0)
+    monkeypatch.setattr(meter, "LOG_SECONDS", 0.0)
     calls = 0
 
-    def target_of(indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def target_of(indices: torch.Tensor, generator: torch.Generator, mine: torch.Tensor) -> torch.Tensor:
         nonlocal calls
         calls += 1
         found = TARGETS[indices, 0].clone()
@@ -276,7 +277,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(value: float
 
     with pytest.raises(BingoError, match=r"not finite at step 3 \(epoch 1\)"):
         train(tmp_path, recipe(variant="paper"), target_of)  # one call a step
-    assert calls == 3
+    assert 3 <= calls <= 3 + AHEAD  # batches are made ahead
     assert not (tmp_path / "checkpoint.safetensors").exists()
 
 

@@ -292,7 +292,7 @@ def test_stored_targets_draw_every_view_and_nothing_else() -> None:
     assert targets.dim == 16
     indices, stream, drawn = torch.tensor([3, 3, 11, 0]), generator(), []
     for _ in range(60):
-        found = targets(indices, stream)
+        found = targets(indices, stream, torch.arange(len(indices)))
         assert found.dtype == torch.float32
         assert found.norm(dim=1).numpy() == pytest.approx(1, abs=1e-6)
         near = (found[:, None] - space(views[indices])).norm(dim=2)  # to each of the image's views
@@ -309,15 +309,19 @@ def test_the_mean_of_an_images_views_is_its_target_and_never_another() -> None:
     indices, generator = torch.tensor([4, 0, 4]), torch.Generator().manual_seed(0)
     expected = normalize(views.mean(1), dim=-1)[indices]
     for _ in range(3):
-        found = targets(indices, generator)
+        found = targets(indices, generator, torch.arange(3))
         assert torch.allclose(found, expected, atol=2e-3) and torch.allclose(found.norm(dim=1), torch.ones(3), atol=1e-5)
 
 
 def test_stored_targets_depend_on_the_generator_alone() -> None:
     targets = StoredTargets(unit(6, 5, 8), TargetSpace(None, None), CPU)
     indices = torch.arange(6)
-    assert torch.equal(targets(indices, generator(1)), targets(indices, generator(1)))
-    assert not torch.equal(targets(indices, generator(1)), targets(indices, generator(2)))
+    assert torch.equal(
+        targets(indices, generator(1), torch.arange(len(indices))), targets(indices, generator(1), torch.arange(len(indices)))
+    )
+    assert not torch.equal(
+        targets(indices, generator(1), torch.arange(len(indices))), targets(indices, generator(2), torch.arange(len(indices)))
+    )
 
 
 def test_online_targets_are_the_teacher_on_a_fresh_view(store: pixels.PixelStore, teacher: Encoder) -> None:
@@ -325,14 +329,14 @@ def test_online_targets_are_the_teacher_on_a_fresh_view(store: pixels.PixelStore
     targets = OnlineTargets(teacher, store, space, 0.3, CPU, 10)
     assert targets.dim == 10
     indices = torch.tensor([2, 9, 5])
-    found = targets(indices, generator(4))
+    found = targets(indices, generator(4), torch.arange(len(indices)))
     drawn = augment.draw(store.aspect[indices], generator(4), 0.3)
     with torch.no_grad():
         expected = space(teacher(augment.apply(store.batch(indices), drawn, 32)))
     assert torch.allclose(found, expected, atol=1e-5)
     assert found.shape == (3, 10) and found.dtype == torch.float32
     assert found.norm(dim=1).numpy() == pytest.approx(1, abs=1e-5)
-    assert not torch.equal(found, targets(indices, generator(5)))
+    assert not torch.equal(found, targets(indices, generator(5), torch.arange(len(indices))))
 
 
 @pytest.mark.parametrize("kind", ["stored", "online"])
@@ -343,7 +347,7 @@ def test_targets_carry_no_gradient_and_can_be_trained_against(kind: str, store: 
         if kind == "stored"
         else OnlineTargets(teacher, store, space, 0.2, CPU, teacher.width)
     )
-    found = targets(torch.arange(4), generator())
+    found = targets(torch.arange(4), generator(), torch.arange(4))
     query = unit(4, teacher.width, seed=8).requires_grad_()
     (query * found).sum().backward()
     assert not found.requires_grad

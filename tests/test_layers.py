@@ -10,10 +10,11 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     "errors families distributed",
     "recipe run_dir layouts",
-    "screen feature_queue losses schedule augment weights chart evidence",
-    "images encoder checkpoint",
+    "screen feature_queue losses schedule augment weights chart evidence meter",
+    "images encoder checkpoint frugal speed profiling",
     "pixels bagging",
     "embed probes exporters.onnx",
+    "batches",
     "distill checking catalogue finetune",
     "pipeline figures",
     "proof_table",
