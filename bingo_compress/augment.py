@@ -4,6 +4,7 @@ Parameters come from a CPU generator, so the same seed gives the same views on C
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from itertools import permutations
 
@@ -13,6 +14,7 @@ from torch.nn.functional import interpolate
 
 ORDERS = tuple(permutations(range(4)))
 GREY = (0.2989, 0.587, 0.114)
+FLAT_ROWS = 64  # views cropped at once on a GPU: their windows are held in float32
 BLUR_SIZE = 224  # MoCo-v2's sigma of 0.1-2.0 is in pixels of a 224 px crop; smaller crops get proportionally less.
 
 
@@ -83,9 +85,9 @@ def _boxes(aspect: Tensor, generator: torch.Generator, scale_min: float) -> Tens
     return torch.stack((left, top, left + width, top + height), dim=1)
 
 
-def apply(pixels: Tensor, drawn: Draw, size: int) -> Tensor:
-    """One view of each image. pixels: uint8 (B, S, S, 3). Returns float32 (B, 3, size, size) in 0..1 on the same device."""
-    views = crop(pixels, drawn.box, size)
+def apply(views: Tensor, drawn: Draw) -> Tensor:
+    """All but the crop. views: uint8 (B, 3, size, size), cropped to drawn.box. Returns float32 of the same shape in 0..1 on the same device."""
+    size = views.shape[-1]
     views[drawn.flip.to(views.device)] = views[drawn.flip.to(views.device)].flip(-1)
     out = torch.empty(views.shape, dtype=torch.float32, device=views.device)
     # Images that share an order of the jitter go together: small enough for a CPU's cache, whole enough for a GPU.
@@ -103,35 +105,58 @@ def apply(pixels: Tensor, drawn: Draw, size: int) -> Tensor:
     return out
 
 
+def window(box: Tensor, height: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
+    """(left, top) and (right, bottom), each (B, 2) int64: the whole pixels that boxes (B, 4), in shares, mean in pictures of height and width (B,)."""
+    sides = torch.stack((width, height), dim=1)
+    low = torch.minimum((box[:, :2] * sides).round().long().clamp(min=0), sides - 1)
+    return low, torch.maximum(torch.minimum((box[:, 2:] * sides).round().long(), sides), low + 1)
+
+
 def crop(pixels: Tensor, box: Tensor, size: int) -> Tensor:
-    """Antialiased bilinear crops. pixels: uint8 (B, S, S, 3); box: (B, 4) shares, rounded to whole pixels. Returns uint8 (B, 3, size, size)."""
-    side = pixels.shape[1]
-    low = (box[:, :2] * side).round().clamp(0, side - 1).int()
-    high = torch.maximum((box[:, 2:] * side).round().int(), low + 1)
-    planes = pixels.permute(0, 3, 1, 2)
-    if pixels.is_cuda:
-        return _crop_by_matrices(planes, low.to(pixels.device), high.to(pixels.device), size)
-    views = torch.empty((len(pixels), 3, size, size), dtype=torch.uint8)
-    for row, ((left, top), (right, bottom)) in enumerate(zip(low.tolist(), high.tolist(), strict=True)):
-        views[row] = interpolate(planes[row : row + 1, :, top:bottom, left:right], (size, size), mode="bilinear", antialias=True)[0]
+    """Antialiased bilinear crops. pixels: uint8 (B, H, W, 3); box: (B, 4) shares, rounded to whole pixels. Returns uint8 (B, 3, size, size)."""
+    sides = torch.tensor(pixels.shape[1:3]).expand(len(pixels), 2)
+    low, high = window(box, sides[:, 0], sides[:, 1])
+    places = zip(pixels, low.tolist(), high.tolist(), strict=True)
+    return resize((image[top:bottom, left:right] for image, (left, top), (right, bottom) in places), len(pixels), size)
+
+
+def resize(pieces: Iterable[Tensor], count: int, size: int) -> Tensor:
+    """`count` pieces, each uint8 (h, w, 3) of its own size, antialiased to uint8 (count, 3, size, size)."""
+    views = torch.empty((count, 3, size, size), dtype=torch.uint8)
+    for row, piece in enumerate(pieces):
+        views[row] = interpolate(piece.permute(2, 0, 1)[None], (size, size), mode="bilinear", antialias=True)[0]
     return views
 
 
-def _crop_by_matrices(planes: Tensor, low: Tensor, high: Tensor, size: int) -> Tensor:
-    """The same crops as two batched matrix products: no loop over images, so a GPU is kept busy."""
-    across = _resize_weights(low[:, 0], high[:, 0], planes.shape[3], size)
-    down = _resize_weights(low[:, 1], high[:, 1], planes.shape[2], size)
-    views = down[:, None] @ planes.float() @ across.transpose(1, 2)[:, None]
-    return views.round_().clamp_(0, 255).to(torch.uint8)
+def crop_flat(flat: Tensor, offset: Tensor, width: Tensor, low: Tensor, high: Tensor, size: int) -> Tensor:
+    """The same crops for a GPU, out of ragged pictures in one flat uint8 tensor, as two batched matrix products: no loop over images.
+
+    offset, width: (B,) start in `flat` and width of each picture; low, high: (B, 2) of `window`. All but `flat` are on the CPU, so that the sizes
+    of the tensors are known without waiting for the device. Returns uint8 (B, 3, size, size) on the device of `flat`.
+    """
+    views = []
+    for rows in torch.arange(len(offset)).split(FLAT_ROWS):
+        wide, high_ = (int(side) for side in (high[rows] - low[rows]).amax(0))
+        start, stride, first, last = (values[rows].to(flat.device, non_blocking=True) for values in (offset, width, low, high))
+        # A window of the largest size for all; where a picture's own ends, its last pixel is repeated, and has no weight.
+        across = torch.minimum(first[:, :1] + torch.arange(wide, device=flat.device), last[:, :1] - 1)
+        down = torch.minimum(first[:, 1:] + torch.arange(high_, device=flat.device), last[:, 1:] - 1)
+        pixel = start[:, None, None] + (down[:, :, None] * stride[:, None, None] + across[:, None, :]) * 3
+        planes = torch.stack([flat[pixel + channel] for channel in range(3)], dim=1).float()
+        sides = last - first
+        views.append(
+            _resize_weights(sides[:, 1], high_, size)[:, None] @ planes @ _resize_weights(sides[:, 0], wide, size).transpose(1, 2)[:, None]
+        )
+    return torch.cat(views).round_().clamp_(0, 255).to(torch.uint8)
 
 
-def _resize_weights(low: Tensor, high: Tensor, side: int, size: int) -> Tensor:
-    """Triangle-filter weights (B, size, side) that resize the pixels low..high (B,) to `size`, as Pillow and torch do with antialiasing."""
-    scale = (high - low)[:, None, None] / size
-    pixel = torch.arange(side, device=low.device)[None, None]
-    centre = low[:, None, None] + (torch.arange(size, device=low.device)[None, :, None] + 0.5) * scale
+def _resize_weights(length: Tensor, side: int, size: int) -> Tensor:
+    """Triangle-filter weights (B, size, side) that resize the first `length` (B,) of `side` pixels to `size`, as Pillow and torch do with antialiasing."""
+    scale = length[:, None, None] / size
+    pixel = torch.arange(side, device=length.device)[None, None]
+    centre = (torch.arange(size, device=length.device)[None, :, None] + 0.5) * scale
     weights = (1 - (pixel + 0.5 - centre).abs() / scale.clamp(min=1)).clamp(min=0)
-    weights = weights * ((pixel >= low[:, None, None]) & (pixel < high[:, None, None]))
+    weights = weights * (pixel < length[:, None, None])
     return weights / weights.sum(-1, keepdim=True)
 
 

@@ -80,9 +80,9 @@ class Maker:
     def _views(self, images: Tensor, mine: Tensor, generator: torch.Generator) -> Tensor:
         drawn = augment.rows(augment.draw(self.pixels.aspect[images], generator, self.scale_min), mine)
         with self.meter("pixels"):
-            pixels = self.pixels.batch(images[mine])
+            crops = self.pixels.crops(images[mine], drawn.box, self.size)
         with self.meter("augment"):
-            return augment.apply(pixels, drawn, self.size).contiguous(memory_format=torch.channels_last)
+            return augment.apply(crops, drawn).contiguous(memory_format=torch.channels_last)
 
 
 @lru_cache(maxsize=2)

@@ -28,6 +28,9 @@ Views = Annotated[str | None, typer.Option(help="teacher views stored an image, 
 ImageSize = Annotated[int | None, typer.Option(help="pixels a side for the student; default: its own")]
 TeacherSize = Annotated[int | None, typer.Option(help="pixels a side for the teacher; default: its own")]
 TeacherWeights = Annotated[str | None, typer.Option(help="pretrained (default), a file, or random")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; default: a short calibration picks")]
+PixelsIn = Annotated[str | None, typer.Option(help="where decoded images are kept: auto, gpu, memory, disk or stream")]
+Memory = Annotated[str | None, typer.Option(help="memory the run may hold at most, for example 4GB")]
 DeviceSetting = Annotated[str | None, typer.Option(help="auto, cpu or cuda")]
 INTERRUPTED = 130
 UsageError: type[Any] = typer.BadParameter.__bases__[0]  # typer brings its own click or uses the one that is installed, by version
@@ -68,6 +71,10 @@ def distill(
         str | None, typer.Option(help="auto (pretrained where timm has weights, else random), pretrained, random, or a file")
     ] = None,
     device: DeviceSetting = None,
+    threads: Threads = None,
+    pixels: PixelsIn = None,
+    memory: Memory = None,
+    profile: Annotated[bool | None, typer.Option("--profile", help="write a trace of ten steps, trace.json, beside metrics.jsonl")] = None,
     seed: Annotated[int | None, typer.Option(help="source of all random numbers")] = None,
     keep_best: Annotated[
         bool | None, typer.Option("--keep-best", help="leave the student with the best neighbour recall on held-out images")
@@ -126,6 +133,9 @@ def compare(
     teacher_weights: TeacherWeights = None,
     student_weights: Annotated[str | None, typer.Option(help="auto, pretrained, random, or a file")] = None,
     device: DeviceSetting = None,
+    threads: Threads = None,
+    pixels: PixelsIn = None,
+    memory: Memory = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="run everything anew (pixels and teacher embeddings are used again)")
     ] = False,

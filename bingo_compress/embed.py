@@ -203,7 +203,7 @@ def _view_shard(
         # One generator a batch and view: the views do not depend on where the pass was interrupted.
         generator = torch.Generator().manual_seed(hash_seed("view", view, start))
         drawn = augment.draw(pixels.aspect[indices], generator, scale_min)
-        feature, embedding = _both(teacher, augment.apply(pixels.batch(indices), drawn, teacher.preprocessing.size))
+        feature, embedding = _both(teacher, augment.apply(pixels.crops(indices, drawn.box, teacher.preprocessing.size), drawn))
         viewed.append(normalize(feature, dim=1).half().cpu() if of_features else embedding)
         advance(len(indices))
     return {"views": torch.cat(viewed)}
@@ -306,7 +306,7 @@ class OnlineTargets:
         """Targets (b, dim), float32, L2-normalised (unless `lengths`), of the images indices[mine]; drawn for all of `indices` (B,)."""
         drawn = augment.rows(augment.draw(self._pixels.aspect[indices], generator, self._scale_min), mine)
         indices = indices[mine]
-        images = augment.apply(self._pixels.batch(indices), drawn, self._teacher.preprocessing.size)
+        images = augment.apply(self._pixels.crops(indices, drawn.box, self._teacher.preprocessing.size), drawn)
         return self._project(self._teacher.embed(images.contiguous(memory_format=torch.channels_last))[self._which])
 
 
@@ -325,7 +325,7 @@ def store_features(encoder: Encoder, pixels: PixelStore, indices: Tensor, device
 
 def whole_images(pixels: PixelStore, indices: Tensor, size: int) -> Tensor:
     """Whole images (B,) of the pixel store, resized without crop: uint8 (B, 3, size, size)."""
-    return augment.crop(pixels.batch(indices), torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(indices), 4), size)
+    return pixels.crops(indices, torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(indices), 4), size)
 
 
 def hash_seed(*parts: object) -> int:

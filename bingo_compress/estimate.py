@@ -12,7 +12,7 @@ from bingo_compress.distill import make_head, plan
 from bingo_compress.encoder import Encoder
 from bingo_compress.errors import BingoError
 from bingo_compress.pipeline import build_models, choose_device, header, resolve, split, use_threads
-from bingo_compress.pixels import store_side
+from bingo_compress.pixels import guess, store_side
 from bingo_compress.recipe import Recipe, recipe_text
 
 SAMPLE = 64
@@ -50,7 +50,7 @@ def dry_run(recipe: Recipe, out: Path) -> None:
         "stored targets": 2 * dim * views * count,
         "teacher's features and views while bags are made": 2 * models.teacher.width * (views + 2) * count,
     }
-    disk = {"pixel store": count * side * side * 3, "teacher's embeddings": 2 * models.teacher.width * (views + 2) * count}
+    disk = {"pixel store": guess(count, side), "teacher's embeddings": 2 * models.teacher.width * (views + 2) * count}
     screen.table(
         "memory",
         ("", "estimate"),

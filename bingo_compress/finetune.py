@@ -184,7 +184,7 @@ def _batches(
             for part in torch.randperm(len(rows), generator=generator).tensor_split(_steps(len(rows), batch)):
                 images = rows[part]
                 drawn = crop_and_flip(store.aspect[images], generator)
-                views = augment.apply(store.batch(images), drawn, encoder.preprocessing.size)
+                views = augment.apply(store.crops(images, drawn.box, encoder.preprocessing.size), drawn)
                 yield epoch, views.contiguous(memory_format=torch.channels_last), labels[part].to(device)
                 advance(len(part))
 

@@ -150,15 +150,17 @@ def refuse_other_classes(bank: Folder, test: Folder, option: str) -> None:
         raise BingoError(f"--test: expected the classes of {option} ({', '.join(known[:10])}), found others: {', '.join(unknown[:10])}")
 
 
-def decode_all(folder: Folder, indices: Iterable[int], use: Callable[[Pixels], Result]) -> Iterator[tuple[int, Result | ImageError]]:
+def decode_all(
+    folder: Folder, indices: Iterable[int], use: Callable[[Pixels], Result], at_least: int = 0
+) -> Iterator[tuple[int, Result | ImageError]]:
     """Decode the images `indices` of `folder` in threads, in order: (index, use(pixels)), or (index, ImageError) for a bad file.
 
-    pixels: uint8 (height, width, 3). A bounded number is in flight, so memory does not grow with the folder.
+    at_least: as in `load_image`. pixels: uint8 (height, width, 3). A bounded number is in flight, so memory does not grow with the folder.
     """
 
     def job(index: int) -> Result | ImageError:
         try:
-            return use(load_image(folder.path(index)))
+            return use(load_image(folder.path(index), at_least))
         except ImageError as error:
             return error
 

@@ -117,9 +117,11 @@ def run_distill(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: b
     side = pixels.store_side(recipe.image_size, recipe.teacher_size)
     if not out.exists():  # refused before anything is written
         embed.pixels_of(models.student.preprocessing, folder, range(len(folder.files)), 1)
-        run_dir.need_space(
-            next(parent for parent in out.resolve().parents if parent.is_dir()), 3 * side**2 * len(folder.files), "the pixel store"
-        )
+        above = next(parent for parent in out.resolve().parents if parent.is_dir())
+        views = 0 if recipe.views == "online" else int(recipe.views)
+        run_dir.need_space(above, 2 * models.teacher.width * (views + 2) * len(folder.files), "the teacher's embeddings")
+        if recipe.pixels not in ("auto", "stream"):  # auto streams where the store does not fit
+            run_dir.need_space(above, pixels.guess(len(folder.files), side), "the pixel store")
     distributed.barrier()  # no process looks at --out after the first has made it
     run: run_dir.RunDir = distributed.from_first(lambda: run_dir.open_new(out, resume=resume, overwrite=overwrite))
     first = distributed.rank() == 0
@@ -165,7 +167,7 @@ class Material:
 def prepare(models: Models, folder: images.Folder, side: int, work: Path, device: torch.device) -> Material:
     """Pixels, split and the teacher's pass for a recipe, under `work`; what is there already is not made again. Raises BingoError."""
     recipe = models.recipe
-    store, folder = distributed.in_turn(lambda: pixels.build(folder, side, work, device))
+    store, folder = pixels.build(folder, side, work, device, recipe.pixels, pixels.parse_memory(recipe.memory))
     held, training = split(len(store), recipe)
     views = 0 if recipe.views == "online" or not loss_of(recipe).teacher else int(recipe.views)
     features = loss_of(recipe).regression

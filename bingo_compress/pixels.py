@@ -1,106 +1,291 @@
-"""The pixel store: every image decoded once, kept as one uint8 array of equal squares on disk, read through memory or held by the GPU."""
+"""The pixel store: every image decoded once and kept as uint8 in its own proportions; on the GPU, in memory, on disk, or decoded anew each time."""
 
 import json
 import os
+import zlib
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from bingo_edge.image import ImageError, Pixels
-from numpy.typing import NDArray
+from bingo_edge.image import ImageError, Pixels, load_image
 from PIL import Image
+from torch import Tensor
 
-from bingo_compress import screen
+from bingo_compress import augment, distributed, meter, screen
 from bingo_compress.errors import BingoError
-from bingo_compress.images import Folder, decode_all
-from bingo_compress.run_dir import drop_stale, need_space, stage_key, write_text
+from bingo_compress.images import Folder, decode_all, in_threads
+from bingo_compress.run_dir import atomic, drop_stale, need_space, stage_key, write_text
 
-CHUNK = 512  # images between two saves, more in a large folder: the state file grows with what is done
+SHARD = 512  # images in a file, more in a large folder: a build goes on after the last whole one
+SHARDS_AT_MOST = 200
+LONGEST = 2  # sides: a longer panorama is squeezed, or one picture could be as large as a folder
+WORK = 1 << 30  # bytes for the models and a step, beside the pixels
+PLACES = ("gpu", "memory", "disk", "stream")
+Read = Callable[[int, int, int], Tensor]  # (image, top, bottom) to its rows, uint8 (bottom - top, width, 3)
 
 
 class PixelStore:
-    """N images as uint8 (N, S, S, 3), each squeezed to a square; `aspect` (N,) is width / height of the original.
+    """N images in their own proportions. height, width: (N,) as kept; aspect: (N,) width / height of the original.
 
-    Crops are drawn in the original's proportions and mapped into the square, so no corner is lost and the array has one shape.
+    Crops are shares of the whole original image, so no corner of it is out of reach. where: one of PLACES.
     """
 
-    def __init__(self, array: NDArray[np.uint8], aspect: torch.Tensor, device: torch.device) -> None:
-        self.aspect = aspect
-        self._array = array
-        self._resident: torch.Tensor | None = None
-        if device.type == "cuda" and array.nbytes < 0.4 * torch.cuda.mem_get_info(device)[0]:
-            self._resident = torch.from_numpy(np.ascontiguousarray(array)).to(device)
+    def __init__(self, height: Tensor, width: Tensor, aspect: Tensor, read: Read, device: torch.device, where: str = "memory") -> None:
+        self.height, self.width, self.aspect = height, width, aspect
+        self.where = where
+        self._read = read
         self._device = device
+        self._flat: Tensor | None = None
+        if where == "gpu":
+            self._offset = torch.cat((torch.zeros(1, dtype=torch.int64), (height * width * 3).cumsum(0)))
+            self._flat = torch.empty(int(self._offset[-1]), dtype=torch.uint8, device=device)
+            for image in range(len(self)):
+                self._flat[self._offset[image] : self._offset[image + 1]] = read(image, 0, int(height[image])).reshape(-1).to(device)
 
     def __len__(self) -> int:
-        return len(self._array)
+        return len(self.height)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all pixels."""
-        return int(self._array.nbytes)
+        return int((self.height * self.width).sum()) * 3
 
-    def batch(self, indices: torch.Tensor) -> torch.Tensor:
-        """Pixels of the images `indices` (B,), uint8 (B, S, S, 3) on the run's device."""
-        if self._resident is not None:
-            return self._resident[indices.to(self._device)]
-        return torch.from_numpy(self._array[indices.numpy()]).to(self._device)
+    def crops(self, indices: Tensor, boxes: Tensor, size: int) -> Tensor:
+        """Antialiased bilinear crops of the images `indices` (B,): uint8 (B, 3, size, size) on the run's device.
+
+        boxes: (B, 4) left, top, right, bottom as shares of the image; a box is rounded to whole stored pixels.
+        """
+        low, high = augment.window(boxes, self.height[indices], self.width[indices])
+        if self._flat is not None:
+            return augment.crop_flat(self._flat, self._offset[indices], self.width[indices], low, high, size)
+        where = zip(indices.tolist(), low.tolist(), high.tolist(), strict=True)
+        if self.where == "stream":  # each a whole decoding: worth a thread
+            pieces = (piece for _, piece in in_threads(lambda item: self._piece(*item), where))
+        else:
+            pieces = (self._piece(*item) for item in where)
+        return augment.resize(pieces, len(indices), size).to(self._device)
+
+    def _piece(self, image: int, low: tuple[int, int], high: tuple[int, int]) -> Tensor:
+        return self._read(image, low[1], high[1])[:, low[0] : high[0]]
+
+
+def store_of(pictures: Sequence[Pixels], aspect: Tensor, device: torch.device) -> PixelStore:
+    """A store of pictures that are in memory already, each uint8 (height, width, 3)."""
+    height, width = (torch.tensor([picture.shape[axis] for picture in pictures]) for axis in (0, 1))
+    return PixelStore(height, width, aspect, lambda image, top, bottom: torch.from_numpy(pictures[image][top:bottom]), device)
 
 
 def store_side(image_size: int, teacher_size: int) -> int:
-    """Pixels a side of the store: a little over the largest crop, a multiple of 8."""
+    """Pixels of the short side of the store: a little over the largest crop, a multiple of 8."""
     return -(-max(image_size, teacher_size) * 9 // 64) * 8
 
 
-def build(folder: Folder, side: int, work: Path, device: torch.device) -> tuple[PixelStore, Folder]:
-    """Decode `folder` into work/pixels-KEY.u8 (or find it there). Returns the store and the folder without the files that could not be decoded.
+def kept_size(height: int, width: int, side: int) -> tuple[int, int]:
+    """(height, width) as kept: the short side `side`, the long one at most LONGEST times that; never enlarged."""
+    scale = min(1.0, side / min(height, width))
+    return tuple(max(1, min(round(length * scale), LONGEST * side)) for length in (height, width))  # type: ignore[return-value]
 
-    Chunks are written as they finish; an interrupted build goes on after the last one. Raises BingoError when the disk is too small.
+
+def build(folder: Folder, side: int, work: Path, device: torch.device, wanted: str = "auto", memory: int = 0) -> tuple[PixelStore, Folder]:
+    """Decode `folder` into work/pixels-KEY (or find it there). Returns the store and the folder without the files that could not be decoded.
+
+    wanted: auto or one of PLACES; memory: bytes that this process may hold at most, 0 for 80% of what is free. Shards are written as they finish,
+    shared out among the processes; an interrupted build goes on after the last. Raises BingoError when the disk is too small.
     """
-    key = stage_key(images=folder.fingerprint(), side=side, layout=1)
-    data, state = work / f"pixels-{key}.u8", work / f"pixels-{key}.json"
-    drop_stale(work, "pixels", {data.name, state.name})
-    done: dict[str, Any] = (
-        json.loads(state.read_text()) if state.exists() and data.exists() else {"tried": 0, "good": [], "aspect": [], "bad": []}
-    )
-    each = side * side * 3
-    if not data.exists() or data.stat().st_size < each * len(done["good"]):  # cut short: what the state says is not there
-        done = {"tried": 0, "good": [], "aspect": [], "bad": []}
-    if done["tried"] < len(folder.files):
-        need_space(work, each * (len(folder.files) - done["tried"]), "the pixel store")
-        _fill(folder, side, data, state, done)
-    if not done["good"]:
+    streamed = wanted == "stream" or (wanted == "auto" and not _fits_the_disk(folder, side, work))
+    stem = "sizes" if streamed else "pixels"
+    shards = work / f"{stem}-{stage_key(images=folder.fingerprint(), side=side, layout=2)}"
+    each = max(SHARD, -(-len(folder.files) // SHARDS_AT_MOST))
+    ranges = [range(start, min(start + each, len(folder.files))) for start in range(0, len(folder.files), each)]
+    if distributed.rank() == 0:
+        drop_stale(work, stem, {shards.name})
+        shards.mkdir(exist_ok=True)
+    distributed.barrier()
+    missing = [rows for rows in distributed.mine(ranges) if not _is_whole(shards, rows, streamed)]
+    count = sum(map(len, missing))
+    if missing:
+        if not streamed:
+            need_space(work, guess(count, side), "the pixel store")
+        with screen.bar("check images" if streamed else "decode images", sum(map(len, distributed.mine(ranges)))) as advance:
+            advance(sum(map(len, distributed.mine(ranges))) - count)
+            for rows in missing:
+                _fill(folder, rows, side, shards, streamed, advance)
+    distributed.barrier()
+    found = [json.loads(_facts(shards, rows).read_text()) for rows in ranges]
+    good = [index for facts in found for index in facts["good"]]
+    if not good:
         raise BingoError(
             f"--data: expected images, found none that can be decoded among {len(folder.files) + len(folder.bad)} files in {folder.root}"
         )
-    array = np.memmap(data, np.uint8, "r", shape=(len(done["good"]), side, side, 3))
-    good = Folder(
-        folder.root, tuple(folder.files[i] for i in done["good"]), folder.bad + tuple((folder.files[i], why) for i, why in done["bad"])
-    )
-    return PixelStore(array, torch.tensor(done["aspect"]), device), good
+    bad = tuple((folder.files[index], why) for facts in found for index, why in facts["bad"])
+    kept = Folder(folder.root, tuple(folder.files[index] for index in good), folder.bad + bad)
+    height, width, aspect = ([value for facts in found for value in facts[name]] for name in ("height", "width", "aspect"))
+    total = sum(high * wide for high, wide in zip(height, width, strict=True)) * 3
+    where, why = ("stream", "the files are decoded again for every crop") if streamed else place(total, device, wanted, memory)
+    screen.say(f"pixels: {screen.size(total)} of {len(good):,} images, {where} ({why})")
+    read = _from_files(kept, side) if streamed else _from_shards(shards, ranges, found, mapped=where != "disk")
+    return PixelStore(torch.tensor(height), torch.tensor(width), torch.tensor(aspect), read, device, where), kept
 
 
-def _fill(folder: Folder, side: int, data: Path, state: Path, done: dict[str, Any]) -> None:
-    def shrink(pixels: Pixels) -> tuple[Pixels, float]:
-        height, width = pixels.shape[:2]
-        return np.array(Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC)), width / height
+def place(total: int, device: torch.device, wanted: str, memory: int) -> tuple[str, str]:
+    """(where pixels of `total` bytes are kept, why). Raises BingoError for a GPU that is asked for and cannot hold them."""
+    if device.type == "cuda":
+        room = int(0.4 * torch.cuda.mem_get_info(device)[0])
+        if wanted == "gpu" or (wanted == "auto" and total < room):
+            return "gpu", f"40% of the GPU's free memory is {screen.size(room)}"
+    elif wanted == "gpu":
+        raise BingoError("--pixels gpu: expected a CUDA GPU, found none; use --pixels auto")
+    if wanted != "auto":
+        return wanted, "as asked for"
+    room = (memory or free_memory() * 4 // 5) - resident() - WORK
+    if total <= room:
+        return "memory", f"there is room for {screen.size(room)}"
+    return "disk", f"memory has room for {screen.size(max(room, 0))}; just the rows of a crop are read"
 
-    chunk = max(CHUNK, len(folder.files) // 50)
-    with data.open("r+b" if done["tried"] else "wb") as handle, screen.bar("decode images", len(folder.files)) as advance:
-        handle.truncate(len(done["good"]) * side * side * 3)
-        handle.seek(0, 2)
-        advance(done["tried"])
-        for index, result in decode_all(folder, range(done["tried"], len(folder.files)), shrink):
-            done["tried"] += 1
-            if isinstance(result, ImageError):
-                done["bad"].append((index, str(result)))
-            else:
-                handle.write(result[0].tobytes())
-                done["good"].append(index)
-                done["aspect"].append(result[1])
-            advance(1, note=f"{len(done['bad'])} bad" if done["bad"] else None)
-            if done["tried"] % chunk == 0 or done["tried"] == len(folder.files):
-                handle.flush()
-                os.fsync(handle.fileno())  # before the state says so
-                write_text(state, json.dumps(done))
+
+def parse_memory(text: str) -> int:
+    """Bytes from 4GB, 800MB or a plain number; 0 for "". Raises BingoError."""
+    number, factor = text.strip().upper().removesuffix("B"), 1
+    for unit, value in (("K", 10**3), ("M", 10**6), ("G", 10**9), ("T", 10**12)):
+        if number.endswith(unit):
+            number, factor = number[:-1], value
+    try:
+        return int(float(number or 0) * factor)
+    except ValueError:
+        raise BingoError(f"--memory: expected a size such as 4GB, found {text!r}") from None
+
+
+def free_memory() -> int:
+    """Bytes of memory that the machine could still give."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) // 2
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds now."""
+    try:
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return meter.peak_memory(torch.device("cpu"))
+
+
+def guess(count: int, side: int) -> int:
+    """Bytes of `count` images of 4:3, before any is opened."""
+    return count * side * side * 4
+
+
+def _fits_the_disk(folder: Folder, side: int, work: Path) -> bool:
+    try:
+        need_space(work, guess(len(folder.files), side), "the pixel store")
+    except BingoError:
+        return False
+    return True
+
+
+def _data(shards: Path, rows: range) -> Path:
+    return shards / f"{rows.start:09d}.u8"
+
+
+def _facts(shards: Path, rows: range) -> Path:
+    return shards / f"{rows.start:09d}.json"
+
+
+def _is_whole(shards: Path, rows: range, streamed: bool) -> bool:
+    """Whether a shard is there and its checksum holds; a damaged one is said and made again."""
+    try:
+        facts = json.loads(_facts(shards, rows).read_text())
+        if facts["tried"] != len(rows):
+            return False
+        if streamed:
+            return True
+        checksum = 0
+        with _data(shards, rows).open("rb") as handle:
+            while piece := handle.read(1 << 24):
+                checksum = zlib.crc32(piece, checksum)
+        if checksum == facts["crc32"]:
+            return True
+        screen.say(f"warning: {_data(shards, rows)} is damaged; its {len(rows):,} images are decoded again")
+    except (OSError, ValueError, KeyError):
+        pass  # not there, or cut short by a kill
+    return False
+
+
+def _shrink(pixels: Pixels, side: int) -> tuple[Pixels, float]:
+    """(the picture as it is kept, width / height of the original)."""
+    height, width = pixels.shape[:2]
+    small = kept_size(height, width, side)
+    if small != (height, width):
+        pixels = np.array(Image.fromarray(pixels).resize(small[::-1], Image.Resampling.BICUBIC, reducing_gap=3.0))
+    return pixels, width / height
+
+
+def _fill(folder: Folder, rows: range, side: int, shards: Path, streamed: bool, advance: screen.Advance) -> None:
+    facts: dict[str, Any] = {"tried": len(rows), "good": [], "height": [], "width": [], "aspect": [], "bad": [], "crc32": 0}
+
+    def add(result: tuple[Pixels, float] | ImageError, index: int) -> Pixels | None:
+        if isinstance(result, ImageError):
+            facts["bad"].append((index, str(result)))
+            return None
+        pixels, aspect = result
+        for name, value in (("good", index), ("height", pixels.shape[0]), ("width", pixels.shape[1]), ("aspect", aspect)):
+            facts[name].append(value)
+        return pixels
+
+    with atomic(_data(shards, rows)) as temporary, temporary.open("wb") as handle:
+        for index, result in decode_all(folder, rows, lambda pixels: _shrink(pixels, side), at_least=side):
+            pixels = add(result, index)
+            if pixels is not None and not streamed:
+                raw = pixels.tobytes()
+                facts["crc32"] = zlib.crc32(raw, facts["crc32"])
+                handle.write(raw)
+            advance(1, note=f"{len(facts['bad'])} bad" if facts["bad"] else None)
+    write_text(_facts(shards, rows), json.dumps(facts))  # after the pixels: what it says is there, is there
+
+
+def _from_shards(shards: Path, ranges: list[range], found: list[dict[str, Any]], *, mapped: bool) -> Read:
+    """Rows of images out of the shards: mapped into memory, or (not mapped) read from the file, so that they never count as this process's memory."""
+    files: list[int] = []
+    starts: list[int] = []
+    widths: list[int] = []
+    maps: list[Any] = []
+    for number, (rows, facts) in enumerate(zip(ranges, found, strict=True)):
+        sizes = [high * wide * 3 for high, wide in zip(facts["height"], facts["width"], strict=True)]
+        starts += [0, *accumulate(sizes)][: len(sizes)]
+        files += [number] * len(sizes)
+        widths += facts["width"]
+        maps.append(_open(_data(shards, rows), sum(sizes), mapped))
+
+    def read(image: int, top: int, bottom: int) -> Tensor:
+        width, source = widths[image], maps[files[image]]
+        start, end = (starts[image] + row * width * 3 for row in (top, bottom))
+        if mapped:
+            raw = torch.from_numpy(source[start:end])
+        else:
+            raw = torch.frombuffer(bytearray(os.pread(source.fileno(), end - start, start)), dtype=torch.uint8)
+        return raw.view(bottom - top, width, 3)
+
+    return read
+
+
+def _open(path: Path, size: int, mapped: bool) -> Any:
+    if not mapped:
+        return path.open("rb", buffering=0)
+    return np.memmap(path, np.uint8, "c", shape=(size,)) if size else np.empty(0, np.uint8)  # "c": torch wants writable memory
+
+
+def _from_files(folder: Folder, side: int) -> Read:
+    """Rows of images decoded anew, shrunk as the store would."""
+
+    def read(image: int, top: int, bottom: int) -> Tensor:
+        try:
+            return torch.from_numpy(_shrink(load_image(folder.path(image), at_least=side), side)[0])[top:bottom]
+        except ImageError as error:
+            raise BingoError(f"{folder.path(image)} changed while the run was reading it ({error}); start the command again") from None
+
+    return read

@@ -87,6 +87,15 @@ class Recipe(BaseModel):
     )
     save_every_minutes: float = Field(2.0, gt=0, description="a checkpoint is written this often and at the end")
     threads: int = Field(0, ge=0, description="CPU threads of torch; 0: a short calibration picks")
+    pixels: Literal["auto", "gpu", "memory", "disk", "stream"] = Field(
+        "auto",
+        description="where decoded images are kept; disk: read by the crop; stream: nowhere, files are decoded for every crop; auto: the first that fits",
+    )
+    memory: str = Field(
+        "",
+        pattern=r"^\s*([0-9]+(\.[0-9]*)?\s*[kKmMgGtT]?[bB]?)?\s*$",
+        description="memory the run may hold at most, for example 4GB: what does not fit is read from disk; empty: 80% of what is free",
+    )
     compile: Literal["auto", "on", "off"] = Field(
         "auto",
         description="torch.compile of the student; auto: on a GPU, for runs of 5,000 steps or more, if a step is measured to be faster",
@@ -98,7 +107,7 @@ class Recipe(BaseModel):
 
 KEYS = tuple(Recipe.model_fields)
 # A run's result does not depend on these, so --resume may change them.
-RESUME_MAY_CHANGE = frozenset({"data", "threads", "device", "save_every_minutes", "compile", "profile"})
+RESUME_MAY_CHANGE = frozenset({"data", "threads", "device", "save_every_minutes", "compile", "profile", "pixels", "memory"})
 RECIPES_DIR = next(
     (folder for folder in (Path(__file__).parent / "recipes", Path(__file__).parent.parent / "recipes") if folder.is_dir()),
     Path("recipes"),

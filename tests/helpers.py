@@ -18,7 +18,7 @@ from torch import Tensor
 from bingo_compress.cli import main
 from bingo_compress.embed import hash_seed
 from bingo_compress.encoder import Encoder, build
-from bingo_compress.pixels import PixelStore
+from bingo_compress.pixels import PixelStore, store_of
 from bingo_compress.recipe import Recipe, make_recipe
 
 CPU = torch.device("cpu")
@@ -97,7 +97,7 @@ def bad_files(folder: Path) -> set[str]:
 def pixel_store(count: int, side: int = 40) -> PixelStore:
     """`count` pictures of three kinds in turn, in memory."""
     pictures = np.stack([photo(number % 3, number, side, side) for number in range(count)])
-    return PixelStore(pictures, torch.ones(count), CPU)
+    return store_of(list(pictures), torch.ones(count), CPU)
 
 
 def unit(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

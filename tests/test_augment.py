@@ -106,10 +106,11 @@ def test_crop_is_torchvisions_resized_crop(size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [16, 33, 64])
-def test_crop_by_matrices_is_the_same_crop(size: int) -> None:
+def test_the_crop_out_of_one_flat_tensor_is_the_same_crop(size: int) -> None:
     pixels = stored(len(BOXES), 47)
-    corners = torch.tensor([whole_pixels(box, 47) for box in BOXES], dtype=torch.int32)
-    views = augment._crop_by_matrices(pixels.permute(0, 3, 1, 2), corners[:, :2], corners[:, 2:], size)
+    corners = torch.tensor([whole_pixels(box, 47) for box in BOXES])
+    start, width = torch.arange(len(BOXES)) * 47 * 47 * 3, torch.full((len(BOXES),), 47)
+    views = augment.crop_flat(pixels.flatten(), start, width, corners[:, :2], corners[:, 2:], size)
     assert (views.shape, views.dtype) == ((len(BOXES), 3, size, size), torch.uint8)
     assert (views.int() - crop(pixels, BOXES, size).int()).abs().max() <= 1
 
@@ -124,7 +125,8 @@ def test_a_crop_sees_nothing_outside_of_its_box() -> None:
     pixels[:, 10:20, 5:30] = 0
     box = torch.tensor([[5 / 40, 10 / 40, 30 / 40, 20 / 40]])
     assert crop(pixels, box, 17).max() == 0
-    assert augment._crop_by_matrices(pixels.permute(0, 3, 1, 2), torch.tensor([[5, 10]]), torch.tensor([[30, 20]]), 17).max() == 0
+    zero, width = torch.tensor([0]), torch.tensor([40])
+    assert augment.crop_flat(pixels.flatten(), zero, width, torch.tensor([[5, 10]]), torch.tensor([[30, 20]]), 17).max() == 0
 
 
 # ---------------------------------------------------------------- blur
@@ -303,7 +305,7 @@ def test_apply_is_the_pieces_one_by_one() -> None:
     pixels = stored(60, 72)
     drawn = draw(torch.linspace(0.4, 2.5, 60), seeded(7))
     assert drawn.flip.any() and drawn.grey.any() and (drawn.sigma > 0).any() and (drawn.order < 0).any()
-    result = apply(pixels, drawn, 64)
+    result = apply(crop(pixels, drawn.box, 64), drawn)
     expected = one_by_one(pixels, drawn, 64)
     difference = (result - expected).abs().amax((1, 2, 3))
     # A level of 255 for the crop's rounding, made up to 2.7 times larger by the jitter, and the reach of the blur's kernel.
@@ -314,7 +316,8 @@ def test_apply_is_the_pieces_one_by_one() -> None:
 def test_apply_gives_floats_in_0_to_1_and_leaves_the_pixels() -> None:
     pixels = stored(40, 40)
     before = pixels.clone()
-    result = apply(pixels, draw(torch.ones(40), seeded(8)), 32)
+    drawn = draw(torch.ones(40), seeded(8))
+    result = apply(crop(pixels, drawn.box, 32), drawn)
     assert (result.shape, result.dtype) == ((40, 3, 32, 32), torch.float32)
     assert result.min() >= 0 and result.max() <= 1 + 1e-6
     assert result.std((1, 2, 3)).min() > 0.01
@@ -325,7 +328,9 @@ def test_the_views_do_not_depend_on_their_place_in_the_batch() -> None:
     pixels, drawn = stored(30, 40), draw(torch.ones(30), seeded(9))
     mixed = torch.randperm(30, generator=seeded(10))
     moved = Draw(**{name: column[mixed] for name, column in vars(drawn).items()})
-    torch.testing.assert_close(apply(pixels[mixed], moved, 32), apply(pixels, drawn, 32)[mixed], atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        apply(crop(pixels[mixed], moved.box, 32), moved), apply(crop(pixels, drawn.box, 32), drawn)[mixed], atol=1e-6, rtol=0
+    )
 
 
 # ---------------------------------------------------------------- CutMix

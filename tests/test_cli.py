@@ -133,7 +133,8 @@ def test_an_out_folder_that_is_not_empty_offers_both_ways(bingo: Any, data: Path
 
 def test_no_space(bingo: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
-    one_error(bingo("distill", *flags(data=data), "--out", "run"), "no space", "pixel store", "--out on another disk")
+    one_error(bingo("distill", *flags(data=data), "--out", "run"), "no space", "teacher's embeddings", "--out on another disk")
+    one_error(bingo("distill", *flags(data=data), "--pixels", "memory", "--out", "run"), "no space", "--out on another disk")
     assert not [name for name in files(tmp_path / "run") if name.startswith(("work", "student"))]
 
 

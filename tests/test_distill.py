@@ -12,7 +12,7 @@ from helpers import CPU, Trained, encoder, kind_targets, pixel_store, recipe
 from bingo_compress import augment, checkpoint, distill, meter
 from bingo_compress.bagging import knn
 from bingo_compress.batches import AHEAD
-from bingo_compress.embed import OnlineTargets, StoredTargets, TargetSpace, target_space
+from bingo_compress.embed import OnlineTargets, StoredTargets, TargetSpace, target_space, whole_images
 from bingo_compress.errors import BingoError
 from bingo_compress.losses import Batch, Bingo
 from bingo_compress.recipe import Recipe
@@ -101,7 +101,7 @@ def test_the_loss_goes_down_and_the_student_learns_the_kinds(kind: str, tmp_path
     assert len(losses) == 10  # one line an epoch; the queue fills in the first
     assert sum(losses[-3:]) / 3 < losses[1] - 0.3
     with torch.no_grad():
-        pictures = STORE.batch(torch.arange(IMAGES)).permute(0, 3, 1, 2).float() / 255
+        pictures = whole_images(STORE, torch.arange(IMAGES), 40).float() / 255
         features = run.student(torch.nn.functional.interpolate(pictures, (32, 32), mode="bilinear", antialias=True))
     mates = knn(features, 3)[0] % 3 == torch.arange(IMAGES)[:, None] % 3
     assert float(mates.float().mean()) > 0.9
@@ -153,7 +153,7 @@ def test_stored_and_online_targets_both_work_and_the_teacher_never_changes(tmp_p
     teacher = encoder("test_resnet", 32, seed=0)
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     with torch.no_grad():
-        plain = teacher(STORE.batch(torch.arange(IMAGES)).permute(0, 3, 1, 2).float() / 255)
+        plain = teacher(whole_images(STORE, torch.arange(IMAGES), 40).float() / 255)
     space = target_space(plain, "pca", 12)
     online = train(tmp_path / "online", recipe(epochs=3), OnlineTargets(teacher, STORE, space, 0.2, CPU, 12), 12)
     stored = train(tmp_path / "stored", recipe(epochs=3), StoredTargets(plain[:, None], space, CPU), 12)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from helpers import CPU, encoder, photo, pixel_store
 from torch import nn
 
 from bingo_compress import augment, finetune
-from bingo_compress.embed import as_embed
+from bingo_compress.embed import as_embed, whole_images
 from bingo_compress.encoder import Encoder
 from bingo_compress.errors import BingoError
 from bingo_compress.finetune import crop_and_flip, fine_tune, linear_with_augmentation, literature_lr, parse_shots, subset
@@ -81,14 +82,17 @@ def test_views_are_crops_of_eight_hundredths_and_flips_without_colours() -> None
     assert float(drawn.flip.float().mean()) == pytest.approx(0.5, abs=0.03)
     red = torch.zeros(50, 40, 40, 3, dtype=torch.uint8)
     red[..., 0] = 200
-    views = augment.apply(red, crop_and_flip(torch.ones(50), torch.Generator().manual_seed(1)), 32)
+    drawn = crop_and_flip(torch.ones(50), torch.Generator().manual_seed(1))
+    views = augment.apply(augment.crop(red, drawn.box, 32), drawn)
     assert torch.equal(views, torch.tensor([200 / 255, 0.0, 0.0]).view(1, 3, 1, 1).expand_as(views))
 
 
 def test_a_pass_shows_every_image_once_with_its_label_and_no_batch_of_one(student: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(finetune.augment, "apply", lambda images, drawn, size: images[:, :1, :1, 0:1].float())
+    monkeypatch.setattr(finetune.augment, "apply", lambda crops, drawn: crops[:, :1, :1, :1].float())
+    everything = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
+    monkeypatch.setattr(finetune, "crop_and_flip", lambda aspect, generator: SimpleNamespace(box=everything.expand(len(aspect), 4)))
     store = pixel_store(13)
-    marks = store.batch(torch.arange(13))[:, 0, 0, 0].float()
+    marks = whole_images(store, torch.arange(13), student.preprocessing.size)[:, 0, 0, 0].float()
     seen: dict[int, list[float]] = {}
     sizes = []
     for epoch, views, labels in finetune._batches(student, store, torch.arange(12, -1, -1), marks.flip(0), CPU, 2, 6, 0, "test"):

@@ -1,6 +1,9 @@
 """The pixel store: the right pixels in the right order, found again without decoding, and the same after any interruption."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,15 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bingo_edge.image import load_image
 from PIL import Image
+from torch import Tensor
 
-from bingo_compress import images, pixels
+from bingo_compress import augment, images, pixels
 from bingo_compress.errors import BingoError
 from bingo_compress.images import Folder, list_folder
-from bingo_compress.pixels import PixelStore, build, store_side
+from bingo_compress.pixels import build, kept_size, place, store_of, store_side
 
 CPU = torch.device("cpu")
 SIDE = 24
+WHOLE = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
 
 
 @pytest.fixture
@@ -38,20 +44,27 @@ def work(tmp_path: Path) -> Path:
 
 
 def expected(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+    """The picture as the store is to keep it."""
+    pixels_ = load_image(path, SIDE)
+    small = kept_size(*pixels_.shape[:2], SIDE)
+    return np.asarray(Image.fromarray(pixels_).resize(small[::-1], Image.Resampling.BICUBIC, reducing_gap=3.0))
+
+
+def whole(store: pixels.PixelStore) -> list[Tensor]:
+    """Every picture as it is kept, read by the store's own crops (a crop of everything at its own size changes nothing; squares only)."""
+    return [store._read(image, 0, int(store.height[image])) for image in range(len(store))]
 
 
 def contents(work: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(work.iterdir())}
+    return {path.name: path.read_bytes() for path in sorted(work.rglob("*")) if path.is_file()}
 
 
 def count_decoding(monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None) -> list[int]:
     """The indices decoded from now on; KeyboardInterrupt instead of number `stop_after`."""
     seen: list[int] = []
 
-    def decode(folder: Folder, indices: Iterable[int], use: Callable[..., Any]) -> Iterator[tuple[int, Any]]:
-        for index, result in images.decode_all(folder, indices, use):
+    def decode(folder: Folder, indices: Iterable[int], use: Callable[..., Any], at_least: int = 0) -> Iterator[tuple[int, Any]]:
+        for index, result in images.decode_all(folder, indices, use, at_least):
             if len(seen) == stop_after:
                 raise KeyboardInterrupt
             seen.append(index)
@@ -64,57 +77,110 @@ def count_decoding(monkeypatch: pytest.MonkeyPatch, stop_after: int | None = Non
 # ---------------------------------------------------------------- contents
 
 
-def test_the_store_is_each_photo_squeezed_by_pillow(photos: Path, work: Path) -> None:
-    store, folder = build(list_folder(photos), SIDE, work, CPU)
-    assert len(store) == len(folder.files) == 8
-    assert store.nbytes == 8 * SIDE * SIDE * 3
-    batch = store.batch(torch.arange(8))
-    assert (batch.shape, batch.dtype) == ((8, SIDE, SIDE, 3), torch.uint8)
-    for index in range(8):
-        np.testing.assert_array_equal(batch[index].numpy(), expected(folder.path(index)))
-    assert len({row.numpy().tobytes() for row in batch}) == 8
+@pytest.mark.parametrize("where", ["memory", "disk", "stream"])
+def test_the_store_is_each_photo_shrunk_in_its_proportions_wherever_it_is_kept(where: str, photos: Path, work: Path) -> None:
+    store, folder = build(list_folder(photos), SIDE, work, CPU, where)
+    assert (len(store), store.where) == (len(folder.files), where) == (8, where)
+    for index, found in enumerate(whole(store)):
+        wanted = expected(folder.path(index))
+        assert tuple(wanted.shape[:2]) == (int(store.height[index]), int(store.width[index]))
+        np.testing.assert_array_equal(found.numpy(), wanted)
+    assert store.nbytes == sum(found.numel() for found in whole(store))
+    assert len({found.numpy().tobytes() for found in whole(store)}) == 8
+    assert any(work.rglob("*.u8")) and (where == "stream" or sum(path.stat().st_size for path in work.rglob("*.u8")) == store.nbytes)
 
 
-def test_a_batch_has_the_rows_asked_for(photos: Path, work: Path) -> None:
-    store, folder = build(list_folder(photos), SIDE, work, CPU)
-    order = torch.tensor([6, 1, 1, 3])
-    for row, index in zip(store.batch(order), order.tolist(), strict=True):
-        np.testing.assert_array_equal(row.numpy(), expected(folder.path(index)))
+def test_crops_are_the_same_wherever_the_pixels_are(photos: Path, work: Path) -> None:
+    indices = torch.tensor([6, 1, 1, 3, 0])
+    drawn = augment.draw(torch.ones(5), torch.Generator().manual_seed(0))
+    found = [build(list_folder(photos), SIDE, work, CPU, where)[0].crops(indices, drawn.box, 16) for where in ("memory", "disk", "stream")]
+    assert (found[0].shape, found[0].dtype) == ((5, 3, 16, 16), torch.uint8)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
-def test_a_batch_is_a_copy(photos: Path, work: Path) -> None:
-    store, _ = build(list_folder(photos), SIDE, work, CPU)
-    before = store.batch(torch.tensor([0])).clone()
-    store.batch(torch.tensor([0])).zero_()
-    assert torch.equal(store.batch(torch.tensor([0])), before)
+def test_crops_of_ragged_pictures_are_the_crops_a_gpu_makes(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(0)
+    pictures = [random.integers(0, 256, (high, wide, 3), dtype=np.uint8) for high, wide in ((30, 40), (41, 25), (25, 50), (9, 7))]
+    store = store_of(pictures, torch.tensor([picture.shape[1] / picture.shape[0] for picture in pictures]), CPU)
+    flat = pixels.PixelStore(store.height, store.width, store.aspect, store._read, CPU, "gpu")  # its arithmetic, on the CPU
+    indices = torch.randint(4, (90,), generator=torch.Generator().manual_seed(1))
+    boxes = augment.draw(store.aspect[indices], torch.Generator().manual_seed(2)).box
+    for size in (8, 24, 60):
+        one, two = store.crops(indices, boxes, size), flat.crops(indices, boxes, size)
+        assert (one.int() - two.int()).abs().max() <= 1
 
 
-def test_aspect_is_width_over_height(photos: Path, work: Path) -> None:
+def test_a_crop_is_the_crop_of_the_original_and_every_corner_can_be_reached(tmp_path: Path, work: Path) -> None:
+    folder = tmp_path / "wide"
+    folder.mkdir()
+    rows, columns = np.mgrid[:120, :200]
+    original = np.stack((rows * 2, columns, (rows + columns) // 2), axis=2).astype(np.uint8)
+    Image.fromarray(original).save(folder / "a.png")
+    store, _ = build(list_folder(folder), 48, work, CPU)
+    assert (int(store.height[0]), int(store.width[0])) == (48, 80)
+    for box in ([0.0, 0.0, 0.25, 0.5], [0.75, 0.5, 1.0, 1.0], [0.5, 0.0, 1.0, 1.0]):
+        found = store.crops(torch.tensor([0]), torch.tensor([box]), 20)[0].permute(1, 2, 0).numpy()
+        left, top, right, bottom = (round(share * side) for share, side in zip(box, (200, 120, 200, 120), strict=True))
+        wanted = np.asarray(Image.fromarray(original[top:bottom, left:right]).resize((20, 20), Image.Resampling.BILINEAR))
+        assert np.abs(found.astype(int) - wanted.astype(int)).max() <= 5
+
+
+def test_sizes_as_kept() -> None:
+    assert kept_size(480, 640, 256) == (256, 341)
+    assert kept_size(100, 90, 256) == (100, 90)  # never enlarged
+    assert kept_size(1000, 10_000, 256) == (256, 512)  # a panorama is squeezed
+    assert kept_size(5000, 1, 256) == (512, 1)
+
+
+def test_a_large_jpeg_is_decoded_small_and_is_never_under_the_side_asked_for(tmp_path: Path) -> None:
+    rows, columns = np.mgrid[:900, :1300]
+    picture = np.stack((rows // 4, columns // 6, (rows + columns) // 9), axis=2).astype(np.uint8)
+    Image.fromarray(picture).save(tmp_path / "a.jpg", quality=95)
+    upright = load_image(tmp_path / "a.jpg")
+    shapes = {at_least: load_image(tmp_path / "a.jpg", at_least).shape for at_least in (0, 100, 113, 226, 451, 900)}
+    assert shapes == {
+        0: (900, 1300, 3),
+        100: (113, 163, 3),
+        113: (225, 325, 3),
+        226: (450, 650, 3),
+        451: (900, 1300, 3),
+        900: (900, 1300, 3),
+    }
+    small = load_image(tmp_path / "a.jpg", 112).astype(int)
+    wanted = np.asarray(Image.fromarray(upright).resize((163, 113), Image.Resampling.BOX)).astype(int)
+    assert np.abs(small - wanted).mean() < 2
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side
+    Image.fromarray(picture).save(tmp_path / "b.jpg", exif=exif)
+    assert load_image(tmp_path / "b.jpg", 112).shape == (163, 113, 3)
+    raw = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "c.jpg").write_bytes(raw[: len(raw) // 2])
+    with pytest.raises(Exception, match="truncated"):
+        load_image(tmp_path / "c.jpg", 113)
+
+
+def test_aspect_is_the_originals_width_over_height(photos: Path, work: Path) -> None:
     store, folder = build(list_folder(photos), SIDE, work, CPU)
     sizes = [Image.open(folder.path(index)).size for index in range(8)]
-    assert store.aspect.dtype == torch.float32
-    torch.testing.assert_close(store.aspect, torch.tensor([width / height for width, height in sizes]))
+    torch.testing.assert_close(
+        store.aspect, torch.tensor([width / height for width, height in sizes]), rtol=0.03, atol=0
+    )  # of a JPEG that was decoded small
     assert store.aspect.min() == pytest.approx(1 / 40)
 
 
 def test_bad_files_leave_no_hole(mixed: Path, work: Path) -> None:
+    (mixed / "notes.txt").write_text("x")
     found = list_folder(mixed)
     store, folder = build(found, SIDE, work, CPU)
     assert len(found.files) == 11
     assert folder.files == tuple(name for name in found.files if name not in ("cats/2.jpg", "cats/8.jpg", "dogs/9.jpg"))
-    reasons = dict(folder.bad)
+    assert folder.bad[0] == ("notes.txt", "not an image (its name ends in .txt)")
+    reasons = dict(folder.bad[1:])
     assert list(reasons) == ["cats/2.jpg", "cats/8.jpg", "dogs/9.jpg"]
     assert reasons["cats/2.jpg"] == "not an image that Pillow can read"
     assert "truncated" in reasons["cats/8.jpg"].lower()
-    for index in range(8):
-        np.testing.assert_array_equal(store.batch(torch.tensor([index]))[0].numpy(), expected(folder.path(index)))
-
-
-def test_what_the_scan_refused_stays_named(mixed: Path, work: Path) -> None:
-    (mixed / "notes.txt").write_text("x")
-    _, folder = build(list_folder(mixed), SIDE, work, CPU)
-    assert folder.bad[0] == ("notes.txt", "not an image (its name ends in .txt)")
-    assert len(folder.bad) == 4
+    for index, kept in enumerate(whole(store)):
+        np.testing.assert_array_equal(kept.numpy(), expected(folder.path(index)))
 
 
 def test_no_image_at_all_is_an_error(tmp_path: Path, work: Path) -> None:
@@ -132,11 +198,10 @@ def test_no_image_at_all_is_an_error(tmp_path: Path, work: Path) -> None:
 
 @pytest.mark.parametrize("stop_after", [0, 3, 4, 5, 7, 9, 10])
 def test_an_interrupted_build_goes_on_and_ends_the_same(mixed: Path, work: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int) -> None:
-    whole = work.with_name("whole")
-    whole.mkdir()
-    build(list_folder(mixed), SIDE, whole, CPU)
-
-    monkeypatch.setattr(pixels, "CHUNK", 4)
+    monkeypatch.setattr(pixels, "SHARD", 4)
+    other = work.with_name("whole")
+    other.mkdir()
+    build(list_folder(mixed), SIDE, other, CPU)
     with monkeypatch.context() as patch:
         count_decoding(patch, stop_after)
         with pytest.raises(KeyboardInterrupt):
@@ -144,82 +209,122 @@ def test_an_interrupted_build_goes_on_and_ends_the_same(mixed: Path, work: Path,
     seen = count_decoding(monkeypatch)
     store, folder = build(list_folder(mixed), SIDE, work, CPU)
     assert seen == list(range(stop_after // 4 * 4, 11))
-    assert contents(work) == contents(whole)
+    assert contents(work) == contents(other)
     assert len(store) == len(folder.files) == 8 and len(folder.bad) == 3
+    for index, kept in enumerate(whole(store)):
+        np.testing.assert_array_equal(kept.numpy(), expected(folder.path(index)))
 
 
-def test_a_build_interrupted_twice_ends_the_same(mixed: Path, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = work.with_name("whole")
-    whole.mkdir()
-    build(list_folder(mixed), SIDE, whole, CPU)
-    monkeypatch.setattr(pixels, "CHUNK", 2)
-    for stop_after in (3, 5):
-        with monkeypatch.context() as patch:
-            count_decoding(patch, stop_after)
-            with pytest.raises(KeyboardInterrupt):
-                build(list_folder(mixed), SIDE, work, CPU)
+@pytest.mark.parametrize("harm", ["flip", "cut", "gone", "facts"])
+def test_a_damaged_shard_is_decoded_again(
+    harm: str, photos: Path, work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pixels, "SHARD", 3)
+    build(list_folder(photos), SIDE, work, CPU)
+    before = contents(work)
+    data, facts = sorted(work.rglob("*.u8"))[1], sorted(work.rglob("*.json"))[1]
+    raw = bytearray(data.read_bytes())
+    raw[100] ^= 1
+    {
+        "flip": lambda: data.write_bytes(raw),
+        "cut": lambda: data.write_bytes(raw[:-1]),
+        "gone": data.unlink,
+        "facts": lambda: facts.write_text('{"tried": 3'),
+    }[harm]()
     seen = count_decoding(monkeypatch)
-    build(list_folder(mixed), SIDE, work, CPU)
-    assert seen == list(range(6, 11))
-    assert contents(work) == contents(whole)
-
-
-def test_pixels_written_after_the_last_save_are_dropped(mixed: Path, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    build(list_folder(mixed), SIDE, work, CPU)
-    whole = contents(work)
-    data, state = next(work.glob("*.u8")), next(work.glob("*.json"))
-    saved = json.loads(state.read_text())
-    # As a kill between two saves leaves it: the state of 4 tries (3 good), and rubbish behind their pixels.
-    state.write_text(json.dumps({"tried": 4, "good": saved["good"][:3], "aspect": saved["aspect"][:3], "bad": saved["bad"][:1]}))
-    data.write_bytes(data.read_bytes()[: 3 * SIDE * SIDE * 3] + b"\x07" * 1000)
-    seen = count_decoding(monkeypatch)
-    build(list_folder(mixed), SIDE, work, CPU)
-    assert seen == list(range(4, 11))
-    assert contents(work) == whole
+    capsys.readouterr()
+    build(list_folder(photos), SIDE, work, CPU)
+    assert seen == [3, 4, 5]
+    assert contents(work) == before
+    assert ("is damaged; its 3 images are decoded again" in capsys.readouterr().out) == (harm in ("flip", "cut"))
 
 
 def test_the_store_is_found_again_without_decoding(mixed: Path, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, folder = build(list_folder(mixed), SIDE, work, CPU)
-    files = {path.name: path.stat().st_mtime_ns for path in work.iterdir()}
-
-    def decode(*_: object) -> None:
-        raise AssertionError("decoded again")
-
-    monkeypatch.setattr(pixels, "decode_all", decode)
+    files = {path: path.stat().st_mtime_ns for path in work.rglob("*.*")}
+    seen = count_decoding(monkeypatch)
     again, folder_again = build(list_folder(mixed), SIDE, work, CPU)
-    assert folder_again == folder
-    assert torch.equal(again.batch(torch.arange(8)), first.batch(torch.arange(8)))
-    assert torch.equal(again.aspect, first.aspect)
-    assert {path.name: path.stat().st_mtime_ns for path in work.iterdir()} == files
+    assert folder_again == folder and seen == []
+    assert all(torch.equal(one, two) for one, two in zip(whole(again), whole(first), strict=True))
+    assert {path: path.stat().st_mtime_ns for path in work.rglob("*.*")} == files
 
 
 def test_another_side_or_another_folder_is_another_store(photos: Path, work: Path, make_photo: Callable[..., Path]) -> None:
     build(list_folder(photos), SIDE, work, CPU)
-    first = contents(work)
     store, _ = build(list_folder(photos), 16, work, CPU)
-    second = contents(work)
-    assert store.batch(torch.tensor([0])).shape == (1, 16, 16, 3)
+    assert int(torch.minimum(store.height, store.width).max()) == 16
     make_photo(photos / "new.jpg", 3)
     assert len(build(list_folder(photos), 16, work, CPU)[0]) == 9
-    third = contents(work)
-    assert len(first) == len(second) == len(third) == 2  # the stale ones are deleted
-    assert not first.keys() & second.keys() and not second.keys() & third.keys()
+    assert len(list(work.iterdir())) == 1  # the stale ones are deleted
 
 
-def test_a_store_whose_pixels_are_gone_is_made_anew(photos: Path, work: Path) -> None:
-    build(list_folder(photos), SIDE, work, CPU)
-    whole = contents(work)
-    next(work.glob("*.u8")).unlink()
-    build(list_folder(photos), SIDE, work, CPU)
-    assert contents(work) == whole
+# ---------------------------------------------------------------- where
 
 
-def test_a_disk_too_small_is_said_before_anything_is_decoded(photos: Path, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_too_small_means_streaming_and_is_refused_where_a_store_was_asked_for(
+    photos: Path, work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=8 * SIDE * SIDE * 3))
-    seen = count_decoding(monkeypatch)
     with pytest.raises(BingoError, match=r"no space: the pixel store needs .* GB"):
-        build(list_folder(photos), SIDE, work, CPU)
-    assert seen == [] and contents(work) == {}
+        build(list_folder(photos), SIDE, work, CPU, "memory")
+    store, _ = build(list_folder(photos), SIDE, work, CPU)
+    assert store.where == "stream"
+    assert "8 images, stream (the files are decoded again for every crop)" in capsys.readouterr().out
+
+
+def test_auto_takes_memory_where_there_is_room_and_the_disk_where_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pixels, "resident", lambda: 10**9)
+    monkeypatch.setattr(pixels, "free_memory", lambda: 10 * 10**9)
+    limit = 3 * 10**9
+    room = limit - 10**9 - pixels.WORK
+    assert place(room, CPU, "auto", limit)[0] == "memory" and place(room + 1, CPU, "auto", limit)[0] == "disk"
+    assert place(5 * 10**9, CPU, "auto", 0)[0] == "memory" and place(7 * 10**9, CPU, "auto", 0)[0] == "disk"
+    assert place(7 * 10**9, CPU, "memory", 0) == ("memory", "as asked for")
+    with pytest.raises(BingoError, match="--pixels gpu: expected a CUDA GPU"):
+        place(1, CPU, "gpu", 0)
+
+
+@pytest.mark.parametrize(("text", "size"), [("", 0), ("4GB", 4 * 10**9), ("1.5g", 15 * 10**8), (" 800 MB ", 8 * 10**8), ("12", 12)])
+def test_a_size_is_read(text: str, size: int) -> None:
+    assert pixels.parse_memory(text) == size
+
+
+def test_a_size_that_is_none_is_refused() -> None:
+    with pytest.raises(BingoError, match="--memory: expected a size such as 4GB, found 'much'"):
+        pixels.parse_memory("much")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak can be reset on Linux only")
+def test_a_store_on_disk_never_counts_as_this_process_memory(tmp_path: Path) -> None:
+    """200 MB read in random order through 150 images' crops: on disk the peak hardly moves, mapped it grows by the store."""
+    (tmp_path / "work").mkdir()
+    (tmp_path / "photos").mkdir()
+    random = np.random.default_rng(0)
+    picture = random.integers(0, 256, (700, 640, 3), dtype=np.uint8)
+    for number in range(150):
+        Image.fromarray(np.roll(picture, number, axis=0)).save(tmp_path / "photos" / f"{number}.bmp")
+    code = """if True:
+        import sys, torch
+        from pathlib import Path
+        from bingo_compress import images, pixels
+        work, photos, where = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+        store, _ = pixels.build(images.list_folder(photos), 640, work, torch.device("cpu"), where)
+        def crops(): [store.crops(rows, torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(rows), 4), 32) for rows in torch.randperm(150).split(10)]
+        store.crops(torch.arange(10), torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(10, 4), 32)
+        def peak(): return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+        open("/proc/self/clear_refs", "w").write("5")  # the peak from here on
+        before = peak()
+        crops()
+        print("GREW", peak() - before, store.nbytes)
+    """
+    grew = {}
+    for where in ("disk", "disk", "memory"):  # the first one decodes
+        command = [sys.executable, "-c", code, str(tmp_path / "work"), str(tmp_path / "photos"), where]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("GREW")[1].split()
+        grew[where], size = int(shown[0]) * 1024, int(shown[1])
+    assert size > 150e6
+    assert grew["disk"] < 0.1 * size < 0.7 * size < grew["memory"]
 
 
 # ---------------------------------------------------------------- sizes
@@ -239,7 +344,7 @@ def test_store_side_is_a_multiple_of_eight_above_the_crop() -> None:
         assert side % 8 == 0 and 9 / 8 * size <= side < 9 / 8 * size + 8
 
 
-def test_a_store_in_memory_reads_like_one_on_disk() -> None:
-    array = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), dtype=np.uint8)
-    store = PixelStore(array, torch.ones(5), CPU)
-    np.testing.assert_array_equal(store.batch(torch.tensor([4, 0])).numpy(), array[[4, 0]])
+def test_the_facts_of_a_shard_are_plain_json(photos: Path, work: Path) -> None:
+    build(list_folder(photos), SIDE, work, CPU)
+    facts = json.loads(next(work.rglob("*.json")).read_text())
+    assert set(facts) == {"tried", "good", "height", "width", "aspect", "bad", "crc32"} and facts["tried"] == 8

@@ -1,5 +1,6 @@
 """Pictures to the exact pixels the network sees. The trainer imports this very file, so that device and trainer cannot differ."""
 
+import math
 import warnings
 from os import PathLike
 from typing import IO, Any
@@ -25,15 +26,19 @@ class ImageError(Exception):
     """A picture that cannot be used; the message says why in a few words."""
 
 
-def load_image(source: str | PathLike[str] | IO[bytes]) -> Pixels:
+def load_image(source: str | PathLike[str] | IO[bytes], at_least: int = 0) -> Pixels:
     """Decode a picture to upright 8-bit RGB.
 
-    source: a path or a binary file. Returns uint8 (height, width, 3), EXIF rotation applied, the first frame of an animation,
+    source: a path or a binary file. at_least: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, its short side not under this (0: at its size).
+    Returns uint8 (height, width, 3), EXIF rotation applied, the first frame of an animation,
     transparency laid over white, 16-bit values scaled (never clipped) to 8.
     Raises ImageError for anything that is not wholly decodable: a truncated file is an error, never half an image.
     """
     try:
         with Image.open(source) as opened:
+            if at_least and opened.format == "JPEG" and min(opened.size) > at_least:
+                scale = at_least / min(opened.size)
+                opened.draft(None, (math.ceil(opened.width * scale), math.ceil(opened.height * scale)))
             opened.load()
             return _to_rgb(ImageOps.exif_transpose(opened))
     except ImageError:
