@@ -27,13 +27,17 @@ def main() -> None:
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
-    print(f"images per CPU-second, median of {chosen.rounds}\n{'px':<6}{'ours':>10}{'v2 tensor':>12}{'v2 PIL':>10}{'ours/tensor':>13}{'ours/PIL':>10}")
+    print(
+        f"images per CPU-second, median of {chosen.rounds}\n{'px':<6}{'ours':>10}{'v2 tensor':>12}{'v2 PIL':>10}{'ours/tensor':>13}{'ours/PIL':>10}"
+    )
     for size in map(int, chosen.sizes.split(",")):
         side = pixels.store_side(size, 0)
         pictures = [photo(number % 64, side * 4 // 3, side) for number in range(chosen.images)]
         rates = measure({"ours": ours(pictures, size), **theirs(pictures, size)}, chosen.images, chosen.rounds)
         row = {"size": size, **rates, "against_tensor": rates["ours"] / rates["tensor"], "against_pil": rates["ours"] / rates["pil"]}
-        print(f"{size:<6}{row['ours']:>10.0f}{row['tensor']:>12.0f}{row['pil']:>10.0f}{row['against_tensor']:>13.2f}{row['against_pil']:>10.2f}")
+        print(
+            f"{size:<6}{row['ours']:>10.0f}{row['tensor']:>12.0f}{row['pil']:>10.0f}{row['against_tensor']:>13.2f}{row['against_pil']:>10.2f}"
+        )
         rows.append(row)
     if chosen.json:
         chosen.json.write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=2) + "\n")

@@ -1,87 +1,41 @@
 """Bags: which images belong together, as the teacher sees it. A way of bagging is one function and one line in BAGGERS."""
 
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
+from bingo_compress import neighbours
 from bingo_compress.errors import BingoError
+from bingo_compress.matrices import Matrix, blocks
+from bingo_compress.neighbours import IN_MEMORY, Search
 
 ROWS = 1024
 CLUSTER = 20  # images in a k-means cluster, on average
 
 
-def load_faiss() -> ModuleType | None:
-    """faiss where one of the extras `cpu` and `gpu` brought it."""
-    try:
-        import faiss
-    except ImportError:
-        return None
-    module: ModuleType = faiss
-    return module
-
-
-def describe_backend() -> str:
-    """Which nearest-neighbour search `nearest_neighbours` uses here."""
-    faiss = load_faiss()
-    if faiss is None:
-        return "torch (exact)"
-    return "faiss-gpu (exact)" if _faiss_gpus(faiss) else "faiss-cpu (exact)"
-
-
-def nearest_neighbours(queries: Tensor, gallery: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` most cosine-similar gallery rows of each query, exactly. queries: (M, D); gallery: (N, D), any float type, not normalised.
-
-    Returns (similarities (M, count) float32, indices (M, count) int64) on the CPU, best first.
-    """
-    faiss = load_faiss()
-    if faiss is None:
-        return _torch_search(queries, gallery, count)
-    index = faiss.IndexFlatIP(gallery.shape[1])
-    if _faiss_gpus(faiss):
-        index = faiss.index_cpu_to_all_gpus(index)
-    index.add(normalize(gallery.float(), dim=1).cpu().numpy())
-    found = [index.search(normalize(rows.float(), dim=1).cpu().numpy(), count) for rows in queries.split(ROWS)]
-    return torch.cat([torch.from_numpy(similar) for similar, _ in found]), torch.cat([torch.from_numpy(indices) for _, indices in found])
-
-
-def _faiss_gpus(faiss: ModuleType) -> int:
-    # faiss.StandardGpuResources() does not fail without a GPU; get_num_gpus is what tells (and faiss-cpu has 0).
-    return int(faiss.get_num_gpus())
-
-
-def _torch_search(queries: Tensor, gallery: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    columns = normalize(gallery.float(), dim=1).T
-    found = [(normalize(rows.float(), dim=1) @ columns).topk(count, dim=1) for rows in queries.split(ROWS)]
-    return torch.cat([pair.values for pair in found]).cpu(), torch.cat([pair.indices for pair in found]).cpu()
-
-
-def knn(features: Tensor, bag_size: int) -> tuple[Tensor, Tensor]:
+def knn(features: Matrix, bag_size: int, search: Search = IN_MEMORY) -> tuple[Tensor, Tensor]:
     """The paper's bags: the K most cosine-similar other images. features: (N, D). Returns (bags (N, K) int64, similarities (N, K))."""
-    similar, indices = nearest_neighbours(features, features, bag_size + 1)
-    other = indices != torch.arange(len(features))[:, None]
-    # An image with many exact copies may not find itself: then its last, least similar neighbour goes instead.
-    other[other.all(dim=1), -1] = False
-    return indices[other].view(-1, bag_size), similar[other].view(-1, bag_size)
+    return neighbours.mates(features, bag_size, search)
 
 
 @dataclass(frozen=True)
 class Seen:
     """What a way of bagging may look at: features (N, D); own (N, V) cosine of each image's plain view with its augmented views (V may be 0);
-    labels (N,) by folder name, or None; clusters: 0 for one in every CLUSTER images; seed of the random draws."""
+    labels (N,) by folder name, or None; clusters: 0 for one in every CLUSTER images; seed of the random draws; how neighbours are searched."""
 
-    features: Tensor
+    features: Matrix
     own: Tensor
     labels: Tensor | None
     clusters: int
     seed: int
+    search: Search = IN_MEMORY
 
 
 def by_neighbours(seen: Seen, bag_size: int) -> Tensor:
     """Bags (N, K) of `knn`."""
-    return knn(seen.features, bag_size)[0]
+    return knn(seen.features, bag_size, seen.search)[0]
 
 
 def by_trust(seen: Seen, bag_size: int) -> Tensor:
@@ -90,7 +44,7 @@ def by_trust(seen: Seen, bag_size: int) -> Tensor:
     j stays in i's bag if i is among j's K nearest too, and cos(i, j) is at least the smallest cosine of i to one of its own augmented views (where views
     are stored). Bags (N, K), -1 for an empty place; a bag may be empty.
     """
-    bags, similar = knn(seen.features, bag_size)
+    bags, similar = knn(seen.features, bag_size, seen.search)
     trusted = mutual(bags)
     if seen.own.shape[1]:
         trusted &= similar >= seen.own.min(1).values[:, None]
@@ -99,10 +53,10 @@ def by_trust(seen: Seen, bag_size: int) -> Tensor:
 
 def by_clusters(seen: Seen, bag_size: int) -> Tensor:
     """K members, drawn at random, of the image's spherical k-means cluster (faiss). Bags (N, K), -1 where the cluster has fewer. Raises BingoError."""
-    faiss = load_faiss()
+    faiss = neighbours.load_faiss()
     if faiss is None:
         raise BingoError("--bags kmeans: expected faiss, found none; next: pip install 'bingo-compress[cpu]', or --bags knn")
-    rows = normalize(seen.features.float(), dim=1).cpu().numpy()
+    rows = normalize(seen.features[:].float(), dim=1).numpy()
     count = min(seen.clusters or max(len(rows) // CLUSTER, 1), len(rows))
     means = faiss.Kmeans(
         rows.shape[1],
@@ -131,15 +85,20 @@ def without(seen: Seen, bag_size: int) -> Tensor:
 
 
 def _drawn(groups: Tensor, bag_size: int, seed: int) -> Tensor:
+    """`bag_size` others of each image's group, or all where there are fewer, any set of them as likely as any other. groups: (N,). Bags (N, K)."""
     generator = torch.Generator().manual_seed(seed % 2**63)
-    bags = torch.full((len(groups), bag_size), -1)
-    for group in groups.unique():
-        members = (groups == group).nonzero()[:, 0]
-        for place, image in enumerate(members.tolist()):
-            others = torch.cat((members[:place], members[place + 1 :]))
-            chosen = others[torch.randperm(len(others), generator=generator)[:bag_size]]
-            bags[image, : len(chosen)] = chosen
-    return bags
+    _, group, sizes = groups.unique(return_inverse=True, return_counts=True)
+    order, size, first = group.argsort(stable=True), sizes[group], (sizes.cumsum(0) - sizes)[group]
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order))) - first
+    others = size - 1
+    # Floyd's way to draw without putting back, for all images at once; what is drawn is how far on in its group the mate stands.
+    steps = torch.full((len(groups), bag_size), -1)
+    for column in range(bag_size):
+        last = others - others.clamp(max=bag_size) + column
+        drawn = (torch.rand(len(groups), generator=generator, dtype=torch.float64) * (last + 1)).long()
+        steps[:, column] = torch.where((steps == drawn[:, None]).any(1), last, drawn)
+    mates = order[first[:, None] + (place[:, None] + 1 + steps) % size[:, None]]
+    return torch.where(torch.arange(bag_size) < others[:, None], mates, -1)
 
 
 def _packed(bags: Tensor) -> Tensor:
@@ -149,8 +108,9 @@ def _packed(bags: Tensor) -> Tensor:
 
 def mutual(bags: Tensor) -> Tensor:
     """(N, K) bool: the anchor is also in its mate's bag; False for an empty place."""
-    anchors = torch.arange(len(bags))[:, None, None]
-    return (bags[bags.clamp(min=0)] == anchors).any(2) & (bags >= 0)
+    anchors = torch.arange(len(bags))[:, None, None].split(ROWS)
+    found = [(bags[rows.clamp(min=0)] == images).any(2) for rows, images in zip(bags.split(ROWS), anchors, strict=True)]
+    return torch.cat(found) & (bags >= 0)
 
 
 def purity(bags: Tensor, labels: Tensor) -> float:
@@ -160,22 +120,23 @@ def purity(bags: Tensor, labels: Tensor) -> float:
     return float((mates == labels[:, None])[known].double().mean())
 
 
-def report(bags: Tensor, features: Tensor, labels: Tensor | None = None) -> dict[str, float]:
+def report(bags: Tensor, features: Matrix, labels: Tensor | None = None) -> dict[str, float]:
     """What the bags are like: size (mean, least, most), share that is empty, mean similarity, share of mutual mates, and with labels the purity."""
     sizes = (bags >= 0).sum(1)
-    anchors, places = (bags >= 0).nonzero(as_tuple=True)
-    mates = bags[anchors, places]
-    pairs = zip(anchors.split(ROWS * 8), mates.split(ROWS * 8), strict=True)
-    similar = sum(float(cosine_similarity(features[one].float(), features[other].float()).sum()) for one, other in pairs)
+    similar = 0.0
+    for start, rows in blocks(bags, ROWS):
+        anchors, places = (rows >= 0).nonzero(as_tuple=True)
+        one, other = features[start + anchors], features[rows[anchors, places]]
+        similar += float(cosine_similarity(one.float(), other.float()).double().sum())
     facts = {
         "size_mean": float(sizes.double().mean()),
         "size_least": float(sizes.min()),
         "size_most": float(sizes.max()),
         "empty": float((sizes == 0).double().mean()),
     }
-    if len(mates):
-        facts["similarity"] = similar / len(mates)
-        facts["mutual"] = float(mutual(bags)[anchors, places].double().mean())
+    if int(sizes.sum()):
+        facts["similarity"] = similar / int(sizes.sum())
+        facts["mutual"] = int(mutual(bags).sum()) / int(sizes.sum())
         if labels is not None:
             facts["purity"] = purity(bags, labels)
     return facts

@@ -1,5 +1,6 @@
 """A whole run on one page: folder -> pixels -> teacher -> bags -> student. The stages are elsewhere; here is their order."""
 
+import hashlib
 import json
 import platform
 import time
@@ -10,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bingo_compress import __version__, bagging, checkpoint, distributed, embed, images, pixels, probes, run_dir, screen, speed
+from bingo_compress import __version__, bagging, checkpoint, distributed, embed, images, neighbours, pixels, probes, run_dir, screen, speed
 from bingo_compress.distill import Check, Plan, distill, loss_of, plan
 from bingo_compress.encoder import Encoder, build, has_pretrained, resolve_name
 from bingo_compress.errors import BingoError
 from bingo_compress.losses import settled
+from bingo_compress.matrices import Rows
 from bingo_compress.recipe import RESUME_MAY_CHANGE, Recipe, load_recipe, recipe_text
 
 HELD_OUT_AT_MOST = 1000
@@ -142,7 +144,7 @@ def run_distill(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: b
     if first:
         checkpoint.save(run.bags, {"bags": bags}, root=str(folder.root.resolve()), files=files)
     facts = bag_facts(recipe, bags, material)
-    screen.say(describe_bags(recipe, facts))
+    screen.say(describe_bags(recipe, facts, len(material.training)))
     if first and not run.start.exists():
         save_student(models.student, run.start, recipe)
     train(models, material, bags, run.metrics, run.checkpoint, device)
@@ -155,13 +157,15 @@ def run_distill(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: b
 
 @dataclass(frozen=True)
 class Material:
-    """What stages before training give. store, folder and seen hold the same images in the same order; held and training are positions in them."""
+    """What stages before training give. store, folder and seen hold the same images in the same order; held and training are positions in them;
+    work: where later stages write."""
 
     store: pixels.PixelStore
     folder: images.Folder
     held: Tensor
     training: Tensor
     seen: embed.TeacherPass
+    work: Path
 
 
 def prepare(models: Models, folder: images.Folder, side: int, work: Path, device: torch.device) -> Material:
@@ -172,7 +176,7 @@ def prepare(models: Models, folder: images.Folder, side: int, work: Path, device
     views = 0 if recipe.views == "online" or not loss_of(recipe).teacher else int(recipe.views)
     features = loss_of(recipe).regression
     seen = embed.teacher_pass(models.teacher, folder, store, views, recipe.crop_scale_min, work, device, of_features=features)
-    return Material(store, folder, held, training, seen)
+    return Material(store, folder, held, training, seen, work)
 
 
 def make_bags(recipe: Recipe, teacher: Encoder, material: Material) -> Tensor:
@@ -182,27 +186,35 @@ def make_bags(recipe: Recipe, teacher: Encoder, material: Material) -> Tensor:
         return torch.empty(len(training), 0, dtype=torch.int64)
     own = torch.empty(len(training), 0)
     if recipe.bags == "adaptive" and teacher.projection is None and seen.views.shape[1]:
-        own = torch.einsum("nd,nvd->nv", seen.embeddings[training].float(), seen.views[training].float())
+        parts = training.split(embed.ROWS)
+        own = torch.cat([torch.einsum("nd,nvd->nv", seen.embeddings[rows].float(), seen.views[rows].float()) for rows in parts])
     labels = None
     if recipe.bags == "labels":
         names, indices = images.labels_of(material.folder)
         screen.say(f"warning: bags by {len(names)} folder names are an oracle for comparison; a real run has no labels")
         labels = torch.tensor(indices)[training]
-    looked = bagging.Seen(seen.features[training], own, labels, recipe.clusters, embed.hash_seed(recipe.seed, "bags"))
+    split_digest = hashlib.sha256(training.numpy().tobytes()).hexdigest()
+    # Arms of a comparison share one folder; what is stale is the bags of another teacher's pass.
+    run_dir.drop_stale(material.work, "bags", {path.name for path in material.work.glob(f"bags-{seen.key}-*")})
+    key = run_dir.stage_key(training=split_digest, bag_size=recipe.bag_size, search=recipe.search, layout=1)
+    search = neighbours.Search(recipe.search, choose_device(recipe.device), material.work / f"bags-{seen.key}-{key}")
+    features = Rows(seen.features, training)
+    looked = bagging.Seen(features, own, labels, recipe.clusters, embed.hash_seed(recipe.seed, "bags"), search)
     return bagging.BAGGERS[recipe.bags](looked, recipe.bag_size)
 
 
 def bag_facts(recipe: Recipe, bags: Tensor, material: Material, labels: Tensor | None = None) -> dict[str, float]:
     """`bagging.report` of the teacher's bags; nothing for a method that does not use them."""
     loss = loss_of(recipe)
-    return bagging.report(bags, material.seen.features[material.training], labels) if loss.mates and loss.teacher else {}
+    return bagging.report(bags, Rows(material.seen.features, material.training), labels) if loss.mates and loss.teacher else {}
 
 
-def describe_bags(recipe: Recipe, facts: dict[str, float]) -> str:
-    """One line for the screen of what `bag_facts` found."""
+def describe_bags(recipe: Recipe, facts: dict[str, float], images: int) -> str:
+    """One line for the screen of what `bag_facts` found in a training set of `images`."""
     if not facts:
         return f"bags: {'rebuilt from the student' if loss_of(recipe).mates else 'none'} in method {recipe.method}"
-    line = f"bags: {recipe.bags} by {bagging.describe_backend()}, {facts['size_mean']:.1f} mates on average ({facts['size_least']:.0f}-{facts['size_most']:.0f})"
+    by = neighbours.Search(recipe.search, choose_device(recipe.device)).describe(images)
+    line = f"bags: {recipe.bags} by {by}, {facts['size_mean']:.1f} mates on average ({facts['size_least']:.0f}-{facts['size_most']:.0f})"
     line += f", {facts['empty']:.0%} empty" if facts["empty"] else ""
     return line + (f", mean cosine {facts['similarity']:.3f}, {facts['mutual']:.0%} mutual" if "similarity" in facts else "")
 
@@ -216,7 +228,7 @@ def target_source(models: Models, material: Material, device: torch.device) -> t
     if target == "auto":
         target = "raw" if loss.regression or models.teacher.projection is not None else "pca"
     source = seen.features if loss.regression else seen.embeddings
-    space = embed.target_space(source[material.training], target, recipe.target_dim)
+    space = embed.target_space(Rows(source, material.training), target, recipe.target_dim)
     dim = space(source[:1]).shape[1]
     if recipe.views == "online":
         return embed.OnlineTargets(
@@ -241,7 +253,7 @@ def train(models: Models, material: Material, bags: Tensor, metrics: Path, saved
 def recall_check(material: Material, device: torch.device) -> Check:
     """A function that gives a student's neighbour recall on the held-out images, from the pixel store, in a gallery of at most CHECK_GALLERY."""
     gallery = material.training[:: -(-len(material.training) // CHECK_GALLERY)]
-    truth = material.seen.features.float()
+    truth = material.seen.features
 
     def check(student: Encoder) -> float:
         found = embed.store_features(student, material.store, torch.cat((material.held, gallery)), device)
@@ -333,7 +345,7 @@ def _close(run: run_dir.RunDir, models: Models, material: Material, facts: dict[
         found, _ = embed.plain(
             {"start": embed.as_embed(start, device), "student": embed.as_embed(student, device)}, folder, which, "check held-out images"
         )
-        truth = seen.features.float()
+        truth = seen.features
         for name, features in found.items():
             recall[name] = probes.neighbour_recall((truth[held], truth[gallery]), (features[: len(held)], features[len(held) :]))
         summary["neighbour_recall"] = {"k": probes.RECALL_K, "queries": len(held), "gallery": len(gallery), **recall}

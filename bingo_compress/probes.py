@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from bingo_compress.bagging import nearest_neighbours
 from bingo_compress.evidence import ranks
+from bingo_compress.neighbours import nearest_neighbours
 
 KNN_K = 20
 KNN_TEMPERATURE = 0.07

@@ -43,6 +43,9 @@ class Recipe(BaseModel):
     )
     bag_size: int = Field(5, ge=1, description="K: images that make an image's bag, at most (paper: 5)")
     clusters: int = Field(0, ge=0, description="kmeans: clusters; 0: one for every 20 images")
+    search: Literal["auto", "exact", "ivf"] = Field(
+        "auto", description="nearest neighbours for bags: exact, or ivf with its recall measured; auto: exact up to 10 million images"
+    )
     queue_size: int = Field(
         65536, ge=1, description="teacher embeddings of earlier anchors kept as negatives; never more than there are images"
     )

@@ -5,8 +5,8 @@ import pytest
 import torch
 from helpers import unit
 
-from bingo_compress import bagging
-from bingo_compress.bagging import BAGGERS, Seen, describe_backend, knn, nearest_neighbours
+from bingo_compress import neighbours
+from bingo_compress.bagging import BAGGERS, Seen, knn
 
 BACKENDS = ["faiss", "torch"]
 
@@ -14,8 +14,8 @@ BACKENDS = ["faiss", "torch"]
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "torch":
-        monkeypatch.setattr(bagging, "load_faiss", lambda: None)
-    elif bagging.load_faiss() is None:
+        monkeypatch.setattr(neighbours, "load_faiss", lambda: None)
+    elif neighbours.load_faiss() is None:
         pytest.skip("faiss is not installed")
     return str(request.param)
 
@@ -71,41 +71,9 @@ def test_all_images_the_same_still_gives_bags_without_the_image_itself(backend: 
     assert all(len(set(bag)) == 3 and row not in bag for row, bag in enumerate(bags.tolist()))
 
 
-def test_neighbours_of_other_queries_in_a_gallery_with_several_blocks(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bagging, "ROWS", 7)
-    queries, gallery = features(20, seed=1), features(45, seed=2)
-    similar, indices = nearest_neighbours(queries, gallery, 6)
-    cosines, expected = brute_force(queries.numpy(), gallery.numpy(), 6)
-    assert np.array_equal(indices.numpy(), expected)
-    assert similar.numpy() == pytest.approx(cosines, abs=1e-6)
-    assert similar.dtype == torch.float32 and indices.dtype == torch.int64
-
-
-def test_torch_and_faiss_find_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    if bagging.load_faiss() is None:
-        pytest.skip("faiss is not installed")
-    queries, gallery = features(40, seed=3), features(70, seed=4)
-    by_faiss = nearest_neighbours(queries, gallery, 9)
-    monkeypatch.setattr(bagging, "load_faiss", lambda: None)
-    by_torch = nearest_neighbours(queries, gallery, 9)
-    assert torch.equal(by_faiss[1], by_torch[1])
-    assert torch.allclose(by_faiss[0], by_torch[0], atol=1e-6)
-
-
 def test_a_larger_bag_goes_on_where_the_smaller_ends(backend: str) -> None:
     rows = features(40)
     assert torch.equal(knn(rows, 20)[0][:, :5], knn(rows, 5)[0])
-
-
-def test_the_backend_says_what_it_is(backend: str) -> None:
-    expected = {"torch": ["torch (exact)"], "faiss": ["faiss-cpu (exact)", "faiss-gpu (exact)"]}
-    assert describe_backend() in expected[backend]
-
-
-def test_faiss_absent_is_found_out_by_importing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "faiss", None)
-    assert bagging.load_faiss() is None
-    assert describe_backend() == "torch (exact)"
 
 
 @pytest.mark.parametrize("name", sorted(set(BAGGERS) - {"none"}))

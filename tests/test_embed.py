@@ -157,10 +157,8 @@ def test_a_pass_interrupted_and_started_again_equals_the_whole(
     whole = run_pass(teacher, folder, store, tmp_path / "whole")
     with interrupted_at(monkeypatch, augment, "apply", at), pytest.raises(KeyboardInterrupt):
         run_pass(teacher, folder, store, tmp_path / "parts")
-    done = len(list((tmp_path / "parts").glob("*/*.safetensors")))
-    assert (
-        done == 3 + (0, 0, 1, 1, 2, 3, 3, 4, 4, 5)[at - 1]
-    )  # three plain shards; a view's shards of 8 are two batches, the last one of 2 is one
+    done = [len(list((tmp_path / "parts").glob(f"*/{name}-*.json"))) for name in ("features", "embeddings", "views")]
+    assert done == [3, 3, (0, 0, 1, 1, 2, 3, 3, 4, 4, 5)[at - 1]]  # a view's shards of 8 are two batches, the last one of 2 is one
     assert same(run_pass(teacher, folder, store, tmp_path / "parts"), whole)
 
 
