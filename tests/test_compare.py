@@ -175,7 +175,7 @@ def test_the_rank_correlation_is_spearmans_over_all_runs(world: World) -> None:
 
 def test_the_teacher_is_embedded_once_for_all_methods_and_seeds(world: World) -> None:
     assert world.passes == {"_plain_shard": 1, "_view_shard": 2}
-    assert len(list((world.out / "work").glob("teacher-*/*.safetensors"))) == 3
+    assert len(list((world.out / "work").glob("teacher-*/*.json"))) == 4  # features, embeddings and two views, one shard each
 
 
 def test_the_files_hold_the_table(world: World) -> None:
