@@ -1,4 +1,4 @@
-"""Embeddings: plain features, the teacher's resumable pass, target spaces and the two sources of targets."""
+"""Embeddings: plain features, target spaces and the two sources of targets."""
 
 from pathlib import Path
 from typing import Any
@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 import torch
 from bingo_edge.image import load_image, preprocess
-from helpers import CPU, bad_files, encoder, interrupted_at, photos, unit
+from helpers import CPU, bad_files, encoder, photos, unit
 from PIL import Image
 from torch.nn.functional import normalize
 
 from bingo_compress import augment, embed, images, pixels
-from bingo_compress.embed import OnlineTargets, StoredTargets, TargetSpace, TeacherPass, target_space
+from bingo_compress.embed import OnlineTargets, StoredTargets, TargetSpace, target_space
 from bingo_compress.encoder import Encoder
 from bingo_compress.errors import BingoError
+from bingo_compress.matrices import Rows
 
 COUNT = 18
 
@@ -103,128 +104,6 @@ def test_pixels_of_skips_bad_files_and_stops_at_the_count(tmp_path: Path, teache
         embed.pixels_of(teacher.preprocessing, mixed, order[:1], 2)
 
 
-# ---------------------------------------------------------------- the teacher's pass
-
-
-def run_pass(teacher: Encoder, folder: images.Folder, store: pixels.PixelStore, work: Path, views: int = 2) -> TeacherPass:
-    work.mkdir(exist_ok=True)
-    return embed.teacher_pass(teacher, folder, store, views, 0.2, work, CPU)
-
-
-def same(one: TeacherPass, two: TeacherPass) -> bool:
-    return all(torch.equal(getattr(one, name), getattr(two, name)) for name in ("features", "embeddings", "views"))
-
-
-def test_the_pass_gives_plain_features_unit_embeddings_and_differing_views(
-    folder: images.Folder, store: pixels.PixelStore, teacher: Encoder, tmp_path: Path
-) -> None:
-    seen = run_pass(teacher, folder, store, tmp_path)
-    plain = embed.plain({"a": embed.as_embed(teacher, CPU)}, folder, range(COUNT), "test")[0]["a"]
-    assert seen.features.dtype == seen.embeddings.dtype == seen.views.dtype == torch.float16
-    assert torch.allclose(seen.features.float(), plain, rtol=2e-3, atol=1e-3 * float(plain.abs().max()))
-    assert torch.allclose(seen.embeddings.float(), normalize(plain, dim=1), atol=1e-3)
-    assert seen.views.shape == (COUNT, 2, teacher.width)
-    assert seen.views.float().norm(dim=2).numpy() == pytest.approx(1, abs=2e-3)
-    assert float((seen.views[:, 0] - seen.views[:, 1]).float().norm(dim=1).min()) > 1e-3
-    assert not torch.equal(seen.views[:4], seen.views[4:8])
-
-
-def test_every_batch_and_view_draws_its_own_parameters(
-    folder: images.Folder, store: pixels.PixelStore, teacher: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[torch.Tensor] = []
-    real = augment.draw
-
-    def recorded(*arguments: Any) -> augment.Draw:
-        drawn = real(*arguments)
-        seen.append(drawn.brightness)
-        return drawn
-
-    monkeypatch.setattr(augment, "draw", recorded)
-    run_pass(teacher, folder, store, tmp_path)
-    assert [len(batch) for batch in seen] == [4, 4, 4, 4, 2] * 2
-    assert len(torch.cat(seen).unique()) == COUNT * 2
-
-
-def test_without_views_the_pass_gives_none(folder: images.Folder, store: pixels.PixelStore, teacher: Encoder, tmp_path: Path) -> None:
-    assert run_pass(teacher, folder, store, tmp_path, views=0).views.shape == (COUNT, 0, teacher.width)
-
-
-@pytest.mark.parametrize("at", [1, 2, 4, 7, 10])
-def test_a_pass_interrupted_and_started_again_equals_the_whole(
-    at: int, folder: images.Folder, store: pixels.PixelStore, teacher: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = run_pass(teacher, folder, store, tmp_path / "whole")
-    with interrupted_at(monkeypatch, augment, "apply", at), pytest.raises(KeyboardInterrupt):
-        run_pass(teacher, folder, store, tmp_path / "parts")
-    done = [len(list((tmp_path / "parts").glob(f"*/{name}-*.json"))) for name in ("features", "embeddings", "views")]
-    assert done == [3, 3, (0, 0, 1, 1, 2, 3, 3, 4, 4, 5)[at - 1]]  # a view's shards of 8 are two batches, the last one of 2 is one
-    assert same(run_pass(teacher, folder, store, tmp_path / "parts"), whole)
-
-
-def test_stored_shards_are_not_made_again(
-    folder: images.Folder, store: pixels.PixelStore, teacher: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = run_pass(teacher, folder, store, tmp_path)
-    for work in ("_plain_shard", "_view_shard"):
-        monkeypatch.setattr(embed, work, lambda *_: pytest.fail("embedded again"))
-    assert same(run_pass(teacher, folder, store, tmp_path), first)
-
-
-def test_more_views_add_to_the_views_that_are_there(
-    folder: images.Folder, store: pixels.PixelStore, teacher: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    two = run_pass(teacher, folder, store, tmp_path, 2)
-    monkeypatch.setattr(embed, "_plain_shard", lambda *_: pytest.fail("embedded again"))
-    three = run_pass(teacher, folder, store, tmp_path, 3)
-    assert torch.equal(three.views[:, :2], two.views)
-    assert not torch.equal(three.views[:, 2], two.views[:, 1])
-    assert same(run_pass(teacher, folder, store, tmp_path, 2), two)
-
-
-def test_another_teacher_or_folder_makes_another_pass_and_drops_the_old(
-    folder: images.Folder, store: pixels.PixelStore, teacher: Encoder, tmp_path: Path
-) -> None:
-    names = []
-    other = images.Folder(folder.root, folder.files[:-1], ())
-    for model, listed in ((teacher, folder), (encoder(seed=9), folder), (teacher, other)):
-        run_pass(model, listed, store, tmp_path, 1)
-        kept = [path.name for path in tmp_path.iterdir()]
-        assert len(kept) == 1
-        names += kept
-    assert len(set(names)) == len(names)
-
-
-def test_views_of_features_are_the_backbones_where_there_is_a_projection(
-    folder: images.Folder, store: pixels.PixelStore, teacher: Encoder, tmp_path: Path
-) -> None:
-    plain = run_pass(teacher, folder, store, tmp_path / "none", 1).views
-    projected = encoder()
-    projected.load_state_dict(teacher.state_dict())
-    projected.projection = torch.nn.Linear(teacher.width, 6).eval()
-    (tmp_path / "two").mkdir()
-    of_features = embed.teacher_pass(projected, folder, store, 1, 0.2, tmp_path / "two", CPU, of_features=True)
-    assert torch.equal(of_features.views, plain)
-    assert run_pass(projected, folder, store, tmp_path / "three", 1).views.shape == (COUNT, 1, 6)
-
-
-def test_an_image_that_breaks_during_the_run_is_named(teacher: Encoder, tmp_path: Path) -> None:
-    broken = images.list_folder(photos(tmp_path / "photos", 2))
-    (tmp_path / "work").mkdir()
-    store, broken = pixels.build(broken, 40, tmp_path / "work", CPU)
-    broken.path(3).write_bytes(b"no image any more")
-    with pytest.raises(BingoError, match=Path(broken.files[3]).name):
-        run_pass(teacher, broken, store, tmp_path / "work")
-
-
-def test_no_space_is_said_before_the_pass(
-    folder: images.Folder, store: pixels.PixelStore, teacher: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10})())
-    with pytest.raises(BingoError, match="the teacher's embeddings"):
-        run_pass(teacher, folder, store, tmp_path)
-
-
 # ---------------------------------------------------------------- target spaces
 
 
@@ -268,6 +147,17 @@ def test_pca_keeps_the_directions_of_most_variance() -> None:
     found = target_space(rows, "pca", 2).basis
     assert found is not None
     assert np.linalg.norm(basis @ found.double().numpy()) == pytest.approx(np.sqrt(2), abs=1e-4)  # the same plane
+
+
+def test_a_space_fitted_by_blocks_equals_the_whole_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = (unit(70, 12) * torch.linspace(0.5, 9, 70)[:, None] + 0.2).half()
+    points = normalize(rows.double(), dim=1)
+    values, vectors = np.linalg.eigh(np.cov(points.numpy().T, bias=True))
+    monkeypatch.setattr(embed, "ROWS", 9)
+    space = target_space(Rows(rows, torch.arange(70)), "whitened", 4)
+    assert space.mean is not None and space.basis is not None
+    assert space.mean.numpy() == pytest.approx(points.mean(0).numpy(), abs=1e-6)
+    assert np.abs(space.basis.numpy()) == pytest.approx(np.abs(vectors[:, -4:] / np.sqrt(values[-4:])), rel=1e-3, abs=1e-3)
 
 
 def test_a_space_takes_views_of_any_shape() -> None:
