@@ -32,7 +32,7 @@ lightly_train.pretrain(out=asked["out"], data=asked["data"], model="timm/" + ask
 WEIGHTS = """
 import sys, timm, torch
 torch.manual_seed(0)
-torch.save(timm.create_model(sys.argv[1], pretrained=False, num_classes=0).state_dict(), sys.argv[2])
+torch.save(timm.create_model(sys.argv[1], pretrained=False).state_dict(), sys.argv[2])
 """
 
 
