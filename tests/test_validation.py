@@ -202,7 +202,7 @@ def test_fine_tuning_and_the_literatures_protocol_leave_out_the_teacher(
     assert "teacher would be expensive" in result["protocol"]["literature"] and "40 steps" in result["protocol"]["fine_tuned"]
     assert "linear, augmented" in out and "fine-tuned" in out
     assert stored.read_bytes() == b"of distill"
-    assert list((run / "work" / "labelled").glob("pixels-*.u8"))
+    assert list((run / "work" / "labelled").glob("pixels-*/*.u8"))
 
 
 def test_a_part_set_aside_is_never_trained_on(bingo: Any, world: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
