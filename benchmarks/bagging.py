@@ -1,91 +1,139 @@
-"""Exact nearest neighbours of the tool against plain faiss IndexFlatIP, and IVF with its recall; or a million embeddings in bounded memory.
+"""Seconds to find every image's nearest neighbours: ours against faiss's IndexFlatIP, on clustered synthetic embeddings of length one. No GPU needed.
 
-python benchmarks/bagging.py [--count 100000] [--dim 128] [--threads 2] [--json FILE]
-python benchmarks/bagging.py --million [--json FILE]
+python benchmarks/bagging.py [--images 100000] [--dim 128] [--bag-size 5] [--repeats 3] [--threads 0] [--json FILE]
+python benchmarks/bagging.py --million [--search ivf|exact] [--queries-share 0.02] [--json FILE]
+
+--million does it as the tool does: 1,000,000 x 128 in a memory-mapped float16 file, blocks of the result written; with the peak of resident memory.
+--queries-share searches for that share of the images alone and multiplies the seconds: an extrapolation, and called so.
 """
 
 import argparse
 import json
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-import faiss
-import numpy as np
 import torch
+from torch import Tensor
+from torch.nn.functional import normalize
 
-from bingo_compress import meter, neighbours
+from bingo_compress.matrices import Stored
+from bingo_compress.neighbours import CPU, Search, load_faiss, mates, nearest_neighbours
 
-K = 6
+PART = 65536
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=100_000)
+    parser.add_argument("--images", type=int, default=100_000)
     parser.add_argument("--dim", type=int, default=128)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--million", action="store_true", help="1,000,000 embeddings by IVF, from a memory-mapped file, blocks written")
+    parser.add_argument("--bag-size", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3, help="the least of so many is taken")
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--million", action="store_true")
+    parser.add_argument("--search", choices=("ivf", "exact"), default="ivf")
+    parser.add_argument("--queries-share", type=float, default=1.0)
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
-    torch.set_num_threads(chosen.threads)
-    faiss.omp_set_num_threads(chosen.threads)
-    facts = million(chosen.dim) if chosen.million else exact(chosen.count, chosen.dim)
-    print("\n".join(f"{name:<16}{value:>14,.2f}" for name, value in facts.items()))
+    if chosen.threads:
+        torch.set_num_threads(chosen.threads)
+    found = million(chosen) if chosen.million else side_by_side(chosen)
     if chosen.json:
-        chosen.json.write_text(json.dumps({"threads": chosen.threads, **facts}, indent=2) + "\n")
+        chosen.json.write_text(
+            json.dumps({"threads": torch.get_num_threads(), "dim": chosen.dim, "bag_size": chosen.bag_size} | found) + "\n"
+        )
 
 
-def clustered(count: int, dim: int) -> torch.Tensor:
-    """float16 (count, dim) of length one: a cluster for every hundred rows."""
-    random = torch.Generator().manual_seed(0)
-    centres = torch.nn.functional.normalize(torch.randn(max(count // 100, 1), dim, generator=random), dim=1)
-    rows = torch.empty(count, dim, dtype=torch.float16)
-    for part in torch.arange(count).split(65536):
-        noisy = centres[part % len(centres)] + 0.07 * torch.randn(len(part), dim, generator=random)
-        rows[part] = torch.nn.functional.normalize(noisy, dim=1).half()
-    return rows
+def clustered(images: int, dim: int) -> Iterator[Tensor]:
+    """Embeddings of length one around images / 100 directions, PART rows at a time."""
+    generator = torch.Generator().manual_seed(0)
+    centres = normalize(torch.randn(max(images // 100, 1), dim, generator=generator), dim=1)
+    for start in range(0, images, PART):
+        which = torch.randint(len(centres), (min(PART, images - start),), generator=generator)
+        yield normalize(centres[which] + 0.7 * normalize(torch.randn(len(which), dim, generator=generator), dim=1), dim=1)
 
 
-def exact(count: int, dim: int) -> dict[str, float]:
-    """Seconds of each, and the tool's time as a share of faiss's; the neighbours' agreement."""
-    rows = clustered(count, dim)
-    start = time.perf_counter()
-    index = faiss.IndexFlatIP(dim)
-    plain = torch.nn.functional.normalize(rows.float(), dim=1).numpy()
-    index.add(plain)
-    theirs = np.concatenate([index.search(plain[first : first + 1024], K)[1] for first in range(0, count, 1024)])
-    faiss_s = time.perf_counter() - start
-    start = time.perf_counter()
-    ours = neighbours.mates(rows, K - 1, neighbours.Search("exact"))[0]
-    ours_s = time.perf_counter() - start
-    start = time.perf_counter()
-    lists = neighbours.mates(rows, K - 1, neighbours.Search("ivf"))[0]
-    ivf_s = time.perf_counter() - start
-    same = float(np.mean([len(set(one) & set(two)) / (K - 1) for one, two in zip(ours.tolist(), theirs[:, 1:].tolist(), strict=True)]))
-    recall = float((lists[:, :, None] == ours[:, None, :]).any(2).float().mean())
-    return {
-        "count": count, "dim": dim, "faiss_flat_s": faiss_s, "ours_s": ours_s, "ours/faiss": ours_s / faiss_s, "agreement": same,
-        "ivf_s": ivf_s, "ivf_recall": recall,
-    }  # fmt: skip
+def side_by_side(chosen: argparse.Namespace) -> dict[str, Any]:
+    """Ours, exact and by lists, against IndexFlatIP, one after the other in every repeat."""
+    rows = torch.cat(list(clustered(chosen.images, chosen.dim)))
+    faiss: Any = load_faiss()
+    if faiss is None:
+        raise SystemExit("expected faiss to compare with, found none; pip install faiss-cpu")
+    faiss.omp_set_num_threads(torch.get_num_threads())
+
+    def flat() -> Tensor:
+        index = faiss.IndexFlatIP(chosen.dim)
+        index.add(rows.numpy())
+        return torch.from_numpy(index.search(rows.numpy(), chosen.bag_size + 1)[1])
+
+    ways: dict[str, Callable[[], Tensor]] = {
+        "faiss IndexFlatIP": flat,
+        "ours, exact": lambda: mates(rows, chosen.bag_size, Search("exact"))[0],
+        "ours, IVF": lambda: mates(rows, chosen.bag_size, Search("ivf"))[0],
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    results: dict[str, Tensor] = {}
+    for _ in range(chosen.repeats):
+        for name, way in ways.items():
+            began = time.perf_counter()
+            results[name] = way()
+            seconds[name].append(time.perf_counter() - began)
+    first = results["faiss IndexFlatIP"]
+    itself = torch.arange(len(rows))[:, None]
+    print(f"{chosen.images:,} x {chosen.dim}, {chosen.bag_size} neighbours, {torch.get_num_threads()} threads, least of {chosen.repeats}\n")
+    print(f"{'':<20}{'seconds':>10}{'ratio':>8}{f'recall@{chosen.bag_size}':>11}")
+    table = []
+    for name, result in results.items():
+        least = min(seconds[name])
+        # Of what IndexFlatIP found, the image itself aside.
+        both = ((first[:, :, None] == result[:, None, :]).any(2) & (first != itself)).sum() / (first != itself).sum()
+        table.append({"name": name, "seconds": least, "ratio": least / min(seconds["faiss IndexFlatIP"]), "recall": float(both)})
+        print(f"{name:<20}{least:>10.2f}{table[-1]['ratio']:>8.2f}{float(both):>11.4f}")
+    return {"images": chosen.images, "rows": table}
 
 
-def million(dim: int) -> dict[str, float]:
-    """A million embeddings in a memory-mapped file; what the process held before, and at most."""
+def million(chosen: argparse.Namespace, images: int = 1_000_000) -> dict[str, Any]:
+    """A million images as the tool bags them: seconds and peak resident memory."""
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "embeddings.f16"
-        clustered(1_000_000, dim).numpy().tofile(file)
-        rows = torch.from_numpy(np.memmap(file, np.float16, "c").reshape(-1, dim))
-        Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
-        before = peak()
-        start = time.perf_counter()
-        neighbours.mates(rows, K - 1, neighbours.Search("ivf", folder=Path(folder) / "blocks"))
-        return {"count": len(rows), "dim": dim, "seconds": time.perf_counter() - start, "before_MB": before / 1e6, "peak_MB": peak() / 1e6,
-                "peak_ever_MB": meter.peak_memory(torch.device("cpu")) / 1e6}  # fmt: skip
+        stored = Stored(Path(folder) / "features.f16", chosen.dim)
+        stored.reserve(images)
+        for number, part in enumerate(clustered(images, chosen.dim)):
+            stored.write(number * PART, part)
+        features, before = stored.read(images, chosen.dim), peak_mb()
+        began = time.perf_counter()
+        queries = round(images * chosen.queries_share)
+        if queries < images:
+            if chosen.search == "ivf":
+                raise SystemExit("--queries-share: IVF makes its lists of all images; expected --search exact with it")
+            nearest_neighbours(features[:queries], features, chosen.bag_size + 1)
+        else:
+            mates(features, chosen.bag_size, Search(chosen.search, CPU, Path(folder) / "bags"))
+        seconds, after = time.perf_counter() - began, peak_mb()
+    print(f"{images:,} x {chosen.dim}, {chosen.bag_size} neighbours, search={chosen.search}, {torch.get_num_threads()} threads")
+    print(f"{queries:,} images searched for: {seconds:.0f} s")
+    if queries < images:
+        print(f"all images, EXTRAPOLATED from {chosen.queries_share:.1%} of them and not run: {seconds * images / queries:.0f} s")
+    print(
+        f"peak resident memory (VmHWM): {after:.0f} MB, before the search {before:.0f} MB; the mapped file alone is {images * chosen.dim * 2 / 1e6:.0f} MB"
+    )
+    return {
+        "images": images,
+        "search": chosen.search,
+        "queries": queries,
+        "seconds": seconds,
+        "seconds_of_all": seconds * images / queries,
+        "extrapolated": queries < images,
+        "peak_mb": after,
+        "peak_before_mb": before,
+    }
 
 
-def peak() -> int:
-    """Bytes: the most this process held since the mark was set."""
-    return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+def peak_mb() -> float:
+    """The most memory that was resident so far, pages of mapped files included."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024 / 1e6
 
 
 if __name__ == "__main__":
