@@ -101,14 +101,25 @@ def info_nce(query: Tensor, target: Tensor, energy: Tensor, temperature: float) 
     return softplus(energy - (query * target).sum(1) / temperature).mean()
 
 
-def soft_nce(query: Tensor, target: Tensor, batch: Batch, temperature: float, teacher_temperature: float) -> Tensor:
-    """Cross-entropy between softmax of the target's and of the query's similarities to [target; queue], mean over the batch (SEED, equation 3)."""
+def expected_key(target: Tensor, batch: Batch, teacher_temperature: float) -> Tensor:
+    """The mean (B, D) of [target; queue], weighed by softmax of the target's similarities to them."""
+    own = (target * target).sum(1) / teacher_temperature
+    if not len(batch.negatives):
+        return target
+    logits = similarities(target, batch.negatives, batch.masked, teacher_temperature)
+    total = torch.logaddexp(own, logits.logsumexp(dim=1))
+    weights = (logits - total[:, None]).exp()
+    return (own - total).exp()[:, None] * target + weights @ batch.negatives
 
-    def logits(rows: Tensor, tau: float) -> Tensor:
-        own = (rows * target).sum(1, keepdim=True) / tau
-        return torch.cat((own, similarities(rows, batch.negatives, batch.masked, tau)), dim=1)
 
-    return -(logits(target, teacher_temperature).softmax(1) * logits(query, temperature).log_softmax(1)).sum(1).mean()
+def soft_nce(query: Tensor, target: Tensor, energy: Tensor, expected: Tensor, temperature: float) -> Tensor:
+    """Cross-entropy between softmax of the target's and of the query's similarities to [target; queue], mean over the batch (SEED, equation 3).
+
+    It is linear in the query but for the logarithm of the sum, so `energy` (B,), `negatives_energy` of the query, and `expected` (B, D), `expected_key`
+    of the target, are all it needs of the queue: both serve every pair that the query or the target is in.
+    """
+    total = torch.logaddexp((query * target).sum(1) / temperature, energy)
+    return (total - (query * expected).sum(1) / temperature).mean()
 
 
 @dataclass(frozen=True)
@@ -169,12 +180,14 @@ class Bingo(_Method):
             }
         assert targets.mate is not None
         if self.variant == "soft":
+            views = [(query, negatives_energy(query, batch.negatives, batch.masked, tau)) for query in (queries.anchor, queries.mate)]
+            images = [(target, expected_key(target, batch, self.teacher_temperature)) for target in (targets.anchor, targets.mate)]
 
-            def soft(query: Tensor, target: Tensor) -> Tensor:
-                return soft_nce(query, target, batch, tau, self.teacher_temperature)
+            def soft(view: int, image: int) -> Tensor:
+                (query, energy), (target, expected) = views[view], images[image]
+                return soft_nce(query, target, energy, expected, tau)
 
-            inter = soft(queries.anchor, targets.mate) + soft(queries.mate, targets.anchor)
-            return {"intra": soft(queries.anchor, targets.anchor) + soft(queries.mate, targets.mate), "inter": self.inter_weight * inter}
+            return {"intra": soft(0, 0) + soft(1, 1), "inter": self.inter_weight * (soft(0, 1) + soft(1, 0))}
         assert queries.mixed is not None
         now, later = (1.0, 0.0) if batch.epoch < self.switch_epoch else (0.5, 0.5)
         anchor_energy, mate_energy, mixed_energy = (
@@ -238,11 +251,11 @@ class Seed(_Method):
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         """distribution: mean of both views."""
-        return {
-            "distribution": torch.stack(
-                [soft_nce(query, target, batch, self.temperature, self.teacher_temperature) for query, target in batch.pairs]
-            ).mean()
-        }
+        return {"distribution": torch.stack([self._one(query, target, batch) for query, target in batch.pairs]).mean()}
+
+    def _one(self, query: Tensor, target: Tensor, batch: Batch) -> Tensor:
+        energy = negatives_energy(query, batch.negatives, batch.masked, self.temperature)
+        return soft_nce(query, target, energy, expected_key(target, batch, self.teacher_temperature), self.temperature)
 
 
 @dataclass(frozen=True)
