@@ -16,6 +16,7 @@ from synthetic import photo
 from torchvision.transforms import v2
 
 from bingo_compress import augment, pixels
+from bingo_compress.memory import keep_memory
 
 
 def main() -> None:
@@ -25,6 +26,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
+    keep_memory()
     torch.set_num_threads(1)
     rows = []
     print(

@@ -22,6 +22,7 @@ from synthetic import store_of
 from bingo_compress import distill, embed
 from bingo_compress.bagging import knn
 from bingo_compress.encoder import build
+from bingo_compress.memory import keep_memory
 
 
 def main() -> None:
@@ -34,6 +35,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
+    keep_memory()
     torch.set_num_threads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     clock = 0 if device.type == "cuda" else 1

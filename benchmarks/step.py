@@ -23,6 +23,7 @@ from bingo_compress import distill
 from bingo_compress.bagging import knn
 from bingo_compress.embed import StoredTargets, TargetSpace
 from bingo_compress.encoder import build
+from bingo_compress.memory import keep_memory
 from bingo_compress.recipe import make_recipe
 
 from synthetic import store_of  # isort: skip
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1024, help="also the length of the queue")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
+    keep_memory()
     torch.set_num_threads(chosen.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     store = store_of(chosen.images, chosen.size, device)

@@ -4,7 +4,7 @@ Parameters come from a CPU generator, so the same seed gives the same views on C
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from itertools import permutations
 
@@ -15,6 +15,7 @@ from torch.nn.functional import interpolate
 ORDERS = tuple(permutations(range(4)))
 GREY = (0.2989, 0.587, 0.114)
 FLAT_ROWS = 64  # views cropped at once on a GPU: their windows are held in float32
+CACHED = 6 << 16  # numbers of one image, or of several small ones, that a CPU works on at once
 BLUR_SIZE = 224  # MoCo-v2's sigma of 0.1-2.0 is in pixels of a 224 px crop; smaller crops get proportionally less.
 
 
@@ -35,6 +36,11 @@ class Draw:
     hue: Tensor
     grey: Tensor
     sigma: Tensor
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What each of STEPS takes."""
+        return self.brightness, self.contrast, self.saturation, self.hue
 
 
 def draw(aspect: Tensor, generator: torch.Generator, scale_min: float = 0.2) -> Draw:
@@ -86,23 +92,52 @@ def _boxes(aspect: Tensor, generator: torch.Generator, scale_min: float) -> Tens
 
 
 def apply(views: Tensor, drawn: Draw) -> Tensor:
-    """All but the crop. views: uint8 (B, 3, size, size), cropped to drawn.box. Returns float32 of the same shape in 0..1 on the same device."""
+    """All but the crop. views: uint8 (B, 3, size, size), cropped to drawn.box. Returns float32 of the same shape in 0..1 on the same device, channels last."""
+    out = torch.empty(views.shape, dtype=torch.float32, device=views.device, memory_format=torch.channels_last)
+    return (_step_by_step if views.is_cuda else _image_by_image)(views, drawn, out)
+
+
+def _image_by_image(views: Tensor, drawn: Draw, out: Tensor) -> Tensor:
+    """For a CPU: all steps of a few images that share an order of the jitter, in place, while they are in the cache."""
     size = views.shape[-1]
-    views[drawn.flip.to(views.device)] = views[drawn.flip.to(views.device)].flip(-1)
-    out = torch.empty(views.shape, dtype=torch.float32, device=views.device)
-    # Images that share an order of the jitter go together: small enough for a CPU's cache, whole enough for a GPU.
+    at_once = max(1, CACHED // (3 * size * size))
+    flips, greys, sigmas = drawn.flip.tolist(), drawn.grey.tolist(), (drawn.sigma * (size / BLUR_SIZE)).tolist()
+    nothing = torch.zeros(1)
     for order in drawn.order.unique().tolist():
-        rows = (drawn.order == order).nonzero()[:, 0]
-        here = rows.to(views.device)
-        batch = views[here].float().div_(255)
-        if order >= 0:
-            for step in ORDERS[order]:
-                batch = (_brightness, _contrast, _saturation, _hue)[step](
-                    batch, _column((drawn.brightness, drawn.contrast, drawn.saturation, drawn.hue)[step][rows], batch)
-                )
-        batch = torch.where(_column(drawn.grey[rows], batch), _grey(batch), batch)
-        out[here] = blur(batch, drawn.sigma[rows] * (size / BLUR_SIZE))
+        for images in (drawn.order == order).nonzero()[:, 0].split(at_once):
+            places = images.tolist()
+            batch = torch.empty(len(places), *views.shape[1:])
+            for image, place in zip(batch, places, strict=True):
+                image.copy_(views[place].flip(-1) if flips[place] else views[place])
+            batch.mul_(1 / 255)
+            for step in ORDERS[order] if order >= 0 else ():
+                STEPS[step](batch, _column(drawn.factors[step][images], batch))
+            for image, place in zip(batch, places, strict=True):
+                if greys[place]:
+                    _saturation(image[None], nothing)
+                out[place] = _blur_one(image, sigmas[place]) if sigmas[place] > 0 else image
     return out
+
+
+def _step_by_step(views: Tensor, drawn: Draw, out: Tensor) -> Tensor:
+    """For a GPU: one step of all images that take it next, so that few and large kernels are launched. The same result."""
+    size = views.shape[-1]
+    out.copy_(torch.where(_column(drawn.flip, views), views.flip(-1), views)).mul_(1 / 255)
+    orders = torch.where(drawn.order[:, None] < 0, -1, torch.tensor(ORDERS)[drawn.order])
+    for now in orders.unbind(1):
+        for step, work in enumerate(STEPS):
+            _some(out, now == step, lambda batch, which, work=work, step=step: work(batch, _column(drawn.factors[step][which], batch)))  # type: ignore[misc]
+    _some(out, drawn.grey, lambda batch, which: _saturation(batch, torch.zeros(1, device=batch.device)))
+    _some(out, drawn.sigma > 0, lambda batch, which: blur(batch, drawn.sigma[which] * (size / BLUR_SIZE)))
+    return out
+
+
+def _some(images: Tensor, chosen: Tensor, work: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Replace the images that are chosen, (B,) bool on the CPU, by work(those images, their positions)."""
+    which = chosen.nonzero()[:, 0]
+    if len(which):
+        there = which.to(images.device, non_blocking=True)
+        images[there] = work(images[there].contiguous(), which)
 
 
 def window(box: Tensor, height: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,58 +199,78 @@ def _column(values: Tensor, like: Tensor) -> Tensor:
     return values.to(like.device)[:, None, None, None]
 
 
-def _grey(images: Tensor) -> Tensor:
-    red, green, blue = images.unbind(1)
-    return (GREY[0] * red + GREY[1] * green + GREY[2] * blue)[:, None]
-
-
 def _brightness(images: Tensor, factor: Tensor) -> Tensor:
-    return (images * factor).clamp_(0, 1)
+    return images.mul_(factor).clamp_(0, 1)
 
 
 def _contrast(images: Tensor, factor: Tensor) -> Tensor:
-    mean = _grey(images).mean((1, 2, 3), keepdim=True)
-    return (images * factor).add_(mean * (1 - factor)).clamp_(0, 1)
+    mean = (images.flatten(2).mean(2) @ torch.tensor(GREY, device=images.device))[:, None, None, None]
+    return images.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 1)
 
 
 def _saturation(images: Tensor, factor: Tensor) -> Tensor:
-    return (images * factor).add_(_grey(images) * (1 - factor)).clamp_(0, 1)
+    red, green, blue = images.unbind(1)
+    grey = (red * GREY[0]).add_(green, alpha=GREY[1]).add_(blue, alpha=GREY[2])
+    return images.mul_(factor).addcmul_(grey[:, None], 1 - factor).clamp_(0, 1)
 
 
 def _hue(images: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue of HSV by `shift` turns; value and saturation stay."""
+    """Turn the hue of HSV by `shift` turns (at most 1/6); value and saturation stay.
+
+    Without branches and divisions. In units of the chroma c (largest less smallest channel), the hue's distance from red, going round a circle of 6, is
+    |g - b| + (v - r) + 2 min(c - |g - b|, v - r); its sign is that of g - b. A channel whose own hue is d away is v - min(max(d - c, 0), c).
+    """
     red, green, blue = images.unbind(1)
-    value, low = images.amax(1), images.amin(1)
-    chroma = value - low
-    safe = torch.where(chroma == 0, 1.0, chroma)
-    hue = torch.where(value == red, (green - blue) / safe, torch.where(value == green, (blue - red) / safe + 2, (red - green) / safe + 4))
-    hue = hue + shift[:, 0] * 6
-    # One channel of HSV -> RGB is value - chroma * clamp(min(k, 4 - k), 0, 1) with k = (n + hue) mod 6 and n = 5, 3, 1.
-    out = torch.empty_like(images)
-    for channel, offset in enumerate((5.0, 3.0, 1.0)):
-        k = (hue + offset).remainder_(6)
-        out[:, channel] = value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
-    return out
+    value = torch.maximum(torch.maximum(red, green), blue)
+    chroma = value - torch.minimum(torch.minimum(red, green), blue)
+    side = green - blue
+    hue, below = side.abs(), value - red
+    nearest = torch.minimum(chroma - hue, below)
+    hue = torch.copysign(hue.add_(below).add_(nearest, alpha=2), side).addcmul_(chroma, shift[:, 0] * 6)
+    least = torch.neg(chroma, out=below)
+    for channel, centre in enumerate((0, 2, -2)):
+        # 3c - | |u| - 3c | is the distance of u from 0 on the circle, for |u| up to 6c.
+        away = torch.add(hue, chroma, alpha=-centre, out=side).abs_().sub_(chroma, alpha=3).abs_().sub_(chroma, alpha=2)
+        torch.add(value, torch.maximum(away.clamp_(max=0), least, out=away), out=images[:, channel])
+    return images
+
+
+STEPS = (_brightness, _contrast, _saturation, _hue)  # each in place, on planes (B, 3, H, W); the order that Draw.factors has
 
 
 def blur(images: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur. images: (B, C, H, W); sigma: (B,) pixels, 0 for none. Edges are reflected; the kernel reaches three sigma."""
-    rows = (sigma > 0).nonzero()[:, 0].to(images.device)
-    if len(rows) == 0:
-        return images
-    chosen = images[rows]
-    count, channels, height, width = chosen.shape
-    radius = min(math.ceil(3 * float(sigma.max())), height - 1, width - 1)
-    offsets = torch.arange(-radius, radius + 1, device=images.device)
-    kernel = torch.exp(-0.5 * (offsets / sigma.to(images.device)[rows][:, None]) ** 2)
-    kernel = kernel / kernel.sum(1, keepdim=True)
-    kernel = kernel.repeat_interleave(channels, 0)[:, None, None]
-    planes = torch.nn.functional.pad(chosen.reshape(1, count * channels, height, width), (radius,) * 4, mode="reflect")
+    """Gaussian blur. images: (B, C, H, W); sigma: (B,) pixels above 0, on the CPU. Edges are reflected; a kernel reaches three of its own sigma."""
+    count, channels, height, width = images.shape
+    radius = _radius(float(sigma.max()), height, width)
+    offsets = torch.arange(-radius, radius + 1)
+    kernel = torch.exp(-0.5 * (offsets / sigma[:, None]) ** 2) * (offsets.abs() <= (3 * sigma[:, None]).ceil())
+    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(channels, 0)[:, None, None].to(images.device)
+    planes = torch.nn.functional.pad(images.reshape(1, count * channels, height, width), (radius,) * 4, mode="reflect")
     planes = torch.conv2d(planes, kernel, groups=count * channels)
-    planes = torch.conv2d(planes, kernel.transpose(2, 3), groups=count * channels)
-    images = images.clone()
-    images[rows] = planes.view_as(chosen)
-    return images
+    return torch.conv2d(planes, kernel.transpose(2, 3), groups=count * channels).view_as(images)
+
+
+def _blur_one(image: Tensor, sigma: float) -> Tensor:
+    """`blur` of one image (C, H, W) on a CPU, as sums of shifted copies: on planes this narrow several times faster than a convolution."""
+    channels, height, width = image.shape
+    radius = _radius(sigma, height, width)
+    weights = [math.exp(-0.5 * (offset / sigma) ** 2) for offset in range(radius + 1)]
+    total = weights[0] + 2 * sum(weights[1:])
+    padded = torch.nn.functional.pad(image[None], (radius,) * 4, mode="reflect")
+    tall, wide = padded.shape[2:]
+    flat = padded.flatten()
+    for shift in (wide, 1):  # down, then across: of a flat plane both are shifts; what wraps around lands in the margin
+        middle, length = radius * shift, len(flat) - 2 * radius * shift
+        sums = flat[middle : middle + length] * (weights[0] / total)
+        for offset in range(1, radius + 1):
+            for start in (middle - offset * shift, middle + offset * shift):
+                sums.add_(flat[start : start + length], alpha=weights[offset] / total)
+        flat = sums
+    return flat.as_strided((channels, height, width), (tall * wide, wide, 1))
+
+
+def _radius(sigma: float, height: int, width: int) -> int:
+    return min(math.ceil(3 * sigma), height - 1, width - 1)
 
 
 def cutmix(images: Tensor, others: Tensor, generator: torch.Generator) -> tuple[Tensor, float]:

@@ -10,6 +10,7 @@ import typer
 
 from bingo_compress import __version__
 from bingo_compress.errors import BingoError
+from bingo_compress.memory import keep_memory
 
 app = typer.Typer(
     add_completion=False,
@@ -231,7 +232,7 @@ def _main(version: Annotated[bool, typer.Option("--version", callback=_version, 
 
 def main() -> None:
     """Run the command line; a BingoError becomes one line and its exit status."""
-    _keep_memory()
+    keep_memory()
     for stream in (sys.stdout, sys.stderr):  # a file name may hold bytes that the terminal's encoding has no character for
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -271,18 +272,3 @@ def main() -> None:
             from bingo_compress import distributed
 
             distributed.stop()
-
-
-def _keep_memory() -> None:
-    """Let glibc keep freed blocks: otherwise each large tensor is mapped and cleared anew by the kernel, half of a CPU run's time."""
-    if sys.platform != "linux" or "MALLOC_MMAP_THRESHOLD_" in os.environ:
-        return
-    import ctypes
-
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return  # another libc
-    trim_threshold, mmap_threshold = -1, -3
-    mallopt(mmap_threshold, 1 << 30)
-    mallopt(trim_threshold, 2**31 - 1)

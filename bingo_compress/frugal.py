@@ -26,7 +26,10 @@ class Frugal:
     def __init__(self, model: nn.Module, backbone: nn.Module, run: Callable[[Tensor], Tensor] | None = None) -> None:
         self._run = run or model
         self._norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-        self._statistics = [buffer for norm in self._norms for buffer in norm.buffers()]
+        buffers = [buffer for norm in self._norms for buffer in norm.buffers()]
+        # By type, and copied together: a copy of each would be hundreds of small kernels a step.
+        self._statistics = [found for kind in (True, False) if (found := [each for each in buffers if each.is_floating_point() == kind])]
+        self._before = [[torch.empty_like(buffer) for buffer in each] for each in self._statistics]
         self._backbone: Any = backbone
         self.recomputes = False
         self.parts = 1
@@ -39,15 +42,16 @@ class Frugal:
 
     def step(self, work: Callable[..., Result], *arguments: Any) -> Result:
         """work(*arguments), a step's forward and backward pass; again on the next rung when memory runs out. Raises BingoError on the last."""
-        before = [buffer.clone() for buffer in self._statistics]
+        for before, statistics in zip(self._before, self._statistics, strict=True):
+            torch._foreach_copy_(before, statistics)
         while True:
             try:
                 return work(*arguments)
             except torch.OutOfMemoryError as error:
                 found = str(error).splitlines()[0]
             # Outside of the handler: the traceback held the failed step's tensors.
-            for buffer, value in zip(self._statistics, before, strict=True):
-                buffer.copy_(value)
+            for before, statistics in zip(self._before, self._statistics, strict=True):
+                torch._foreach_copy_(statistics, before)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             self._climb(found)
