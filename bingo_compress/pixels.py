@@ -13,8 +13,9 @@ import torch
 from bingo_edge.image import ImageError, Pixels, load_image
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import interpolate
 
-from bingo_compress import augment, distributed, meter, screen
+from bingo_compress import augment, decoding, distributed, meter, screen
 from bingo_compress.errors import BingoError
 from bingo_compress.images import Folder, decode_all, in_threads
 from bingo_compress.run_dir import atomic, drop_stale, need_space, stage_key, write_text
@@ -23,6 +24,9 @@ SHARD = 512  # images in a file, more in a large folder: a build goes on after t
 SHARDS_AT_MOST = 200
 LONGEST = 2  # sides: a longer panorama is squeezed, or one picture could be as large as a folder
 WORK = 1 << 30  # bytes for the models and a step, beside the pixels
+# torch's resizing takes half as long as Pillow's where it has vector code, and twice as long elsewhere. They round alike, to one level; Pillow's shortcut for
+# much larger pictures (reducing_gap) is a few levels off on noise.
+VECTORS = torch.backends.cpu.get_cpu_capability().startswith("AVX")
 PLACES = ("gpu", "memory", "disk", "stream")
 Read = Callable[[int, int, int], Tensor]  # (image, top, bottom) to its rows, uint8 (bottom - top, width, 3)
 
@@ -30,13 +34,23 @@ Read = Callable[[int, int, int], Tensor]  # (image, top, bottom) to its rows, ui
 class PixelStore:
     """N images in their own proportions. height, width: (N,) as kept; aspect: (N,) width / height of the original.
 
-    Crops are shares of the whole original image, so no corner of it is out of reach. where: one of PLACES.
+    Crops are shares of the whole original image, so no corner of it is out of reach. where: one of PLACES. by_gpu: crops what it can before `read` is asked.
     """
 
-    def __init__(self, height: Tensor, width: Tensor, aspect: Tensor, read: Read, device: torch.device, where: str = "memory") -> None:
+    def __init__(
+        self,
+        height: Tensor,
+        width: Tensor,
+        aspect: Tensor,
+        read: Read,
+        device: torch.device,
+        where: str = "memory",
+        by_gpu: decoding.Crops | None = None,
+    ) -> None:
         self.height, self.width, self.aspect = height, width, aspect
         self.where = where
         self._read = read
+        self._by_gpu = by_gpu
         self._device = device
         self._flat: Tensor | None = None
         if where == "gpu":
@@ -56,8 +70,17 @@ class PixelStore:
     def crops(self, indices: Tensor, boxes: Tensor, size: int) -> Tensor:
         """Antialiased bilinear crops of the images `indices` (B,): uint8 (B, 3, size, size) on the run's device.
 
-        boxes: (B, 4) left, top, right, bottom as shares of the image; a box is rounded to whole stored pixels.
+        boxes: (B, 4) left, top, right, bottom as shares of the image; a box is rounded to whole pixels, as stored or, by nvJPEG, of the file.
         """
+        if self._by_gpu is None:
+            return self._crops(indices, boxes, size)
+        done, views = self._by_gpu(indices, boxes, size)
+        left = (~done).nonzero()[:, 0]
+        if len(left):
+            views[left.to(views.device)] = self._crops(indices[left], boxes[left], size)
+        return views
+
+    def _crops(self, indices: Tensor, boxes: Tensor, size: int) -> Tensor:
         low, high = augment.window(boxes, self.height[indices], self.width[indices])
         if self._flat is not None:
             return augment.crop_flat(self._flat, self._offset[indices], self.width[indices], low, high, size)
@@ -97,7 +120,7 @@ def build(folder: Folder, side: int, work: Path, device: torch.device, wanted: s
     """
     streamed = wanted == "stream" or (wanted == "auto" and not _fits_the_disk(folder, side, work))
     stem = "sizes" if streamed else "pixels"
-    shards = work / f"{stem}-{stage_key(images=folder.fingerprint(), side=side, layout=2)}"
+    shards = work / f"{stem}-{stage_key(images=folder.fingerprint(), side=side, layout=3)}"
     each = max(SHARD, -(-len(folder.files) // SHARDS_AT_MOST))
     ranges = [range(start, min(start + each, len(folder.files))) for start in range(0, len(folder.files), each)]
     if distributed.rank() == 0:
@@ -125,9 +148,14 @@ def build(folder: Folder, side: int, work: Path, device: torch.device, wanted: s
     height, width, aspect = ([value for facts in found for value in facts[name]] for name in ("height", "width", "aspect"))
     total = sum(high * wide for high, wide in zip(height, width, strict=True)) * 3
     where, why = ("stream", "the files are decoded again for every crop") if streamed else place(total, device, wanted, memory)
+    by_gpu = None
+    if streamed and decoding.on_gpu(device):
+        jpegs = [size for facts in found for size in facts["jpeg"]]
+        by_gpu = decoding.crops_of(kept, jpegs, device)
+        why += f", {sum(map(bool, jpegs)):,} of them by nvJPEG"
     screen.say(f"pixels: {screen.size(total)} of {len(good):,} images, {where} ({why})")
     read = _from_files(kept, side) if streamed else _from_shards(shards, ranges, found, mapped=where != "disk")
-    return PixelStore(torch.tensor(height), torch.tensor(width), torch.tensor(aspect), read, device, where), kept
+    return PixelStore(torch.tensor(height), torch.tensor(width), torch.tensor(aspect), read, device, where, by_gpu), kept
 
 
 def place(total: int, device: torch.device, wanted: str, memory: int) -> tuple[str, str]:
@@ -221,12 +249,16 @@ def _shrink(pixels: Pixels, side: int) -> tuple[Pixels, float]:
     height, width = pixels.shape[:2]
     small = kept_size(height, width, side)
     if small != (height, width):
-        pixels = np.array(Image.fromarray(pixels).resize(small[::-1], Image.Resampling.BICUBIC, reducing_gap=3.0))
+        if VECTORS:
+            planes = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+            pixels = interpolate(planes, small, mode="bicubic", antialias=True)[0].permute(1, 2, 0).contiguous().numpy()
+        else:
+            pixels = np.array(Image.fromarray(pixels).resize(small[::-1], Image.Resampling.BICUBIC, reducing_gap=3.0))
     return pixels, width / height
 
 
 def _fill(folder: Folder, rows: range, side: int, shards: Path, streamed: bool, advance: screen.Advance) -> None:
-    facts: dict[str, Any] = {"tried": len(rows), "good": [], "height": [], "width": [], "aspect": [], "bad": [], "crc32": 0}
+    facts: dict[str, Any] = {"tried": len(rows), "good": [], "height": [], "width": [], "aspect": [], "jpeg": [], "bad": [], "crc32": 0}
 
     def add(result: tuple[Pixels, float] | ImageError, index: int) -> Pixels | None:
         if isinstance(result, ImageError):
@@ -240,7 +272,9 @@ def _fill(folder: Folder, rows: range, side: int, shards: Path, streamed: bool, 
     with atomic(_data(shards, rows)) as temporary, temporary.open("wb") as handle:
         for index, result in decode_all(folder, rows, lambda pixels: _shrink(pixels, side), at_least=side):
             pixels = add(result, index)
-            if pixels is not None and not streamed:
+            if pixels is not None and streamed:
+                facts["jpeg"].append(decoding.plain_jpeg(folder.path(index), side))
+            elif pixels is not None:
                 raw = pixels.tobytes()
                 facts["crc32"] = zlib.crc32(raw, facts["crc32"])
                 handle.write(raw)
@@ -286,6 +320,6 @@ def _from_files(folder: Folder, side: int) -> Read:
         try:
             return torch.from_numpy(_shrink(load_image(folder.path(image), at_least=side), side)[0])[top:bottom]
         except ImageError as error:
-            raise BingoError(f"{folder.path(image)} changed while the run was reading it ({error}); start the command again") from None
+            raise decoding.changed(folder.path(image), str(error)) from None
 
     return read

@@ -12,6 +12,7 @@ LAYERS = (
     "recipe run_dir layouts",
     "screen feature_queue losses schedule augment weights chart evidence meter",
     "images encoder checkpoint frugal speed profiling matrices",
+    "decoding",
     "pixels neighbours",
     "bagging",
     "embed probes exporters.onnx",

@@ -40,7 +40,8 @@ def load_image(source: str | PathLike[str] | IO[bytes], at_least: int = 0) -> Pi
                 scale = at_least / min(opened.size)
                 opened.draft(None, (math.ceil(opened.width * scale), math.ceil(opened.height * scale)))
             opened.load()
-            return _to_rgb(ImageOps.exif_transpose(opened))
+            ImageOps.exif_transpose(opened, in_place=True)
+            return _to_rgb(opened)
     except ImageError:
         raise
     except UnidentifiedImageError:
@@ -69,7 +70,7 @@ def _to_rgb(image: Image.Image) -> Pixels:
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-    return np.array(image.convert("RGB"))
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))  # convert would copy
 
 
 def _grey_to_rgb(grey: Pixels) -> Pixels:

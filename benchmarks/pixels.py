@@ -1,0 +1,165 @@
+"""JPEGs decoded to a store's size against the usual decoders, and crops out of each place that pixels are kept in: one thread, no network.
+
+python benchmarks/pixels.py [--images 64] [--rounds 7] [--json FILE]
+
+Decoders are timed by CPU-seconds, from bytes in memory: to an array whose short side is 256 px or more, and on to the store's own size, Pillow's row by Pillow's
+resizing, the others by ours. Crops are of 500 x 375 JPEGs; without a GPU they too are timed by CPU-seconds, with one by the clock, and `gpu` and
+`stream, nvJPEG` are added. simplejpeg has its row where it is installed.
+"""
+
+import argparse
+import importlib.util
+import io
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import PIL
+import torch
+from bingo_edge.image import load_image
+from PIL import Image
+from synthetic import photo
+from torchvision.io import ImageReadMode, decode_jpeg
+
+from bingo_compress import augment, pixels
+from bingo_compress.images import list_folder
+from bingo_compress.memory import keep_memory
+
+Decoder = Callable[[bytes, int], np.ndarray]
+Clock = Callable[[], float]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", type=Path)
+    chosen = parser.parse_args()
+    keep_memory()
+    torch.set_num_threads(1)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = [row for size in ((500, 375), (1600, 1200)) for row in decoders(size, chosen.images, chosen.rounds)]
+    rows += [row for size in (224, 96) for row in places(size, chosen.images, chosen.rounds, device)]
+    if chosen.json:
+        versions = {"torch": torch.__version__, "pillow": PIL.__version__, "device": device.type}
+        chosen.json.write_text(json.dumps({**versions, "rows": rows}, indent=2) + "\n")
+
+
+def decoders(size: tuple[int, int], count: int, rounds: int) -> list[dict[str, object]]:
+    """Images per CPU-second of each decoder, and how many times ours that is."""
+    side = pixels.store_side(224, 0)
+    files = [as_jpeg(photo(number, *size)) for number in range(max(8, count * 500 // size[0]))]
+    kinds: dict[str, Decoder | None] = {"ours": ours, "pillow, whole": whole, "torchvision": torchvision, "simplejpeg": simple()}
+    works = {}
+    for name, decode in kinds.items():
+        if decode:
+            works[name, "decoded"] = lambda decode=decode: [decode(file, side) for file in files]
+            shrink = pillows_shrink if decode is whole else pixels._shrink
+            works[name, "kept"] = lambda decode=decode, shrink=shrink: [shrink(decode(file, side), side) for file in files]
+    rates = measure(works, len(files), rounds, time.process_time)
+    print(
+        f"\n{size[0]} x {size[1]} JPEG, images per CPU-second (to ours)\n{'':<18}{'decoded to >= ' + str(side):>22}{'in the store size':>22}"
+    )
+    rows: list[dict[str, object]] = []
+    for name, decode in kinds.items():
+        row: dict[str, object] = {"work": "decode", "size": f"{size[0]}x{size[1]}", "by": name}
+        for kind in ("decoded", "kept") if decode else ():
+            row |= {kind: rates[name, kind], f"{kind}_to_ours": rates[name, kind] / rates["ours", kind]}
+        cells = [f"{row[kind]:.0f} ({row[f'{kind}_to_ours']:.2f})" for kind in ("decoded", "kept")] if decode else ["not installed"]
+        print(f"{name:<18}" + "".join(f"{cell:>22}" for cell in cells))
+        rows.append(row)
+    return rows
+
+
+def as_jpeg(picture: Image.Image) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def ours(file: bytes, side: int) -> np.ndarray:
+    return load_image(io.BytesIO(file), side)
+
+
+def whole(file: bytes, side: int) -> np.ndarray:
+    return np.array(Image.open(io.BytesIO(file)).convert("RGB"))
+
+
+def pillows_shrink(picture: np.ndarray, side: int) -> np.ndarray:
+    return np.array(Image.fromarray(picture).resize(pixels.kept_size(*picture.shape[:2], side)[::-1], Image.Resampling.BICUBIC))
+
+
+def torchvision(file: bytes, side: int) -> np.ndarray:
+    return decode_jpeg(torch.frombuffer(bytearray(file), dtype=torch.uint8), ImageReadMode.RGB).permute(1, 2, 0).numpy()
+
+
+def simple() -> Decoder | None:
+    if importlib.util.find_spec("simplejpeg") is None:
+        return None
+    import simplejpeg
+
+    def decode(file: bytes, side: int) -> np.ndarray:
+        height, width = simplejpeg.decode_jpeg_header(file)[:2]
+        return simplejpeg.decode_jpeg(
+            file, min_height=-(-height * side // min(height, width)), min_width=-(-width * side // min(height, width))
+        )
+
+    return decode
+
+
+def places(size: int, count: int, rounds: int, device: torch.device) -> list[dict[str, object]]:
+    """Crops per second out of each place, and how many times those out of memory that is."""
+    with tempfile.TemporaryDirectory() as temporary:
+        work, folder = Path(temporary, "work"), Path(temporary, "photos")
+        work.mkdir()
+        folder.mkdir()
+        for number in range(count):
+            (folder / f"{number:05d}.jpg").write_bytes(as_jpeg(photo(number, 500, 375)))
+        side = pixels.store_side(size, 0)
+
+        def store(where: str) -> pixels.PixelStore:
+            return pixels.build(list_folder(folder), side, work, device, where)[0]
+
+        kinds = ["memory", "disk", "gpu"] if device.type == "cuda" else ["memory", "disk"]
+        stores = {where: store(where) for where in kinds}
+        if device.type == "cuda":
+            stores["stream, nvJPEG"] = store("stream")
+        stores["stream"] = store("stream")
+        stores["stream"]._by_gpu = None
+        generator = torch.Generator().manual_seed(0)
+
+        def crop(store: pixels.PixelStore) -> None:
+            for rows in torch.randperm(count, generator=generator).split(64):
+                store.crops(rows, augment.draw(store.aspect[rows], generator).box, size)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+
+        clock = time.perf_counter if device.type == "cuda" else time.process_time
+        rates = measure({(name, ""): lambda store=store: crop(store) for name, store in stores.items()}, count, rounds, clock)
+    print(f"\n{size} px crops per {'second' if device.type == 'cuda' else 'CPU-second'} (to memory)")
+    rows: list[dict[str, object]] = []
+    for (name, _), rate in rates.items():
+        ratio = rate / rates["memory", ""]
+        print(f"{name:<18}{f'{rate:.0f} ({ratio:.3f})':>22}")
+        rows.append({"work": "crop", "size": size, "by": name, "rate": rate, "to_memory": ratio})
+    return rows
+
+
+def measure(works: dict[tuple[str, str], Callable[[], object]], count: int, rounds: int, clock: Clock) -> dict[tuple[str, str], float]:
+    """Images per second of each, in turn, so that a busy moment hits all."""
+    spent: dict[tuple[str, str], list[float]] = {name: [] for name in works}
+    for number in range(rounds + 1):
+        for name, work in works.items():
+            start = clock()
+            work()
+            if number:
+                spent[name].append(clock() - start)
+    return {name: count / statistics.median(times) for name, times in spent.items()}
+
+
+if __name__ == "__main__":
+    main()

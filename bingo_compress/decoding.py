@@ -1,0 +1,106 @@
+"""Plain JPEGs decoded on a GPU for a store that streams, and the spoken way back to the CPU's decoder, which takes every other file."""
+
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image
+from PIL.JpegImagePlugin import JpegImageFile
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from bingo_compress import augment, screen
+from bingo_compress.errors import BingoError
+from bingo_compress.images import Folder, in_threads
+
+AT_ONCE = 16  # pictures of full size on the GPU
+LARGEST = 1 << 24  # pixels of a picture: AT_ONCE of them are 0.8 GB
+STRETCH = 64  # torch's antialiased resize holds its weights in a GPU's shared memory, which is full at a factor of about 90
+Crops = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+
+
+def plain_jpeg(path: Path, side: int) -> int:
+    """Bytes of a file that nvJPEG decodes as Pillow does: an upright JPEG in grey or YCbCr, not too large for pictures of short side `side`. Otherwise 0."""
+    try:
+        with Image.open(path) as opened:
+            plain = (
+                isinstance(opened, JpegImageFile)
+                and opened.format == "JPEG"  # MPO, several pictures in a file, is a subclass
+                and opened.mode in ("L", "RGB")
+                and [component[0] for component in opened.layer] in ([1], [1, 2, 3])  # other names may mean RGB,
+                and opened.info.get("adobe_transform", 1) != 0  # and so does this: nvJPEG would take it for YCbCr
+                and opened.getexif().get(ExifTags.Base.Orientation, 1) == 1
+                and opened.width * opened.height <= LARGEST
+                and max(opened.size) <= STRETCH * side
+            )
+            return path.stat().st_size if plain else 0
+    except OSError:
+        return 0  # it has changed since it was checked; the CPU's decoder will say so
+
+
+def on_gpu(device: torch.device) -> bool:
+    """Whether JPEGs are to be decoded on the device."""
+    return device.type == "cuda"
+
+
+def crops_of(folder: Folder, sizes: list[int], device: torch.device) -> Crops:
+    """A function that crops the images of `folder` that nvJPEG decodes. sizes: `plain_jpeg` of each.
+
+    It takes indices (B,), boxes (B, 4) in shares of the image and a size, and returns (done, views): which images it decoded, bool (B,), and the
+    antialiased bilinear crops, uint8 (B, 3, size, size) on `device`, not filled where not done. The first refusal of nvJPEG is said on screen; from then on
+    nothing is done. Raises BingoError for a file that has changed since its size was taken.
+    """
+    bytes_of = torch.tensor(sizes)
+
+    def read(image: int) -> Tensor:
+        try:
+            raw = np.fromfile(folder.path(image), np.uint8)
+        except OSError as error:
+            raise changed(folder.path(image), error.strerror or type(error).__name__) from None
+        if len(raw) != bytes_of[image]:  # nvJPEG may pass half of a picture as whole
+            raise changed(folder.path(image), f"{len(raw):,} bytes instead of {int(bytes_of[image]):,}")
+        return torch.from_numpy(raw)
+
+    def crops(indices: Tensor, boxes: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        views = torch.empty((len(indices), 3, size, size), dtype=torch.uint8, device=device)
+        done = bytes_of[indices] > 0
+        files = in_threads(read, indices[done].tolist())
+        for rows in done.nonzero()[:, 0].split(AT_ONCE) if done.any() else ():
+            raw = [file for _, file in islice(files, len(rows))]
+            try:
+                for row, view in zip(rows.tolist(), _cropped(nvjpeg(raw, device), boxes[rows], size), strict=True):
+                    views[row] = view
+            except (RuntimeError, ImportError) as error:
+                screen.say(f"warning: nvJPEG cannot be used ({str(error).partition(chr(10))[0]}); the CPU decodes the JPEGs from here on")
+                bytes_of.zero_()
+                return torch.zeros_like(done), views
+        return done, views
+
+    return crops
+
+
+def nvjpeg(files: list[Tensor], device: torch.device) -> list[Tensor]:
+    """Pictures, each uint8 (3, height, width) on `device`, of JPEG files, each uint8 (bytes,) on the CPU. Raises RuntimeError or ImportError when refused."""
+    from torchvision.io import ImageReadMode, decode_jpeg  # type: ignore[import-untyped]  # deprecated: may be gone one day
+
+    # It writes at once into memory that torch counts as free only after this stream's work (pytorch/vision#9606).
+    torch.cuda.current_stream(device).synchronize()
+    return cast(list[Tensor], decode_jpeg(files, ImageReadMode.RGB, device=device))
+
+
+def _cropped(pictures: list[Tensor], boxes: Tensor, size: int) -> list[Tensor]:
+    height, width = (torch.tensor([picture.shape[axis] for picture in pictures]) for axis in (1, 2))
+    low, high = augment.window(boxes, height, width)
+    pieces = (
+        picture[None, :, top:bottom, left:right].float()
+        for picture, (left, top), (right, bottom) in zip(pictures, low.tolist(), high.tolist(), strict=True)
+    )
+    return [interpolate(piece, (size, size), mode="bilinear", antialias=True)[0].round_() for piece in pieces]
+
+
+def changed(path: Path, why: str) -> BingoError:
+    """The error of a file that was whole when the run began."""
+    return BingoError(f"{path} changed while the run was reading it ({why}); start the command again")
