@@ -16,9 +16,9 @@ from bingo_compress.embed import TargetOf, hash_seed
 from bingo_compress.losses import Loss, Targets
 from bingo_compress.meter import Meter
 from bingo_compress.pixels import PixelStore
+from bingo_compress.speed import AHEAD
 
 Made = TypeVar("Made")
-AHEAD = 2  # batches that wait to be used
 
 
 @dataclass(frozen=True)

@@ -243,7 +243,8 @@ def distill(
         while step < last:
             if rebags and step % period == 0:
                 assert average is not None
-                bags = distributed.from_first(lambda: knn(store_features(average.student, pixels, training, device), recipe.bag_size)[0])
+                found = store_features(average.student, pixels, training, device)
+                bags = distributed.from_first(lambda: knn(found, recipe.bag_size)[0])  # noqa: B023 - called at once
             span = range(step, min(step - step % period + period, last))
             batches = ahead(lambda number: make(number, bags), span, device, thread=thread)  # noqa: B023 - used up before bags change
             while True:
@@ -275,7 +276,7 @@ def distill(
                 end_of_epoch = step % planned.steps_per_epoch == 0
                 scored: dict[str, float] = {}
                 if check is not None and end_of_epoch and ((epoch + 1) % recipe.check_every == 0 or step == planned.steps):
-                    scored["neighbour_recall"] = distributed.from_first(lambda: check(student))
+                    scored["neighbour_recall"] = check(student)
                     student.train()
                     if recipe.keep_best and scored["neighbour_recall"] > best_score:
                         best_score = scored["neighbour_recall"]

@@ -1,7 +1,8 @@
 """Several processes, started by torchrun: the only file that names torch.distributed. With one process everything here is the identity."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextvars import ContextVar
 from datetime import timedelta
 from functools import partial
 from typing import Any, TypeVar
@@ -13,6 +14,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 Item = TypeVar("Item")
+
+# Of a thread, not of the process: while the first process works by itself, a thread of it may be making its share of the next batch.
+_by_itself = ContextVar("_by_itself", default=False)
 
 
 def asked_for() -> bool:
@@ -42,12 +46,12 @@ def stop() -> None:
 
 def rank() -> int:
     """Number of this process, from 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if world() > 1 else 0
 
 
 def world() -> int:
-    """Number of processes."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    """Number of processes; 1 within `from_first`, where the others wait."""
+    return dist.get_world_size() if dist.is_initialized() and not _by_itself.get() else 1
 
 
 def barrier() -> None:
@@ -61,6 +65,12 @@ def mine(items: Sequence[Item]) -> list[Item]:
     return list(items[rank() :: world()])
 
 
+def stretch(items: Sequence[Item]) -> Sequence[Item]:
+    """The rank-th of `world` runs of consecutive items, equal within one: those of all processes, one after the other, are `items`."""
+    start, stop = (-(-len(items) * number // world()) for number in (rank(), rank() + 1))
+    return items[start:stop]
+
+
 def exchange(thing: Any) -> list[Any]:
     """What every process brought, by rank. For small things: it is pickled between our own processes."""
     if world() == 1:
@@ -70,29 +80,54 @@ def exchange(thing: Any) -> list[Any]:
     return found
 
 
-def from_first(make: Callable[[], Any]) -> Any:
-    """make() called by rank 0 alone, and what it returned in every process. If it raises, it raises in every process."""
+def from_first(make: Callable[[], Item]) -> Item:
+    """make() called by rank 0, as if it were the only process, and what it returned in every process. If it raises, it raises in every process."""
     if world() == 1:
         return make()
     told: list[Any] = [None, None]
     if rank() == 0:
+        before = _by_itself.set(True)
         try:
             told[0] = make()
         except Exception as error:
             told[1] = error
+        finally:
+            _by_itself.reset(before)
     dist.broadcast_object_list(told, 0)
     if told[1] is not None:
         raise told[1]
-    return told[0]
+    made: Item = told[0]
+    return made
 
 
-def in_turn(make: Callable[[], Item]) -> Item:
-    """make() in rank 0, then in the others, which find what it left on the disk. If it raises, it raises in every process."""
+def joined(batches: Iterable[Sequence[Tensor]]) -> list[Tensor]:
+    """All rows of the batches of all processes, by rank, in every process: batches of (n, ...), (n, ...), ... to [(N, ...), (N, ...), ...].
+
+    n may differ, and so may the number of batches; [] where no process has one. On the CPU, no gradient. What one process raises while it makes its
+    batches is raised in all.
+    """
     if world() == 1:
-        return make()
-    made: list[Item] = []
-    from_first(lambda: made.append(make()))
-    return made[0] if made else make()
+        return [torch.cat(parts) for parts in zip(*batches, strict=True)]
+    own: list[Tensor] = []
+    failure: Exception | None = None
+    try:
+        own = [torch.cat(parts) for parts in zip(*batches, strict=True)]
+    except Exception as error:
+        failure = error
+    told = exchange((failure, [(len(part), part.shape[1:], part.dtype) for part in own]))
+    for raised in (failure, *(theirs for theirs, _ in told)):  # one's own first: it has its traceback
+        if raised is not None:
+            raise raised
+    sizes = [kinds[0][0] if kinds else 0 for _, kinds in told]
+    whole: list[Tensor] = []
+    for place, (_, shape, dtype) in enumerate(next((kinds for _, kinds in told if kinds), [])):
+        whole.append(torch.empty(sum(sizes), *shape, dtype=dtype))
+        for source, part in enumerate(whole[-1].split(sizes)):
+            if source == rank() and own:
+                part.copy_(own[place])
+            if len(part):
+                dist.broadcast(part, source)
+    return whole
 
 
 def rows(tensor: Tensor) -> Tensor:

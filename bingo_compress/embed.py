@@ -53,7 +53,8 @@ def plain(
 ) -> tuple[dict[str, Tensor], list[int]]:
     """Plain-view features of several models from one decoding of each image, with the device's own preprocessing.
 
-    Returns (features (n, width) by model, the n indices that could be decoded).
+    Returns (features (n, width) by model, the n indices that could be decoded, in their order). Several processes share the images and each gets all.
+    Raises BingoError where no image can be decoded.
     """
     geometries = {name: model[0].geometry() for name, model in models.items()}
     distinct = [dict(items) for items in {tuple(geometry.items()) for geometry in geometries.values()}]
@@ -61,31 +62,26 @@ def plain(
     def views(pixels: Pixels) -> list[Pixels]:
         return [preprocess(pixels, **geometry) for geometry in distinct]
 
-    found: dict[str, list[Tensor]] = {name: [] for name in models}
-    good: list[int] = []
-    waiting: list[list[Pixels]] = []
+    # Batches of places in `indices`, not of good images: they are the same, and so is their rounding, whatever the number of processes.
+    spans = distributed.stretch([indices[start : start + BATCH] for start in range(0, len(indices), BATCH)])
 
-    def flush() -> None:
-        for name, (_, run) in models.items():
-            which = distinct.index(geometries[name])
-            found[name].append(run(torch.from_numpy(np.stack([views[which] for views in waiting]))))
-        waiting.clear()
+    def batches() -> Iterator[list[Tensor]]:
+        decoded = decode_all(folder, chain(*spans), views)
+        with screen.bar(what, sum(map(len, spans))) as advance:
+            for span in spans:
+                good = [(index, result) for index, result in islice(decoded, len(span)) if not isinstance(result, ImageError)]
+                if good:
+                    stacks = [torch.from_numpy(np.stack(seen)) for seen in zip(*(result for _, result in good), strict=True)]
+                    features = [run(stacks[distinct.index(geometries[name])]) for name, (_, run) in models.items()]
+                    yield [torch.tensor([index for index, _ in good]), *features]
+                advance(len(span))
 
-    with screen.bar(what, len(indices)) as advance:
-        for index, result in decode_all(folder, indices, views):
-            if not isinstance(result, ImageError):
-                good.append(index)
-                waiting.append(result)
-            if len(waiting) == BATCH:
-                flush()
-            advance(1)
-        if waiting:
-            flush()
-    if not good:
+    parts = distributed.joined(batches())
+    if not parts:
         raise BingoError(
             f"expected images in {folder.root}, found none that can be decoded; `bingo-compress check --data {folder.root}` says why"
         )
-    return {name: torch.cat(parts) for name, parts in found.items()}, good
+    return dict(zip(models, parts[1:], strict=True)), parts[0].tolist()
 
 
 def pixels_of(preprocessing: Preprocessing, folder: Folder, order: Sequence[int], count: int) -> Tensor:
@@ -348,15 +344,21 @@ class OnlineTargets:
 
 @torch.inference_mode()
 def store_features(encoder: Encoder, pixels: PixelStore, indices: Tensor, device: torch.device) -> Tensor:
-    """Features (n, width), on the CPU, of whole images of the pixel store, resized without crop: close to the plain view, and nothing is decoded."""
+    """Features (n, width), on the CPU, of whole images of the pixel store, resized without crop: close to the plain view, and nothing is decoded.
+
+    Several processes share the images and each gets all.
+    """
     was_training = encoder.training
     encoder.eval()
-    found = []
-    for rows in indices.split(BATCH):
+
+    def features(rows: Tensor) -> Tensor:
         views = whole_images(pixels, rows, encoder.preprocessing.size).float().div_(255)
-        found.append(encoder(views.contiguous(memory_format=torch.channels_last)).float().cpu())
+        found: Tensor = encoder(views.contiguous(memory_format=torch.channels_last))
+        return found.float().cpu()
+
+    (found,) = distributed.joined([features(rows)] for rows in distributed.stretch(indices.split(BATCH)))
     encoder.train(was_training)
-    return torch.cat(found)
+    return found
 
 
 def whole_images(pixels: PixelStore, indices: Tensor, size: int) -> Tensor:

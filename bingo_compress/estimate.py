@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
 from bingo_compress import images, screen
 from bingo_compress.distill import make_head, plan
@@ -14,6 +13,7 @@ from bingo_compress.errors import BingoError
 from bingo_compress.pipeline import build_models, choose_device, header, resolve, split, use_threads
 from bingo_compress.pixels import guess, store_side
 from bingo_compress.recipe import Recipe, recipe_text
+from bingo_compress.speed import saved_bytes
 
 SAMPLE = 64
 SAMPLE_VIEWS = 64
@@ -94,20 +94,12 @@ def _step_cost(student: Encoder, recipe: Recipe, views: int, dim: int, device: t
     student.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     tried = min(views, SAMPLE_VIEWS)
     batch = torch.rand(tried, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter):
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             head(student(batch)).sum().backward()
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        step()
-    return _seconds(step, device) * views / tried, sum(kept.values()) * views / tried
+    return _seconds(step, device) * views / tried, saved_bytes(step) * views / tried
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:

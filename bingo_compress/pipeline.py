@@ -116,6 +116,7 @@ def run_distill(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: b
     recipe = models.recipe.model_copy(update={"data": str(Path(recipe.data).resolve())})
     _refuse_other_recipe(before, recipe)
     use_threads(recipe, models.student, device)
+    step = step_memory(recipe, models.student, len(folder.files), device)
     side = pixels.store_side(recipe.image_size, recipe.teacher_size)
     if not out.exists():  # refused before anything is written
         embed.pixels_of(models.student.preprocessing, folder, range(len(folder.files)), 1)
@@ -125,15 +126,12 @@ def run_distill(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: b
         if recipe.pixels not in ("auto", "stream"):  # auto streams where the store does not fit
             run_dir.need_space(above, pixels.guess(len(folder.files), side), "the pixel store")
     distributed.barrier()  # no process looks at --out after the first has made it
-    run: run_dir.RunDir = distributed.from_first(lambda: run_dir.open_new(out, resume=resume, overwrite=overwrite))
-    first = distributed.rank() == 0
-    if first:
-        run_dir.write_text(run.recipe, recipe_text(recipe))
+    run = distributed.from_first(lambda: run_dir.open_new(out, resume=resume, overwrite=overwrite))
+    distributed.from_first(lambda: run_dir.write_text(run.recipe, recipe_text(recipe)))
     header(models, folder, device, recipe)
 
-    material = prepare(models, folder, side, run.work, device)
-    if first:
-        images.write_quarantine(run.quarantine, material.folder.bad)
+    material = prepare(models, folder, side, run.work, device, step)
+    distributed.from_first(lambda: images.write_quarantine(run.quarantine, material.folder.bad))
     if material.folder.bad:
         screen.say(f"{len(material.folder.bad):,} files cannot be used and are left out; {run.quarantine} names each with its reason")
     planned = plan(recipe, len(material.training))
@@ -141,17 +139,19 @@ def run_distill(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: b
     _say_smaller(recipe, planned)
     bags = make_bags(recipe, models.teacher, material)
     files = [material.folder.files[index] for index in material.training.tolist()]
-    if first:
+
+    def save() -> None:
         checkpoint.save(run.bags, {"bags": bags}, root=str(folder.root.resolve()), files=files)
+        if not run.start.exists():
+            save_student(models.student, run.start, recipe)
+
+    distributed.from_first(save)
     facts = bag_facts(recipe, bags, material)
     screen.say(describe_bags(recipe, facts, len(material.training)))
-    if first and not run.start.exists():
-        save_student(models.student, run.start, recipe)
     train(models, material, bags, run.metrics, run.checkpoint, device)
-    if first:
-        save_student(models.student, run.student, recipe)
-        _close(run, models, material, facts, device)
-    distributed.barrier()
+    distributed.from_first(lambda: save_student(models.student, run.student, recipe))
+    recall = held_out_recall(run, models, material, device)
+    distributed.from_first(lambda: _close(run, models, material, facts, recall, device))
     return run
 
 
@@ -168,10 +168,14 @@ class Material:
     work: Path
 
 
-def prepare(models: Models, folder: images.Folder, side: int, work: Path, device: torch.device) -> Material:
-    """Pixels, split and the teacher's pass for a recipe, under `work`; what is there already is not made again. Raises BingoError."""
+def prepare(models: Models, folder: images.Folder, side: int, work: Path, device: torch.device, step: int = 0) -> Material:
+    """Pixels, split and the teacher's pass for a recipe, under `work`; what is there already is not made again.
+
+    step: what `step_memory` gave, if it was asked before. Raises BingoError.
+    """
     recipe = models.recipe
-    store, folder = pixels.build(folder, side, work, device, recipe.pixels, pixels.parse_memory(recipe.memory))
+    step = step or step_memory(recipe, models.student, len(folder.files), device)
+    store, folder = pixels.build(folder, side, work, device, recipe.pixels, pixels.parse_memory(recipe.memory), step)
     held, training = split(len(store), recipe)
     views = 0 if recipe.views == "online" or not loss_of(recipe).teacher else int(recipe.views)
     features = loss_of(recipe).regression
@@ -251,14 +255,14 @@ def train(models: Models, material: Material, bags: Tensor, metrics: Path, saved
 
 
 def recall_check(material: Material, device: torch.device) -> Check:
-    """A function that gives a student's neighbour recall on the held-out images, from the pixel store, in a gallery of at most CHECK_GALLERY."""
+    """A student's neighbour recall on the held-out images, from the pixel store, in a gallery of at most CHECK_GALLERY; several processes share them."""
     gallery = material.training[:: -(-len(material.training) // CHECK_GALLERY)]
     truth = material.seen.features
 
     def check(student: Encoder) -> float:
         found = embed.store_features(student, material.store, torch.cat((material.held, gallery)), device)
         held = len(material.held)
-        return probes.neighbour_recall((truth[material.held], truth[gallery]), (found[:held], found[held:]))
+        return distributed.from_first(lambda: probes.neighbour_recall((truth[material.held], truth[gallery]), (found[:held], found[held:])))
 
     return check
 
@@ -303,6 +307,23 @@ def use_threads(recipe: Recipe, student: Encoder, device: torch.device) -> None:
         torch.set_num_threads(speed.choose_threads(student, student.preprocessing.size))
 
 
+def step_memory(recipe: Recipe, student: Encoder, count: int, device: torch.device) -> int:
+    """Bytes of memory that this process needs for training on `count` images, beside what it holds and the pixels. Raises BingoError over recipe.memory."""
+    if device.type == "cuda":
+        return pixels.WORK
+    planned = plan(recipe, count)
+    views = planned.batch_size * planned.student_views // distributed.world()
+    step, limit, held = speed.step_bytes(student, student.preprocessing.size, views), pixels.parse_memory(recipe.memory), pixels.resident()
+    if limit and held + step > limit:
+        fits = int(planned.batch_size * (limit - held - speed.BESIDE) / (step - speed.BESIDE))
+        way = f"lower --batch-size to {fits}" if fits >= 2 else "lower --image-size"
+        raise BingoError(
+            f"--memory: expected room for a step of {planned.batch_size} anchors, about {screen.size(step)} beside the {screen.size(held)} in use, "
+            f"found {screen.size(limit)}; {way}, or raise --memory"
+        )
+    return step
+
+
 def _refuse_other_recipe(before: Recipe | None, now: Recipe) -> None:
     """--resume goes on with the run that is there; a changed setting would make it another one."""
     if before is None:
@@ -320,14 +341,33 @@ def _say_smaller(recipe: Recipe, planned: Plan) -> None:
         screen.say(f"queue {planned.queue_size:,} instead of {recipe.queue_size:,}: one entry an image")
 
 
-def _close(run: run_dir.RunDir, models: Models, material: Material, facts: dict[str, float], device: torch.device) -> None:
-    """Neighbour recall on the held-out images, before and after, and the closing table."""
+def held_out_recall(run: run_dir.RunDir, models: Models, material: Material, device: torch.device) -> dict[str, float]:
+    """Neighbour recall on the held-out images before and after ("start", "student"), its k and counts; nothing without such. Several processes share them."""
+    held, training, truth = material.held, material.training, material.seen.features
+    if not len(held):
+        return {}
+    gallery = training[:: -(-len(training) // GALLERY_AT_MOST)]
+    encoders = {"start": load_student(models.recipe, run.start), "student": models.student}
+    ready = {name: embed.as_embed(encoder, device) for name, encoder in encoders.items()}
+    found, good = embed.plain(ready, material.folder, torch.cat((held, gallery)).tolist(), "check held-out images")
+    if len(good) < len(held) + len(gallery):
+        raise BingoError(f"an image in {material.folder.root} changed during the run; start the command again with --resume")
+    sides = {name: features.split((len(held), len(gallery))) for name, features in found.items()}
+    counts = {"k": probes.RECALL_K, "queries": len(held), "gallery": len(gallery)}
+    return distributed.from_first(
+        lambda: counts | {name: probes.neighbour_recall((truth[held], truth[gallery]), side) for name, side in sides.items()}
+    )
+
+
+def _close(
+    run: run_dir.RunDir, models: Models, material: Material, facts: dict[str, float], recall: dict[str, float], device: torch.device
+) -> None:
+    """summary.json and the closing table. recall: of `held_out_recall`."""
     recipe, student = models.recipe, models.student
-    folder, held, training, seen = material.folder, material.held, material.training, material.seen
     summary: dict[str, Any] = {
         "version": __version__,
         "run_id": run_dir.stage_key(recipe=recipe.model_dump(), student=embed.weights_digest(student)),
-        "images": {"training": len(training), "held_out": len(held), "unusable": len(folder.bad)},
+        "images": {"training": len(material.training), "held_out": len(material.held), "unusable": len(material.folder.bad)},
         "bags": facts,
         "machine": {
             "processor": platform.processor() or platform.machine(),
@@ -337,18 +377,8 @@ def _close(run: run_dir.RunDir, models: Models, material: Material, facts: dict[
         },
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    recall: dict[str, float] = {}
-    if len(held):
-        gallery = training[:: -(-len(training) // GALLERY_AT_MOST)]
-        start = load_student(recipe, run.start)
-        which = torch.cat((held, gallery)).tolist()
-        found, _ = embed.plain(
-            {"start": embed.as_embed(start, device), "student": embed.as_embed(student, device)}, folder, which, "check held-out images"
-        )
-        truth = seen.features
-        for name, features in found.items():
-            recall[name] = probes.neighbour_recall((truth[held], truth[gallery]), (features[: len(held)], features[len(held) :]))
-        summary["neighbour_recall"] = {"k": probes.RECALL_K, "queries": len(held), "gallery": len(gallery), **recall}
+    if recall:
+        summary["neighbour_recall"] = recall
     run_dir.write_text(run.summary, json.dumps(summary, indent=2) + "\n")
     closing_table(models, {name: {"neighbour_recall": value} for name, value in ({"teacher": 1.0} | recall).items()} if recall else {})
     screen.say(f"weights: {run.student}   metrics: {run.metrics}   settings: {run.recipe}")

@@ -23,7 +23,7 @@ from bingo_compress.run_dir import atomic, drop_stale, need_space, stage_key, wr
 SHARD = 512  # images in a file, more in a large folder: a build goes on after the last whole one
 SHARDS_AT_MOST = 200
 LONGEST = 2  # sides: a longer panorama is squeezed, or one picture could be as large as a folder
-WORK = 1 << 30  # bytes for the models and a step, beside the pixels
+WORK = 1 << 30  # bytes for the models and a step, where nobody has measured them
 # torch's resizing takes half as long as Pillow's where it has vector code, and twice as long elsewhere. They round alike, to one level; Pillow's shortcut for
 # much larger pictures (reducing_gap) is a few levels off on noise.
 VECTORS = torch.backends.cpu.get_cpu_capability().startswith("AVX")
@@ -112,11 +112,14 @@ def kept_size(height: int, width: int, side: int) -> tuple[int, int]:
     return tuple(max(1, min(round(length * scale), LONGEST * side)) for length in (height, width))  # type: ignore[return-value]
 
 
-def build(folder: Folder, side: int, work: Path, device: torch.device, wanted: str = "auto", memory: int = 0) -> tuple[PixelStore, Folder]:
+def build(
+    folder: Folder, side: int, work: Path, device: torch.device, wanted: str = "auto", memory: int = 0, step: int = WORK
+) -> tuple[PixelStore, Folder]:
     """Decode `folder` into work/pixels-KEY (or find it there). Returns the store and the folder without the files that could not be decoded.
 
-    wanted: auto or one of PLACES; memory: bytes that this process may hold at most, 0 for 80% of what is free. Shards are written as they finish,
-    shared out among the processes; an interrupted build goes on after the last. Raises BingoError when the disk is too small.
+    wanted: auto or one of PLACES; memory: bytes that this process may hold at most, 0 for 80% of what is free; step: bytes of them that are not for pixels.
+    Shards are written as they finish, shared out among the processes; an interrupted build goes on after the last. Raises BingoError when the disk is
+    too small.
     """
     streamed = wanted == "stream" or (wanted == "auto" and not _fits_the_disk(folder, side, work))
     stem = "sizes" if streamed else "pixels"
@@ -147,7 +150,7 @@ def build(folder: Folder, side: int, work: Path, device: torch.device, wanted: s
     kept = Folder(folder.root, tuple(folder.files[index] for index in good), folder.bad + bad)
     height, width, aspect = ([value for facts in found for value in facts[name]] for name in ("height", "width", "aspect"))
     total = sum(high * wide for high, wide in zip(height, width, strict=True)) * 3
-    where, why = ("stream", "the files are decoded again for every crop") if streamed else place(total, device, wanted, memory)
+    where, why = ("stream", "the files are decoded again for every crop") if streamed else place(total, device, wanted, memory, step)
     by_gpu = None
     if streamed and decoding.on_gpu(device):
         jpegs = [size for facts in found for size in facts["jpeg"]]
@@ -158,7 +161,7 @@ def build(folder: Folder, side: int, work: Path, device: torch.device, wanted: s
     return PixelStore(torch.tensor(height), torch.tensor(width), torch.tensor(aspect), read, device, where, by_gpu), kept
 
 
-def place(total: int, device: torch.device, wanted: str, memory: int) -> tuple[str, str]:
+def place(total: int, device: torch.device, wanted: str, memory: int, step: int = WORK) -> tuple[str, str]:
     """(where pixels of `total` bytes are kept, why). Raises BingoError for a GPU that is asked for and cannot hold them."""
     if device.type == "cuda":
         room = int(0.4 * torch.cuda.mem_get_info(device)[0])
@@ -168,7 +171,7 @@ def place(total: int, device: torch.device, wanted: str, memory: int) -> tuple[s
         raise BingoError("--pixels gpu: expected a CUDA GPU, found none; use --pixels auto")
     if wanted != "auto":
         return wanted, "as asked for"
-    room = (memory or free_memory() * 4 // 5) - resident() - WORK
+    room = (memory or free_memory() * 4 // 5) - resident() - step
     if total <= room:
         return "memory", f"there is room for {screen.size(room)}"
     return "disk", f"memory has room for {screen.size(max(room, 0))}; just the rows of a crop are read"

@@ -1,4 +1,4 @@
-"""What is tried out on the machine before a run: how many threads, and whether torch.compile pays."""
+"""What is tried out on the machine before a run: how many threads, how much memory a step takes, and whether torch.compile pays."""
 
 import copy
 import os
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from bingo_compress import screen
 
 TRIED = 16  # views in a calibration's step
+AHEAD = 2  # batches that wait to be used
+GRADIENTS = 1.4  # a step's peak, in its activations: measured 1.1 to 1.3 beside the rest, on five students
+BESIDE = 400_000_000  # bytes of the head, the targets and oneDNN's own buffers
 GAIN = 0.9  # more threads, or a compiled student, must take at most this share of the time
 
 
@@ -41,6 +44,31 @@ def choose_threads(student: nn.Module, size: int) -> int:
             break
     torch.set_num_threads(before)
     return best
+
+
+def saved_bytes(work: Callable[[], object]) -> int:
+    """Bytes of the activations that work() keeps for a backward pass."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        work()
+    return sum(kept.values())
+
+
+def step_bytes(student: nn.Module, size: int, views: int) -> int:
+    """Bytes that training `student` on `views` views of `size` px a step takes on a CPU beside the pixels, from a pass of a few views; a little too many."""
+    trial = copy.deepcopy(student).to("cpu", memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    tried = min(views, 4)
+    images = torch.rand(tried, 3, size, size).contiguous(memory_format=torch.channels_last)
+    activations = saved_bytes(lambda: trial(images).sum()) * views // tried
+    made = (AHEAD + 2) * 4 * views * 3 * size * size  # float32 views that wait, are made, and are used
+    states: int = 4 * 4 * sum(parameter.numel() for parameter in trial.parameters())  # weights, gradients and two moments
+    return int(GRADIENTS * activations) + made + states + BESIDE
 
 
 def seconds(work: Callable[[], object], times: int = 3) -> float:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bingo_compress import embed, evidence, figures, finetune, images, pixels, probes, run_dir
+from bingo_compress import distributed, embed, evidence, figures, finetune, images, pixels, probes, run_dir
 from bingo_compress.encoder import Encoder, Preprocessing, build
 from bingo_compress.errors import BingoError
 from bingo_compress.exporters.onnx import onnx_runner
@@ -37,7 +37,8 @@ def validate(
 
     shots: parts of the labels, such as "1%,10%,5", to probe with as well and, with fine_tune, to fine-tune on; literature: the linear probe with
     augmentation too; against: another finished run, whose student is compared on the same images. Returns and, with json_file, writes
-    {"protocol": ..., "rows": ...}, every figure with a 95% interval. Saves linear.npz and bank.npz for the edge kit. Raises BingoError.
+    {"protocol": ..., "rows": ...}, every figure with a 95% interval. Saves linear.npz and bank.npz for the edge kit. Of several processes each embeds
+    its share of the images; the first does the rest. Raises BingoError.
     """
     specs = finetune.parse_shots(shots) if shots else []
     if fine_tune and not specs:
@@ -67,35 +68,38 @@ def validate(
         models["against"] = embed.as_embed(load_student(saved_recipe(other), other.student), where)
     sides = _sides(models, bank_folder, test_folder, classes)
 
-    rows: list[dict[str, Any]] = []
-    heads: dict[str, probes.LinearHead] = {}
-    right: dict[str, dict[str, Tensor]] = {}
-    for name in models:
-        # The file is judged with the student's own head, as the device will run it: a head fitted anew may end elsewhere.
-        heads[name] = heads["student"] if name == "onnx" else probes.fit_linear(sides.bank[name], sides.labels, len(classes))
-        found, right[name] = figures.scores(name, sides, heads[name])
-        if name in ("student", "onnx"):
-            found |= figures.by_class(heads[name].predict(sides.queries[name]), sides)
-        if specs and name != "onnx":
-            found["shots"] = {spec: figures.few_labels(name, sides, spec) for spec in specs}
-        rows.append({"name": name, **found})
-    by_name = {row["name"]: row for row in rows}
-    by_name["student"] |= figures.gap_closed(right["random"]["linear"], right["student"]["linear"], right["teacher"]["linear"])
-    if fine_tune or literature:
-        _train_with_labels(by_name, trainable, sides, specs if fine_tune else [], literature, run, where)
+    def judge() -> dict[str, Any]:
+        rows: list[dict[str, Any]] = []
+        heads: dict[str, probes.LinearHead] = {}
+        right: dict[str, dict[str, Tensor]] = {}
+        for name in models:
+            # The file is judged with the student's own head, as the device will run it: a head fitted anew may end elsewhere.
+            heads[name] = heads["student"] if name == "onnx" else probes.fit_linear(sides.bank[name], sides.labels, len(classes))
+            found, right[name] = figures.scores(name, sides, heads[name])
+            if name in ("student", "onnx"):
+                found |= figures.by_class(heads[name].predict(sides.queries[name]), sides)
+            if specs and name != "onnx":
+                found["shots"] = {spec: figures.few_labels(name, sides, spec) for spec in specs}
+            rows.append({"name": name, **found})
+        by_name = {row["name"]: row for row in rows}
+        by_name["student"] |= figures.gap_closed(right["random"]["linear"], right["student"]["linear"], right["teacher"]["linear"])
+        if fine_tune or literature:
+            _train_with_labels(by_name, trainable, sides, specs if fine_tune else [], literature, run, where)
 
-    result: dict[str, Any] = {"protocol": _protocol(sides, test_folder, specs, fine_tune, literature, against), "rows": rows}
-    if against:
-        result["paired"] = {key: figures.compared(right["student"][key], right["against"][key]) for key in ("knn", "linear")}
-    if run.bags.exists():
-        result |= figures.bag_purity(run.bags, bank_folder)
-    deployed = "onnx" if "onnx" in models else "student"
-    paths = [bank_folder.files[place] for place in sides.places]
-    save_heads(run.export, heads[deployed], sides.bank[deployed], sides.labels, classes, paths)
-    if json_file:
-        run_dir.write_text(json_file, _json(result))
-    show(result, run, Models(recipe, teacher, student))
-    return result
+        result: dict[str, Any] = {"protocol": _protocol(sides, test_folder, specs, fine_tune, literature, against), "rows": rows}
+        if against:
+            result["paired"] = {key: figures.compared(right["student"][key], right["against"][key]) for key in ("knn", "linear")}
+        if run.bags.exists():
+            result |= figures.bag_purity(run.bags, bank_folder)
+        deployed = "onnx" if "onnx" in models else "student"
+        paths = [bank_folder.files[place] for place in sides.places]
+        save_heads(run.export, heads[deployed], sides.bank[deployed], sides.labels, classes, paths)
+        if json_file:
+            run_dir.write_text(json_file, _json(result))
+        show(result, run, Models(recipe, teacher, student))
+        return result
+
+    return distributed.from_first(judge)
 
 
 def _open_against(path: Path) -> run_dir.RunDir:

@@ -138,6 +138,11 @@ def test_no_space(bingo: Any, data: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert not [name for name in files(tmp_path / "run") if name.startswith(("work", "student"))]
 
 
+def test_a_step_that_needs_more_than_the_memory_allowed(bingo: Any, data: Path, tmp_path: Path) -> None:
+    one_error(bingo("distill", *flags(data=data), "--memory", "300MB", "--out", "run"), "--memory", "step of 8 anchors", "found 300 MB")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_disk_that_fills_up_while_writing(bingo: Any, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device", "run/work/pixels")

@@ -1,7 +1,6 @@
-"""The search for neighbours: tiles and blocks, resumed and shared, against brute force in float64; and IVF, whose recall is told as it is."""
+"""The search for neighbours: tiles and blocks, resumed, against brute force in float64; and IVF, whose recall is told as it is."""
 
 import re
-import subprocess
 import sys
 from io import StringIO
 from pathlib import Path
@@ -168,36 +167,6 @@ def test_an_interrupted_search_goes_on_and_equals_the_whole(
     assert same(mates(rows, 4, search), whole)
     assert made == [files[2], files[5]]
     assert f"{files[5].name} is damaged and is made again" in printed.getvalue()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("how", ["exact", "ivf"])
-def test_two_processes_share_the_blocks_and_find_the_same(how: str, tmp_path: Path) -> None:
-    script = tmp_path / "search.py"
-    script.write_text(
-        "import sys\n"
-        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "import torch\n"
-        "from pathlib import Path\n"
-        "from test_neighbours import clustered\n"
-        "from bingo_compress import checkpoint, distributed, neighbours\n"
-        "neighbours.BLOCK, neighbours.TILE = 300, 130\n"
-        "distributed.start(neighbours.CPU)\n"
-        "made, real = [], checkpoint.save\n"
-        "checkpoint.save = lambda file, *rest, **facts: (made.append(file.name), real(file, *rest, **facts))\n"
-        "folder = Path(sys.argv[2])\n"
-        "bags, similar = neighbours.mates(clustered(2000), 4, neighbours.Search(sys.argv[1], neighbours.CPU, folder / 'bags'))\n"
-        "blocks = sum(name.startswith('neighbours') for name in made)\n"
-        "real(folder / f'{distributed.rank()}.safetensors', {'bags': bags, 'similar': similar}, blocks=blocks)\n"
-        "distributed.stop()\n"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), how, str(tmp_path)]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
-    expected = mates(clustered(2000), 4, Search(how))
-    for rank, blocks in ((0, 4), (1, 3)):
-        found, facts = neighbours.checkpoint.load(tmp_path / f"{rank}.safetensors")
-        assert torch.equal(found["bags"], expected[0]) and torch.allclose(found["similar"], expected[1], atol=1e-6)
-        assert facts["blocks"] == blocks
 
 
 # ---------------------------------------------------------------- IVF

@@ -36,6 +36,19 @@ def test_a_compiler_that_fails_is_said_and_done_without(monkeypatch: pytest.Monk
     assert capsys.readouterr().out == "torch.compile: not used, it failed (no compiler here)\n"
 
 
+def test_what_a_backward_pass_needs_is_counted_once() -> None:
+    weight = torch.nn.Parameter(torch.rand(8, 8))
+    rows = torch.rand(16, 8)
+    # The product keeps its input, not its weight; the sigmoid its result; the square (a power) its input, which is that result.
+    assert speed.saved_bytes(lambda: (rows @ weight).sigmoid().square()) == (16 * 8 + 16 * 8) * 4
+    student = encoder()
+    one, two = speed.step_bytes(student, 32, 64), speed.step_bytes(student, 32, 128)
+    weights = 16 * sum(parameter.numel() for parameter in student.parameters())
+    assert one - speed.BESIDE - weights > 0
+    assert (two - speed.BESIDE - weights) / (one - speed.BESIDE - weights) == pytest.approx(2, rel=1e-3)
+    assert not student.training
+
+
 @pytest.mark.parametrize(("compiled", "wanted", "used"), [(0.5, "auto", True), (0.95, "auto", False), (2.0, "on", True)])
 def test_compile_is_used_where_it_was_measured_to_pay(compiled: float, wanted: str, used: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda model, dynamic: model)

@@ -1,8 +1,6 @@
-"""The teacher's one pass: by shards in files, resumed, mended, shared and in whatever batch fits."""
+"""The teacher's one pass: by shards in files, resumed, mended and in whatever batch fits."""
 
 import io
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,7 @@ import torch
 from helpers import CPU, encoder, interrupted_at, photos
 from torch.nn.functional import normalize
 
-from bingo_compress import augment, checkpoint, embed, images, pixels
+from bingo_compress import augment, embed, images, pixels
 from bingo_compress.embed import TeacherPass
 from bingo_compress.encoder import Encoder
 from bingo_compress.errors import BingoError
@@ -201,34 +199,6 @@ def test_a_batch_of_one_that_does_not_fit_is_an_error(teacher: Encoder, monkeypa
     monkeypatch.setattr(embed, "_both", full)
     with pytest.raises(torch.cuda.OutOfMemoryError):
         embed._Fit(4)(teacher, torch.zeros(4, 3, 32, 32))
-
-
-@pytest.mark.slow
-def test_two_processes_share_the_pass_and_get_the_same(
-    folder: images.Folder, store: pixels.PixelStore, teacher: Encoder, tmp_path: Path
-) -> None:
-    script = tmp_path / "pass.py"
-    script.write_text(
-        "import sys\n"
-        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from pathlib import Path\n"
-        "from helpers import CPU, encoder\n"
-        "from bingo_compress import checkpoint, distributed, embed, images, pixels\n"
-        "embed.SHARD, embed.BATCH = 8, 4\n"
-        "distributed.start(CPU)\n"
-        "folder, out = images.list_folder(Path(sys.argv[1])), Path(sys.argv[2])\n"
-        "store, _ = pixels.build(folder, 40, out, CPU)\n"
-        "seen = embed.teacher_pass(encoder(), folder, store, 2, 0.2, out, CPU)\n"
-        "checkpoint.save(out / f'{distributed.rank()}.safetensors', {'features': seen.features, 'views': seen.views})\n"
-        "distributed.stop()\n"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    subprocess.run([*command, str(folder.root), str(tmp_path)], check=True, capture_output=True, timeout=120)
-    whole = run_pass(teacher, folder, store, tmp_path / "whole")
-    for rank in (0, 1):
-        found = checkpoint.load(tmp_path / f"{rank}.safetensors")[0]
-        assert torch.allclose(found["features"].float(), whole.features.float(), rtol=2e-3, atol=1e-3)
-        assert torch.allclose(found["views"].float(), whole.views.float(), atol=1e-3)
 
 
 def test_another_teacher_or_folder_makes_another_pass_and_drops_the_old(

@@ -1,0 +1,139 @@
+"""What test_distributed.py asks of two processes, case after case in one start of them: torchrun two_processes.py DATA TEST OUT.
+
+Each case leaves its files in OUT; OUT/CASE.RANK.json is what its process did.
+"""
+
+import contextlib
+import io
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from helpers import CPU, encoder, flags
+from test_neighbours import clustered
+
+from bingo_compress import checkpoint, cli, distributed, embed, finetune, images, neighbours, pixels
+from bingo_compress.errors import BingoError
+
+SIZES = {"SHARD": 8, "BATCH": 4}  # of embed: so small that every process has a share
+TUNED = {"TUNE_EPOCHS": 2, "TUNE_STEPS": 2}  # of finetune
+BLOCKS = {"BLOCK": 300, "TILE": 130}  # of neighbours
+DISTILLED: dict[str, dict[str, Any]] = {
+    "official": {"method": "bingo", "variant": "official", "student": "test_resnet", "views": "online"},
+    "coss": {"method": "coss", "student": "test_vit", "image_size": 160},
+    "disco": {"method": "disco", "student": "test_byobnet"},
+    "kept": {"student": "test_efficientnet", "keep_best": True, "epochs": 3, "hold_out": 0.25},
+}
+
+
+def distill(data: Path, out: Path, **settings: Any) -> list[str]:
+    """The words of a command."""
+    return ["distill", "--out", str(out), *flags(data=data, optimizer="sgd", lr=0.05, **settings)]
+
+
+def validate(run: Path, data: Path, test: Path, file: Path) -> list[str]:
+    """The words of a command."""
+    return ["validate", "--run", str(run), "--data", str(data), "--test", str(test), "--json", str(file), "--shots", "2", "--fine-tune"]
+
+
+def command(*words: str) -> dict[str, Any]:
+    """The command line in this process: its exit status, what it printed, and the students it checked during training."""
+    out, err, checked = io.StringIO(), io.StringIO(), []
+    real = embed.store_features
+
+    def recorded(student: Any, *rest: Any) -> torch.Tensor:
+        checked.append(embed.weights_digest(student))
+        return real(student, *rest)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(sys, "argv", ["bingo-compress", *words]))
+        stack.enter_context(mock.patch.object(distributed, "stop"))  # the next case goes on with the same processes
+        stack.enter_context(mock.patch.object(embed, "store_features", recorded))
+        stack.enter_context(contextlib.redirect_stdout(out))
+        stack.enter_context(contextlib.redirect_stderr(err))
+        try:
+            cli.main()
+        except SystemExit as stop:
+            return {"status": stop.code, "out": out.getvalue(), "err": err.getvalue(), "checked": checked}
+    raise AssertionError("the command line always exits")
+
+
+def teacher_pass(data: Path, out: Path) -> dict[str, Any]:
+    """Features and views that this process got."""
+    folder, work = images.list_folder(data), out / "pass"
+    work.mkdir(exist_ok=True)
+    store, _ = pixels.build(folder, 40, work, CPU)
+    seen = embed.teacher_pass(encoder(), folder, store, 2, 0.2, work, CPU)
+    checkpoint.save(out / f"pass.{distributed.rank()}.safetensors", {"features": seen.features, "views": seen.views})
+    return {}
+
+
+def search(how: str, out: Path) -> dict[str, Any]:
+    """Mates that this process got, and how many blocks it made itself."""
+    made, real = [], checkpoint.save
+    recorded = lambda file, *rest, **facts: (made.append(file.name), real(file, *rest, **facts))  # noqa: E731
+    with mock.patch.multiple(neighbours, **BLOCKS), mock.patch.object(checkpoint, "save", recorded):
+        bags, similar = neighbours.mates(clustered(2000), 4, neighbours.Search(how, CPU, out / f"bags-{how}"))
+    real(out / f"{how}.{distributed.rank()}.safetensors", {"bags": bags, "similar": similar})
+    return {"blocks": sum(name.startswith("neighbours") for name in made)}
+
+
+def joined() -> dict[str, Any]:
+    """Rows of differing numbers from each process, from one alone and from none; and what only one process raises."""
+    first = distributed.rank() == 0
+    pair = lambda *rows: [torch.tensor(rows), torch.tensor(rows)[:, None] / 2]  # noqa: E731
+
+    def failing() -> Iterator[list[torch.Tensor]]:
+        yield pair(1)
+        if not first:
+            raise BingoError("of the second process")
+
+    def alone() -> int:
+        assert [part.tolist() for part in distributed.joined([pair(5)])] == [[5], [[2.5]]]  # nobody is waited for
+        return distributed.world()
+
+    def raised(work: Callable[[], object]) -> str:
+        try:
+            work()
+        except BingoError as error:
+            return str(error)
+        raise AssertionError("nothing was raised")
+
+    def fail() -> None:
+        raise BingoError("of the first process")
+
+    return {
+        "both": [part.tolist() for part in distributed.joined([pair(1, 2), pair(3)] if first else [pair(4)])],
+        "second": [part.tolist() for part in distributed.joined([] if first else [pair(4), pair(5, 6, 7)])],
+        "none": distributed.joined([]),
+        "stretch": list(distributed.stretch(range(5))),
+        "alone": distributed.from_first(alone),
+        "worlds": distributed.world(),
+        "raised": [raised(lambda: distributed.joined(failing())), raised(lambda: distributed.from_first(fail))],
+    }
+
+
+def main(data: Path, test: Path, out: Path) -> None:
+    """All cases; then one that is refused, and with it the processes end as those of a command do."""
+    distributed.start(CPU)
+    cases: dict[str, Callable[[], dict[str, Any]]] = {
+        **{name: lambda name=name: command(*distill(data, out / name, **DISTILLED[name])) for name in DISTILLED},  # type: ignore[misc]
+        "validate": lambda: command(*validate(out / "kept", data, test, out / "proof.json")),
+        "pass": lambda: teacher_pass(data, out),
+        "exact": lambda: search("exact", out),
+        "ivf": lambda: search("ivf", out),
+        "joined": joined,
+    }
+    with mock.patch.multiple(embed, **SIZES), mock.patch.multiple(finetune, **TUNED):
+        for name, case in cases.items():
+            (out / f"{name}.{distributed.rank()}.json").write_text(json.dumps(case()))
+    sys.argv = ["bingo-compress", *distill(data, out / "refused", batch_size=7)]
+    cli.main()
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))
