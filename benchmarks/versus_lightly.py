@@ -2,7 +2,7 @@
 
 python benchmarks/versus_lightly.py --lightly-python ENV/bin/python [--student mobilenetv3_small_100] [--images 64] [--data FOLDER] [--json FILE]
 
-LightlyTrain runs as a program of its own in its own environment (python -m venv ENV; ENV/bin/pip install lightly-train==0.18.*), teacher with local random
+LightlyTrain runs as a program of its own in its own environment (python -m venv ENV; ENV/bin/pip install lightly-train==0.18.* timm), teacher with local random
 weights, telemetry off. A student pass is one view through the student, forward and backward: theirs one an image, ours two an anchor, so a step of
 theirs on 32 images is one of ours on 16 anchors. Rates are differences of a long and a short run, so that start-up cancels out. Our decoding and teacher
 pass (plain view and four augmented ones), also a difference of two folders, are counted in and spread over 10, 50 and 200 epochs.
@@ -50,6 +50,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         here = Path(scratch)
         half, whole = folders(chosen, here)
+        weights = here / "teacher.pth"
+        if chosen.lightly_python:  # first, so that an environment that lacks something is known at once
+            spent([str(word) for word in (chosen.lightly_python, "-c", WEIGHTS, chosen.teacher, weights)])
         # Ours: 1 and 4 epochs on the whole folder give the training; 1 epoch on half of it gives what decoding and teacher cost an image.
         one, four = (ours(chosen, whole, epochs, here / f"ours{epochs}") for epochs in (1, 4))
         small = ours(chosen, half, 1, here / "ours-half")
@@ -60,8 +63,6 @@ def main() -> None:
             rows[f"ours, with decoding and teacher, {epochs} epochs"] = 2 * epochs / (once + 2 * epochs * each)
         theirs = None
         if chosen.lightly_python:
-            weights = here / "teacher.pth"
-            subprocess.run([chosen.lightly_python, "-c", WEIGHTS, chosen.teacher, weights], check=True, capture_output=True)
             short, long = (lightly(chosen, whole, weights, epochs, here / f"theirs{epochs}") for epochs in (1, 3))
             theirs = 2 * chosen.images / (long - short)
     unit = "second" if on_gpu() else "CPU-second"
