@@ -109,7 +109,7 @@ def _image_by_image(views: Tensor, drawn: Draw, out: Tensor) -> Tensor:
             batch = torch.empty(len(places), *views.shape[1:])
             for image, place in zip(batch, places, strict=True):
                 image.copy_(views[place].flip(-1) if flips[place] else views[place])
-            batch.mul_(1 / 255)
+            batch.div_(255)
             for step in ORDERS[order] if order >= 0 else ():
                 STEPS[step](batch, _column(drawn.factors[step][images], batch))
             for image, place in zip(batch, places, strict=True):
@@ -122,7 +122,7 @@ def _image_by_image(views: Tensor, drawn: Draw, out: Tensor) -> Tensor:
 def _step_by_step(views: Tensor, drawn: Draw, out: Tensor) -> Tensor:
     """For a GPU: one step of all images that take it next, so that few and large kernels are launched. The same result."""
     size = views.shape[-1]
-    out.copy_(torch.where(_column(drawn.flip, views), views.flip(-1), views)).mul_(1 / 255)
+    out.copy_(torch.where(_column(drawn.flip, views), views.flip(-1), views)).div_(255)
     orders = torch.where(drawn.order[:, None] < 0, -1, torch.tensor(ORDERS)[drawn.order])
     for now in orders.unbind(1):
         for step, work in enumerate(STEPS):
