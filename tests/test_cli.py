@@ -139,7 +139,9 @@ def test_no_space(bingo: Any, data: Path, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_step_that_needs_more_than_the_memory_allowed(bingo: Any, data: Path, tmp_path: Path) -> None:
-    one_error(bingo("distill", *flags(data=data), "--memory", "300MB", "--out", "run"), "--memory", "step of 8 anchors", "found 300 MB")
+    words = ("distill", *flags(data=data), "--memory", "300MB", "--out", "run")
+    for more in ((), ("--dry-run",)):
+        one_error(bingo(*words, *more), "--memory", "step of 8 anchors", "found 300 MB")
     assert not (tmp_path / "run").exists()
 
 
