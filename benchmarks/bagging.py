@@ -1,7 +1,7 @@
 """Seconds to find every image's nearest neighbours: ours against faiss's IndexFlatIP, on clustered synthetic embeddings of length one. No GPU needed.
 
 python benchmarks/bagging.py [--images 100000] [--dim 128] [--bag-size 5] [--repeats 3] [--threads 0] [--json FILE]
-python benchmarks/bagging.py --million [--search ivf|exact] [--queries-share 0.02] [--json FILE]
+python benchmarks/bagging.py --million [--search auto|exact|ivf] [--queries-share 0.02] [--json FILE]
 
 --million does it as the tool does: 1,000,000 x 128 in a memory-mapped float16 file, blocks of the result written; with the peak of resident memory.
 --queries-share searches for that share of the images alone and multiplies the seconds: an extrapolation, and called so.
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="the least of so many is taken")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--million", action="store_true")
-    parser.add_argument("--search", choices=("ivf", "exact"), default="ivf")
+    parser.add_argument("--search", choices=("auto", "exact", "ivf"), default="auto")
     parser.add_argument("--queries-share", type=float, default=1.0)
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()

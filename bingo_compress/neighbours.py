@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 
 from bingo_compress import checkpoint, distributed, screen
 from bingo_compress.errors import BingoError
-from bingo_compress.matrices import Matrix, Rows, blocks
+from bingo_compress.matrices import Matrix, blocks
 
 CPU = torch.device("cpu")
 BLOCK = 16384  # queries searched, and written, together
@@ -100,10 +100,15 @@ def _nearest(queries: Tensor, gallery: Matrix, count: int, device: torch.device)
     similar, indices = torch.empty(len(rows), 0, device=device), torch.empty(len(rows), 0, dtype=torch.int64, device=device)
     for start, tile in blocks(gallery, TILE):
         more, where = _best(rows, _unit(tile, device, dtype), min(count, len(tile)))
-        similar, indices = torch.cat((similar, more), dim=1), torch.cat((indices, where + start), dim=1)
-        similar, places = similar.topk(min(count, similar.shape[1]), dim=1)
-        indices = indices.gather(1, places)
+        similar, indices = _merged((similar, indices), (more, where + start), count)
     return similar.cpu(), indices.cpu()
+
+
+def _merged(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], count: int) -> tuple[Tensor, Tensor]:
+    """The `count` best of two lists of (similarities, indices) a query, best first."""
+    similar, indices = torch.cat((one[0], other[0]), dim=1), torch.cat((one[1], other[1]), dim=1)
+    similar, places = similar.topk(min(count, similar.shape[1]), dim=1)
+    return similar, indices.gather(1, places)
 
 
 def _unit(rows: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -169,17 +174,15 @@ def _sound(file: Path) -> bool:
 
 
 def _by_lists(features: Matrix, count: int, search: Search, folder: Path | None) -> tuple[Tensor, Tensor]:
-    """`mates` by IVF: every row belongs to the list of its nearest centroid; all rows of a list search the lists nearest to theirs, exactly.
+    """`mates` by IVF: every row belongs to the list of its nearest centroid; a row is compared with the lists whose centroids are nearest to it.
 
-    Rows are taken in the order of their lists, so that each list is one product of matrices and nothing but numbers of rows is held. Raises BingoError.
+    Rows are taken in the order of their lists: those of a block read much the same lists, and each list is compared at once with all that read it.
+    Raises BingoError.
     """
     lists = _Lists(features, count, search.device, folder)
 
     def block(start: int, stop: int) -> dict[str, Tensor]:
-        images = lists.order[start:stop]
-        homes, sizes = lists.home[images].unique_consecutive(return_counts=True)
-        found = [lists.search(int(home), rows) for home, rows in zip(homes, images.split(sizes.tolist()), strict=True)]
-        return {name: torch.cat([part[name] for part in found]) for name in found[0]}
+        return lists.search(lists.order[start:stop])
 
     # Blocks of other lists than these would hold other rows.
     found = _in_blocks(f"neighbours-{zlib.crc32(lists.home.numpy().tobytes()):08x}", len(features), folder, block)
@@ -188,7 +191,7 @@ def _by_lists(features: Matrix, count: int, search: Search, folder: Path | None)
     # What is told is measured on the result, with queries that had no say in the number of lists.
     recall = _recall(lists.measured, similar)
     screen.say(
-        f"neighbours: IVF, {lists.probes} of {len(lists.near):,} lists a query, recall@{count} {recall:.3f} on {len(lists.measured[0]):,} exact queries"
+        f"neighbours: IVF, {lists.probes} of {len(lists.sizes):,} lists a query, recall@{count} {recall:.3f} on {len(lists.measured[0]):,} exact queries"
     )
     _refuse_under(recall, count, lists.probes)
     return indices, similar
@@ -208,51 +211,64 @@ def _refuse_under(recall: float, count: int, probes: int) -> None:
 
 
 class _Lists:
-    """Lists of rows by nearest centroid. home: (N,) list of each row; order: (N,) rows by list; near: (L, P) lists by nearness to each list;
-    probes: how many of them are read; measured: (queries (S,), similarities (S, K)) of exact queries. Raises BingoError."""
+    """Lists of rows by nearest centroid. home: (N,) list of each row; order: (N,) rows by list; sizes: (L,) rows of each list; probes: lists a query
+    reads; measured: (queries (S,), similarities (S, K)) of exact queries. Raises BingoError."""
 
     def __init__(self, features: Matrix, count: int, device: torch.device, folder: Path | None) -> None:
         self._features, self._count, self._device = features, count, device
-        centroids = _centroids(features, device, folder)
+        self._centroids = _centroids(features, device, folder)
 
         def block(start: int, stop: int) -> dict[str, Tensor]:
-            return {"home": _nearest(features[start:stop], centroids, 1, device)[1][:, 0].int()}
+            return {"home": _nearest(features[start:stop], self._centroids, 1, device)[1][:, 0].int()}
 
         self.home = _in_blocks("lists", len(features), folder, block)["home"].long()
         self.order = self.home.argsort(stable=True)
-        sizes = self.home.bincount(minlength=len(centroids))
-        self._ends = sizes.cumsum(0)
-        self._starts = self._ends - sizes
-        self.near = nearest_neighbours(centroids, centroids, min(len(centroids), PROBES), device)[1].int()
+        self.sizes = self.home.bincount(minlength=len(self._centroids))
+        self._ends = self.sizes.cumsum(0)
         self._choose()
+
+    def _near(self, images: Tensor, lists: int) -> Tensor:
+        """The `lists` lists nearest to each of `images`: (n, lists), nearest first."""
+        return nearest_neighbours(self._features[images], self._centroids, min(lists, len(self.sizes)), self._device)[1]
 
     def _choose(self) -> None:
         """The fewest lists a query that reach the WANTED recall. A neighbour is found if its list is read: no search is needed to know."""
         drawn = torch.randperm(len(self._features), generator=torch.Generator().manual_seed(1))[: 2 * SAMPLE]
         exact = _others(drawn, *nearest_neighbours(self._features[drawn], self._features, self._count + 1, self._device))
         half = len(drawn) // 2
-        homes = self.home[exact["indices"][:half].long()]
-        same = self.near[self.home[drawn[:half]]][:, None, :] == homes[:, :, None]
+        near = self._near(drawn[:half], PROBES)
+        same = near[:, None, :] == self.home[exact["indices"][:half].long()][:, :, None]
         # Lists a query has to read for each of its neighbours; beyond all that may be read where it is not among them.
-        needed = torch.where(same.any(2), same.int().argmax(2) + 1, self.near.shape[1] + 1).flatten().sort().values
-        self.probes = min(int(needed[math.ceil(WANTED * len(needed)) - 1]), self.near.shape[1])
+        needed = torch.where(same.any(2), same.int().argmax(2) + 1, near.shape[1] + 1).flatten().sort().values
+        self.probes = min(int(needed[math.ceil(WANTED * len(needed)) - 1]), near.shape[1])
         _refuse_under(float((needed <= self.probes).double().mean()), self._count, self.probes)
         self.measured = drawn[half:], exact["similar"][half:]
 
-    def search(self, home: int, images: Tensor) -> dict[str, Tensor]:
-        """Neighbours of rows `images` of the list `home`, in the lists near to it: as many more than `probes` as hold enough rows."""
-        near = self.near[home].long()
-        held = (self._ends - self._starts)[near].cumsum(0)
-        if held[-1] <= self._count:
-            raise BingoError(
-                f"search=ivf: expected lists of more than {self._count} images together, found {int(held[-1])}; use --set search=exact"
-            )
-        take = max(self.probes, int((held <= self._count).sum()) + 1)
-        which = torch.cat([self.order[self._starts[other] : self._ends[other]] for other in near[:take].tolist()])
-        rows = self._features
-        candidates = Rows(rows.matrix, rows.which[which]) if isinstance(rows, Rows) else Rows(rows, which)
-        similar, places = nearest_neighbours(rows[images], candidates, self._count + 1, self._device)
-        return _others(images, similar, which[places])
+    def search(self, images: Tensor) -> dict[str, Tensor]:
+        """Neighbours of rows `images` (n,) in the `probes` lists nearest to each, or in as many more as hold enough rows."""
+        near = self._near(images, self.probes)
+        if bool((self.sizes[near].sum(1) <= self._count).any()):
+            near = self._near(images, PROBES)
+            held = self.sizes[near].cumsum(1)
+            if int(held[:, -1].min()) <= self._count:
+                raise BingoError(
+                    f"search=ivf: expected lists of more than {self._count} images together, found {int(held[:, -1].min())}; use --set search=exact"
+                )
+            near = near[:, : max(self.probes, int((held <= self._count).sum(1).max()) + 1)]
+        queries = _unit(self._features[images], self._device, torch.float32)
+        similar = torch.full((len(images), self._count + 1), -math.inf)
+        indices = torch.zeros_like(similar, dtype=torch.int64)
+        # One list after the other, with the queries that read it.
+        lists, pairs = near.flatten().sort(stable=True)
+        read, readers = lists.unique_consecutive(return_counts=True)
+        for other, asking in zip(read.tolist(), (pairs // near.shape[1]).split(readers.tolist()), strict=True):
+            which = self.order[self._ends[other] - self.sizes[other] : self._ends[other]]
+            if len(which):
+                rows = _unit(self._features[which], self._device, torch.float32)
+                more, places = (queries[asking] @ rows.T).topk(min(self._count + 1, len(which)), dim=1)
+                best = (similar[asking], indices[asking])
+                similar[asking], indices[asking] = _merged(best, (more.cpu(), which[places.cpu()]), self._count + 1)
+        return _others(images, similar, indices)
 
 
 def _centroids(features: Matrix, device: torch.device, folder: Path | None) -> Tensor:

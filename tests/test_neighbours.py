@@ -207,8 +207,8 @@ def test_ivf_that_misses_too_much_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 def test_ivf_is_refused_by_what_it_found_not_by_what_it_promised(monkeypatch: pytest.MonkeyPatch) -> None:
     real = neighbours._Lists.search
 
-    def careless(lists: Any, home: int, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        found = real(lists, home, images)
+    def careless(lists: Any, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        found = real(lists, images)
         return {"indices": found["indices"].roll(1, 0), "similar": found["similar"] - 0.2}
 
     monkeypatch.setattr(neighbours._Lists, "search", careless)
