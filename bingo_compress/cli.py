@@ -177,24 +177,78 @@ def validate(
     against: Annotated[
         Path | None, typer.Option(help="the --out folder of another run: compare the two students on the same images")
     ] = None,
+    require: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="end with status 3 where the exported file (or the student) is below; knn=0.58, linear=0.60; may be repeated",
+        ),
+    ] = None,
     device: Device = "auto",
 ) -> None:
     """Prove a run: kNN, linear probe and neighbour recall of teacher, student, start, random weights and the exported file."""
     from bingo_compress.validation import validate as prove
 
-    prove(run, data, test, json_file, device, shots=shots, fine_tune=fine_tune, literature=literature, against=against)
+    prove(
+        run, data, test, json_file, device, shots=shots, fine_tune=fine_tune, literature=literature, against=against, require=require or []
+    )
 
 
 @app.command()
 def export(
     run: Run,
-    out: Annotated[Path | None, typer.Option(help="folder for student.onnx; default: RUN/export")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder for the files; default: RUN/export")] = None,
     data: Annotated[Path | None, typer.Option(help="where the run's images are now, if they moved")] = None,
+    fmt: Annotated[str, typer.Option("--format", help="onnx, onnx-int8 or all")] = "onnx",
+    profile: Annotated[
+        str, typer.Option(help="modern (opset 21, any batch) or edge (opset 17, IR 8, batch 1, for converters of device makers)")
+    ] = "modern",
+    batch: Annotated[str | None, typer.Option(help="dynamic or a number, instead of the profile's")] = None,
+    opset: Annotated[int | None, typer.Option(help="opset of the ONNX domain, instead of the profile's")] = None,
+    image_size: Annotated[int | None, typer.Option(help="pixels a side of the file's input; default: the run's")] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="labelled images, one folder a class: int8 may lose --max-loss points of accuracy on them")
+    ] = None,
+    test: Annotated[Path | None, typer.Option(help="with --labels: labelled images to test on; default: a quarter is set aside")] = None,
+    max_loss: Annotated[float, typer.Option(help="points of kNN and linear accuracy that int8 may lose")] = 0.5,
+    finetune: Annotated[
+        bool,
+        typer.Option(
+            "--finetune", help="where no way of quantising passes: train the quantised student on the run's own images, no labels"
+        ),
+    ] = False,
 ) -> None:
-    """Write the student as an ONNX file, proven equal on your own images."""
+    """Write the student as ONNX files, float and int8, proven on your own images to be the same model."""
     from bingo_compress.exporting import export as write
 
-    write(run, out, data)
+    write(
+        run,
+        out,
+        data,
+        fmt,
+        profile=profile,
+        batch=batch,
+        opset=opset,
+        image_size=image_size,
+        labels=labels,
+        test=test,
+        max_loss=max_loss,
+        finetune=finetune,
+    )
+
+
+@app.command()
+def latency(
+    models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help="ONNX files; each is compared with the first")],
+    threads: Annotated[list[int] | None, typer.Option(help="threads inside an operator; may be repeated; default: 1 and all cores")] = None,
+    runs: Annotated[int, typer.Option(help="timed runs of each file")] = 500,
+    warm_up: Annotated[int, typer.Option(help="runs of each file before those")] = 50,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write protocol and figures to this file")] = None,
+) -> None:
+    """Time ONNX files against each other on this processor, run by run in turn: p50, p90, p99, load time, memory."""
+    from bingo_compress.latency import latency as measure
+
+    measure(models, threads, runs, warm_up, json_file)
 
 
 @app.command()

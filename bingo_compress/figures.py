@@ -10,10 +10,12 @@ from torch import Tensor
 
 from bingo_compress import checkpoint, embed, evidence, finetune, probes, screen
 from bingo_compress.encoder import Preprocessing
+from bingo_compress.errors import BingoError
 from bingo_compress.images import Folder, labels_by_path, labels_of
 
 LEAST_GAP = 0.05
 SUBSETS = 3  # draws of few labels
+TEST_SHARE = 0.25  # of each class, where no test images are given
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,33 @@ def embedded(
         )
     names, labels = labels_of(folder)
     return features, torch.tensor([classes.index(names[labels[index]]) for index in good]), good
+
+
+def sides(
+    models: Mapping[str, tuple[Preprocessing, embed.Embed]], bank_folder: Folder, test_folder: Folder | None, classes: list[str]
+) -> Sides:
+    """Every labelled image embedded by every model; without a test folder a quarter of each class of the bank is set aside."""
+    bank, labels, places = embedded(models, bank_folder, classes, "embed labelled images")
+    if test_folder:
+        queries, query_labels, query_places = embedded(models, test_folder, classes, "embed test images")
+        return Sides(classes, bank, labels, bank_folder, places, queries, query_labels, test_folder, query_places)
+    chosen = _quarter(labels)
+    queries, bank = ({name: rows[part] for name, rows in bank.items()} for part in (chosen, ~chosen))
+    query_places, places = (torch.tensor(places)[part].tolist() for part in (chosen, ~chosen))
+    return Sides(classes, bank, labels[~chosen], bank_folder, places, queries, labels[chosen], bank_folder, query_places)
+
+
+def _quarter(labels: Tensor) -> Tensor:
+    """A quarter of each class, at random but always the same, as the test set. Returns bool (N,). Raises BingoError for a class of one."""
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():
+        rows = (labels == label).nonzero()[:, 0]
+        if len(rows) < 2:
+            raise BingoError("--data: expected at least two images in every class, so that one can be tested on; add images or give --test")
+        take = max(1, int(len(rows) * TEST_SHARE))
+        chosen[rows[torch.randperm(len(rows), generator=generator)[:take]]] = True
+    return chosen
 
 
 def _balanced(right: Tensor, labels: Tensor) -> float:

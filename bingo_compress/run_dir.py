@@ -25,6 +25,7 @@ class RunDir:
         self.metrics = path / "metrics.jsonl"
         self.quarantine = path / "quarantine.csv"
         self.summary = path / "summary.json"
+        self.validation = path / "validation.json"
         self.export = path / "export"
         self.work = path / "work"
         self.start = self.work / "start.safetensors"
@@ -71,7 +72,7 @@ def _clear(run: RunDir) -> None:
         raise BingoError(
             f"--overwrite: {run.path} is not a run of this program (no recipe.yaml), so nothing in it is deleted; name another folder"
         )
-    for path in (run.recipe, run.student, run.metrics, run.quarantine, run.summary, run.start, run.bags, run.checkpoint):
+    for path in (run.recipe, run.student, run.metrics, run.quarantine, run.summary, run.validation, run.start, run.bags, run.checkpoint):
         path.unlink(missing_ok=True)
     shutil.rmtree(run.export, ignore_errors=True)
 
@@ -97,17 +98,39 @@ def atomic(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        with temporary.open("rb") as handle:
-            os.fsync(handle.fileno())
+        _sync(temporary)
         os.chmod(temporary, 0o666 & ~UMASK)  # safetensors makes files that only their owner may read
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder` to put files in; synced and renamed when the block ends well, replacing an older one; deleted when it does not."""
+    temporary, older = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
+
+    def clear() -> None:
+        for path in (temporary, older):
+            shutil.rmtree(path, ignore_errors=True)
+
+    clear()  # of a process with this number that was killed
+    try:
+        temporary.mkdir()
+        yield temporary
+        for path in (*temporary.iterdir(), temporary):
+            _sync(path)
+        if folder.is_dir():
+            os.replace(folder, older)  # a folder with files in it cannot be renamed over: for a moment there is none
+        os.replace(temporary, folder)
+        _sync(folder.parent)
+    finally:
+        clear()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

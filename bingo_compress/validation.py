@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bingo_compress import distributed, embed, evidence, figures, finetune, images, pixels, probes, run_dir
+from bingo_compress import distributed, embed, evidence, figures, finetune, images, model_card, pixels, probes, run_dir
 from bingo_compress.encoder import Encoder, Preprocessing, build
 from bingo_compress.errors import BingoError
 from bingo_compress.exporters.onnx import onnx_runner
@@ -18,7 +19,7 @@ from bingo_compress.pipeline import Models, build_student, choose_device, load_s
 from bingo_compress.proof_table import NAMES as NAMES
 from bingo_compress.proof_table import show
 
-TEST_SHARE = 0.25
+REQUIRED = ("knn", "linear", "linear_balanced", "neighbour_recall")  # what a threshold may be set on
 
 
 def validate(
@@ -32,14 +33,17 @@ def validate(
     fine_tune: bool = False,
     literature: bool = False,
     against: Path | None = None,
+    require: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Probe every model of a run. data: the labelled bank; test: labelled queries, or None to set a quarter of each class of `data` aside.
 
     shots: parts of the labels, such as "1%,10%,5", to probe with as well and, with fine_tune, to fine-tune on; literature: the linear probe with
-    augmentation too; against: another finished run, whose student is compared on the same images. Returns and, with json_file, writes
-    {"protocol": ..., "rows": ...}, every figure with a 95% interval. Saves linear.npz and bank.npz for the edge kit. Of several processes each embeds
-    its share of the images; the first does the rest. Raises BingoError.
+    augmentation too; against: another finished run, whose student is compared on the same images; require: "linear=0.6" and the like. Returns and
+    writes to RUN/validation.json and json_file {"protocol": ..., "rows": ...}, every figure with a 95% interval. Saves linear.npz and bank.npz for the
+    edge kit. Of several processes each embeds its share of the images; the first does the rest. Raises BingoError, with exit status 3, when all is
+    written, where the exported file (without one: the student) is below a figure that `require` names.
     """
+    least = parse_required(require)
     specs = finetune.parse_shots(shots) if shots else []
     if fine_tune and not specs:
         raise BingoError("--fine-tune: expected --shots beside it, found none; for example --shots 1%,10% --fine-tune")
@@ -66,7 +70,7 @@ def validate(
         models["onnx"] = (student.preprocessing, lambda batch: session(batch)[1])
     if other:
         models["against"] = embed.as_embed(load_student(saved_recipe(other), other.student), where)
-    sides = _sides(models, bank_folder, test_folder, classes)
+    sides = figures.sides(models, bank_folder, test_folder, classes)
 
     def judge() -> dict[str, Any]:
         rows: list[dict[str, Any]] = []
@@ -94,12 +98,35 @@ def validate(
         deployed = "onnx" if "onnx" in models else "student"
         paths = [bank_folder.files[place] for place in sides.places]
         save_heads(run.export, heads[deployed], sides.bank[deployed], sides.labels, classes, paths)
-        if json_file:
-            run_dir.write_text(json_file, _json(result))
+        for file in filter(None, (run.validation, json_file)):
+            run_dir.write_text(file, _json(result))
+        if (run.export / model_card.NAME).exists():
+            model_card.renew(run, run.export)
         show(result, run, Models(recipe, teacher, student))
+        _refuse_under(least, by_name[deployed], deployed)
         return result
 
     return distributed.from_first(judge)
+
+
+def parse_required(words: Sequence[str]) -> dict[str, float]:
+    """["linear=0.6"] to {"linear": 0.6}. Raises BingoError."""
+    least = {}
+    for word in words:
+        key, _, value = word.partition("=")
+        try:
+            least[key] = float(value)
+        except ValueError:
+            least[key] = -1.0
+        if key not in REQUIRED or not 0 <= least[key] <= 1:
+            raise BingoError(f"--require: expected {' or '.join(f'{name}=0.60' for name in REQUIRED)}, found {word!r}")
+    return least
+
+
+def _refuse_under(least: dict[str, float], row: dict[str, Any], name: str) -> None:
+    under = [f"{key} {row[key]:.4f} (at least {value:g})" for key, value in least.items() if not row[key] >= value]
+    if under:
+        raise BingoError(f"--require: the {'exported file' if name == 'onnx' else name} is below what is asked for: {', '.join(under)}", 3)
 
 
 def _open_against(path: Path) -> run_dir.RunDir:
@@ -107,31 +134,6 @@ def _open_against(path: Path) -> run_dir.RunDir:
         return run_dir.open_finished(path)
     except BingoError as error:
         raise BingoError(f"--against:{str(error).removeprefix('--run:')}") from None
-
-
-def _sides(models: dict[str, Any], bank_folder: images.Folder, test_folder: images.Folder | None, classes: list[str]) -> Sides:
-    """Everything embedded; without a test folder a quarter of each class of the bank is set aside."""
-    bank, labels, places = figures.embedded(models, bank_folder, classes, "embed labelled images")
-    if test_folder:
-        queries, query_labels, query_places = figures.embedded(models, test_folder, classes, "embed test images")
-        return Sides(classes, bank, labels, bank_folder, places, queries, query_labels, test_folder, query_places)
-    chosen = _quarter(labels)
-    queries, bank = ({name: rows[part] for name, rows in bank.items()} for part in (chosen, ~chosen))
-    query_places, places = (torch.tensor(places)[part].tolist() for part in (chosen, ~chosen))
-    return Sides(classes, bank, labels[~chosen], bank_folder, places, queries, labels[chosen], bank_folder, query_places)
-
-
-def _quarter(labels: Tensor) -> Tensor:
-    """A quarter of each class, at random but always the same, as the test set. Returns bool (N,). Raises BingoError for a class of one."""
-    generator = torch.Generator().manual_seed(0)
-    chosen = torch.zeros(len(labels), dtype=torch.bool)
-    for label in labels.unique():
-        rows = (labels == label).nonzero()[:, 0]
-        if len(rows) < 2:
-            raise BingoError("--data: expected at least two images in every class, so that one can be tested on; add images or give --test")
-        take = max(1, int(len(rows) * TEST_SHARE))
-        chosen[rows[torch.randperm(len(rows), generator=generator)[:take]]] = True
-    return chosen
 
 
 def _train_with_labels(

@@ -47,7 +47,7 @@ def contract(**changes: object) -> dict[str, object]:
     }
 
 
-def make_model(path: Path, meta: object = None, size: int = 8, dim: int | str = 3) -> str:
+def make_model(path: Path, meta: object = None, size: int = 8, dim: int | str = 3, batch: int | str = "batch") -> str:
     """features = the mean colour, embedding = features / |features|: a plain picture's numbers are known, a black one gives NaN."""
     value = helper.make_tensor_value_info
     nodes = [
@@ -57,8 +57,8 @@ def make_model(path: Path, meta: object = None, size: int = 8, dim: int | str = 
         helper.make_node("Div", ["features", "norm"], ["embedding"]),
     ]
     axes = [helper.make_tensor(name, TensorProto.INT64, [len(v)], v) for name, v in (("hw", [1, 2]), ("c", [1]))]
-    outputs = [value(name, TensorProto.FLOAT, ["batch", dim]) for name in ("embedding", "features")]
-    graph = helper.make_graph(nodes, "tiny", [value("image", TensorProto.UINT8, ["batch", size, size, 3])], outputs, axes)
+    outputs = [value(name, TensorProto.FLOAT, [batch, dim]) for name in ("embedding", "features")]
+    graph = helper.make_graph(nodes, "tiny", [value("image", TensorProto.UINT8, [batch, size, size, 3])], outputs, axes)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     if meta is not False:
         helper.set_model_props(model, {"bingo_compress": meta if isinstance(meta, str) else json.dumps(meta or contract())})

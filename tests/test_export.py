@@ -44,7 +44,7 @@ def without_metadata(path: Path, copy: Path) -> None:
 @pytest.fixture
 def quick(exported: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Writing a graph takes seconds: give the one that was written before, of the weights of `exported`."""
-    monkeypatch.setattr(exporter, "_write_graph", lambda module, example, path: without_metadata(exported[0], path))
+    monkeypatch.setattr(exporter, "_write_graph", lambda module, images, path, wanted: without_metadata(exported[0], path))
 
 
 # ---------------------------------------------------------------- equal
@@ -88,14 +88,14 @@ def test_deployed_is_the_encoder_with_its_own_normalisation() -> None:
     assert torch.allclose(embedding, expected / expected.norm(dim=1, keepdim=True), atol=1e-5)
 
 
-def test_the_graph_takes_uint8_of_any_batch_at_opset_18(exported: tuple[Path, Any]) -> None:
+def test_the_graph_takes_uint8_of_any_batch_at_opset_21(exported: tuple[Path, Any]) -> None:
     model = onnx.load(exported[0])
     (image,) = model.graph.input
     assert image.name == "image"
     assert image.type.tensor_type.elem_type == onnx.TensorProto.UINT8
     assert [dim.dim_value for dim in image.type.tensor_type.shape.dim] == [0, 32, 32, 3]
     assert [output.name for output in model.graph.output] == ["embedding", "features"]
-    assert {entry.domain: entry.version for entry in model.opset_import}[""] == 18
+    assert {entry.domain: entry.version for entry in model.opset_import}[""] == 21
     assert [path.name for path in sorted(exported[0].parent.iterdir())] == ["student.json", "student.onnx"]
 
 
@@ -108,7 +108,7 @@ def test_the_metadata_is_student_json_without_its_digest(exported: tuple[Path, A
     assert {key: contract[key] for key in FACTS} == FACTS
     assert contract["embedding_dim"] == student.width
     assert contract["input"]["size"] == 32 and contract["input"]["dtype"] == "uint8"
-    assert contract["onnx"]["opset"] == 18
+    assert contract["onnx"]["opset"] == 21
     assert contract["parity"]["images"] == 5
     assert contract["parity"]["max_difference"] <= 1e-4 and contract["parity"]["min_cosine"] >= 0.9999
     assert {**contract["preprocess"], "size": 32} == student.preprocessing.geometry()
@@ -222,7 +222,7 @@ def finished(tmp_path: Path) -> run_dir.RunDir:
 
 @pytest.mark.slow
 def test_a_run_is_exported_and_its_file_embeds_its_photos_as_torch_does(finished: run_dir.RunDir, tmp_path: Path) -> None:
-    path = exporting.export(finished.path, tmp_path / "elsewhere")
+    (path,) = exporting.export(finished.path, tmp_path / "elsewhere")
     assert path == tmp_path / "elsewhere" / "student.onnx"
     settings = pipeline.saved_recipe(finished)
     student = pipeline.load_student(settings, finished.student)

@@ -8,18 +8,19 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 # Lowest first; a module imports only from lower lines.
 LAYERS = (
-    "errors families distributed memory",
+    "errors families distributed memory processor",
     "recipe run_dir layouts",
     "screen feature_queue losses schedule augment weights chart evidence meter",
-    "images encoder checkpoint frugal speed profiling matrices",
+    "images encoder checkpoint frugal speed profiling matrices golden latency",
     "decoding",
     "pixels neighbours",
     "bagging",
     "embed probes exporters.onnx",
-    "batches",
+    "batches exporters.onnx_int8",
     "distill checking catalogue finetune",
     "pipeline figures",
-    "proof_table",
+    "proof_table gate quantaware",
+    "model_card",
     "validation exporting estimate compare",
     "demo early",
     "cli",

@@ -6,8 +6,10 @@ import hashlib
 import io
 import json
 import logging
+import tempfile
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +19,50 @@ import onnxruntime
 import timm
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity, normalize
+from torch.nn.functional import cosine_similarity
 
 from bingo_compress.encoder import Encoder
 from bingo_compress.errors import BingoError
 from bingo_compress.run_dir import atomic, write_text
 
-OPSET = 18
 MAX_DIFFERENCE = 1e-4
 MIN_COSINE = 0.9999
 IMAGES = 256
 REFUSED = 3
+TORCH_LEAST = 18  # torch writes no lower opset, whatever it is asked for: lower ones are converted from it
+IR_OF_OPSET = {17: 8, 16: 8, 15: 8}  # the IR version of the onnx release that brought the opset (onnx/docs/Versioning.md)
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a file is to look like. opset: of the ONNX domain, the only one in it; ir: at most this IR version, 0: whatever torch writes; batch: 0 is dynamic."""
+
+    opset: int
+    ir: int
+    batch: int
+
+
+# modern: the first opset whose own QuantizeLinear takes 16 bits; edge: what RKNN, CANN, TensorRT, Hailo and old Triton servers read.
+PROFILES = {"modern": Form(21, 0, 0), "edge": Form(17, 8, 1)}
+
+
+def form(profile: str, batch: str | None, opset: int | None) -> Form:
+    """A profile with what the user wants otherwise. batch: "dynamic" or a number. Raises BingoError."""
+    if profile not in PROFILES:
+        raise BingoError(f"--profile: expected {' or '.join(PROFILES)}, found {profile!r}")
+    chosen = PROFILES[profile]
+    if batch is not None:
+        if batch != "dynamic" and not (batch.isdecimal() and int(batch)):
+            raise BingoError(f"--batch: expected dynamic or a number of at least 1, found {batch!r}")
+        chosen = replace(chosen, batch=0 if batch == "dynamic" else int(batch))
+    if opset is not None:
+        newest = onnx.defs.onnx_opset_version()
+        if not 13 <= opset <= newest:
+            raise BingoError(
+                f"--opset: expected 13 (the first with int8 by channels) to {newest} (the newest that onnx {onnx.__version__} knows), found {opset}"
+            )
+        chosen = replace(chosen, opset=opset)
+    return chosen
 
 
 class Deployed(nn.Module):
@@ -39,14 +74,16 @@ class Deployed(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 pixels to (embedding, features)."""
-        features = self.student(image.permute(0, 3, 1, 2).to(torch.float32) / 255)
-        return normalize(features, dim=1), features
+        # contiguous: pooling of channels-last tensors is exported with an as_strided, a Gather that devices need not know.
+        features = self.student(image.permute(0, 3, 1, 2).contiguous().to(torch.float32) / 255)
+        # As torch's normalize, in four nodes: that one is exported with shapes that are looked up, ranged over and expanded.
+        return features / features.norm(dim=1, keepdim=True).clamp(min=1e-12), features
 
 
-def export_onnx(student: Encoder, images: Tensor, path: Path, facts: dict[str, Any]) -> dict[str, Any]:
+def export_onnx(student: Encoder, images: Tensor, path: Path, facts: dict[str, Any], wanted: Form = PROFILES["modern"]) -> dict[str, Any]:
     """Write `path` and the readable `path`.json. images: uint8 (n, S, S, 3), the user's own, preprocessed. Returns the contract that both hold.
 
-    Raises BingoError (exit status 3), leaving nothing behind, unless embeddings agree to 1e-4 and a cosine of 0.9999.
+    Raises BingoError (exit status 3), leaving nothing behind, unless the file is of the form that is wanted and embeddings agree to 1e-4 and a cosine of 0.9999.
     """
     student = student.cpu().eval()
     with torch.inference_mode():
@@ -55,15 +92,20 @@ def export_onnx(student: Encoder, images: Tensor, path: Path, facts: dict[str, A
     fused.backbone = timm.utils.reparameterize_model(fused.backbone)
     contract = _contract(student, facts)
     path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".onnx-", dir=path.parent) as folder:
+        raw = Path(folder, "student.onnx")
+        _write_graph(Deployed(fused).eval(), images, raw, wanted)
+        contract["parity"] = _parity(raw, images, torch.cat([pair[0] for pair in expected]), torch.cat([pair[1] for pair in expected]))
+        return publish(raw, path, contract, wanted)
+
+
+def publish(raw: Path, path: Path, contract: dict[str, Any], wanted: Form) -> dict[str, Any]:
+    """Put what `raw` holds at `path`, with the contract in its metadata, and the readable `path`.json. Returns the contract with what the file turned out
+    to be. Raises BingoError (exit status 3) unless it is of the form that is wanted."""
+    contract = contract | {"onnx": described(raw, wanted)}
     with atomic(path) as temporary:
-        _write_graph(Deployed(fused).eval(), images[:2], temporary)
-        contract["onnx"] = _described(temporary)
-        contract["parity"] = _parity(
-            temporary, images, torch.cat([pair[0] for pair in expected]), torch.cat([pair[1] for pair in expected])
-        )
-        model = onnx.load(temporary)
-        entry = model.metadata_props.add()
-        entry.key, entry.value = "bingo_compress", json.dumps(contract)
+        model = onnx.load(raw)
+        onnx.helper.set_model_props(model, {"bingo_compress": json.dumps(contract)})
         onnx.save(model, temporary)
         onnx.checker.check_model(temporary)
         digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
@@ -77,6 +119,7 @@ def _contract(student: Encoder, facts: dict[str, Any]) -> dict[str, Any]:
     return {
         "format": 1,
         **facts,
+        "precision": "float32",
         "embedding_dim": student.width,
         "parameters": student.parameters_count(),
         "input": {"name": "image", "layout": "NHWC", "dtype": "uint8", "color": "RGB", "size": preprocessing.size},
@@ -88,8 +131,11 @@ def _contract(student: Encoder, facts: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _write_graph(module: nn.Module, example: Tensor, path: Path) -> None:
-    batch = torch.export.Dim("batch")
+def _write_graph(module: nn.Module, images: Tensor, path: Path, wanted: Form) -> None:
+    # Two pictures where the batch is dynamic: torch takes a size of 1 for a constant.
+    count = wanted.batch or 2
+    example = images[torch.arange(count) % len(images)]
+    batch = None if wanted.batch else {"image": {0: torch.export.Dim("batch")}}
     # The exporter talks at length on stdout and through loggers; what matters is checked in the file below.
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
@@ -100,29 +146,56 @@ def _write_graph(module: nn.Module, example: Tensor, path: Path) -> None:
                 (example,),
                 path,
                 dynamo=True,
-                opset_version=OPSET,
+                opset_version=max(wanted.opset, TORCH_LEAST),
                 input_names=["image"],
                 output_names=["embedding", "features"],
-                dynamic_shapes={"image": {0: batch}},
+                dynamic_shapes=batch,
                 external_data=False,
                 verbose=False,
             )
         except Exception as error:
             why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise BingoError(f"export refused: torch cannot export this student to ONNX ({why}); choose another student", REFUSED) from None
+    if wanted.opset < TORCH_LEAST or wanted.ir:
+        _lower(path, wanted)
 
 
-def _described(path: Path) -> dict[str, Any]:
-    """Opset, IR version and batch as the written file has them, which is not always what was asked for."""
+def _lower(path: Path, wanted: Form) -> None:
+    """Rewrite the file at an opset that torch does not write, by onnx's own converter."""
     model = onnx.load(path)
-    first = model.graph.input[0].type.tensor_type.shape.dim[0]
-    opsets = {entry.domain or "ai.onnx": entry.version for entry in model.opset_import}
-    if first.dim_value or opsets.get("ai.onnx") != OPSET:
+    try:
+        if wanted.opset < TORCH_LEAST:
+            model = onnx.version_converter.convert_version(model, wanted.opset)
+    except Exception as error:
+        why = " ".join(str(error).split())[:200]
         raise BingoError(
-            f"export refused: expected a dynamic batch and opset {OPSET}, the file has batch {first.dim_value or 'dynamic'} and opsets {opsets}",
+            f"export refused: onnx cannot convert this student to opset {wanted.opset} ({why}); give --opset {TORCH_LEAST} or more, or --profile modern",
+            REFUSED,
+        ) from None
+    for node in model.graph.node:  # the converter turns the axes into an attribute again, and leaves the one that came with the input
+        if node.op_type.startswith("Reduce") and wanted.opset < 18:
+            kept = [attribute for attribute in node.attribute if attribute.name != "noop_with_empty_axes"]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+    model.ir_version = wanted.ir or IR_OF_OPSET.get(wanted.opset, model.ir_version)
+    onnx.save(model, path)
+
+
+def described(path: Path, wanted: Form) -> dict[str, Any]:
+    """Opset, IR version and batch as the written file has them, which is not always what was asked for. Raises BingoError (exit status 3)."""
+    model = onnx.load(path)
+    batch = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value
+    opsets = {entry.domain or "ai.onnx": entry.version for entry in model.opset_import}
+    foreign = sorted({node.domain for node in model.graph.node if node.domain} | {function.domain for function in model.functions})
+    found = (batch, opsets, foreign)
+    if found != (wanted.batch, {"ai.onnx": wanted.opset}, []) or (wanted.ir and model.ir_version > wanted.ir):
+        raise BingoError(
+            f"export refused: expected a {f'batch of {wanted.batch}' if wanted.batch else 'dynamic batch'}, opset {wanted.opset} and no other domain"
+            f"{f', IR version {wanted.ir} at most' if wanted.ir else ''}; the file has batch {batch or 'dynamic'}, opsets {opsets}, "
+            f"nodes of {foreign or 'no other domain'}, IR version {model.ir_version}; try another --opset, --batch or --profile",
             REFUSED,
         )
-    return {"opset": opsets["ai.onnx"], "ir_version": model.ir_version, "batch": "dynamic", "bytes": path.stat().st_size}
+    return {"opset": wanted.opset, "ir_version": model.ir_version, "batch": batch or "dynamic", "bytes": path.stat().st_size}
 
 
 def _parity(path: Path, images: Tensor, embedding: Tensor, features: Tensor) -> dict[str, Any]:
@@ -145,14 +218,17 @@ def _parity(path: Path, images: Tensor, embedding: Tensor, features: Tensor) -> 
 
 
 def onnx_runner(path: Path) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """The file in onnxruntime on the CPU, as a function of uint8 (B, S, S, 3) -> (embedding, features)."""
+    """The file in onnxruntime on the CPU, as a function of uint8 (B, S, S, 3) -> (embedding, features); a fixed batch is filled up and cut again."""
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    fixed = session.get_inputs()[0].shape[0]
+
+    def once(batch: Tensor) -> list[Tensor]:
+        return [torch.from_numpy(found) for found in session.run(["embedding", "features"], {"image": np.ascontiguousarray(batch.numpy())})]
 
     def run(batch: Tensor) -> tuple[Tensor, Tensor]:
-        embedding, features = session.run(["embedding", "features"], {"image": np.ascontiguousarray(batch.numpy())})
-        return torch.from_numpy(embedding), torch.from_numpy(features)
+        size = fixed if isinstance(fixed, int) else max(len(batch), 1)
+        parts = [once(part[torch.arange(size) % len(part)]) for part in batch.split(size)]
+        embedding, features = (torch.cat(kind)[: len(batch)] for kind in zip(*parts, strict=True))
+        return embedding, features
 
     return run
-
-
-EXPORTERS = {"onnx": export_onnx}

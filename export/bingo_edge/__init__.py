@@ -5,14 +5,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bingo_edge.errors import EdgeError
+    from bingo_edge.golden import selftest
     from bingo_edge.heads import classify, load_head
     from bingo_edge.image import ImageError, load_image, preprocess
     from bingo_edge.model import Embedder
 
 __version__ = "0.1.0"
-__all__ = ["EdgeError", "Embedder", "ImageError", "__version__", "classify", "load_head", "load_image", "preprocess"]
+__all__ = ["EdgeError", "Embedder", "ImageError", "__version__", "classify", "load_head", "load_image", "preprocess", "selftest"]
 
-_HOME = {"EdgeError": "errors", "classify": "heads", "load_head": "heads", "Embedder": "model"}
+_HOME = {"EdgeError": "errors", "classify": "heads", "load_head": "heads", "Embedder": "model", "selftest": "golden"}
 _HOME |= dict.fromkeys(("ImageError", "load_image", "preprocess"), "image")
 
 

@@ -14,6 +14,7 @@ from bingo_edge import __version__
 from bingo_edge.errors import EdgeError
 
 if TYPE_CHECKING:
+    from bingo_edge.golden import Check
     from bingo_edge.model import Embedded, Embedder
 
 
@@ -50,11 +51,13 @@ def parser() -> argparse.ArgumentParser:
     command = add("time", _time, "time of one picture in the network, preprocessing not included")
     command.add_argument("--runs", type=int, default=200, metavar="N", help="timed runs after a warm-up (default 200)")
     add("info", _info, "the contract inside an ONNX file")
+    command = add("selftest", _selftest, "the model on the pictures exported with it: same pixels, same embeddings; exit status 3 if not")
+    command.add_argument("--golden", metavar="FOLDER", help="where those pictures are (default: MODEL's name with .golden, beside it)")
     return top
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command: 0, or 2 with one line on stderr for an error that the user can mend."""
+    """Run one command: 0, or 2 with one line on stderr for an error that the user can mend, or 3 for a self-test that failed."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file's name must not end a run where the terminal cannot show it
@@ -66,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except EdgeError as error:
         print(f"error: {_shown(str(error))}", file=sys.stderr)
-        return 2
+        return error.exit_status
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader has left, as `head` does; the flush at exit must not complain about it
@@ -168,6 +171,28 @@ def _info(args: argparse.Namespace) -> None:
     _report(args, report, "\n".join(map(_shown, lines)))
 
 
+def _selftest(args: argparse.Namespace) -> None:
+    from bingo_edge.golden import refuse_failed, selftest, tolerance
+
+    embedder = _open(args)
+    checks = selftest(embedder, args.golden)
+    min_cosine, max_difference = tolerance(embedder.contract)
+    passed = sum(not check.failed for check in checks)
+    lines = [f"{check.file}\t{', '.join(check.failed) or 'ok'}\t{_measured(check)}" for check in checks]
+    lines.append(
+        f"{passed} of {len(checks)} golden pictures pass: equal pixels, cosine at least {min_cosine}, difference at most {max_difference:g}"
+    )
+    report = {"model": args.model, "pictures": [check._asdict() for check in checks], "passed": passed == len(checks)}
+    _report(args, {**report, "min_cosine": min_cosine, "max_difference": max_difference}, "\n".join(lines))
+    refuse_failed(checks)
+
+
+def _measured(check: "Check") -> str:
+    levels = "pixels not comparable" if check.pixel_difference is None else f"pixels differ by {check.pixel_difference}"
+    numbers = "no embedding" if check.cosine is None else f"cosine {check.cosine:.6f}\tdifference {check.difference:.2g}"
+    return f"{levels}\t{numbers}"
+
+
 class _Collector:
     """What a command gathers over its batches."""
 
@@ -200,7 +225,7 @@ def _batches(embedder: "Embedder", paths: list[str], result: _Collector) -> Iter
 
 
 def _report(args: argparse.Namespace, report: dict[str, Any], text: str) -> None:
-    print(json.dumps(report, indent=None if "embeddings" in report else 2) if args.json else text)
+    print(json.dumps(report, indent=None if "embeddings" in report else 2) if args.json else text, flush=True)
 
 
 def _shown(text: str) -> str:

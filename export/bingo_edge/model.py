@@ -36,7 +36,10 @@ class Embedded(NamedTuple):
 
 
 class Embedder:
-    """An open student network: `contract` (the dict of student.json), `dim` (D), `load_seconds`."""
+    """An open student network: `path`, `contract` (the dict of student.json), `dim` (D), `load_seconds`.
+
+    `batch`: how many pictures the graph takes at once where that is fixed in the file, else None. Callers need not care: any number may be given.
+    """
 
     def __init__(self, model: str | PathLike[str], *, threads: int = 1) -> None:
         """Open an ONNX file made by bingo-compress; raises EdgeError for any other file."""
@@ -57,12 +60,26 @@ class Embedder:
             found = f"{path} ({error})"
             raise EdgeError(f"an ONNX file that onnxruntime {ort.__version__} can open", found, f"{AGAIN} or update onnxruntime") from None
         self.load_seconds = time.perf_counter() - start
+        self.path = path
         self.contract = read_contract(self._session.get_modelmeta().custom_metadata_map.get("bingo_compress"), path)
         self.dim = int(self.contract["embedding_dim"])
         _check_graph(self._session, self.contract, path)
+        first = self._session.get_inputs()[0].shape[0]
+        self.batch = first if isinstance(first, int) and first > 0 else None
 
     def infer(self, batch: Pixels) -> tuple[Floats, Floats]:
         """Run preprocessed pictures, uint8 (n, S, S, 3): embeddings and features, each float32 (n, D). Raises EdgeError."""
+        if self.batch is None:
+            return self._run(batch)
+        runs = []
+        for start in range(0, max(len(batch), 1), self.batch):
+            part = batch[start : start + self.batch]
+            short = self.batch - len(part)
+            runs.append(self._run(np.pad(part, ((0, short), (0, 0), (0, 0), (0, 0))) if short else part))
+        embeddings, features = (np.concatenate(parts)[: len(batch)] for parts in zip(*runs, strict=True))
+        return embeddings, features
+
+    def _run(self, batch: Pixels) -> tuple[Floats, Floats]:
         try:
             embeddings, features = self._session.run(["embedding", "features"], {self.contract["input"]["name"]: batch})
         except Exception as error:  # as above
@@ -70,9 +87,13 @@ class Embedder:
         return embeddings, features
 
     def stream(self, sources: Source | Iterable[Source], batch_size: int = 16) -> Iterator[Embedded]:
-        """As `embed`, batch by batch: memory holds one batch of small inputs and one decoded picture, however many there are."""
+        """As `embed`, batch by batch: memory holds one batch of small inputs and one decoded picture, however many there are.
+
+        A batch that is fixed in the file takes the place of `batch_size`.
+        """
         if batch_size < 1:
             raise EdgeError("a batch of at least 1", str(batch_size), "give a positive number")
+        batch_size = self.batch or batch_size
         names: list[str] = []
         rows: list[Pixels] = []
         skipped: list[Skipped] = []

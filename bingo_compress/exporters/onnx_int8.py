@@ -1,0 +1,216 @@
+"""A float ONNX file to int8, by a ladder that ends at the first rung that passes the gate. onnxruntime's quantiser quantises; here is what it is asked for."""
+
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
+from onnxruntime.quantization.shape_inference import quant_pre_process
+from torch import Tensor
+
+from bingo_compress import screen
+from bingo_compress.errors import BingoError
+from bingo_compress.exporters.onnx import REFUSED, Form, described, onnx_runner
+
+CALIBRATION = 128  # images that the ranges are found on
+SENSITIVITY = 32  # of them, images that a layer's noise is measured on
+PERCENTILE = 99.99
+LEFT_IN_FLOAT = (1, 2, 4, 8, 16)  # layers, the noisiest first
+SIXTEEN_BITS_FROM = 21  # opset
+# What makes no noise of its own: it moves numbers, or takes some of them.
+MOVERS = {
+    "Reshape",
+    "Transpose",
+    "Squeeze",
+    "Unsqueeze",
+    "Flatten",
+    "Slice",
+    "Split",
+    "Gather",
+    "GatherElements",
+    "Concat",
+    "Pad",
+    "MaxPool",
+    "Relu",
+    "Clip",
+}
+LAYERS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
+
+# Of a quantised file: its figures, and the names of those that are below the gate.
+Judge = Callable[[Path], tuple[dict[str, Any], list[str]]]
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One way of quantising. percentile: ranges without the outermost PERCENTILE, else smallest to largest; left: nodes that stay float;
+    sixteen: activations of 16 bits."""
+
+    name: str
+    percentile: bool = False
+    left: tuple[str, ...] = ()
+    sixteen: bool = False
+
+
+def quantise(
+    float_file: Path, calibration: Tensor, wanted: Form, work: Path, judge: Judge, prefix: str = ""
+) -> tuple[Path, Rung, list[dict[str, Any]]]:
+    """Climb the ladder until `judge` finds nothing below the gate. calibration: uint8 (n, S, S, 3), the user's own images; work: an empty folder;
+    prefix: of the rungs' names.
+
+    Returns (the file, its rung, every rung tried with its figures: {"rung", "missed", ...}). Raises BingoError (exit status 3) where no rung passes.
+    """
+    prepared, quantised = work / "prepared.onnx", work / "int8.onnx"
+    with _quietly():
+        quant_pre_process(float_file, prepared, skip_symbolic_shape=True)
+    outside = _outside(onnx.load(prepared))
+    tried: list[dict[str, Any]] = []
+    for rung in _rungs(prepared, calibration, wanted, work, outside):
+        rung = replace(rung, name=prefix + rung.name)
+        screen.say(f"int8: {rung.name} ...")
+        _quantise(prepared, quantised, calibration, work, rung, outside)
+        _only_needed_domains(quantised, wanted)
+        described(quantised, wanted)
+        figures, missed = judge(quantised)
+        tried.append({"rung": rung.name, "missed": missed, **figures, "bytes": quantised.stat().st_size})
+        if not missed:
+            return quantised, rung, tried
+    raise LadderEnds(tried)
+
+
+class LadderEnds(BingoError):
+    """No rung passed the gate; `tried` is what each gave."""
+
+    def __init__(self, tried: list[dict[str, Any]]) -> None:
+        least = min(tried, key=lambda row: len(row["missed"]))
+        super().__init__(
+            f"export refused, no int8 file written: {len(tried)} ways were tried; the nearest ({least['rung']}) misses {', '.join(least['missed'])}",
+            REFUSED,
+        )
+        self.tried = tried
+
+
+def _rungs(prepared: Path, calibration: Tensor, wanted: Form, work: Path, outside: set[str]) -> Iterator[Rung]:
+    """The ladder; what a later rung has to measure is measured only when it is reached."""
+    yield Rung("weights by channel")
+    yield Rung(f"ranges of {PERCENTILE}%", percentile=True)
+    noisy = [name for name, _ in sensitivity(prepared, calibration[:SENSITIVITY], work, outside)]
+    for count in LEFT_IN_FLOAT:
+        if count < len(noisy):
+            yield Rung(f"{count} {'layer' if count == 1 else 'layers'} in float", percentile=True, left=tuple(noisy[:count]))
+    if wanted.opset >= SIXTEEN_BITS_FROM:
+        yield Rung("activations of 16 bits", sixteen=True)
+    else:
+        screen.say(f"int8: activations of 16 bits need opset {SIXTEEN_BITS_FROM}, this file has {wanted.opset}")
+
+
+def sensitivity(prepared: Path, images: Tensor, work: Path, outside: set[str]) -> list[tuple[str, float]]:
+    """Every layer (a convolution or product of matrices with what follows it up to the next) and the signal-to-noise ratio in dB of the embedding when
+    it alone is quantised, the noisiest first."""
+    exact = onnx_runner(prepared)(images)[0]
+    quantised = work / "one.onnx"
+    found: list[tuple[str, float]] = []
+    nodes = [node.name for node in _quantisable(onnx.load(prepared), outside) if node.op_type not in MOVERS]
+    with screen.bar("noise of each layer", len(nodes)) as advance:
+        for name in nodes:
+            _quantise(prepared, quantised, images, work, Rung("one", percentile=True), outside, only=[name])
+            noise = onnx_runner(quantised)(images)[0] - exact
+            found.append((name, float(10 * torch.log10(exact.square().sum() / noise.square().sum().clamp(min=1e-20)))))
+            advance(1)
+    return sorted(found, key=lambda pair: pair[1])
+
+
+def _quantise(prepared: Path, target: Path, images: Tensor, work: Path, rung: Rung, outside: set[str], only: Sequence[str] = ()) -> None:
+    """One call of onnxruntime's quantiser. Ranges are measured once and kept in `work`."""
+    method = CalibrationMethod.Percentile if rung.percentile else CalibrationMethod.MinMax
+    wide = {"activation_type": QuantType.QUInt16} if rung.sixteen else {"activation_type": QuantType.QUInt8}
+    with _quietly():
+        quantize_static(
+            prepared,
+            target,
+            _Images(images),
+            quant_format=QuantFormat.QDQ,
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            # Weights of 7 bits: with 8, sums of two products overflow 16 bits on processors without int8 dot products (x86 before VNNI), and the same
+            # file would be another model there.
+            reduce_range=True,
+            nodes_to_quantize=list(only),
+            nodes_to_exclude=sorted(outside | set(rung.left)),
+            calibrate_method=method,
+            calibration_cache_path=work / f"{method.name.lower()}.json",
+            # One image at a time: the calibrator holds every activation of a stride.
+            extra_options={"CalibPercentile": PERCENTILE, "CalibStridedMinMax": 1},
+            **wide,
+        )
+
+
+def _quantisable(model: onnx.ModelProto, outside: set[str]) -> list[onnx.NodeProto]:
+    kinds = set(QLinearOpsRegistry) | set(QDQRegistry)
+    return [node for node in model.graph.node if node.op_type in kinds and node.name not in outside]
+
+
+def _outside(model: onnx.ModelProto) -> set[str]:
+    """Names of the nodes that stay float in every rung: the normalisation of pixels before the first layer, and of the embedding after the features."""
+    nodes, before, after = model.graph.node, {"image"}, {"features"}
+    outside = set()
+    for node in nodes:
+        if node.op_type not in LAYERS and any(name in before for name in node.input):
+            before |= set(node.output)
+            outside.add(node.name)
+        if any(name in after for name in node.input):
+            after |= set(node.output)
+            outside.add(node.name)
+    return outside
+
+
+def _only_needed_domains(file: Path, wanted: Form) -> None:
+    """onnxruntime names its own domains in every file it quantises, used or not, and writes its own IR version."""
+    model = onnx.load(file)
+    used = {node.domain for node in model.graph.node} | {""}
+    kept = [entry for entry in model.opset_import if entry.domain in used]
+    del model.opset_import[:]
+    model.opset_import.extend(kept)
+    if wanted.ir:
+        model.ir_version = min(model.ir_version, wanted.ir)
+    onnx.save(model, file)
+
+
+class _Images(CalibrationDataReader):  # type: ignore[misc]
+    """Images one by one, as onnxruntime's calibrators ask for them."""
+
+    def __init__(self, images: Tensor) -> None:
+        self._images = images
+        self.set_range(0, len(images))
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def set_range(self, start_index: int, end_index: int) -> None:
+        self._left = iter(range(start_index, end_index))
+
+    def get_next(self) -> dict[str, Any] | None:
+        image = next(self._left, None)
+        return None if image is None else {"image": np.ascontiguousarray(self._images[image : image + 1].numpy())}
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """onnxruntime's quantiser warns through the root logger of what is done here already, and prints a line a tensor."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        root.setLevel(level)

@@ -1,0 +1,318 @@
+"""The int8 ladder, its gate, and training with rounded numbers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import bingo_edge
+import numpy as np
+import onnx
+import pytest
+import torch
+from helpers import encoder, photos, recipe
+from torch import nn
+
+from bingo_compress import exporting, gate, pipeline, quantaware, run_dir
+from bingo_compress.errors import BingoError
+from bingo_compress.exporters import onnx_int8
+from bingo_compress.exporters.onnx import PROFILES, Deployed, Form, export_onnx, form, onnx_runner
+from bingo_compress.exporters.onnx_int8 import LadderEnds, Rung, quantise, sensitivity
+from bingo_compress.recipe import recipe_text
+
+FACTS = {"version": "0", "run_id": "abc", "student": "s", "teacher": "t"}
+SIZE = 32
+
+
+def pictures(count: int, seed: int = 0) -> torch.Tensor:
+    """Noise over colours of their own: unlike plain noise, no two look the same to a random network."""
+    generator = torch.Generator().manual_seed(seed)
+    colours = torch.randint(30, 226, (count, 1, 1, 3), generator=generator)
+    return (colours + torch.randint(-30, 30, (count, SIZE, SIZE, 3), generator=generator)).to(torch.uint8)
+
+
+@pytest.fixture(scope="module", params=["modern", "edge"])
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Form]:
+    path = tmp_path_factory.mktemp(request.param) / "student.onnx"
+    export_onnx(encoder("test_efficientnet", SIZE), pictures(8), path, FACTS, PROFILES[request.param])
+    return path, PROFILES[request.param]
+
+
+@pytest.fixture(scope="module")
+def float_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("float") / "student.onnx"
+    export_onnx(encoder("test_efficientnet", SIZE), pictures(8), path, FACTS)
+    return path
+
+
+def passing(_: Path) -> tuple[dict[str, Any], list[str]]:
+    return {}, []
+
+
+def domains(file: Path) -> dict[str, int]:
+    return {entry.domain: entry.version for entry in onnx.load(file).opset_import}
+
+
+# ---------------------------------------------------------------- the form of a file
+
+
+def test_a_profile_is_what_the_file_turns_out_to_be(exported: tuple[Path, Form]) -> None:
+    path, wanted = exported
+    model = onnx.load(path)
+    assert domains(path) == {"": wanted.opset}
+    assert {node.domain for node in model.graph.node} == {""} and not model.functions
+    assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_value == wanted.batch
+    assert not wanted.ir or model.ir_version <= wanted.ir
+    assert not {"BatchNormalization", "Gather", "Shape"} & {node.op_type for node in model.graph.node}
+    assert json.loads(path.with_suffix(".json").read_text())["onnx"]["batch"] == (wanted.batch or "dynamic")
+    onnx.checker.check_model(model, full_check=True)
+
+
+def test_a_fixed_batch_gives_what_a_dynamic_one_gives(exported: tuple[Path, Form]) -> None:
+    student, batch = encoder("test_efficientnet", SIZE), pictures(5, seed=3)
+    with torch.no_grad():
+        expected = Deployed(student)(batch)
+    for got, want in zip(onnx_runner(exported[0])(batch), expected, strict=True):
+        assert got.shape == want.shape and torch.allclose(got, want, atol=1e-4)
+    embedded = bingo_edge.Embedder(exported[0]).embed([picture.numpy() for picture in batch]).embeddings
+    assert embedded.shape == expected[0].shape
+
+
+@pytest.mark.parametrize(
+    ("profile", "batch", "opset", "match"),
+    [
+        ("old", None, None, "--profile: expected modern or edge"),
+        ("edge", "0", None, "--batch: expected dynamic or a number"),
+        ("edge", "many", None, "--batch: expected dynamic or a number"),
+        ("edge", None, 12, "--opset: expected 13"),
+        ("edge", None, 99, "--opset: expected 13"),
+    ],
+)
+def test_a_form_that_cannot_be_is_refused(profile: str, batch: str | None, opset: int | None, match: str) -> None:
+    with pytest.raises(BingoError, match=match):
+        form(profile, batch, opset)
+
+
+def test_a_profile_may_be_bent() -> None:
+    assert form("edge", "dynamic", 18) == Form(18, 8, 0)
+    assert form("modern", "4", None) == Form(PROFILES["modern"].opset, 0, 4)
+
+
+# ---------------------------------------------------------------- the ladder
+
+
+def test_the_first_rung_is_taken_where_it_passes(exported: tuple[Path, Form], tmp_path: Path) -> None:
+    path, wanted = exported
+    file, rung, tried = quantise(path, pictures(6), wanted, tmp_path, passing)
+    assert rung == Rung("weights by channel") and len(tried) == 1
+    assert domains(file) == {"": wanted.opset}
+    assert not wanted.ir or onnx.load(file).ir_version <= wanted.ir
+    model = onnx.load(file)
+    held = {one.name: onnx.numpy_helper.to_array(one) for one in model.graph.initializer}
+    weights = [value for value in held.values() if value.dtype == np.int8 and value.ndim == 4]
+    assert weights and all(np.abs(value.astype(int)).max() <= 64 for value in weights)  # 7 bits
+    assert len(weights) == sum(node.op_type == "Conv" for node in model.graph.node)
+    rescaled = [node for node in model.graph.node if node.op_type == "DequantizeLinear" and node.input[0] in held]
+    assert all(
+        held[node.input[1]].shape == held[node.input[0]].shape[:1] for node in rescaled if held[node.input[0]].ndim == 4
+    )  # by channel
+    # Pixels and the length of the embedding are worked out in float.
+    made = {name: node for node in model.graph.node for name in node.output}
+    image = next(node for node in model.graph.node if "image" in node.input)
+    assert image.op_type != "QuantizeLinear" and made["embedding"].op_type == "Div"
+
+
+def test_rungs_come_in_their_order_and_the_ladder_ends(float_file: Path, tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def failing(file: Path) -> tuple[dict[str, Any], list[str]]:
+        model = onnx.load(file)
+        seen.append(sum(node.op_type == "QuantizeLinear" for node in model.graph.node))
+        return {"recall": 0.1}, ["recall 0.1 (at least 0.9)"]
+
+    with pytest.raises(LadderEnds, match=r"misses recall 0\.1") as caught:
+        quantise(float_file, pictures(6), PROFILES["modern"], tmp_path, failing, "tuned, ")
+    assert caught.value.exit_status == 3
+    names = [row["rung"] for row in caught.value.tried]
+    assert names == [
+        "tuned, weights by channel",
+        "tuned, ranges of 99.99%",
+        *(f"tuned, {count} layer{'s' if count > 1 else ''} in float" for count in onnx_int8.LEFT_IN_FLOAT),
+        "tuned, activations of 16 bits",
+    ]
+    assert seen[2:7] == sorted(seen[2:7], reverse=True) and seen[6] < seen[1]  # fewer and fewer are rounded
+    types = {one.data_type for one in onnx.load(tmp_path / "int8.onnx").graph.initializer}
+    assert onnx.TensorProto.UINT16 in types
+
+
+def test_a_layer_that_rounding_harms_is_found(tmp_path: Path) -> None:
+    student = encoder("test_resnet", SIZE)
+    block = student.backbone.layer2[0]
+    for name, value in student.backbone.named_parameters():
+        if "bn" in name and "weight" in name:
+            nn.init.ones_(value)  # the last of a block begins at zero, which hides the block
+
+    def ratios() -> tuple[dict[str, float], onnx.ModelProto]:
+        export_onnx(student, pictures(8), tmp_path / "student.onnx", FACTS)
+        model = onnx.load(tmp_path / "student.onnx")
+        found = sensitivity(tmp_path / "student.onnx", pictures(8), tmp_path, onnx_int8._outside(model))
+        assert [ratio for _, ratio in found] == sorted(ratio for _, ratio in found)
+        for cache in tmp_path.glob("percentile*"):
+            cache.unlink()
+        return dict(found), model
+
+    before, _ = ratios()
+    with torch.no_grad():  # the same function, but one channel between the two convolutions is so wide that the others vanish in its steps
+        for value in (block.bn1.weight, block.bn1.bias):
+            value[0] *= 3000
+        block.conv2.weight[:, 0] /= 3000
+    after, model = ratios()
+    assert set(after) == set(before) and len(after) > 10
+    worst = max(after, key=lambda name: before[name] - after[name])
+    weights = {node.name: node.input[1] for node in model.graph.node if node.op_type == "Conv"}
+    shape = {one.name: tuple(one.dims) for one in model.graph.initializer}
+    assert before[worst] - after[worst] > 6 and shape[weights[worst]] in (tuple(block.conv1.weight.shape), tuple(block.conv2.weight.shape))
+
+
+# ---------------------------------------------------------------- the gate
+
+
+def judged(float_file: Path, other: Path, gallery: torch.Tensor, **labels: Any) -> tuple[dict[str, Any], list[str]]:
+    student = encoder("test_efficientnet", SIZE)
+    judge = gate.make_judge(
+        float_file, gallery, student.preprocessing, labels.get("labels"), labels.get("test"), labels.get("max_loss", 0.5)
+    )
+    return judge(other)
+
+
+def test_a_file_is_itself(float_file: Path) -> None:
+    told, missed = judged(float_file, float_file, pictures(40, seed=5))
+    assert missed == [] and told["mean_cosine"] == pytest.approx(1) and told["recall"] == 1.0
+    assert (told["images"], told["recall_k"]) == (40, 20)
+
+
+def test_other_weights_are_below_the_gate_and_so_are_no_numbers(float_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export_onnx(encoder("test_efficientnet", SIZE, seed=9), pictures(8), tmp_path / "other.onnx", FACTS)
+    told, missed = judged(float_file, tmp_path / "other.onnx", pictures(40, seed=5))
+    assert told["mean_cosine"] < 0.9 and missed[0].startswith("mean cosine 0.")
+    real = gate.cosine_similarity
+    monkeypatch.setattr(gate, "cosine_similarity", lambda one, two: real(one, two) * float("nan"))
+    assert "mean cosine nan" in judged(float_file, float_file, pictures(40, seed=5))[1][0]
+
+
+def test_with_labels_lost_points_count(float_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bank, test = photos(tmp_path / "bank", 6), photos(tmp_path / "test", 4, start=50)
+    told, missed = judged(float_file, float_file, pictures(24), labels=bank, test=test)
+    assert missed == [] and told["knn"]["float"] == told["knn"]["int8"] and told["linear"]["float"] == told["linear"]["int8"]
+    export_onnx(encoder("test_efficientnet", SIZE, seed=9), pictures(8), tmp_path / "other.onnx", FACTS)
+    monkeypatch.setattr(gate, "LEAST_COSINE", -1.0)
+    monkeypatch.setattr(gate, "LEAST_RECALL", 0.0)
+    told, missed = judged(float_file, tmp_path / "other.onnx", pictures(24), labels=bank, test=test)
+    lost = 100 * (told["linear"]["float"] - told["linear"]["int8"])
+    assert lost > 10 and any(f"linear accuracy {lost:.2f} points below" in line for line in missed)
+    assert judged(float_file, tmp_path / "other.onnx", pictures(24), labels=bank, test=test, max_loss=100)[1] == []
+
+
+# ---------------------------------------------------------------- a run
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> run_dir.RunDir:
+    """A finished run of an untrained student, and its photos."""
+    settings = recipe(data=str(photos(tmp_path / "photos", 12)))
+    run = run_dir.open_new(tmp_path / "run", resume=False, overwrite=False)
+    run_dir.write_text(run.recipe, recipe_text(settings))
+    pipeline.save_student(pipeline.build_student(settings, "random", "student"), run.student, settings)
+    return run
+
+
+@pytest.mark.slow
+def test_all_formats_leave_files_that_the_device_kit_checks_itself_against(
+    finished: run_dir.RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gate, "LEAST_RECALL", 0.3)  # an untrained student's neighbours are close to ties
+    files = exporting.export(finished.path, fmt="all", profile="edge")
+    assert [file.name for file in files] == ["student.onnx", "student-int8.onnx"]
+    contract = json.loads(files[1].with_suffix(".json").read_text())
+    assert contract["precision"] == "int8" and contract["int8"]["gate"]["images"] == 24
+    assert contract["onnx"]["bytes"] < 0.7 * files[0].stat().st_size
+    assert bingo_edge.Embedder(files[1]).contract["int8"] == contract["int8"]
+    from bingo_edge.cli import main
+
+    for file in files:
+        assert main(["selftest", str(file)]) == 0
+    card = (finished.export / "MODEL_CARD.md").read_text()
+    assert "student-int8.onnx" in card and "weights by channel" in card.replace("\\", "")
+    assert not [path for path in finished.export.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.slow
+def test_an_int8_file_below_the_gate_is_not_published(finished: run_dir.RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "LEAST_COSINE", 1.1)
+    monkeypatch.setattr(onnx_int8, "LEFT_IN_FLOAT", ())
+    with pytest.raises(BingoError, match=r"export refused, no int8 file written: 3 ways .*--finetune") as caught:
+        exporting.export(finished.path, fmt="onnx-int8")
+    assert caught.value.exit_status == 3 and list(finished.export.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"fmt": "tflite"}, "--format: expected onnx, onnx-int8, all"),
+        ({"finetune": True}, "--finetune: expected --format onnx-int8 or all"),
+        ({"labels": Path("x")}, "--labels: expected --format"),
+        ({"fmt": "all", "test": Path("x")}, "--test: expected --labels"),
+    ],
+)
+def test_what_makes_no_sense_together_is_refused_before_anything(finished: run_dir.RunDir, settings: dict[str, Any], match: str) -> None:
+    with pytest.raises(BingoError, match=match):
+        exporting.export(finished.path, **settings)
+
+
+# ---------------------------------------------------------------- training with rounded numbers
+
+
+def test_inside_weights_stand_on_the_steps_of_their_channel_and_outside_they_are_as_before() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    batch = torch.randn(5, 3, 4, 4)
+    exact = model(batch)
+    with quantaware.rounded(model):
+        weight = model[0].weight
+        steps = weight / (before["0.weight"].abs().flatten(1).amax(1) / 63)[:, None, None, None]
+        assert torch.allclose(steps, steps.round(), atol=1e-4) and not torch.equal(weight, before["0.weight"])
+        found = model(batch)
+        assert 0 < float((found - exact).abs().max()) < 0.1
+        found.square().sum().backward()
+        assert all(parameter.grad is not None and float(parameter.grad.abs().sum()) > 0 for parameter in model.parameters())
+    assert set(model.state_dict()) == set(before) and all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert torch.equal(model(batch), exact)
+
+
+def test_inputs_are_rounded_to_256_steps_of_a_range_that_holds_zero() -> None:
+    hook = quantaware._Input()
+    module = nn.Conv2d(1, 1, 1).train()
+    (found,) = hook(module, (torch.linspace(2, 10, 5000),))
+    assert len(found.unique()) <= 256 and float((found - torch.linspace(2, 10, 5000)).abs().max()) <= 10 / 255 / 2 + 1e-6
+    assert float(hook(module, (torch.zeros(3),))[0].abs().max()) == 0
+    module.eval()
+    wide = hook(module, (torch.tensor([50.0]),))[0]
+    assert float(wide) < 11  # evaluation does not move the range
+
+
+@pytest.mark.slow
+def test_finetune_trains_on_the_runs_images_and_needs_its_work(tmp_path: Path) -> None:
+    data = photos(tmp_path / "photos", 12)
+    run = pipeline.run_distill(recipe(data=str(data)), tmp_path / "run")
+    settings = pipeline.saved_recipe(run)
+    student = pipeline.load_student(settings, run.student)
+    before = {key: value.clone() for key, value in student.backbone.state_dict().items()}
+    tuned = quantaware.finetune(run, settings, student, data)
+    after = tuned.backbone.state_dict()
+    assert set(after) == set(before) and not all(torch.equal(value, before[key]) for key, value in after.items())
+    assert len((run.work / "finetune.jsonl").read_text().splitlines()) >= 1
+    weights = torch.cat([value.flatten() for key, value in after.items() if "weight" in key])
+    changed = torch.cat([before[key].flatten() for key in before if "weight" in key]) - weights
+    assert 0 < float(changed.norm() / weights.norm()) < 0.2  # a small step, not another student
+    run.checkpoint.unlink()
+    with pytest.raises(BingoError, match="--finetune: expected the run's bags and checkpoint"):
+        quantaware.finetune(run, settings, student, data)
