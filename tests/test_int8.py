@@ -151,7 +151,7 @@ def test_a_layer_that_rounding_harms_is_found(tmp_path: Path) -> None:
         if "bn" in name and "weight" in name:
             nn.init.ones_(value)  # the last of a block begins at zero, which hides the block
 
-    def ratios() -> tuple[dict[str, float], onnx.ModelProto]:
+    def ratios() -> tuple[dict[tuple[str, ...], float], onnx.ModelProto]:
         export_onnx(student, pictures(8), tmp_path / "student.onnx", FACTS)
         model = onnx.load(tmp_path / "student.onnx")
         found = sensitivity(tmp_path / "student.onnx", pictures(8), tmp_path, onnx_int8._outside(model))
@@ -170,7 +170,27 @@ def test_a_layer_that_rounding_harms_is_found(tmp_path: Path) -> None:
     worst = max(after, key=lambda name: before[name] - after[name])
     weights = {node.name: node.input[1] for node in model.graph.node if node.op_type == "Conv"}
     shape = {one.name: tuple(one.dims) for one in model.graph.initializer}
-    assert before[worst] - after[worst] > 6 and shape[weights[worst]] in (tuple(block.conv1.weight.shape), tuple(block.conv2.weight.shape))
+    assert before[worst] - after[worst] > 6 and shape[weights[worst[0]]] in (
+        tuple(block.conv1.weight.shape),
+        tuple(block.conv2.weight.shape),
+    )
+
+
+def test_what_is_left_in_float_is_not_rounded(float_file: Path, tmp_path: Path) -> None:
+    """The products of a squeeze-and-excite block are neighbours of convolutions that stay rounded; each layer goes with what follows it."""
+    model = onnx.load(float_file)
+    parts = onnx_int8.layers(model, set())
+    kinds = {node.name: node.op_type for node in model.graph.node}
+    assert [kinds[part[0]] for part in parts] == [node.op_type for node in model.graph.node if node.op_type in onnx_int8.LAYERS]
+    assert all(kinds[name] not in onnx_int8.LAYERS for part in parts for name in part[1:])
+    everything = tuple(name for part in parts for name in part)
+    images, outside = pictures(6), onnx_int8._outside(model)
+    files = {"none": (), "one": parts[3], "all": everything}
+    for name, left in files.items():
+        onnx_int8._quantise(float_file, tmp_path / f"{name}.onnx", images, tmp_path, Rung(name, left=left), outside)
+    exact = onnx_runner(float_file)(images)[0]
+    far = [float((onnx_runner(tmp_path / f"{name}.onnx")(images)[0] - exact).norm()) for name in files]
+    assert far[0] != far[1] and far[2] < 1e-5 < far[0]
 
 
 # ---------------------------------------------------------------- the gate

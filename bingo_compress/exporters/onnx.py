@@ -161,24 +161,42 @@ def _write_graph(module: nn.Module, images: Tensor, path: Path, wanted: Form) ->
 
 
 def _lower(path: Path, wanted: Form) -> None:
-    """Rewrite the file at an opset that torch does not write, by onnx's own converter."""
+    """Rewrite the file at an opset that torch does not write: to 17 here (onnx's own converter has no way for Split), further down by onnx's converter."""
     model = onnx.load(path)
     try:
         if wanted.opset < TORCH_LEAST:
+            _to_opset_17(model)
+            onnx.checker.check_model(model, full_check=True)  # refuses what opset 17 does not know
+        if wanted.opset < 17:
             model = onnx.version_converter.convert_version(model, wanted.opset)
     except Exception as error:
         why = " ".join(str(error).split())[:200]
         raise BingoError(
-            f"export refused: onnx cannot convert this student to opset {wanted.opset} ({why}); give --opset {TORCH_LEAST} or more, or --profile modern",
+            f"export refused: this student cannot be written at opset {wanted.opset} ({why}); give --opset {TORCH_LEAST} or more, or --profile modern",
             REFUSED,
         ) from None
-    for node in model.graph.node:  # the converter turns the axes into an attribute again, and leaves the one that came with the input
-        if node.op_type.startswith("Reduce") and wanted.opset < 18:
-            kept = [attribute for attribute in node.attribute if attribute.name != "noop_with_empty_axes"]
-            del node.attribute[:]
-            node.attribute.extend(kept)
     model.ir_version = wanted.ir or IR_OF_OPSET.get(wanted.opset, model.ir_version)
     onnx.save(model, path)
+
+
+def _to_opset_17(model: onnx.ModelProto) -> None:
+    """From opset 18, in place: the axes of reductions become an attribute again, and Split loses its count of outputs, which says what is there to see."""
+    values = {one.name: onnx.numpy_helper.to_array(one) for one in model.graph.initializer}
+    values |= {node.output[0]: onnx.numpy_helper.to_array(node.attribute[0].t) for node in model.graph.node if node.op_type == "Constant"}
+    for node in model.graph.node:
+        gone = {"Split": {"num_outputs"}}.get(node.op_type, set())
+        # ReduceSum has taken its axes as an input since opset 13.
+        if node.op_type.startswith("Reduce") and node.op_type != "ReduceSum":
+            gone = {"noop_with_empty_axes"}
+            if len(node.input) > 1:
+                axes = values[node.input.pop()].tolist()
+                node.attribute.append(onnx.helper.make_attribute("axes", axes))
+        kept = [attribute for attribute in node.attribute if attribute.name not in gone]
+        del node.attribute[:]
+        node.attribute.extend(kept)
+    for entry in model.opset_import:
+        if not entry.domain:
+            entry.version = 17
 
 
 def described(path: Path, wanted: Form) -> dict[str, Any]:

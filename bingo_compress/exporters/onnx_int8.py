@@ -13,7 +13,6 @@ import numpy as np
 import onnx
 import torch
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
-from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import Tensor
 
@@ -26,23 +25,6 @@ SENSITIVITY = 32  # of them, images that a layer's noise is measured on
 PERCENTILE = 99.99
 LEFT_IN_FLOAT = (1, 2, 4, 8, 16)  # layers, the noisiest first
 SIXTEEN_BITS_FROM = 21  # opset
-# What makes no noise of its own: it moves numbers, or takes some of them.
-MOVERS = {
-    "Reshape",
-    "Transpose",
-    "Squeeze",
-    "Unsqueeze",
-    "Flatten",
-    "Slice",
-    "Split",
-    "Gather",
-    "GatherElements",
-    "Concat",
-    "Pad",
-    "MaxPool",
-    "Relu",
-    "Clip",
-}
 LAYERS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 
 # Of a quantised file: its figures, and the names of those that are below the gate.
@@ -102,30 +84,50 @@ def _rungs(prepared: Path, calibration: Tensor, wanted: Form, work: Path, outsid
     """The ladder; what a later rung has to measure is measured only when it is reached."""
     yield Rung("weights by channel")
     yield Rung(f"ranges of {PERCENTILE}%", percentile=True)
-    noisy = [name for name, _ in sensitivity(prepared, calibration[:SENSITIVITY], work, outside)]
+    noisy = [part for part, _ in sensitivity(prepared, calibration[:SENSITIVITY], work, outside)]
     for count in LEFT_IN_FLOAT:
         if count < len(noisy):
-            yield Rung(f"{count} {'layer' if count == 1 else 'layers'} in float", percentile=True, left=tuple(noisy[:count]))
+            left = tuple(dict.fromkeys(name for part in noisy[:count] for name in part))
+            yield Rung(f"{count} {'layer' if count == 1 else 'layers'} in float", percentile=True, left=left)
     if wanted.opset >= SIXTEEN_BITS_FROM:
         yield Rung("activations of 16 bits", sixteen=True)
     else:
         screen.say(f"int8: activations of 16 bits need opset {SIXTEEN_BITS_FROM}, this file has {wanted.opset}")
 
 
-def sensitivity(prepared: Path, images: Tensor, work: Path, outside: set[str]) -> list[tuple[str, float]]:
-    """Every layer (a convolution or product of matrices with what follows it up to the next) and the signal-to-noise ratio in dB of the embedding when
-    it alone is quantised, the noisiest first."""
+def sensitivity(prepared: Path, images: Tensor, work: Path, outside: set[str]) -> list[tuple[tuple[str, ...], float]]:
+    """Each of `layers` and the signal-to-noise ratio in dB of the embedding when it alone is quantised, the noisiest first."""
     exact = onnx_runner(prepared)(images)[0]
     quantised = work / "one.onnx"
-    found: list[tuple[str, float]] = []
-    nodes = [node.name for node in _quantisable(onnx.load(prepared), outside) if node.op_type not in MOVERS]
-    with screen.bar("noise of each layer", len(nodes)) as advance:
-        for name in nodes:
-            _quantise(prepared, quantised, images, work, Rung("one", percentile=True), outside, only=[name])
+    found: list[tuple[tuple[str, ...], float]] = []
+    parts = layers(onnx.load(prepared), outside)
+    with screen.bar("noise of each layer", len(parts)) as advance:
+        for part in parts:
+            _quantise(prepared, quantised, images, work, Rung("one", percentile=True), outside, only=part)
             noise = onnx_runner(quantised)(images)[0] - exact
-            found.append((name, float(10 * torch.log10(exact.square().sum() / noise.square().sum().clamp(min=1e-20)))))
+            found.append((part, float(10 * torch.log10(exact.square().sum() / noise.square().sum().clamp(min=1e-20)))))
             advance(1)
     return sorted(found, key=lambda pair: pair[1])
+
+
+def layers(model: onnx.ModelProto, outside: set[str]) -> list[tuple[str, ...]]:
+    """Names of each convolution or product of matrices, with those of the nodes that work on its output up to the next. A node that adds two layers up
+    belongs to both: alone it could not be left in float, as its neighbours would round what goes in and out."""
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    found = []
+    for node in model.graph.node:
+        if node.op_type in LAYERS and node.name not in outside:
+            part, waiting = {node.name: None}, list(node.output)
+            while waiting:
+                for follower in readers.get(waiting.pop(), []):
+                    if follower.op_type not in LAYERS and follower.name not in outside and follower.name not in part:
+                        part[follower.name] = None
+                        waiting += follower.output
+            found.append(tuple(part))
+    return found
 
 
 def _quantise(prepared: Path, target: Path, images: Tensor, work: Path, rung: Rung, outside: set[str], only: Sequence[str] = ()) -> None:
@@ -151,11 +153,6 @@ def _quantise(prepared: Path, target: Path, images: Tensor, work: Path, rung: Ru
             extra_options={"CalibPercentile": PERCENTILE, "CalibStridedMinMax": 1},
             **wide,
         )
-
-
-def _quantisable(model: onnx.ModelProto, outside: set[str]) -> list[onnx.NodeProto]:
-    kinds = set(QLinearOpsRegistry) | set(QDQRegistry)
-    return [node for node in model.graph.node if node.op_type in kinds and node.name not in outside]
 
 
 def _outside(model: onnx.ModelProto) -> set[str]:

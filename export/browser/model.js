@@ -1,0 +1,55 @@
+import * as ort from "./node_modules/onnxruntime-web/dist/ort.wasm.min.mjs";
+import { decode } from "./decode.js";
+import { known, preprocess } from "./resample.js";
+
+ort.env.wasm.numThreads = 1; // more would need cross-origin isolation headers, which a plain file server does not send
+
+export async function fetched(url) {
+  const response = await fetch(url);
+  if (!response.ok) throw new Error(`expected a file at ${url}, found status ${response.status}`);
+  return response;
+}
+
+/** An open student network. `url` is student.onnx; student.json lies beside it. */
+export async function openModel(url) {
+  const [bytes, contract] = await Promise.all([
+    fetched(url).then((response) => response.arrayBuffer()),
+    fetched(url.replace(/\.onnx$/, ".json")).then((response) => response.json()),
+  ]);
+  const { input, preprocess: geometry, embedding_dim: dim, sha256 } = contract;
+  const rule = { ...geometry, size: input.size };
+  const kind = [contract.format, input.layout, input.dtype, input.color].join(" ");
+  if (kind !== "1 NHWC uint8 RGB" || !known(rule)) {
+    throw new Error(`expected a contract this page knows, found ${kind} ${JSON.stringify(rule)}`);
+  }
+  // Browsers hash only on https and localhost.
+  if (sha256 && globalThis.crypto?.subtle && (await digest(bytes)) !== sha256) {
+    throw new Error(`student.json belongs to another file than ${url}`);
+  }
+  const session = await ort.InferenceSession.create(bytes, { executionProviders: ["wasm"] });
+
+  /** size x size x 3 bytes to a Float32Array of unit length. */
+  async function embedPixels(pixels) {
+    // One at a time: a model may have its batch fixed at 1.
+    const feeds = { [input.name]: new ort.Tensor("uint8", pixels, [1, input.size, input.size, 3]) };
+    const { embedding } = await session.run(feeds, ["embedding"]);
+    if (embedding.data.length !== dim) throw new Error(`expected ${dim} values, found ${embedding.data.length}`);
+    return embedding.data;
+  }
+
+  /** A file or blob to {embedding, prepare, network}, the last two in milliseconds: decode and resize, and the network. */
+  async function embed(blob) {
+    const start = performance.now();
+    const pixels = preprocess(await decode(blob), rule);
+    const ready = performance.now();
+    const embedding = await embedPixels(pixels);
+    return { embedding, prepare: ready - start, network: performance.now() - ready };
+  }
+
+  return { contract, rule, embed, embedPixels };
+}
+
+async function digest(bytes) {
+  const hash = new Uint8Array(await crypto.subtle.digest("SHA-256", bytes));
+  return Array.from(hash, (byte) => byte.toString(16).padStart(2, "0")).join("");
+}

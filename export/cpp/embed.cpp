@@ -1,0 +1,142 @@
+// embed MODEL PICTURE ..: a line a picture on stdout, its path and the values of its embedding, tab-separated.
+// A PICTURE is a binary PPM (P6), preprocessed as bingo-edge does, or NAME.rgb: size x size x 3 bytes that are preprocessed already.
+
+#include <onnxruntime_cxx_api.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <nlohmann/json.hpp>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "preprocess.hpp"
+
+namespace {
+
+const char* const USAGE =
+    "usage: embed [--pixels] MODEL.onnx PICTURE.ppm|NAME.rgb ..\n"
+    "Prints path and embedding; with --pixels, writes the network's input instead, size x size x 3 bytes a picture.\n";
+
+struct Refused : std::runtime_error {
+    Refused(const std::string& expected, const std::string& found, const std::string& todo)
+        : std::runtime_error("expected " + expected + ", found " + found + "; " + todo) {}
+};
+
+struct Contract {
+    std::string input;
+    std::size_t dim;
+    Rule rule;
+};
+
+Contract contract_of(const Ort::Session& session, const std::string& path) {
+    Ort::AllocatorWithDefaultOptions allocator;
+    const auto text = session.GetModelMetadata().LookupCustomMetadataMapAllocated("bingo_compress", allocator);
+    const std::string again = "export the model again with bingo-compress";
+    if (!text) throw Refused("an ONNX file with \"bingo_compress\" metadata", path + " without it", again);
+    try {
+        const auto whole = nlohmann::json::parse(text.get());
+        const auto &given = whole.at("input"), &rule = whole.at("preprocess");
+        Contract contract{given.at("name").get<std::string>(), whole.at("embedding_dim").get<std::size_t>(), {}};
+        contract.rule = {given.at("size").get<int>(), rule.at("crop_pct").get<double>(), rule.at("interpolation").get<std::string>(),
+                         rule.value("crop_mode", "center")};
+        if (whole.at("format") != 1 || given.at("layout") != "NHWC" || given.at("dtype") != "uint8" || given.at("color") != "RGB" ||
+            !known(contract.rule))
+            throw Refused("format 1, NHWC uint8 RGB and a rule that this program knows", given.dump() + " " + rule.dump(), "update it");
+        return contract;
+    } catch (const nlohmann::json::exception& error) {
+        throw Refused("a whole contract in the metadata", path + " (" + error.what() + ")", again);
+    }
+}
+
+std::string contents(const std::string& path) {
+    std::ifstream file(path, std::ios::binary);
+    std::string bytes{std::istreambuf_iterator<char>(file), {}};
+    if (!file) throw Refused("a picture", "no file that can be read at " + path, "check the path");
+    return bytes;
+}
+
+// The next number of a PPM header; comments run from # to the end of the line. -1: no number of up to 9 digits.
+int header_number(const std::string& bytes, std::size_t& at) {
+    const auto blank = [](char c) { return c == ' ' || (c >= '\t' && c <= '\r'); };
+    while (at < bytes.size() && (blank(bytes[at]) || bytes[at] == '#'))
+        at = bytes[at] == '#' ? std::min(bytes.find('\n', at), bytes.size()) : at + 1;
+    int number = 0;
+    const std::size_t start = at;
+    for (; at < bytes.size() && bytes[at] >= '0' && bytes[at] <= '9' && at - start < 9; ++at) number = number * 10 + (bytes[at] - '0');
+    return at > start && at < bytes.size() && blank(bytes[at]) ? number : -1;
+}
+
+Picture ppm(const std::string& bytes, const std::string& path) {
+    std::size_t at = 2;
+    const std::string todo = "convert it, for example with ImageMagick";
+    if (bytes.compare(0, 2, "P6") != 0) throw Refused("a binary PPM (P6) or a file NAME.rgb", path, todo);
+    const int width = header_number(bytes, at), height = header_number(bytes, at), highest = header_number(bytes, at);
+    if (width < 1 || height < 1 || highest != 255) throw Refused("a PPM of 8 bits and at least a pixel", path, todo);
+    ++at;  // a single blank ends the header
+    const std::size_t row = std::size_t{3} * width;
+    if ((bytes.size() - at) / row < static_cast<std::size_t>(height))
+        throw Refused("a whole picture", path + " cut short", "copy it again");
+    return {width, height, {bytes.begin() + at, bytes.begin() + at + row * height}};
+}
+
+// The network's input, size x size x 3 bytes.
+std::vector<std::uint8_t> pixels_of(const std::string& path, const Rule& rule) {
+    const std::string bytes = contents(path);
+    if (std::filesystem::path(path).extension() != ".rgb") return preprocess(ppm(bytes, path), rule).rgb;
+    const std::size_t wanted = std::size_t{3} * rule.size * rule.size;
+    if (bytes.size() != wanted)
+        throw Refused(std::to_string(wanted) + " bytes", std::to_string(bytes.size()) + " in " + path, "use the files of this model");
+    return {bytes.begin(), bytes.end()};
+}
+
+void print_embedding(Ort::Session& session, const Contract& contract, std::vector<std::uint8_t>& pixels, const std::string& path) {
+    const std::int64_t size = contract.rule.size, shape[] = {1, size, size, 3};  // one at a time: a model may have its batch fixed at 1
+    const auto memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
+    const auto input = Ort::Value::CreateTensor<std::uint8_t>(memory, pixels.data(), pixels.size(), shape, 4);
+    const char *in = contract.input.c_str(), *out = "embedding";
+    const auto outputs = session.Run(Ort::RunOptions{nullptr}, &in, &input, 1, &out, 1);
+    if (outputs[0].GetTensorTypeAndShapeInfo().GetElementCount() != contract.dim)
+        throw Refused(std::to_string(contract.dim) + " values", "another number", "export the model again with bingo-compress");
+    std::fputs(path.c_str(), stdout);
+    const float* values = outputs[0].GetTensorData<float>();
+    for (std::size_t place = 0; place < contract.dim; ++place) std::printf("\t%.9g", static_cast<double>(values[place]));
+    std::putchar('\n');
+}
+
+int run(std::vector<std::string> words) {
+    const bool pixels_only = !words.empty() && words[0] == "--pixels";
+    if (pixels_only) words.erase(words.begin());
+    if (words.size() < 2) {
+        std::fputs(USAGE, stderr);
+        return 2;
+    }
+    Ort::Env env(ORT_LOGGING_LEVEL_FATAL, "embed");  // its errors come as exceptions too; the log would repeat them
+    env.DisableTelemetryEvents();
+    Ort::SessionOptions options;
+    options.SetIntraOpNumThreads(1);
+    Ort::Session session(env, std::filesystem::path(words[0]).c_str(), options);
+    const Contract contract = contract_of(session, words[0]);
+    for (std::size_t place = 1; place < words.size(); ++place) {
+        auto pixels = pixels_of(words[place], contract.rule);
+        if (pixels_only)
+            std::fwrite(pixels.data(), 1, pixels.size(), stdout);
+        else
+            print_embedding(session, contract, pixels, words[place]);
+    }
+    return std::fflush(stdout) == 0 ? 0 : 1;
+}
+
+}  // namespace
+
+int main(int count, char** words) {
+    try {
+        return run(std::vector<std::string>(words + 1, words + count));
+    } catch (const std::exception& error) {  // Refused, or onnxruntime's own
+        std::fprintf(stderr, "error: %s\n", error.what());
+        return 2;
+    }
+}
