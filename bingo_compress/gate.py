@@ -12,8 +12,8 @@ from bingo_compress.exporters.onnx import onnx_runner
 from bingo_compress.exporters.onnx_int8 import Judge
 from bingo_compress.neighbours import Search, mates
 
-LEAST_COSINE = 0.98
-LEAST_RECALL = 0.85
+LEAST_COSINE = 0.99
+LEAST_RECALL = 0.80
 MAX_LOSS = 0.5  # points of accuracy
 
 

@@ -115,8 +115,9 @@ def test_the_first_rung_is_taken_where_it_passes(exported: tuple[Path, Form], tm
     assert all(
         held[node.input[1]].shape == held[node.input[0]].shape[:1] for node in rescaled if held[node.input[0]].ndim == 4
     )  # by channel
-    # Pixels and the length of the embedding are worked out in float.
+    # Pixels, features and the length of the embedding are worked out in float.
     made = {name: node for node in model.graph.node for name in node.output}
+    assert made["features"].op_type != "DequantizeLinear"
     image = next(node for node in model.graph.node if "image" in node.input)
     assert image.op_type != "QuantizeLinear" and made["embedding"].op_type == "Div"
 

@@ -194,6 +194,10 @@ def _to_opset_17(model: onnx.ModelProto) -> None:
         kept = [attribute for attribute in node.attribute if attribute.name not in gone]
         del node.attribute[:]
         node.attribute.extend(kept)
+    used = {name for node in model.graph.node for name in node.input}
+    left = [one for one in model.graph.initializer if one.name in used]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(left)
     for entry in model.opset_import:
         if not entry.domain:
             entry.version = 17

@@ -153,6 +153,7 @@ def _quantise(prepared: Path, target: Path, images: Tensor, work: Path, rung: Ru
             extra_options={"CalibPercentile": PERCENTILE, "CalibStridedMinMax": 1},
             **wide,
         )
+    _result_in_float(target, _flat(onnx.load(prepared)))
 
 
 def _outside(model: onnx.ModelProto) -> set[str]:
@@ -167,6 +168,56 @@ def _outside(model: onnx.ModelProto) -> set[str]:
             after |= set(node.output)
             outside.add(node.name)
     return outside
+
+
+def _result_in_float(file: Path, flat: set[str]) -> None:
+    """Take away the rounding of what comes after pooling and after the last layer: the features themselves. It would save nothing and cost accuracy.
+
+    flat: names of the tensors of one number a channel.
+    """
+    model = onnx.load(file)
+    nodes = list(model.graph.node)
+    leads = {name for node in nodes if node.op_type in LAYERS for name in node.input}  # tensors from which a layer is reached
+    for node in reversed(nodes):
+        if any(name in leads for name in node.output):
+            leads |= set(node.input)
+    made = {name: node for node in nodes for name in node.output}
+    instead: dict[str, str] = {}
+    for node in nodes:
+        rounding = made.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
+        if rounding is not None and rounding.op_type == "QuantizeLinear" and rounding.input[0] in flat and node.output[0] not in leads:
+            instead[node.output[0]] = rounding.input[0]
+            model.graph.node.remove(node)
+    if not instead:
+        return
+    results = {output.name for output in model.graph.output}
+    for node in model.graph.node:
+        for place, name in enumerate(node.input):
+            while name in instead:
+                name = instead[name]
+            node.input[place] = name
+    for name in results & instead.keys():
+        source = instead[name]
+        while source in instead:
+            source = instead[source]
+        for node in model.graph.node:
+            node.output[:] = [name if output == source else output for output in node.output]
+            node.input[:] = [name if read == source else read for read in node.input]
+    read = {name for node in model.graph.node for name in node.input} | results
+    for node in [node for node in model.graph.node if node.op_type == "QuantizeLinear" and node.output[0] not in read]:
+        model.graph.node.remove(node)
+    read = {name for node in model.graph.node for name in node.input}
+    for one in [one for one in model.graph.initializer if one.name not in read]:
+        model.graph.initializer.remove(one)
+    onnx.save(model, file)
+
+
+def _flat(model: onnx.ModelProto) -> set[str]:
+    """Names of the tensors that hold one number a channel and image: (B, C), (B, C, 1, 1)."""
+    shaped = [*model.graph.value_info, *model.graph.output]
+    return {
+        value.name for value in shaped if len(dims := value.type.tensor_type.shape.dim) >= 2 and all(dim.dim_value == 1 for dim in dims[2:])
+    }
 
 
 def _only_needed_domains(file: Path, wanted: Form) -> None:
