@@ -1,6 +1,8 @@
 """A run's state in one safetensors file: written whole or not at all, no pickle."""
 
 import json
+import os
+import zlib
 from pathlib import Path
 
 import safetensors
@@ -8,26 +10,70 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from bingo_compress import screen
 from bingo_compress.errors import BingoError
 from bingo_compress.run_dir import atomic, need_space
 
 
 def save(path: Path, tensors: dict[str, Tensor], **facts: object) -> None:
-    """Write tensors by name, and `facts` as JSON, to `path`. Raises BingoError when the disk is too small."""
+    """Write tensors by name, and `facts` as JSON, to `path`, with a checksum of both. Raises BingoError when the disk is too small."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     need_space(path.parent, sum(tensor.nbytes for tensor in plain.values()), path.name)
+    told = json.dumps(facts)
     with atomic(path) as temporary:
-        safetensors.torch.save_file(plain, temporary, metadata={"bingo_compress": json.dumps(facts)})
+        safetensors.torch.save_file(plain, temporary, metadata={"bingo_compress": told, "crc32": f"{_checksum(plain, told):08x}"})
 
 
-def load(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
-    """What `save` wrote. Raises BingoError for a file that is damaged or not ours."""
+def load(path: Path, *, checked: bool = False) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """What `save` wrote. checked: a file without checksum, as versions before 0.2 wrote them, is no good. Raises BingoError for a file that is damaged or not
+    ours."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {})["bingo_compress"])
-            return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118 - not a dict
+            metadata = file.metadata() or {}
+            facts = json.loads(metadata["bingo_compress"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        if (checked or "crc32" in metadata) and metadata["crc32"] != f"{_checksum(tensors, metadata['bingo_compress']):08x}":
+            raise ValueError("its checksum is another one")
+        return tensors, facts
     except Exception as error:
         raise BingoError(f"{path} cannot be read as a file of this program ({error}); start anew with --overwrite") from None
+
+
+def _checksum(tensors: dict[str, Tensor], told: str) -> int:
+    """Of names, types, shapes and contents, and of the facts."""
+    found = zlib.crc32(told.encode())
+    for name, tensor in sorted(tensors.items()):
+        found = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), found)
+        # As bytes whatever the type: numpy has no bfloat16.
+        found = zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy() if tensor.numel() else b"", found)
+    return found
+
+
+def save_keeping(path: Path, tensors: dict[str, Tensor], **facts: object) -> None:
+    """`save`; what `path` held is kept beside it for `load_newest`."""
+    if path.exists():
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.before")
+        temporary.unlink(missing_ok=True)
+        os.link(path, temporary)
+        os.replace(temporary, before(path))
+    save(path, tensors, **facts)
+
+
+def load_newest(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """What `save_keeping` wrote last; the save before it, said on screen, where that file is damaged. Raises BingoError where both are."""
+    try:
+        return load(path, checked=True)
+    except BingoError as error:
+        if not before(path).exists():
+            raise
+        found = load(before(path), checked=True)
+        screen.say(f"{path} is damaged: going on from the save before it ({str(error).partition('(')[2].partition(')')[0]})")
+        return found
+
+
+def before(path: Path) -> Path:
+    """Where `save_keeping` keeps what `path` held."""
+    return path.with_name(f"{path.stem}-before{path.suffix}")
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

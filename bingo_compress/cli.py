@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bingo_compress import __version__
+from bingo_compress import __version__, stopping
 from bingo_compress.errors import BingoError
 from bingo_compress.memory import keep_memory
 
@@ -287,6 +287,7 @@ def _main(version: Annotated[bool, typer.Option("--version", callback=_version, 
 def main() -> None:
     """Run the command line; a BingoError becomes one line and its exit status."""
     keep_memory()
+    stopping.listen()
     for stream in (sys.stdout, sys.stderr):  # a file name may hold bytes that the terminal's encoding has no character for
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -312,7 +313,7 @@ def main() -> None:
         sys.exit(error.exit_status)
     except KeyboardInterrupt:
         print("\nstopped; what is finished is kept: the same command with --resume goes on", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        sys.exit(stopping.status())
     except OSError as error:
         if error.errno in (28, 122):  # no space left, quota exceeded
             print(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from bingo_compress import checkpoint, distributed, screen, speed
+from bingo_compress import checkpoint, distributed, screen, speed, stopping
 from bingo_compress.bagging import knn
 from bingo_compress.batches import Maker, Ready, ahead
 from bingo_compress.embed import TargetOf, hash_seed, store_features
@@ -166,11 +166,11 @@ def distill(
             tensors |= {f"average.{name}": value for name, value in average.student.backbone.state_dict().items()}
             tensors |= {f"average_head.{name}": value for name, value in average.head.state_dict().items()}
             tensors["bags.now"] = bags
-        checkpoint.save(saved, tensors, step=step, steps=planned.steps, best_score=best_score)
+        checkpoint.save_keeping(saved, tensors, step=step, steps=planned.steps, best_score=best_score)
 
     step = 0
-    if saved.exists():
-        tensors, facts = checkpoint.load(saved)
+    if saved.exists() or checkpoint.before(saved).exists():
+        tensors, facts = checkpoint.load_newest(saved)
         if "best_score" not in facts:
             raise BingoError(f"--resume: {saved} is of an earlier version, whose held-out images were others; start anew with --overwrite")
         if (facts["steps"], len(tensors["queue.rows"])) != (planned.steps, planned.queue_size):
@@ -241,6 +241,7 @@ def distill(
     with (
         screen.bar("distil", planned.steps * shown) as advance,
         profiled(recipe.profile and first, metrics.with_name("trace.json")) as tick,
+        stopping.deferred() as asked_to_stop,
     ):
         advance(step * shown)
         while step < last:
@@ -284,7 +285,9 @@ def distill(
                     if recipe.keep_best and scored["neighbour_recall"] > best_score:
                         best_score = scored["neighbour_recall"]
                         best = {name: value.detach().clone() for name, value in student.backbone.state_dict().items()}
-                saving = time.monotonic() - last_save > 60 * recipe.save_every_minutes or step in (planned.steps, stop_after)
+                stop = asked_to_stop()
+                saving = time.monotonic() - last_save > 60 * recipe.save_every_minutes or step in (planned.steps, stop_after) or stop
+                saving = saving or (bool(recipe.save_every_steps) and step % recipe.save_every_steps == 0)
                 if log.due() or end_of_epoch or saving:
                     mean, shares = log.write(step=step, epoch=epoch, lr=rate, **scored)
                     note = ", ".join(f"{part} {shares[part]:.0%}" for part in ("student", "loss", "wait"))
@@ -298,6 +301,10 @@ def distill(
                     if first:
                         save(step)
                     last_save = time.monotonic()
+                if stop:
+                    screen.say(f"asked to stop: saved at step {step:,} of {planned.steps:,}")
+                    last = step
+                    break
     if first and log.steps:
         screen.say(log.describe())
     distributed.barrier()  # the last checkpoint is there for all

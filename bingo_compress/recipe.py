@@ -89,6 +89,7 @@ class Recipe(BaseModel):
         False, description="leave the student of the best check instead of the last one (10 checks where check_every is 0)"
     )
     save_every_minutes: float = Field(2.0, gt=0, description="a checkpoint is written this often and at the end")
+    save_every_steps: int = Field(0, ge=0, description="and after so many steps; 0: by time alone")
     threads: int = Field(0, ge=0, description="CPU threads of torch; 0: a short calibration picks")
     pixels: Literal["auto", "gpu", "memory", "disk", "stream"] = Field(
         "auto",
@@ -110,7 +111,9 @@ class Recipe(BaseModel):
 
 KEYS = tuple(Recipe.model_fields)
 # A run's result does not depend on these, so --resume may change them.
-RESUME_MAY_CHANGE = frozenset({"data", "threads", "device", "save_every_minutes", "compile", "profile", "pixels", "memory"})
+RESUME_MAY_CHANGE = frozenset(
+    {"data", "threads", "device", "save_every_minutes", "save_every_steps", "compile", "profile", "pixels", "memory"}
+)
 RECIPES_DIR = next(
     (folder for folder in (Path(__file__).parent / "recipes", Path(__file__).parent.parent / "recipes") if folder.is_dir()),
     Path("recipes"),

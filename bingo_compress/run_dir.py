@@ -1,13 +1,15 @@
 """The names of everything in a run folder, and the only ways to write there."""
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from bingo_compress.errors import BingoError
 
@@ -31,6 +33,7 @@ class RunDir:
         self.start = self.work / "start.safetensors"
         self.bags = self.work / "bags.safetensors"
         self.checkpoint = self.work / "checkpoint.safetensors"
+        self.before = self.work / "checkpoint-before.safetensors"
 
 
 def open_new(path: Path, *, resume: bool, overwrite: bool) -> RunDir:
@@ -46,7 +49,34 @@ def open_new(path: Path, *, resume: bool, overwrite: bool) -> RunDir:
         run.work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BingoError(f"--out: {path} cannot be made ({error.strerror}); name a folder you may write to") from None
+    _hold(run)
     return run
+
+
+_HELD: dict[Path, IO[str]] = {}
+
+
+def _hold(run: RunDir) -> None:
+    """Be the only writer of the run until this process ends. The kernel frees the lock of a process that was killed. Raises BingoError."""
+    path = (run.work / "writer.json").resolve()
+    if path in _HELD:
+        _HELD.pop(path).close()
+    handle = path.open("a+", encoding="utf-8")
+    handle.seek(0)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = handle.read()
+        handle.close()
+        raise BingoError(
+            f"--out: {run.path} is being written by another process ({owner.strip() or 'unknown'}); wait for it, or name another folder"
+        ) from None
+    except OSError:
+        pass  # a file system without locks, such as some network disks: then there is none
+    handle.truncate(0)
+    handle.write(json.dumps({"host": socket.gethostname(), "process": os.getpid()}) + "\n")
+    handle.flush()
+    _HELD[path] = handle
 
 
 def refuse_taken(path: Path, *, may_hold_files: bool) -> None:
@@ -72,7 +102,18 @@ def _clear(run: RunDir) -> None:
         raise BingoError(
             f"--overwrite: {run.path} is not a run of this program (no recipe.yaml), so nothing in it is deleted; name another folder"
         )
-    for path in (run.recipe, run.student, run.metrics, run.quarantine, run.summary, run.validation, run.start, run.bags, run.checkpoint):
+    for path in (
+        run.recipe,
+        run.student,
+        run.metrics,
+        run.quarantine,
+        run.summary,
+        run.validation,
+        run.start,
+        run.bags,
+        run.checkpoint,
+        run.before,
+    ):
         path.unlink(missing_ok=True)
     shutil.rmtree(run.export, ignore_errors=True)
 

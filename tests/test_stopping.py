@@ -1,0 +1,170 @@
+"""Signals, the lock of a run, and saves that are damaged: nothing is lost, and it is said."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import TINY, photos, recipe
+
+from bingo_compress import checkpoint, pipeline, run_dir, stopping
+from bingo_compress.errors import BingoError
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> object:
+    """Leave the handlers of this process, and what they heard, as they were."""
+    before = {number: signal.getsignal(number) for number in stopping.STATUS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    stopping._heard.clear()
+
+
+# ---------------------------------------------------------------- signals
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_what_is_running(number: int, status: int) -> None:
+    def sleep() -> None:
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+
+    stopping.listen()
+    with pytest.raises(stopping.Stopped):
+        sleep()
+    assert stopping.status() == status
+
+
+def test_inside_a_deferred_block_a_signal_waits_for_its_end() -> None:
+    reached = []
+
+    def work() -> None:
+        with stopping.deferred() as asked:
+            assert not asked()
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+            assert asked()
+            reached.append(True)
+
+    stopping.listen()
+    with pytest.raises(stopping.Stopped):
+        work()
+    assert reached == [True] and stopping.status() == 143
+
+
+def test_a_second_interrupt_leaves_at_once() -> None:
+    code = (
+        "import os, signal, time\nfrom bingo_compress import stopping\nstopping.listen()\n"
+        "with stopping.deferred():\n    os.kill(os.getpid(), signal.SIGINT)\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(60)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=50, check=False).returncode == 130
+
+
+@pytest.mark.slow
+def test_sigterm_in_training_saves_and_the_resumed_run_equals_the_uninterrupted_one(tmp_path: Path) -> None:
+    data = photos(tmp_path / "photos", 12)
+    sets = [
+        word for key, value in {**TINY, "epochs": 60}.items() if key not in ("teacher", "student") for word in ("--set", f"{key}={value}")
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "bingo_compress",
+        "distill",
+        "--data",
+        str(data),
+        "--teacher",
+        TINY["teacher"],
+        "--student",
+        TINY["student"],
+        *sets,
+    ]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    subprocess.run([*command, "--out", str(whole)], check=True, capture_output=True)
+    running = subprocess.Popen([*command, "--out", str(cut)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (cut / "metrics.jsonl").exists() and running.poll() is None:
+        time.sleep(0.05)
+    running.send_signal(signal.SIGTERM)
+    told, complained = running.communicate(timeout=60)
+    assert running.returncode == 143 and "asked to stop: saved at step" in told and "--resume goes on" in complained
+    step = checkpoint.load(cut / "work" / "checkpoint.safetensors")[1]["step"]
+    assert isinstance(step, int) and 0 < step < 4 * 60
+    subprocess.run([*command, "--out", str(cut), "--resume"], check=True, capture_output=True)
+    one, two = (checkpoint.load(run / "student.safetensors")[0] for run in (whole, cut))
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+# ---------------------------------------------------------------- one writer
+
+
+def test_a_second_writer_is_refused_and_told_who_the_first_is(tmp_path: Path) -> None:
+    code = "import sys, time\nfrom pathlib import Path\nfrom bingo_compress import run_dir\nrun_dir.open_new(Path(sys.argv[1]), resume=False, overwrite=False)\nprint('mine', flush=True)\ntime.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None and other.stdout.readline() == "mine\n"
+    with pytest.raises(BingoError, match=rf"being written by another process .*\"process\": {other.pid}"):
+        run_dir.open_new(tmp_path / "run", resume=True, overwrite=False)
+    other.kill()
+    other.communicate()
+    run = run_dir.open_new(tmp_path / "run", resume=True, overwrite=False)  # a killed owner owns nothing
+    assert json.loads((run.work / "writer.json").read_text())["process"] == os.getpid()
+    run_dir.open_new(tmp_path / "run", resume=True, overwrite=False)  # nor is this process in its own way
+
+
+# ---------------------------------------------------------------- damaged saves
+
+
+@pytest.fixture
+def two_saves(tmp_path: Path) -> Path:
+    path = tmp_path / "checkpoint.safetensors"
+    generator = torch.Generator().manual_seed(0)
+    for step in (1, 2, 3):
+        tensors = {
+            "a": torch.randn(40, 30, generator=generator),
+            "b": torch.arange(7),
+            "c": torch.ones(2, 3, dtype=torch.bfloat16),
+            "d": torch.tensor(3.0),
+        }
+        checkpoint.save_keeping(path, tensors | {"e": torch.empty(0, 5), "f": torch.tensor([True, False])}, step=step, name="naïve")
+    return path
+
+
+def test_the_newest_two_are_kept(two_saves: Path) -> None:
+    assert checkpoint.load(two_saves, checked=True)[1]["step"] == 3
+    assert checkpoint.load(checkpoint.before(two_saves), checked=True)[1]["step"] == 2
+    assert sorted(path.name for path in two_saves.parent.iterdir()) == ["checkpoint-before.safetensors", "checkpoint.safetensors"]
+
+
+@pytest.mark.parametrize("how", ["cut", "flipped"])
+def test_a_cut_or_flipped_save_is_noticed_and_the_one_before_is_used(how: str, two_saves: Path, printed: StringIO) -> None:
+    content = two_saves.read_bytes()
+    draw = torch.Generator().manual_seed(1)
+    for number in range(50):
+        place = int(torch.randint(len(content), (1,), generator=draw))
+        # Half of the flips go into the header, which is a small part of the file.
+        place = place % (8 + int.from_bytes(content[:8], "little")) if how == "flipped" and number % 2 else place
+        damaged = content[:place] if how == "cut" else content[:place] + bytes([content[place] ^ 1 << number % 8]) + content[place + 1 :]
+        two_saves.write_bytes(damaged)
+        tensors, facts = checkpoint.load_newest(two_saves)
+        assert facts["step"] == 2 and tensors["a"].shape == (40, 30), (how, place)
+    assert printed.getvalue().count("going on from the save before it") == 50
+    checkpoint.before(two_saves).write_bytes(b"")
+    with pytest.raises(BingoError, match="cannot be read"):
+        checkpoint.load_newest(two_saves)
+
+
+def test_saves_come_every_so_many_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[object] = []
+    real = checkpoint.save_keeping
+    monkeypatch.setattr(
+        checkpoint, "save_keeping", lambda path, tensors, **facts: (steps.append(facts["step"]), real(path, tensors, **facts))
+    )
+    data = photos(tmp_path / "photos", 12)
+    pipeline.run_distill(recipe(data=str(data), save_every_steps=3), tmp_path / "run")
+    assert steps == [3, 6, 8]
