@@ -45,7 +45,7 @@ def _checksum(tensors: dict[str, Tensor], told: str) -> int:
     for name, tensor in sorted(tensors.items()):
         found = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), found)
         # As bytes whatever the type: numpy has no bfloat16.
-        found = zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy() if tensor.numel() else b"", found)
+        found = zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy().data if tensor.numel() else b"", found)
     return found
 
 

@@ -40,16 +40,21 @@ def open_new(path: Path, *, resume: bool, overwrite: bool) -> RunDir:
     """The folder for a run that is to be written. Raises BingoError if something is in it and neither flag says what to do."""
     run = RunDir(path)
     refuse_taken(path, may_hold_files=resume or overwrite)
-    if path.is_dir() and any(path.iterdir()):
-        if overwrite and not resume:
-            _clear(run)
-    elif resume:
+    taken = path.is_dir() and any(path.iterdir())
+    clear = taken and overwrite and not resume
+    if clear and not run.recipe.is_file():
+        raise BingoError(
+            f"--overwrite: {path} is not a run of this program (no recipe.yaml), so nothing in it is deleted; name another folder"
+        )
+    if resume and not taken:
         raise BingoError(f"--resume: expected a run in {path}, found none; leave --resume out to start one")
     try:
         run.work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BingoError(f"--out: {path} cannot be made ({error.strerror}); name a folder you may write to") from None
-    _hold(run)
+    _hold(run)  # before anything of another writer's is deleted
+    if clear:
+        _clear(run)
     return run
 
 
@@ -98,10 +103,6 @@ def open_finished(path: Path) -> RunDir:
 
 
 def _clear(run: RunDir) -> None:
-    if not run.recipe.is_file():
-        raise BingoError(
-            f"--overwrite: {run.path} is not a run of this program (no recipe.yaml), so nothing in it is deleted; name another folder"
-        )
     for path in (
         run.recipe,
         run.student,

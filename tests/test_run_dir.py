@@ -123,7 +123,7 @@ def test_overwrite_of_a_foreign_folder_keeps_everything(tmp_path: Path) -> None:
 def test_overwrite_of_a_run_deletes_its_results_and_nothing_else(tmp_path: Path) -> None:
     a_run(tmp_path)
     open_new(tmp_path, resume=False, overwrite=True)
-    assert names(tmp_path) == ["notes.txt", "work", "work/pixels-1.u8"]
+    assert names(tmp_path) == ["notes.txt", "work", "work/pixels-1.u8", "work/writer.json"]
 
 
 def test_resume_deletes_nothing(tmp_path: Path) -> None:

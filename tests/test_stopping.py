@@ -110,6 +110,10 @@ def test_a_second_writer_is_refused_and_told_who_the_first_is(tmp_path: Path) ->
     assert other.stdout is not None and other.stdout.readline() == "mine\n"
     with pytest.raises(BingoError, match=rf"being written by another process .*\"process\": {other.pid}"):
         run_dir.open_new(tmp_path / "run", resume=True, overwrite=False)
+    (tmp_path / "run" / "recipe.yaml").write_text("teacher: resnet18\n")
+    with pytest.raises(BingoError, match="being written by another process"):
+        run_dir.open_new(tmp_path / "run", resume=False, overwrite=True)
+    assert (tmp_path / "run" / "recipe.yaml").exists()  # of a run that goes on nothing is deleted
     other.kill()
     other.communicate()
     run = run_dir.open_new(tmp_path / "run", resume=True, overwrite=False)  # a killed owner owns nothing

@@ -30,6 +30,7 @@ MIN_COSINE = 0.9999
 IMAGES = 256
 REFUSED = 3
 TORCH_LEAST = 18  # torch writes no lower opset, whatever it is asked for: lower ones are converted from it
+RESIZE_DEFAULTS = {("keep_aspect_ratio_policy", b"stretch", 0), ("antialias", b"", 0)}  # (name, text, number) of what opset 18 added
 IR_OF_OPSET = {17: 8, 16: 8, 15: 8}  # the IR version of the onnx release that brought the opset (onnx/docs/Versioning.md)
 
 
@@ -184,7 +185,9 @@ def _to_opset_17(model: onnx.ModelProto) -> None:
     values = {one.name: onnx.numpy_helper.to_array(one) for one in model.graph.initializer}
     values |= {node.output[0]: onnx.numpy_helper.to_array(node.attribute[0].t) for node in model.graph.node if node.op_type == "Constant"}
     for node in model.graph.node:
-        gone = {"Split": {"num_outputs"}}.get(node.op_type, set())
+        gone = {"num_outputs"} if node.op_type == "Split" else set()
+        if node.op_type == "Resize":  # what these say by default is what opset 17 does
+            gone = {attribute.name for attribute in node.attribute if (attribute.name, attribute.s, attribute.i) in RESIZE_DEFAULTS}
         # ReduceSum has taken its axes as an input since opset 13.
         if node.op_type.startswith("Reduce") and node.op_type != "ReduceSum":
             gone = {"noop_with_empty_axes"}
