@@ -50,6 +50,11 @@ def test_an_image_runs_as_a_plain_user_on_the_base_that_is_asked_for(file: Path)
 
 
 @pytest.mark.parametrize("file", IMAGES, ids=str)
+def test_nothing_is_reported_to_anyone(file: Path) -> None:
+    assert any(word == "ENV" and "ORT_DISABLE_TELEMETRY=1" in rest for word, rest in instructions(file))
+
+
+@pytest.mark.parametrize("file", IMAGES, ids=str)
 def test_every_package_is_pinned_by_its_hash(file: Path) -> None:
     for word, rest in instructions(file):
         if word == "RUN":
