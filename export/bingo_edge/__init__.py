@@ -1,5 +1,6 @@
 """Run a compressed student on a device: pictures in, embeddings, neighbours and classes out. numpy, Pillow and onnxruntime only."""
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,9 @@ if TYPE_CHECKING:
     from bingo_edge.heads import classify, load_head
     from bingo_edge.image import ImageError, load_image, preprocess
     from bingo_edge.model import Embedder
+
+# onnxruntime's Linux wheels report to their maker unless this is set before they are imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __version__ = "0.1.0"
 __all__ = ["EdgeError", "Embedder", "ImageError", "__version__", "classify", "load_head", "load_image", "preprocess", "selftest"]

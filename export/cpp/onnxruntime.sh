@@ -4,7 +4,11 @@
 # The headers may be older than the library, never newer: onnxruntime's C interface only grows.
 set -eu
 folder=${1:?usage: onnxruntime.sh FOLDER [PYTHON]}
-capi=$("${2:-python3}" -c 'import importlib.util as u, os; print(os.path.dirname(u.find_spec("onnxruntime").origin) + "/capi")')
+capi=$("${2:-python3}" -c 'import importlib.util as u, os; s = u.find_spec("onnxruntime"); print(s and os.path.dirname(s.origin) + "/capi" or "")')
+if [ -z "$capi" ]; then
+    echo "error: expected a Python with onnxruntime, ${2:-python3} has none; name one: onnxruntime.sh FOLDER .venv/bin/python" >&2
+    exit 2
+fi
 library=$(find "$capi" -name 'libonnxruntime.so.*' | head -n 1)
 if [ -z "$library" ]; then
     echo "error: expected libonnxruntime.so inside the wheel, found none in $capi; pip install --upgrade onnxruntime" >&2
