@@ -5,7 +5,7 @@ from pathlib import Path
 
 from bingo_edge.image import ImageError
 
-from bingo_compress import images, screen
+from bingo_compress import images, intake, screen
 from bingo_compress.errors import BingoError
 
 SHOWN = 50
@@ -27,14 +27,15 @@ def check(data: Path) -> None:
         screen.table(f"{len(bad):,} files cannot be used", ("file", "reason"), [*sorted(bad)[:SHOWN]])
         if len(bad) > SHOWN:
             screen.say(f"... and {len(bad) - SHOWN:,} more; distill writes all of them to quarantine.csv")
-        for reason, count in Counter(reason for _, reason in bad).most_common(5):
-            screen.say(f"  {count:,} x {reason}")
+        for line in intake.reasons(bad, 5):
+            screen.say(f"  {line}")
     if not sides:
         raise BingoError(f"--data: expected images, found none that can be decoded among {len(bad)} files in {data}")
     short = sorted(min(side) for side in sides)
     screen.say(
         f"{len(sides):,} usable images in {data}; short side {short[0]} to {short[-1]} px, half of them {short[len(short) // 2]} px or more"
     )
+    intake.say_copies(intake.copies(folder), "keep")
     try:
         classes, labels = images.labels_of(images.Folder(folder.root, folder.files, ()))
         counts = Counter(labels)

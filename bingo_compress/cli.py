@@ -72,6 +72,9 @@ def distill(
         str | None, typer.Option(help="auto (pretrained where timm has weights, else random), pretrained, random, or a file")
     ] = None,
     device: DeviceSetting = None,
+    max_bad: Annotated[
+        str | None, typer.Option(help="end the run if more files cannot be used: a share such as 5%, or a number; default: no limit")
+    ] = None,
     threads: Threads = None,
     pixels: PixelsIn = None,
     memory: Memory = None,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bingo_compress import chart, checkpoint, embed, evidence, figures, images, probes, run_dir, screen
+from bingo_compress import chart, checkpoint, embed, evidence, figures, images, intake, probes, run_dir, screen
 from bingo_compress.distill import loss_of, plan
 from bingo_compress.encoder import Encoder
 from bingo_compress.errors import BingoError
@@ -89,7 +89,7 @@ def compare(
 
     Called again with the same settings it goes on where it was. Raises BingoError.
     """
-    folder = images.list_folder(Path(base.data))
+    folder = intake.take(base)
     bank = images.list_folder(labels, "--labels")
     tested = images.list_folder(test, "--test") if test else None
     images.labels_of(bank)

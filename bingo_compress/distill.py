@@ -1,9 +1,10 @@
 """The training loop, top to bottom. It owns all state; every random number comes from (seed, epoch, step), so a resumed run draws the same."""
 
 import copy
+import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch.nn.functional import normalize
 
 from bingo_compress import checkpoint, distributed, screen, speed, stopping
 from bingo_compress.bagging import knn
-from bingo_compress.batches import Maker, Ready, ahead
+from bingo_compress.batches import Maker, Ready, ahead, order_of
 from bingo_compress.embed import TargetOf, hash_seed, store_features
 from bingo_compress.encoder import Encoder, ProjectionHead, RegressionHead
 from bingo_compress.errors import BingoError
@@ -24,6 +25,7 @@ from bingo_compress.meter import Log, Meter, forget_after
 from bingo_compress.pixels import PixelStore
 from bingo_compress.profiling import profiled
 from bingo_compress.recipe import Recipe
+from bingo_compress.run_dir import write_text
 from bingo_compress.schedule import learning_rate
 
 ADAMW_BELOW = 50_000
@@ -135,14 +137,15 @@ def distill(
     *,
     check: Check | None = None,
     head_weights: dict[str, Tensor] | None = None,
+    names: Sequence[str] = (),
     stop_after: int | None = None,
 ) -> None:
     """Train `student` in place on the images `training` (n,) of `pixels`; go on from the checkpoint `saved` if it is there.
 
     bags: (n, K) positions in `training`, -1 for an empty place. target_of: the teacher's embedding (B, dim) of images, None for methods without
     teacher. metrics: appended to, one JSON object a line. check: scores the student every recipe.check_every epochs; with recipe.keep_best
-    the best-scored student is what is left. head_weights: where the head starts, default random. stop_after: leave after this many steps, as an interruption would (tests).
-    Raises BingoError when the loss is not finite.
+    the best-scored student is what is left. head_weights: where the head starts, default random. names: of the images of `pixels`, for messages. stop_after: leave after this many steps, as an interruption would (tests).
+    Raises BingoError when the loss is not finite; nothing is saved after such a step.
     """
     planned = plan(recipe, len(training))
     loss_function = loss_of(recipe)
@@ -238,6 +241,9 @@ def distill(
         return {name: value.detach() for name, value in {"loss": loss, **terms}.items()}
 
     last_save = time.monotonic()
+    poisoned = torch.full(
+        (), -1, device=device
+    )  # the first step whose loss was not finite; read when a line is written, so that no step waits for it
     with (
         screen.bar("distil", planned.steps * shown) as advance,
         profiled(recipe.profile and first, metrics.with_name("trace.json")) as tick,
@@ -274,7 +280,9 @@ def distill(
                     average.follow(student, head, planned.average)
                 step += 1
 
-                log.add(distributed.mean(losses), shown)
+                losses = distributed.mean(losses)
+                log.add(losses, shown)
+                poisoned = torch.where((poisoned < 0) & ~losses["loss"].isfinite(), step, poisoned)
                 advance(shown)
                 tick()
                 end_of_epoch = step % planned.steps_per_epoch == 0
@@ -293,10 +301,7 @@ def distill(
                     note = ", ".join(f"{part} {shares[part]:.0%}" for part in ("student", "loss", "wait"))
                     advance(0, note=f"epoch {epoch + 1}/{recipe.epochs}, loss {mean:.3f}; time: {note}")
                     if not math.isfinite(mean):
-                        raise BingoError(
-                            f"the loss is not finite at step {step} (epoch {epoch + 1}); the last checkpoint is in {saved.parent}: lower --set lr={rate / 2:.2g} "
-                            f"and start anew with --overwrite, or look at the images of this batch: {', '.join(map(str, training[ready.anchors][:5].tolist()))}, ..."
-                        )
+                        raise BingoError(_not_finite(int(poisoned), planned, recipe, training, names, metrics, saved))
                 if saving:
                     if first:
                         save(step)
@@ -311,3 +316,19 @@ def distill(
     if best and step == planned.steps:
         student.backbone.load_state_dict(best)
     student.eval()
+
+
+def _not_finite(step: int, planned: Plan, recipe: Recipe, training: Tensor, names: Sequence[str], metrics: Path, saved: Path) -> str:
+    """What to say of a step (counted from 1) whose loss was not finite; the names of its images go into a file beside the metrics."""
+    epoch, within = divmod(step - 1, planned.steps_per_epoch)
+    anchors = order_of(recipe.seed, epoch, len(training))[within * planned.batch_size : (within + 1) * planned.batch_size]
+    images = training[anchors].tolist()
+    batch = [names[image] if names else str(image) for image in images]
+    file = metrics.with_name("not_finite.json")
+    write_text(file, json.dumps({"step": step, "epoch": epoch + 1, "images": batch}, indent=1) + "\n")
+    kept = f"the save in {saved.parent} is of an earlier step" if saved.exists() else "nothing was saved yet"
+    rate = learning_rate(step - 1, planned.steps, planned.warmup, planned.peak_lr)
+    return (
+        f"the loss is not finite at step {step} (epoch {epoch + 1}), of the images {', '.join(batch[:3])}, ... (all {len(batch)} in {file}); {kept}: "
+        f"look at the images and go on with --resume, or start anew with --overwrite and a smaller rate, for example --set lr={rate / 2:.2g}"
+    )

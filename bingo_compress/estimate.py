@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from bingo_compress import images, screen
+from bingo_compress import images, intake, screen
 from bingo_compress.distill import make_head, plan
 from bingo_compress.encoder import Encoder
 from bingo_compress.errors import BingoError
@@ -21,7 +21,7 @@ SAMPLE_VIEWS = 64
 
 def dry_run(recipe: Recipe, out: Path) -> None:
     """Print the resolved recipe, model sizes, steps, memory and time, and write nothing. Raises BingoError as a real run would."""
-    folder = images.list_folder(Path(recipe.data))
+    folder = intake.take(recipe)
     plan(recipe, len(folder.files))
     device = choose_device(recipe.device)
     models = build_models(resolve(recipe))

@@ -1,6 +1,7 @@
 """A folder to a list of images, with every file that cannot be used named together with its reason."""
 
 import csv
+import errno
 import hashlib
 import os
 import stat
@@ -18,6 +19,7 @@ from bingo_compress.run_dir import atomic
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 # Refused by name without a look inside: nobody means these to be images, and there may be millions of them.
 NOT_IMAGES = frozenset(
@@ -49,11 +51,16 @@ NOT_IMAGES = frozenset(
 
 @dataclass(frozen=True)
 class Folder:
-    """Files found under `root`: `files` to be tried as images (relative paths, sorted), `bad` as (relative path, reason)."""
+    """Files found under `root`: `files` to be tried as images (relative paths, sorted), `bad` as (relative path, reason).
+
+    copies: exact copies that were left out as asked for, as (relative path, the file that is kept). max_bad: share or number of files that may be bad.
+    """
 
     root: Path
     files: tuple[str, ...]
     bad: tuple[tuple[str, str], ...]
+    copies: tuple[tuple[str, str], ...] = ()
+    max_bad: str = "100%"
 
     def path(self, index: int) -> Path:
         """Where image number `index` lies."""
@@ -63,8 +70,11 @@ class Folder:
         """A hash of names, sizes and times of change: differs when the folder does."""
         digest = hashlib.sha256()
         for name in self.files:
-            status = os.stat(self.root / name)
-            digest.update(os.fsencode(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0"))
+            try:
+                status = os.stat(self.root / name)
+                digest.update(os.fsencode(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0"))
+            except OSError:  # deleted since it was listed: whoever reads it will say so
+                digest.update(os.fsencode(f"{name}\0gone\0"))
         return digest.hexdigest()
 
 
@@ -84,7 +94,11 @@ def list_folder(root: Path, option: str = "--data") -> Folder:
         bad.append((_relative(str(error.filename), root), "folder cannot be read"))
 
     for folder, folders, names in os.walk(root, followlinks=True, onerror=unreadable):
-        here = os.stat(folder)
+        try:
+            here = os.stat(folder)
+        except OSError as error:  # deleted while it was listed
+            unreadable(error)
+            continue
         if (here.st_dev, here.st_ino) in seen or (here.st_dev, here.st_ino) in above:
             folders.clear()
             continue
@@ -111,8 +125,8 @@ def _unusable(path: str, seen: set[tuple[int, int]]) -> str | None:
     """Why a file is not even tried; None if it is to be tried, "" if it was seen under another name."""
     try:
         status = os.stat(path)
-    except OSError:
-        return "link that leads nowhere"
+    except OSError as error:
+        return "link that leads nowhere" if error.errno in (errno.ENOENT, errno.ELOOP) else error.strerror or type(error).__name__
     if not stat.S_ISREG(status.st_mode):
         return "not a regular file"
     identity = (status.st_dev, status.st_ino)
@@ -184,8 +198,11 @@ def in_threads(job: Callable[[Item], Result], items: Iterable[Item], threads: in
 
 
 def write_quarantine(path: Path, bad: Iterable[tuple[str, str]]) -> None:
-    """quarantine.csv: a header, then path and reason of every file that was not used."""
+    """quarantine.csv: a header, then path and reason of every file that was not used.
+
+    A name that a spreadsheet would take for a formula is written as ./name, which is the same file.
+    """
     with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as handle:
         writer = csv.writer(handle)
         writer.writerow(("path", "reason"))
-        writer.writerows(bad)
+        writer.writerows((f"./{name}" if name.startswith(FORMULA) else name, reason) for name, reason in bad)

@@ -5,6 +5,7 @@ import json
 import platform
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from bingo_compress import __version__, bagging, checkpoint, distributed, embed,
 from bingo_compress.distill import Check, Plan, distill, loss_of, plan
 from bingo_compress.encoder import Encoder, build, has_pretrained, resolve_name
 from bingo_compress.errors import BingoError
+from bingo_compress.intake import report, take
 from bingo_compress.losses import settled
 from bingo_compress.matrices import Rows
 from bingo_compress.recipe import RESUME_MAY_CHANGE, Recipe, load_recipe, recipe_text
@@ -107,9 +109,8 @@ def saved_recipe(run: run_dir.RunDir) -> Recipe:
 
 def run_distill(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = False) -> run_dir.RunDir:
     """Distil recipe.teacher into recipe.student on recipe.data; everything lands in `out`. Raises BingoError."""
-    folder = images.list_folder(Path(recipe.data))
     device = choose_device(recipe.device)
-    plan(recipe, len(folder.files))
+    plan(recipe, len((folder := take(recipe)).files))
     recipe = resolve(recipe)
     before = saved_recipe(run_dir.RunDir(out)) if resume and (out / "recipe.yaml").is_file() else None
     models = build_models(recipe)
@@ -131,9 +132,7 @@ def run_distill(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: b
     header(models, folder, device, recipe)
 
     material = prepare(models, folder, side, run.work, device, step)
-    distributed.from_first(lambda: images.write_quarantine(run.quarantine, material.folder.bad))
-    if material.folder.bad:
-        screen.say(f"{len(material.folder.bad):,} files cannot be used and are left out; {run.quarantine} names each with its reason")
+    distributed.from_first(lambda: report(material.folder, run.quarantine))
     planned = plan(recipe, len(material.training))
     screen.say(f"{len(material.training):,} images to train on, {len(material.held):,} held out; {planned.describe()}")
     _say_smaller(recipe, planned)
@@ -146,8 +145,7 @@ def run_distill(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: b
             save_student(models.student, run.start, recipe)
 
     distributed.from_first(save)
-    facts = bag_facts(recipe, bags, material)
-    screen.say(describe_bags(recipe, facts, len(material.training)))
+    screen.say(describe_bags(recipe, facts := bag_facts(recipe, bags, material), len(material.training)))
     train(models, material, bags, run.metrics, run.checkpoint, device)
     distributed.from_first(lambda: save_student(models.student, run.student, recipe))
     recall = held_out_recall(run, models, material, device)
@@ -251,7 +249,8 @@ def train(models: Models, material: Material, bags: Tensor, metrics: Path, saved
             raise BingoError("--keep-best: expected images held out, found none; add images or raise --set hold_out=0.05")
         recipe = recipe.model_copy(update={"check_every": recipe.check_every or max(1, recipe.epochs // CHECKS)})
         check = recall_check(material, device)
-    distill(recipe, models.student, material.store, material.training, bags, target_of, dim, metrics, saved, device, check=check)
+    loop = partial(distill, recipe, models.student, material.store, material.training, bags, target_of, dim, metrics, saved, device)
+    loop(check=check, names=material.folder.files)
 
 
 def recall_check(material: Material, device: torch.device) -> Check:

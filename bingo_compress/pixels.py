@@ -4,6 +4,7 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from bingo_compress import augment, decoding, distributed, meter, screen
+from bingo_compress import augment, decoding, distributed, intake, meter, screen
 from bingo_compress.errors import BingoError
 from bingo_compress.images import Folder, decode_all, in_threads
 from bingo_compress.run_dir import atomic, drop_stale, need_space, stage_key, write_text
@@ -119,7 +120,7 @@ def build(
 
     wanted: auto or one of PLACES; memory: bytes that this process may hold at most, 0 for 80% of what is free; step: bytes of them that are not for pixels.
     Shards are written as they finish, shared out among the processes; an interrupted build goes on after the last. Raises BingoError when the disk is
-    too small.
+    too small, and as soon as more files are bad than folder.max_bad allows; quarantine.csv beside `work` names them then.
     """
     streamed = wanted == "stream" or (wanted == "auto" and not _fits_the_disk(folder, side, work))
     stem = "sizes" if streamed else "pixels"
@@ -132,22 +133,27 @@ def build(
     distributed.barrier()
     missing = [rows for rows in distributed.mine(ranges) if not _is_whole(shards, rows, streamed)]
     count = sum(map(len, missing))
+    done = [_read_facts(shards, rows) for rows in distributed.mine(ranges) if rows not in missing]
+    quarantine = work.parent / "quarantine.csv"
+    intake.refuse_bad(folder, _bad(folder, done), quarantine)
     if missing:
         if not streamed:
             need_space(work, guess(count, side), "the pixel store")
         with screen.bar("check images" if streamed else "decode images", sum(map(len, distributed.mine(ranges)))) as advance:
             advance(sum(map(len, distributed.mine(ranges))) - count)
             for rows in missing:
-                _fill(folder, rows, side, shards, streamed, advance)
+                done.append(_fill(folder, rows, side, shards, streamed, advance))
+                intake.refuse_bad(folder, _bad(folder, done), quarantine)
     distributed.barrier()
-    found = [json.loads(_facts(shards, rows).read_text()) for rows in ranges]
+    found = [_read_facts(shards, rows) for rows in ranges]
     good = [index for facts in found for index in facts["good"]]
+    bad = _bad(folder, found)
+    intake.refuse_bad(folder, bad, quarantine)
     if not good:
         raise BingoError(
             f"--data: expected images, found none that can be decoded among {len(folder.files) + len(folder.bad)} files in {folder.root}"
         )
-    bad = tuple((folder.files[index], why) for facts in found for index, why in facts["bad"])
-    kept = Folder(folder.root, tuple(folder.files[index] for index in good), folder.bad + bad)
+    kept = replace(folder, files=tuple(folder.files[index] for index in good), bad=bad)
     height, width, aspect = ([value for facts in found for value in facts[name]] for name in ("height", "width", "aspect"))
     total = sum(high * wide for high, wide in zip(height, width, strict=True)) * 3
     where, why = ("stream", "the files are decoded again for every crop") if streamed else place(total, device, wanted, memory, step)
@@ -157,7 +163,11 @@ def build(
         by_gpu = decoding.crops_of(kept, jpegs, device)
         why += f", {sum(map(bool, jpegs)):,} of them by nvJPEG"
     screen.say(f"pixels: {screen.size(total)} of {len(good):,} images, {where} ({why})")
-    read = _from_files(kept, side) if streamed else _from_shards(shards, ranges, found, mapped=where != "disk")
+    read = (
+        _from_files(kept, side, list(zip(height, width, strict=True)))
+        if streamed
+        else _from_shards(shards, ranges, found, mapped=where != "disk")
+    )
     return PixelStore(torch.tensor(height), torch.tensor(width), torch.tensor(aspect), read, device, where, by_gpu), kept
 
 
@@ -227,10 +237,20 @@ def _facts(shards: Path, rows: range) -> Path:
     return shards / f"{rows.start:09d}.json"
 
 
+def _read_facts(shards: Path, rows: range) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads(_facts(shards, rows).read_text())
+    return facts
+
+
+def _bad(folder: Folder, found: list[dict[str, Any]]) -> tuple[tuple[str, str], ...]:
+    """All that is known to be bad once the shards of `found` were made."""
+    return folder.bad + tuple((folder.files[index], why) for facts in found for index, why in facts["bad"])
+
+
 def _is_whole(shards: Path, rows: range, streamed: bool) -> bool:
     """Whether a shard is there and its checksum holds; a damaged one is said and made again."""
     try:
-        facts = json.loads(_facts(shards, rows).read_text())
+        facts = _read_facts(shards, rows)
         if facts["tried"] != len(rows):
             return False
         if streamed:
@@ -260,7 +280,7 @@ def _shrink(pixels: Pixels, side: int) -> tuple[Pixels, float]:
     return pixels, width / height
 
 
-def _fill(folder: Folder, rows: range, side: int, shards: Path, streamed: bool, advance: screen.Advance) -> None:
+def _fill(folder: Folder, rows: range, side: int, shards: Path, streamed: bool, advance: screen.Advance) -> dict[str, Any]:
     facts: dict[str, Any] = {"tried": len(rows), "good": [], "height": [], "width": [], "aspect": [], "jpeg": [], "bad": [], "crc32": 0}
 
     def add(result: tuple[Pixels, float] | ImageError, index: int) -> Pixels | None:
@@ -283,6 +303,7 @@ def _fill(folder: Folder, rows: range, side: int, shards: Path, streamed: bool, 
                 handle.write(raw)
             advance(1, note=f"{len(facts['bad'])} bad" if facts["bad"] else None)
     write_text(_facts(shards, rows), json.dumps(facts))  # after the pixels: what it says is there, is there
+    return facts
 
 
 def _from_shards(shards: Path, ranges: list[range], found: list[dict[str, Any]], *, mapped: bool) -> Read:
@@ -316,13 +337,16 @@ def _open(path: Path, size: int, mapped: bool) -> Any:
     return np.memmap(path, np.uint8, "c", shape=(size,)) if size else np.empty(0, np.uint8)  # "c": torch wants writable memory
 
 
-def _from_files(folder: Folder, side: int) -> Read:
-    """Rows of images decoded anew, shrunk as the store would."""
+def _from_files(folder: Folder, side: int, sizes: list[tuple[int, int]]) -> Read:
+    """Rows of images decoded anew, shrunk as the store would. sizes: (height, width) that each had when it was checked."""
 
     def read(image: int, top: int, bottom: int) -> Tensor:
         try:
-            return torch.from_numpy(_shrink(load_image(folder.path(image), at_least=side), side)[0])[top:bottom]
+            pixels = _shrink(load_image(folder.path(image), at_least=side), side)[0]
         except ImageError as error:
             raise decoding.changed(folder.path(image), str(error)) from None
+        if pixels.shape[:2] != sizes[image]:
+            raise decoding.changed(folder.path(image), "it is another picture")
+        return torch.from_numpy(pixels)[top:bottom]
 
     return read

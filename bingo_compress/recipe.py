@@ -1,6 +1,7 @@
 """Every setting of a run, once: the same word is the command-line flag, the YAML key and the attribute."""
 
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -19,6 +20,12 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     data: str = Field("", description="folder of images, searched to any depth; its folder names are never used as labels")
+    max_bad: Annotated[str, BeforeValidator(_number_as_text)] = Field(
+        "100%",
+        pattern=r"^([0-9]+|(100|[0-9]{1,2}(\.[0-9]+)?)%)$",
+        description="a share such as 5%, or a number: with more files that cannot be used the run ends (.txt, .json and the like are not counted)",
+    )
+    duplicates: Literal["keep", "drop"] = Field("keep", description="exact copies of a file; drop: one of each is used")
     teacher: str = Field("", description="a timm model, or a family name such as resnet or mobilenetv3")
     student: str = Field("", description="a timm model, or a family name")
     teacher_weights: str = Field("pretrained", description="pretrained (timm's own loader), a local file, or random (must be asked for)")
@@ -112,7 +119,7 @@ class Recipe(BaseModel):
 KEYS = tuple(Recipe.model_fields)
 # A run's result does not depend on these, so --resume may change them.
 RESUME_MAY_CHANGE = frozenset(
-    {"data", "threads", "device", "save_every_minutes", "save_every_steps", "compile", "profile", "pixels", "memory"}
+    {"data", "threads", "device", "save_every_minutes", "save_every_steps", "compile", "profile", "pixels", "memory", "max_bad"}
 )
 RECIPES_DIR = next(
     (folder for folder in (Path(__file__).parent / "recipes", Path(__file__).parent.parent / "recipes") if folder.is_dir()),
@@ -158,7 +165,7 @@ def make_recipe(values: dict[str, Any], source: str) -> Recipe:
         first = error.errors()[0]
         key = str(first["loc"][0])
         raise BingoError(
-            f"{source}: {key}: {first['msg']}, found {first['input']!r}; {key} is {Recipe.model_fields[key].description}"
+            f"{source}: {key}: {first['msg']}, found {shortened(first['input'])[:200]}; {key} is {Recipe.model_fields[key].description}"
         ) from None
 
 

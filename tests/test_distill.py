@@ -1,5 +1,6 @@
 """The training loop on a problem small enough to know its answers."""
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -275,8 +276,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(value: float
             found[2] = value
         return found
 
-    with pytest.raises(BingoError, match=r"not finite at step 3 \(epoch 1\)"):
+    with pytest.raises(BingoError, match=r"not finite at step 3 \(epoch 1\), of the images .* nothing was saved yet.*--set lr="):
         train(tmp_path, recipe(variant="paper"), target_of)  # one call a step
+    told = json.loads((tmp_path / "not_finite.json").read_text())
+    assert told["step"] == 3 and len(told["images"]) == len(set(told["images"])) == recipe().batch_size
     assert 3 <= calls <= 3 + AHEAD  # batches are made ahead
     assert not (tmp_path / "checkpoint.safetensors").exists()
 

@@ -277,7 +277,7 @@ def test_quarantine_is_read_back_by_csv(tmp_path: Path) -> None:
     with (tmp_path / "quarantine.csv").open(newline="", encoding="utf-8") as handle:
         header, *rows = csv.reader(handle)
     assert header == ["path", "reason"]
-    assert rows == [[name.replace("\udce9", "\\udce9"), reason] for name, reason in bad]
+    assert rows == [[{"=1+1.jpg": "./=1+1.jpg"}.get(name, name).replace("\udce9", "\\udce9"), reason] for name, reason in bad]
 
 
 def test_quarantine_of_nothing_is_a_header(tmp_path: Path) -> None:

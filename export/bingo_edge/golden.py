@@ -117,7 +117,7 @@ def _read(embedder: Embedder, path: Path) -> list[_Golden]:
         found = [golden._replace(embedding=np.array(golden.embedding, np.float64)) for golden in found]
     except (FileNotFoundError, NotADirectoryError):
         raise EdgeError("golden pictures of the model", f"no file at {path}", f"{todo}, or name it with --golden") from None
-    except (OSError, ValueError, TypeError, KeyError, OverflowError) as error:
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise EdgeError("a whole golden.json", f"{path} ({type(error).__name__}: {error})", todo) from None
     if version != 1:
         raise EdgeError("golden.json of format 1", f"format {version} in {path}", "update bingo-edge")

@@ -1,13 +1,17 @@
 """Pictures to the exact pixels the network sees. The trainer imports this very file, so that device and trainer cannot differ."""
 
 import math
+import os
+import stat
 import warnings
+from contextlib import suppress
 from os import PathLike
+from threading import Lock
 from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 Pixels = NDArray[np.uint8]
 
@@ -18,8 +22,26 @@ RESAMPLING = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+LARGEST_FILE = 1 << 30  # bytes: some decoders read a file whole before they look at it, and no picture within Pillow's limit needs more
+MOST_SCANS = 100  # of a progressive JPEG, which has about 10: each costs a pass over the picture, and an empty one next to no bytes
+LARGE = 1 << 26  # pixels: larger pictures are decoded one at a time, or a folder of them would take gigabytes a thread
+_ONE_AT_A_TIME = Lock()
+
 # Pillow warns at half of the size at which it refuses; the refusal alone is what we act on.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+with suppress(ImportError):
+    import pillow_heif  # type: ignore[import-not-found,unused-ignore]  # not needed, but with it phones' HEIC can be read
+
+    pillow_heif.register_heif_opener()
 
 
 class ImageError(Exception):
@@ -35,17 +57,23 @@ def load_image(source: str | PathLike[str] | IO[bytes], at_least: int = 0) -> Pi
     Raises ImageError for anything that is not wholly decodable: a truncated file is an error, never half an image.
     """
     try:
+        _refuse_file(source)
         with Image.open(source) as opened:
+            if opened.format == "EPS":
+                raise ImageError("PostScript, which would be run as a program")
+            if opened.info.get("progressive"):
+                _refuse_scans(opened)
             if at_least and opened.format == "JPEG" and min(opened.size) > at_least:
                 scale = at_least / min(opened.size)
                 opened.draft(None, (math.ceil(opened.width * scale), math.ceil(opened.height * scale)))
-            opened.load()
-            ImageOps.exif_transpose(opened, in_place=True)
-            return _to_rgb(opened)
+            if opened.width * opened.height <= LARGE:
+                return _upright(opened)
+            with _ONE_AT_A_TIME:
+                return _upright(opened)
     except ImageError:
         raise
     except UnidentifiedImageError:
-        raise ImageError("not an image that Pillow can read") from None
+        raise ImageError(_unknown(source)) from None
     except Image.DecompressionBombError:
         raise ImageError("more pixels than Pillow's safety limit") from None
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
@@ -54,14 +82,72 @@ def load_image(source: str | PathLike[str] | IO[bytes], at_least: int = 0) -> Pi
         raise ImageError(f"cannot be decoded: {error or type(error).__name__}") from None
 
 
+def _refuse_file(source: str | PathLike[str] | IO[bytes]) -> None:
+    """Raise ImageError for a path that would be waited for or that no picture needs. Folders are left to open(), which says so."""
+    if not isinstance(source, str | PathLike):
+        return
+    status = os.stat(source)
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+        raise ImageError("not a regular file")
+    if status.st_size > LARGEST_FILE:
+        raise ImageError(f"{status.st_size:,} bytes: larger than any picture")
+
+
+def _refuse_scans(opened: Any) -> None:
+    place = opened.fp.tell()
+    opened.fp.seek(0)
+    scans = opened.fp.read().count(b"\xff\xda")
+    opened.fp.seek(place)
+    if scans > MOST_SCANS:
+        raise ImageError(f"a JPEG of {scans:,} scans: made to take long")
+
+
+def _unknown(source: str | PathLike[str] | IO[bytes]) -> str:
+    """What to say of a file that is no picture to Pillow: a phone's HEIC is one all the same."""
+    with suppress(OSError, ValueError):
+        if isinstance(source, str | PathLike):
+            with open(source, "rb") as file:
+                start = file.read(12)
+        else:
+            source.seek(0)
+            start = source.read(12)
+        if start[4:8] == b"ftyp" and start[8:] in (
+            b"heic",
+            b"heix",
+            b"heim",
+            b"heis",
+            b"hevc",
+            b"hevx",
+            b"mif1",
+            b"msf1",
+            b"avif",
+            b"avis",
+        ):
+            return "HEIC or AVIF: damaged, or no decoder is installed (pip install pillow-heif, or convert it)"
+    return "not an image that Pillow can read"
+
+
+def _upright(opened: Image.Image) -> Pixels:
+    opened.load()
+    try:
+        turn = TURNS.get(opened.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # a damaged EXIF block turns nothing; the picture is whole
+        turn = None
+    return _to_rgb(opened if turn is None else opened.transpose(turn))
+
+
 def _to_rgb(image: Image.Image) -> Pixels:
     if image.width == 0 or image.height == 0:
         raise ImageError("no pixels")
     if image.mode == "I" or image.mode.startswith("I;16"):
-        wide = np.asarray(image).astype(np.int64)
+        wide = np.asarray(image)
         if wide.min() < 0 or wide.max() > 65535:
             raise ImageError("integer pixels outside 0..65535: the scale is unknown")
-        return _grey_to_rgb(((wide * 255 + 32767) // 65535).astype(np.uint8))
+        wide = wide.astype(np.uint32)
+        wide *= 255  # in place: a large picture is in memory once
+        wide += 32767
+        wide //= 65535
+        return _grey_to_rgb(wide.astype(np.uint8))
     if image.mode == "F":
         real = np.asarray(image)
         if not np.isfinite(real).all() or real.min() < 0 or real.max() > 1:

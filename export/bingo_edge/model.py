@@ -151,10 +151,10 @@ def read_contract(text: str | None, path: str) -> dict[str, Any]:
         contract = json.loads(text)
         version, given, rule = contract["format"], contract["input"], contract["preprocess"]
         kind = (given["layout"], given["dtype"], given["color"])
-        size, crop, mode = given["size"], rule["crop_pct"], rule.get("crop_mode", "center")
-        sound = isinstance(given["name"], str) and isinstance(size, int) and size > 0 and contract["embedding_dim"] > 0
+        size, crop, mode, dim = given["size"], rule["crop_pct"], rule.get("crop_mode", "center"), contract["embedding_dim"]
+        sound = isinstance(given["name"], str) and isinstance(size, int) and size > 0 and isinstance(dim, int) and dim > 0
         sound = sound and 0 < crop <= 1 and mode in ("center", "squash")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise EdgeError("a whole contract in the metadata", f"{path} ({type(error).__name__}: {error})", AGAIN) from None
     if version != 1:
         raise EdgeError("contract format 1", f"format {version} in {path}", "update bingo-edge")
@@ -162,7 +162,7 @@ def read_contract(text: str | None, path: str) -> dict[str, Any]:
         raise EdgeError("an NHWC uint8 RGB input", f"{' '.join(map(str, kind))} in {path}", AGAIN)
     try:  # the rule is tried on a dot, so that one this version does not know is refused here and not at the first picture
         preprocess_from({**contract, "input": {"size": 1}}, np.zeros((2, 2, 3), np.uint8))
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, OverflowError):
         sound = False
     if not sound:
         found = f"size {size!r}, embedding_dim {contract['embedding_dim']!r}, preprocess {json.dumps(rule)} in {path}"
