@@ -109,7 +109,9 @@ def test_metrics_and_summary_add_up(world: dict[str, Any]) -> None:
 def test_export_then_validate_with_a_test_folder(bingo: Any, world: dict[str, Any], run: Path, tmp_path: Path) -> None:
     ran = bingo("export", "--run", run)
     assert ran.status == 0, ran.err
-    assert sorted(path.name for path in (run / "export").iterdir() if path.suffix != ".npz") == ["student.json", "student.onnx"]
+    left = ["MODEL_CARD.md", "latency.json", "student.golden", "student.json", "student.onnx"]
+    assert sorted(path.name for path in (run / "export").iterdir() if path.suffix != ".npz") == left
+    assert "Not validated on labels yet" in (run / "export" / "MODEL_CARD.md").read_text()
     contract = json.loads((run / "export" / "student.json").read_text())
     assert contract["run_id"] == json.loads((run / "summary.json").read_text())["run_id"] != ""
     assert contract["parity"]["images"] == 66
@@ -118,6 +120,13 @@ def test_export_then_validate_with_a_test_folder(bingo: Any, world: dict[str, An
     ran = bingo("validate", "--run", run, "--data", labelled, "--test", world["test"], "--json", tmp_path / "v.json")
     assert ran.status == 0, ran.err
     result = json.loads((tmp_path / "v.json").read_text())
+    assert result == json.loads((run / "validation.json").read_text())
+    card = (run / "export" / "MODEL_CARD.md").read_text()
+    assert "Not validated on labels yet" not in card and str(tmp_path) not in card  # written again, and no path of this machine in it
+    ran = bingo("validate", "--run", run, "--data", labelled, "--test", world["test"], "--require", "linear=1.0", "--require", "knn=0.1")
+    missed = result["rows"][-1]["linear"] < 1
+    assert ran.status == (3 if missed else 0) and ("linear" in ran.err and "(at least 1)" in ran.err) == missed
+    assert bingo("validate", "--run", run, "--data", labelled, "--require", "colour=0.5").status == 2
     assert set(result) == {"protocol", "rows"}
     assert (result["protocol"]["bank_images"], result["protocol"]["test_images"]) == (66, 18)
     assert result["protocol"]["classes"] == ["kind0", "kind1", "kind2"]
