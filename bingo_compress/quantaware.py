@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from bingo_compress import checkpoint, images, pixels, run_dir, screen
+from bingo_compress import checkpoint, intake, pixels, run_dir, screen
 from bingo_compress.distill import distill, plan
 from bingo_compress.encoder import Encoder
 from bingo_compress.errors import BingoError
@@ -31,7 +31,7 @@ def finetune(run: run_dir.RunDir, recipe: Recipe, student: Encoder, data: Path) 
         raise BingoError(
             f"--finetune: expected the run's bags and checkpoint in {run.work}, found them deleted; distil again, or leave --finetune out"
         )
-    folder = images.list_folder(data)
+    folder = intake.take(recipe.model_copy(update={"data": str(data)}))  # as the run took them: copies may have been dropped
     device = choose_device(recipe.device)
     models = Models(recipe, build_models(recipe).teacher, student)
     use_threads(recipe, student, device)
