@@ -15,11 +15,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from bingo_compress import pipeline, run_dir
 from bingo_compress.cli import main
 from bingo_compress.embed import hash_seed
 from bingo_compress.encoder import Encoder, build
 from bingo_compress.pixels import PixelStore, store_of
-from bingo_compress.recipe import Recipe, make_recipe
+from bingo_compress.recipe import Recipe, make_recipe, recipe_text
+from bingo_compress.run_dir import RunDir
 
 CPU = torch.device("cpu")
 TINY = {
@@ -39,6 +41,18 @@ TINY = {
     "device": "cpu",
     "threads": 1,
 }
+
+# What every port of the preprocessing is tried on: (width, height), square, landscape, portrait, tiny (so enlarged), one pixel thin, the network's own size, and far from it.
+SHAPES = ((64, 64), (200, 31), (31, 200), (1, 1), (9, 7), (1, 90), (90, 1), (96, 96), (640, 427), (427, 640), (1201, 97))
+RULES: tuple[dict[str, Any], ...] = (
+    {"crop_pct": 1.0, "interpolation": "bicubic"},
+    {"crop_pct": 0.875, "interpolation": "bicubic", "crop_mode": "center"},
+    {"crop_pct": 0.95, "interpolation": "bilinear"},
+    {"crop_pct": 0.9, "interpolation": "lanczos"},
+    {"crop_pct": 0.875, "interpolation": "nearest"},
+    {"crop_pct": 1.0, "interpolation": "nearest"},
+    {"crop_pct": 1.0, "interpolation": "bicubic", "crop_mode": "squash"},
+)
 
 
 def recipe(**changes: Any) -> Recipe:
@@ -174,3 +188,12 @@ def flags(**changes: Any) -> list[str]:
     for key, value in {**TINY, **changes}.items():
         words += [f"--{key.replace('_', '-')}", str(value)] if key in own else ["--set", f"{key}={value}"]
     return words
+
+
+def untrained_run(folder: Path, each: int) -> RunDir:
+    """folder/run: a finished run of an untrained student on folder/photos, `each` photos of every kind."""
+    settings = recipe(data=str(photos(folder / "photos", each)))
+    run = run_dir.open_new(folder / "run", resume=False, overwrite=False)
+    run_dir.write_text(run.recipe, recipe_text(settings))
+    pipeline.save_student(pipeline.build_student(settings, "random", "student"), run.student, settings)
+    return run

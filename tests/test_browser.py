@@ -18,7 +18,7 @@ import torch
 from bingo_edge import Embedder, preprocess
 from bingo_edge.heads import nearest
 from bingo_edge.image import load_image, preprocess_from
-from helpers import encoder, photo
+from helpers import RULES, SHAPES, encoder, photo
 from PIL import Image, PngImagePlugin
 
 from bingo_compress.exporters.onnx import export_onnx, onnx_runner
@@ -31,17 +31,6 @@ RUNTIME = SOURCE / "node_modules" / "onnxruntime-web"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 NODE = shutil.which("node")
 SIZE = 96
-# (width, height): square, landscape, portrait, tiny (so enlarged), one pixel thin, the network's own size, and far from it.
-SHAPES = ((64, 64), (200, 31), (31, 200), (1, 1), (9, 7), (1, 90), (90, 1), (SIZE, SIZE), (640, 427), (427, 640), (1201, 97))
-RULES: tuple[dict[str, Any], ...] = (
-    {"crop_pct": 1.0, "interpolation": "bicubic"},
-    {"crop_pct": 0.875, "interpolation": "bicubic", "crop_mode": "center"},
-    {"crop_pct": 0.95, "interpolation": "bilinear"},
-    {"crop_pct": 0.9, "interpolation": "lanczos"},
-    {"crop_pct": 0.875, "interpolation": "nearest"},
-    {"crop_pct": 1.0, "interpolation": "nearest"},
-    {"crop_pct": 1.0, "interpolation": "bicubic", "crop_mode": "squash"},
-)
 
 
 # ---------------------------------------------------------------- node

@@ -13,7 +13,7 @@ import pytest
 import torch
 from bingo_edge import Embedder
 from bingo_edge.image import load_image, preprocess_from
-from helpers import encoder
+from helpers import RULES, SHAPES, encoder
 from PIL import Image
 
 from bingo_compress.exporters.onnx import export_onnx
@@ -23,17 +23,6 @@ pytestmark = pytest.mark.slow
 SOURCE = Path(__file__).parents[1] / "export" / "cpp"
 SIZE = 96
 FACTS = {"version": "0", "run_id": "abc", "student": "s", "teacher": "t"}
-# (width, height): square, landscape, portrait, tiny (so enlarged), one pixel thin, the network's own size, and far from it.
-SHAPES = ((64, 64), (200, 31), (31, 200), (1, 1), (9, 7), (1, 90), (90, 1), (SIZE, SIZE), (640, 427), (427, 640), (1201, 97))
-RULES = (
-    {"crop_pct": 1.0, "interpolation": "bicubic"},
-    {"crop_pct": 0.875, "interpolation": "bicubic", "crop_mode": "center"},
-    {"crop_pct": 0.95, "interpolation": "bilinear"},
-    {"crop_pct": 0.9, "interpolation": "lanczos"},
-    {"crop_pct": 0.875, "interpolation": "nearest"},
-    {"crop_pct": 1.0, "interpolation": "nearest"},
-    {"crop_pct": 1.0, "interpolation": "bicubic", "crop_mode": "squash"},
-)
 
 
 @pytest.fixture(scope="module")

@@ -10,14 +10,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from helpers import CPU, encoder, photo, photos, recipe
+from helpers import CPU, encoder, photo, photos, untrained_run
 from PIL import Image
 
 from bingo_compress import embed, exporting, images, pipeline, probes, run_dir, validation
 from bingo_compress.errors import BingoError
 from bingo_compress.exporters import onnx as exporter
 from bingo_compress.exporters.onnx import Deployed, export_onnx, onnx_runner
-from bingo_compress.recipe import recipe_text
 
 FACTS = {"version": "0", "run_id": "abc", "student": "s", "teacher": "t"}
 
@@ -213,11 +212,7 @@ def test_a_fixed_batch_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.fixture
 def finished(tmp_path: Path) -> run_dir.RunDir:
     """A finished run of an untrained student, and its photos."""
-    settings = recipe(data=str(photos(tmp_path / "photos", 3)))
-    run = run_dir.open_new(tmp_path / "run", resume=False, overwrite=False)
-    run_dir.write_text(run.recipe, recipe_text(settings))
-    pipeline.save_student(pipeline.build_student(settings, "random", "student"), run.student, settings)
-    return run
+    return untrained_run(tmp_path, 3)
 
 
 @pytest.mark.slow

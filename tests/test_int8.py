@@ -1,6 +1,7 @@
 """The int8 ladder, its gate, and training with rounded numbers."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from helpers import encoder, photos, recipe
+from helpers import encoder, photos, recipe, untrained_run
 from torch import nn
 
 from bingo_compress import exporting, gate, pipeline, quantaware, run_dir
@@ -17,7 +18,6 @@ from bingo_compress.errors import BingoError
 from bingo_compress.exporters import onnx_int8
 from bingo_compress.exporters.onnx import PROFILES, Deployed, Form, export_onnx, form, onnx_runner
 from bingo_compress.exporters.onnx_int8 import LadderEnds, Rung, quantise, sensitivity
-from bingo_compress.recipe import recipe_text
 
 FACTS = {"version": "0", "run_id": "abc", "student": "s", "teacher": "t"}
 SIZE = 32
@@ -239,11 +239,7 @@ def test_with_labels_lost_points_count(float_file: Path, tmp_path: Path, monkeyp
 @pytest.fixture
 def finished(tmp_path: Path) -> run_dir.RunDir:
     """A finished run of an untrained student, and its photos."""
-    settings = recipe(data=str(photos(tmp_path / "photos", 12)))
-    run = run_dir.open_new(tmp_path / "run", resume=False, overwrite=False)
-    run_dir.write_text(run.recipe, recipe_text(settings))
-    pipeline.save_student(pipeline.build_student(settings, "random", "student"), run.student, settings)
-    return run
+    return untrained_run(tmp_path, 12)
 
 
 @pytest.mark.slow
@@ -323,7 +319,8 @@ def test_inputs_are_rounded_to_256_steps_of_a_range_that_holds_zero() -> None:
 @pytest.mark.slow
 def test_finetune_trains_on_the_runs_images_and_needs_its_work(tmp_path: Path) -> None:
     data = photos(tmp_path / "photos", 12)
-    run = pipeline.run_distill(recipe(data=str(data)), tmp_path / "run")
+    shutil.copy(next((data / "kind0").iterdir()), data / "copy.png")
+    run = pipeline.run_distill(recipe(data=str(data), duplicates="drop"), tmp_path / "run")  # fine-tuning takes the files that the run took
     settings = pipeline.saved_recipe(run)
     student = pipeline.load_student(settings, run.student)
     before = {key: value.clone() for key, value in student.backbone.state_dict().items()}

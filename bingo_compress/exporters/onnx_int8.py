@@ -133,13 +133,13 @@ def layers(model: onnx.ModelProto, outside: set[str]) -> list[tuple[str, ...]]:
 def _quantise(prepared: Path, target: Path, images: Tensor, work: Path, rung: Rung, outside: set[str], only: Sequence[str] = ()) -> None:
     """One call of onnxruntime's quantiser. Ranges are measured once and kept in `work`."""
     method = CalibrationMethod.Percentile if rung.percentile else CalibrationMethod.MinMax
-    wide = {"activation_type": QuantType.QUInt16} if rung.sixteen else {"activation_type": QuantType.QUInt8}
     with _quietly():
         quantize_static(
             prepared,
             target,
             _Images(images),
             quant_format=QuantFormat.QDQ,
+            activation_type=QuantType.QUInt16 if rung.sixteen else QuantType.QUInt8,
             per_channel=True,
             weight_type=QuantType.QInt8,
             # Weights of 7 bits: with 8, sums of two products overflow 16 bits on processors without int8 dot products (x86 before VNNI), and the same
@@ -151,9 +151,8 @@ def _quantise(prepared: Path, target: Path, images: Tensor, work: Path, rung: Ru
             calibration_cache_path=work / f"{method.name.lower()}.json",
             # One image at a time: the calibrator holds every activation of a stride.
             extra_options={"CalibPercentile": PERCENTILE, "CalibStridedMinMax": 1},
-            **wide,
         )
-    _result_in_float(target, _flat(onnx.load(prepared)))
+    _result_in_float(target)
 
 
 def _outside(model: onnx.ModelProto) -> set[str]:
@@ -170,12 +169,10 @@ def _outside(model: onnx.ModelProto) -> set[str]:
     return outside
 
 
-def _result_in_float(file: Path, flat: set[str]) -> None:
-    """Take away the rounding of what comes after pooling and after the last layer: the features themselves. It would save nothing and cost accuracy.
-
-    flat: names of the tensors of one number a channel.
-    """
+def _result_in_float(file: Path) -> None:
+    """Take away the rounding of what comes after pooling and after the last layer: the features themselves. It would save nothing and cost accuracy."""
     model = onnx.load(file)
+    flat = _flat(model)
     nodes = list(model.graph.node)
     leads = {name for node in nodes if node.op_type in LAYERS for name in node.input}  # tensors from which a layer is reached
     for node in reversed(nodes):
@@ -186,23 +183,16 @@ def _result_in_float(file: Path, flat: set[str]) -> None:
     for node in nodes:
         rounding = made.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
         if rounding is not None and rounding.op_type == "QuantizeLinear" and rounding.input[0] in flat and node.output[0] not in leads:
-            instead[node.output[0]] = rounding.input[0]
+            # One after the other: what the second rounds is what the first would have.
+            instead[node.output[0]] = instead.get(rounding.input[0], rounding.input[0])
             model.graph.node.remove(node)
     if not instead:
         return
     results = {output.name for output in model.graph.output}
+    renamed = {instead[name]: name for name in results & instead.keys()}  # a result keeps its name: whoever makes it takes that
     for node in model.graph.node:
-        for place, name in enumerate(node.input):
-            while name in instead:
-                name = instead[name]
-            node.input[place] = name
-    for name in results & instead.keys():
-        source = instead[name]
-        while source in instead:
-            source = instead[source]
-        for node in model.graph.node:
-            node.output[:] = [name if output == source else output for output in node.output]
-            node.input[:] = [name if read == source else read for read in node.input]
+        node.input[:] = [renamed.get(source, source) for source in (instead.get(name, name) for name in node.input)]
+        node.output[:] = [renamed.get(name, name) for name in node.output]
     read = {name for node in model.graph.node for name in node.input} | results
     for node in [node for node in model.graph.node if node.op_type == "QuantizeLinear" and node.output[0] not in read]:
         model.graph.node.remove(node)
