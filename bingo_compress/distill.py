@@ -136,7 +136,6 @@ def distill(
     device: torch.device,
     *,
     check: Check | None = None,
-    head_weights: dict[str, Tensor] | None = None,
     names: Sequence[str] = (),
     stop_after: int | None = None,
 ) -> None:
@@ -144,14 +143,13 @@ def distill(
 
     bags: (n, K) positions in `training`, -1 for an empty place. target_of: the teacher's embedding (B, dim) of images, None for methods without
     teacher. metrics: appended to, one JSON object a line. check: scores the student every recipe.check_every epochs; with recipe.keep_best
-    the best-scored student is what is left. head_weights: where the head starts, default random. names: of the images of `pixels`, for messages. stop_after: leave after this many steps, as an interruption would (tests).
+    the best-scored student is what is left. names: of the images of `pixels`, for messages. stop_after:
+    leave after this many steps, as an interruption would (tests).
     Raises BingoError when the loss is not finite; nothing is saved after such a step.
     """
     planned = plan(recipe, len(training))
     loss_function = loss_of(recipe)
     head = make_head(recipe, student.width, dim).to(device)
-    if head_weights is not None:
-        head.load_state_dict(head_weights)
     student.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     optimizer = make_optimizer(recipe, planned, [student, head])
     queue = FeatureQueue(planned.queue_size, dim, device)

@@ -79,7 +79,7 @@ def export(
                 _table(error.tried, float_file)
                 if not finetune:
                     raise BingoError(f"{error}; {WAYS}", REFUSED) from None
-                tuned = quantaware.finetune(run, recipe, student, folder.root)
+                tuned = quantaware.finetune(recipe, student, folder, _folder(work, "finetune"))
                 tuned_file = work / "tuned.onnx"
                 export_onnx(tuned, pixels[:IMAGES], tuned_file, facts, wanted)
                 try:

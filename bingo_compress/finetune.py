@@ -85,7 +85,7 @@ def linear_with_augmentation(
     weight = (0.01 * torch.randn(classes, encoder.width, generator=generator)).to(device).requires_grad_()
     bias = torch.zeros(classes, device=device, requires_grad=True)
     optimizer = torch.optim.SGD([weight, bias], lr=peak, momentum=0.9)
-    for epoch, views, wanted in _batches(encoder, store, rows, labels, device, epochs, LINEAR_BATCH, seed, what):
+    for epoch, views, wanted in crops_and_flips(encoder, store, rows, labels, device, epochs, LINEAR_BATCH, seed, what):
         optimizer.param_groups[0]["lr"] = peak * 0.1 ** sum(epoch >= share * epochs for share in (0.6, 0.8))
         with torch.no_grad():
             features = encoder(views)
@@ -130,7 +130,7 @@ def fine_tune(
     # A single image has no spread to normalise by: BatchNorm then keeps its statistics.
     model.train(len(rows) > 1)
     torch.manual_seed(hash_seed("fine-tune", seed))  # for students with dropout
-    for step, (_, views, wanted) in enumerate(_batches(encoder, store, rows, labels, device, epochs, TUNE_BATCH, seed, what)):
+    for step, (_, views, wanted) in enumerate(crops_and_flips(encoder, store, rows, labels, device, epochs, TUNE_BATCH, seed, what)):
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = learning_rate(step, epochs * each, 0, peak)
         optimizer.zero_grad(set_to_none=True)
@@ -174,8 +174,17 @@ def _steps(count: int, batch: int) -> int:
     return -(-count // batch)
 
 
-def _batches(
-    encoder: Encoder, store: PixelStore, rows: Tensor, labels: Tensor, device: torch.device, epochs: int, batch: int, seed: int, what: str
+def crops_and_flips(
+    encoder: Encoder,
+    store: PixelStore,
+    rows: Tensor,
+    labels: Tensor,
+    device: torch.device,
+    epochs: int,
+    batch: int,
+    seed: int,
+    what: str,
+    scale_min: float = SCALE_MIN,
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(epoch, views (B, 3, S, S), labels (B,)) of `epochs` passes in random order; batches differ by one image at most, so none is left with a single one."""
     with screen.bar(what, epochs * len(rows)) as advance:
@@ -183,15 +192,15 @@ def _batches(
             generator = torch.Generator().manual_seed(hash_seed("labelled", seed, epoch))
             for part in torch.randperm(len(rows), generator=generator).tensor_split(_steps(len(rows), batch)):
                 images = rows[part]
-                drawn = crop_and_flip(store.aspect[images], generator)
+                drawn = crop_and_flip(store.aspect[images], generator, scale_min)
                 views = augment.apply(store.crops(images, drawn.box, encoder.preprocessing.size), drawn)
                 yield epoch, views.contiguous(memory_format=torch.channels_last), labels[part].to(device)
                 advance(len(part))
 
 
-def crop_and_flip(aspect: Tensor, generator: torch.Generator) -> augment.Draw:
-    """Parameters of supervised training's views: RandomResizedCrop of 0.08-1 and a flip, colours left alone. aspect: (B,) width / height."""
-    drawn = augment.draw(aspect, generator, SCALE_MIN)
+def crop_and_flip(aspect: Tensor, generator: torch.Generator, scale_min: float = SCALE_MIN) -> augment.Draw:
+    """Parameters of supervised training's views: RandomResizedCrop of scale_min-1 and a flip, colours left alone. aspect: (B,) width / height."""
+    drawn = augment.draw(aspect, generator, scale_min)
     return dataclasses.replace(
         drawn, order=torch.full_like(drawn.order, -1), grey=torch.zeros_like(drawn.grey), sigma=torch.zeros_like(drawn.sigma)
     )

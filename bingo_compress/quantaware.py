@@ -1,77 +1,64 @@
-"""Quantisation-aware fine-tuning without labels: the run goes on for a while, on its stored targets, with a student whose numbers are rounded as int8 will round them."""
+"""Quantisation-aware fine-tuning without labels: a student whose numbers are rounded as int8 will round them learns to give what it gives in float."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
 from torch.nn.utils import parametrize
 
-from bingo_compress import checkpoint, intake, pixels, run_dir, screen
-from bingo_compress.distill import distill, plan
+from bingo_compress import pixels
 from bingo_compress.encoder import Encoder
-from bingo_compress.errors import BingoError
-from bingo_compress.pipeline import Models, build_models, choose_device, prepare, target_source, use_threads
+from bingo_compress.finetune import crops_and_flips
+from bingo_compress.images import Folder
+from bingo_compress.pipeline import choose_device, use_threads
 from bingo_compress.recipe import Recipe
+from bingo_compress.schedule import learning_rate
 
-EPOCHS = 0.1  # of the run's
-RATE = 0.1  # of the run's peak learning rate
+IMAGES = 20_000  # of the folder, at most
+EPOCHS, BATCH = 2, 64
+RATE = 1e-4
+SCALE_MIN = 0.3  # of a crop's area: nearer to whole images than training's crops
 KEEP = 0.98  # of a range's moving average, a batch
 WEIGHTS = (-64, 63)  # 7 bits, as exporters/onnx_int8.py asks for
 ACTIVATIONS = (0, 255)
 # What onnxruntime rounds the input of. ReLU is missing: a range that begins at zero does its work.
-ROUNDED = (nn.Conv2d, nn.Linear, nn.Hardswish, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Hardsigmoid)
+WEIGHTED = (nn.Conv2d, nn.Linear)
+ROUNDED = (*WEIGHTED, nn.Hardswish, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Hardsigmoid)
 
 
-def finetune(run: run_dir.RunDir, recipe: Recipe, student: Encoder, data: Path) -> Encoder:
-    """Train `student`, rounded, on the run's images `data` and stored targets, in place. Needs RUN/work. Raises BingoError."""
-    if not (run.checkpoint.exists() and run.bags.exists()):
-        raise BingoError(
-            f"--finetune: expected the run's bags and checkpoint in {run.work}, found them deleted; distil again, or leave --finetune out"
-        )
-    folder = intake.take(recipe.model_copy(update={"data": str(data)}))  # as the run took them: copies may have been dropped
+def finetune(recipe: Recipe, student: Encoder, folder: Folder, work: Path) -> Encoder:
+    """Train `student`, rounded, in place, on images of `folder`; `work`: an empty folder for their pixels.
+
+    The loss is one minus the cosine to the float student's embedding of the same crop: the float file is what the int8 file is judged against. The teacher's
+    targets led away from it (docs/log.md). BatchNorm keeps its statistics, as in the file it is folded away.
+    """
     device = choose_device(recipe.device)
-    models = Models(recipe, build_models(recipe).teacher, student)
     use_threads(recipe, student, device)
-    material = prepare(models, folder, pixels.store_side(recipe.image_size, recipe.teacher_size), run.work, device)
-    bags = checkpoint.load(run.bags)[0]["bags"]
-    if len(bags) != len(material.training):
-        raise BingoError(
-            f"--finetune: expected the run's {len(bags):,} training images in {data}, found {len(material.training):,}; distil again"
-        )
-    tensors, _ = checkpoint.load(run.checkpoint)
-    before = plan(recipe, len(material.training))
-    shorter = recipe.model_copy(
-        update={
-            "epochs": max(2, round(EPOCHS * recipe.epochs)),
-            "lr": RATE * before.peak_lr,
-            "optimizer": before.optimizer,
-            "keep_best": False,
-            "check_every": 0,
-            "profile": False,
-        }
-    )
-    target_of, dim = target_source(models, material, device)
-    screen.say(f"fine-tuning the rounded student on {len(material.training):,} images, {shorter.epochs} epochs, no labels")
-    saved = run.work / "finetune.safetensors"
+    chosen = replace(folder, files=folder.files[:: -(-len(folder.files) // IMAGES)])
+    size = student.preprocessing.size
+    store, _ = pixels.build(chosen, pixels.store_side(size, size), work, device)
+    rows = torch.arange(len(store))
+    exact = copy.deepcopy(student).to(device).eval()
+    student.to(device).eval()
+    optimizer = torch.optim.AdamW(student.backbone.parameters(), lr=RATE, weight_decay=0)
+    steps = EPOCHS * -(-len(rows) // BATCH)
     with rounded(student.backbone):
-        distill(
-            shorter,
-            student,
-            material.store,
-            material.training,
-            bags,
-            target_of,
-            dim,
-            run.work / "finetune.jsonl",
-            saved,
-            device,
-            head_weights=checkpoint.under(tensors, "head"),
-        )
-    saved.unlink(missing_ok=True)
-    return student.cpu().eval()
+        batches = crops_and_flips(student, store, rows, rows, device, EPOCHS, BATCH, recipe.seed, "fine-tune, rounded", SCALE_MIN)
+        for step, (_, views, _) in enumerate(batches):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps, steps // 4, RATE)
+            with torch.no_grad():
+                wanted = exact(views)
+            optimizer.zero_grad(set_to_none=True)
+            (1 - cosine_similarity(student(views), wanted)).mean().backward()
+            optimizer.step()
+    return student.cpu()
 
 
 @contextmanager
@@ -79,7 +66,7 @@ def rounded(model: nn.Module) -> Iterator[None]:
     """Inside, weights of convolutions and products are rounded to 7 bits by output channel, inputs of ROUNDED modules to 8 bits; gradients pass as if
     they were not (straight-through). A folded BatchNorm scales whole output channels, so it changes nothing in how they are rounded."""
     hooks: list[Any] = []
-    weighted = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    weighted = [module for module in model.modules() if isinstance(module, WEIGHTED)]
     for module in model.modules():
         if isinstance(module, ROUNDED):
             hooks.append(module.register_forward_pre_hook(_Input()))
@@ -110,13 +97,15 @@ class _Input:
         self._ends: Tensor | None = None
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        value = args[0]
+        value, training = args[0], torch.is_grad_enabled()
+        if not isinstance(module, WEIGHTED) and value.shape[2:].numel() == 1:
+            return args  # after pooling: the features are in float
         with torch.no_grad():
             # Zero has a step of its own: padding is zero.
             ends = torch.stack((value.amin().clamp(max=0), value.amax().clamp(min=0))).float()
             if self._ends is None:
                 self._ends = ends
-            elif module.training:
+            elif training:
                 self._ends = self._ends.lerp(ends, 1 - KEEP)
             low, high = self._ends.unbind()
             scale = ((high - low) / ACTIVATIONS[1]).clamp(min=1e-12)

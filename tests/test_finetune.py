@@ -90,12 +90,14 @@ def test_views_are_crops_of_eight_hundredths_and_flips_without_colours() -> None
 def test_a_pass_shows_every_image_once_with_its_label_and_no_batch_of_one(student: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finetune.augment, "apply", lambda crops, drawn: crops[:, :1, :1, :1].float())
     everything = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
-    monkeypatch.setattr(finetune, "crop_and_flip", lambda aspect, generator: SimpleNamespace(box=everything.expand(len(aspect), 4)))
+    monkeypatch.setattr(
+        finetune, "crop_and_flip", lambda aspect, generator, scale_min: SimpleNamespace(box=everything.expand(len(aspect), 4))
+    )
     store = pixel_store(13)
     marks = whole_images(store, torch.arange(13), student.preprocessing.size)[:, 0, 0, 0].float()
     seen: dict[int, list[float]] = {}
     sizes = []
-    for epoch, views, labels in finetune._batches(student, store, torch.arange(12, -1, -1), marks.flip(0), CPU, 2, 6, 0, "test"):
+    for epoch, views, labels in finetune.crops_and_flips(student, store, torch.arange(12, -1, -1), marks.flip(0), CPU, 2, 6, 0, "test"):
         assert views[:, 0, 0, 0].tolist() == labels.tolist()
         seen.setdefault(epoch, []).extend(labels.tolist())
         sizes.append(len(labels))
@@ -116,7 +118,7 @@ def test_the_learning_rate_goes_by_the_models_name(name: str, rate: float) -> No
 def test_the_steps_are_those_of_plain_sgd_and_the_encoder_stays_frozen(student: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     store, rows = pixel_store(30), torch.arange(24)
     labels = rows % 3
-    drawn = list(finetune._batches(student, store, rows, labels, CPU, 10, 256, 0, "test"))
+    drawn = list(finetune.crops_and_flips(student, store, rows, labels, CPU, 10, 256, 0, "test"))
     before = copy.deepcopy(student.state_dict())
     head = linear_with_augmentation(student, store, rows, labels, 3, CPU, epochs=10)
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
@@ -178,7 +180,7 @@ def test_few_images_get_more_epochs(student: Encoder, monkeypatch: pytest.Monkey
         asked.append(int(str(arguments[5])))
         return []
 
-    monkeypatch.setattr(finetune, "_batches", recorded)
+    monkeypatch.setattr(finetune, "crops_and_flips", recorded)
     for count in (5, 64, 65, 64 * 40):
         fine_tune(student, pixel_store(3), torch.zeros(count, dtype=torch.int64), torch.zeros(count, dtype=torch.int64), 2, CPU, lr=0.01)
     assert asked == [300, 300, 150, 30]
@@ -218,7 +220,7 @@ def test_the_learning_rate_is_chosen_on_a_fifth_held_out(student: Encoder, monke
 
 def test_after_the_choice_all_rows_are_trained_on(student: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[list[int]] = []
-    monkeypatch.setattr(finetune, "_batches", lambda encoder, store, rows, *_: shown.append(rows.tolist()) or [])
+    monkeypatch.setattr(finetune, "crops_and_flips", lambda encoder, store, rows, *_: shown.append(rows.tolist()) or [])
     fine_tune(student, pixel_store(20), torch.arange(20), torch.arange(20) % 3, 3, CPU)
     assert [len(rows) for rows in shown] == [16] * len(finetune.TUNE_LRS) + [20]
 

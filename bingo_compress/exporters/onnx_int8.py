@@ -51,9 +51,7 @@ def quantise(
     Returns (the file, its rung, every rung tried with its figures: {"rung", "missed", ...}). Raises BingoError (exit status 3) where no rung passes.
     """
     prepared, quantised = work / "prepared.onnx", work / "int8.onnx"
-    with _quietly():
-        quant_pre_process(float_file, prepared, skip_symbolic_shape=True)
-    outside = _outside(onnx.load(prepared))
+    outside = _outside(prepare(float_file, prepared))
     tried: list[dict[str, Any]] = []
     for rung in _rungs(prepared, calibration, wanted, work, outside):
         rung = replace(rung, name=prefix + rung.name)
@@ -78,6 +76,18 @@ class LadderEnds(BingoError):
             REFUSED,
         )
         self.tried = tried
+
+
+def prepare(float_file: Path, prepared: Path) -> onnx.ModelProto:
+    """onnxruntime's simplified form of a float file, written to `prepared`. Every node has a name of its own: rungs are told by names, and onnxruntime leaves
+    nodes that it made itself without."""
+    with _quietly():
+        quant_pre_process(float_file, prepared, skip_symbolic_shape=True)
+    model = onnx.load(prepared)
+    for number, node in enumerate(model.graph.node):
+        node.name = f"{number}_{node.op_type}"
+    onnx.save(model, prepared)
+    return model
 
 
 def _rungs(prepared: Path, calibration: Tensor, wanted: Form, work: Path, outside: set[str]) -> Iterator[Rung]:
@@ -156,8 +166,10 @@ def _quantise(prepared: Path, target: Path, images: Tensor, work: Path, rung: Ru
 
 
 def _outside(model: onnx.ModelProto) -> set[str]:
-    """Names of the nodes that stay float in every rung: the normalisation of pixels before the first layer, and of the embedding after the features."""
+    """Names of the nodes that stay float in every rung: the normalisation of pixels before the first layer, what follows pooling and the last layer, and the
+    normalisation of the embedding."""
     nodes, before, after = model.graph.node, {"image"}, {"features"}
+    flat, leading = _flat(model), _leading(model)
     outside = set()
     for node in nodes:
         if node.op_type not in LAYERS and any(name in before for name in node.input):
@@ -166,23 +178,25 @@ def _outside(model: onnx.ModelProto) -> set[str]:
         if any(name in after for name in node.input):
             after |= set(node.output)
             outside.add(node.name)
+        # onnxruntime takes a ReLU away where the rounding after it does its work: where that rounding is taken away, the ReLU must stay.
+        if node.op_type not in LAYERS and any(name in flat for name in node.input) and not any(name in leading for name in node.output):
+            outside.add(node.name)
     return outside
 
 
 def _result_in_float(file: Path) -> None:
     """Take away the rounding of what comes after pooling and after the last layer: the features themselves. It would save nothing and cost accuracy."""
     model = onnx.load(file)
-    flat = _flat(model)
+    flat, leading = _flat(model), _leading(model)
     nodes = list(model.graph.node)
-    leads = {name for node in nodes if node.op_type in LAYERS for name in node.input}  # tensors from which a layer is reached
-    for node in reversed(nodes):
-        if any(name in leads for name in node.output):
-            leads |= set(node.input)
     made = {name: node for node in nodes for name in node.output}
     instead: dict[str, str] = {}
     for node in nodes:
         rounding = made.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
-        if rounding is not None and rounding.op_type == "QuantizeLinear" and rounding.input[0] in flat and node.output[0] not in leads:
+        if rounding is None or rounding.op_type != "QuantizeLinear" or node.output[0] in leading:
+            continue
+        # Of a rounded result, the name that is known is the one after the rounding.
+        if rounding.input[0] in flat or node.output[0] in flat:
             # One after the other: what the second rounds is what the first would have.
             instead[node.output[0]] = instead.get(rounding.input[0], rounding.input[0])
             model.graph.node.remove(node)
@@ -200,6 +214,15 @@ def _result_in_float(file: Path) -> None:
     for one in [one for one in model.graph.initializer if one.name not in read]:
         model.graph.initializer.remove(one)
     onnx.save(model, file)
+
+
+def _leading(model: onnx.ModelProto) -> set[str]:
+    """Names of the tensors from which a layer is reached."""
+    leading = {name for node in model.graph.node if node.op_type in LAYERS for name in node.input}
+    for node in reversed(model.graph.node):
+        if any(name in leading for name in node.output):
+            leading |= set(node.input)
+    return leading
 
 
 def _flat(model: onnx.ModelProto) -> set[str]:
