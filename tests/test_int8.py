@@ -194,8 +194,8 @@ def test_what_is_left_in_float_is_not_rounded(float_file: Path, tmp_path: Path) 
     assert far[0] != far[1] and far[2] < 1e-5 < far[0]
 
 
-@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "mobilenetv4_conv_small"])
-def test_features_after_pooling_and_a_last_layer_are_neither_rounded_nor_changed(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "profile"), [("mobilenetv3_small_050", "modern"), ("mobilenetv4_conv_small", "edge")])
+def test_features_after_pooling_and_a_last_layer_are_neither_rounded_nor_changed(name: str, profile: str, tmp_path: Path) -> None:
     """One ends with Hardswish, whose parts onnxruntime leaves without names; the other with a ReLU, which it takes away where a rounding does its work."""
     student = encoder(name, SIZE)
     torch.manual_seed(0)
@@ -203,8 +203,12 @@ def test_features_after_pooling_and_a_last_layer_are_neither_rounded_nor_changed
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.bias)  # without, a random network's features are near zero
     float_file, prepared = tmp_path / "student.onnx", tmp_path / "prepared.onnx"
-    export_onnx(student, pictures(8), float_file, FACTS)
+    export_onnx(student, pictures(8), float_file, FACTS, PROFILES[profile])
     model = onnx_int8.prepare(float_file, prepared)
+    onnx.checker.check_model(model, full_check=True)
+    assert "Gemm" in {node.op_type for node in model.graph.node}  # the last convolution
+    for got, wanted in zip(onnx_runner(prepared)(pictures(8)), onnx_runner(float_file)(pictures(8)), strict=True):
+        assert torch.allclose(got, wanted, rtol=1e-4, atol=1e-4)
     names = [node.name for node in model.graph.node]
     assert all(names) and len(set(names)) == len(names)
     onnx_int8._quantise(prepared, tmp_path / "int8.onnx", pictures(8), tmp_path, Rung("first"), onnx_int8._outside(model))

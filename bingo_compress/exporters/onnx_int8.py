@@ -83,11 +83,49 @@ def prepare(float_file: Path, prepared: Path) -> onnx.ModelProto:
     nodes that it made itself without."""
     with _quietly():
         quant_pre_process(float_file, prepared, skip_symbolic_shape=True)
-    model = onnx.load(prepared)
+    model = onnx.shape_inference.infer_shapes(_last_layer_as_product(onnx.load(prepared)))
     for number, node in enumerate(model.graph.node):
         node.name = f"{number}_{node.op_type}"
     onnx.save(model, prepared)
     return model
+
+
+def _last_layer_as_product(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A last 1 x 1 convolution after pooling as the product of matrices that it is. onnxruntime multiplies int8 matrices to a float result, but convolves
+    int8 only to an int8 one: features in float would make it work in float, with its weights converted anew for every picture."""
+    flat, leading = _flat(model), _leading(model)
+    weights = {one.name: one for one in model.graph.initializer}
+    nodes: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        last = (
+            node.op_type == "Conv"
+            and {node.input[0], node.output[0]} <= flat
+            and node.output[0] not in leading
+            and node.input[1] in weights
+        )
+        if last and list(weights[node.input[1]].dims[2:]) == [1, 1] and _groups(node) == 1:
+            weight, result = weights[node.input[1]], node.output[0]
+            del weight.dims[2:]
+            for stale in [one for one in model.graph.value_info if one.name == weight.name]:
+                model.graph.value_info.remove(stale)
+            model.graph.initializer.extend(
+                onnx.numpy_helper.from_array(np.array(shape, dtype=np.int64), f"{result}_{name}")
+                for name, shape in (("row", (0, -1)), ("map", (0, -1, 1, 1)))
+            )
+            nodes += (
+                onnx.helper.make_node("Reshape", [node.input[0], f"{result}_row"], [f"{result}_in"]),
+                onnx.helper.make_node("Gemm", [f"{result}_in", *node.input[1:]], [f"{result}_out"], transB=1),
+                onnx.helper.make_node("Reshape", [f"{result}_out", f"{result}_map"], [result]),
+            )
+        else:
+            nodes.append(node)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    return model
+
+
+def _groups(node: onnx.NodeProto) -> int:
+    return next((int(one.i) for one in node.attribute if one.name == "group"), 1)
 
 
 def _rungs(prepared: Path, calibration: Tensor, wanted: Form, work: Path, outside: set[str]) -> Iterator[Rung]:
