@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo demo-short test unit check lint bench constraints clean
+.PHONY: demo demo-short test unit check lint bench soak constraints clean
 
 demo: $(READY)
 	$(BIN)/bingo-compress demo --overwrite
@@ -23,6 +23,10 @@ lint: $(READY)
 	$(BIN)/mypy
 
 check: lint test
+
+# Kills, stops, full disks, a lost worker: an hour at most. The last result is in docs/reliability.md.
+soak: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --json runs/soak.json
 
 bench: $(READY)
 	$(BIN)/python benchmarks/first_step.py

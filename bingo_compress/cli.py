@@ -287,10 +287,15 @@ def _main(version: Annotated[bool, typer.Option("--version", callback=_version, 
     pass
 
 
+AGAIN = "the same command goes on, `distill` with --resume"
+
+
 def main() -> None:
     """Run the command line; a BingoError becomes one line and its exit status."""
     keep_memory()
     stopping.listen()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        stopping.end_with_parent()
     for stream in (sys.stdout, sys.stderr):  # a file name may hold bytes that the terminal's encoding has no character for
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -315,16 +320,16 @@ def main() -> None:
         screen.complain(f"error: {error}" if os.environ.get("RANK", "0") == "0" else f"process {os.environ['RANK']}: error: {error}")
         sys.exit(error.exit_status)
     except KeyboardInterrupt:
-        print("\nstopped; what is finished is kept: the same command with --resume goes on", file=sys.stderr)
+        print(f"\nstopped; what is finished is kept: {AGAIN}", file=sys.stderr)
         sys.exit(stopping.status())
-    except OSError as error:
-        if error.errno in (28, 122):  # no space left, quota exceeded
-            print(
-                f"error: no space left while writing {error.filename or 'the run'}; free some, then the same command with --resume goes on",
-                file=sys.stderr,
-            )
-            sys.exit(2)
-        raise
+    except Exception as error:
+        from bingo_compress.run_dir import is_full
+
+        if not is_full(error):
+            raise
+        where = getattr(error, "filename", None) or "the run"
+        print(f"error: no space: the disk is full, {where} could not be written; free some, then {AGAIN}", file=sys.stderr)
+        sys.exit(2)
     finally:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             from bingo_compress import distributed

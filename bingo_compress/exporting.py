@@ -19,6 +19,7 @@ from bingo_compress.pipeline import load_student, saved_recipe
 FORMATS = ("onnx", "onnx-int8", "all")
 GALLERY = 512  # images that an int8 file is judged on
 GALLERY_LEAST = 256
+COPIES, COPIES_INT8 = 3, 8  # of the weights that are on the disk at once, at most
 TIMED = 100  # runs of each file, for the model card
 WAYS = "try --finetune, a larger --image-size, or a student that quantises well (EfficientNet-Lite, MobileNetV4-conv, ResNet)"
 
@@ -62,6 +63,8 @@ def export(
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BingoError(f"--out: {target.parent} cannot be made ({error.strerror}); name a folder you may write to") from None
+    weights = sum(value.nbytes for value in student.backbone.state_dict().values())
+    run_dir.need_space(target.parent, (COPIES if fmt == "onnx" else COPIES_INT8) * weights, "the export with its working files")
     summary = json.loads(run.summary.read_text(encoding="utf-8")) if run.summary.exists() else {}
     facts = {"version": __version__, "run_id": summary.get("run_id", ""), "student": recipe.student, "teacher": recipe.teacher}
     files = []

@@ -1,5 +1,6 @@
 """The names of everything in a run folder, and the only ways to write there."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -187,8 +188,16 @@ def write_text(path: Path, text: str) -> None:
 
 def need_space(folder: Path, size: int, what: str) -> None:
     """Raise BingoError unless `folder`'s disk has `size` bytes free and a little more."""
-    free = shutil.disk_usage(folder).free
-    if size * 1.02 > free:
+    free, needed = shutil.disk_usage(folder).free, round(size * 1.02)
+    if needed > free:
         raise BingoError(
-            f"no space: {what} needs {size / 1e9:.2f} GB in {folder}, {free / 1e9:.2f} GB are free; free some, or put --out on another disk"
+            f"no space: {what} needs {needed:,} bytes in {folder}, {free:,} are free, {needed - free:,} are missing; free some, or put --out on another disk"
         )
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error says that a disk, or a quota on it, is full; safetensors says so in words only."""
+    number = error.errno if isinstance(error, OSError) else None
+    return (
+        number in (errno.ENOSPC, errno.EDQUOT) or f"(os error {errno.ENOSPC})" in str(error) or f"(os error {errno.EDQUOT})" in str(error)
+    )

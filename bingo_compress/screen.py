@@ -2,6 +2,7 @@
 
 import sys
 import time
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -48,7 +49,7 @@ def bar(what: str, total: int) -> Iterator[Advance]:
         def advance(images: int, note: str | None = None) -> None:
             progress.update(task, advance=images)
             if note is not None:
-                progress.update(task, note=escape(note))
+                progress.update(task, note=escape(visible(note)))
 
         yield advance
 
@@ -78,6 +79,11 @@ def _plain_bar(what: str, total: int) -> Iterator[Advance]:
     say(f"{what}: {done:,} images in {duration(seconds)}, {done / max(seconds, 1e-9):,.0f} images/s{', ' + latest if latest else ''}")
 
 
+def visible(text: str) -> str:
+    """`text` with control characters other than line breaks as \\x1b and so on: a file's name must not steer the terminal."""
+    return "".join(f"\\x{ord(sign):02x}" if unicodedata.category(sign) == "Cc" and sign != "\n" else sign for sign in text)
+
+
 def be_quiet() -> None:
     """Of several processes only the first speaks; what goes wrong is said by all."""
     console.quiet = True
@@ -85,13 +91,13 @@ def be_quiet() -> None:
 
 def say(text: str) -> None:
     """One plain line; brackets in it are text, not markup."""
-    console.print(text, markup=False)
+    console.print(visible(text), markup=False)
     sys.stdout.flush()
 
 
 def complain(text: str) -> None:
     """One line on standard error."""
-    errors.print(text, markup=False)
+    errors.print(visible(text), markup=False)
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -100,7 +106,7 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> N
     for index, name in enumerate(header):
         grid.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
-        grid.add_row(*(escape(cell) for cell in row))
+        grid.add_row(*(escape(visible(cell)) for cell in row))
     console.print(grid)
 
 

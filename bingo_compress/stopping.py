@@ -1,11 +1,14 @@
 """SIGTERM and SIGINT: a stage in small finished parts is left at once; one with state of its own saves it first. A second SIGINT leaves without saving."""
 
+import ctypes
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
@@ -21,6 +24,12 @@ def listen() -> None:
     """From now on SIGTERM and SIGINT raise Stopped, or wait for the end of a `deferred` block."""
     for number in STATUS:
         signal.signal(number, _hear)
+
+
+def end_with_parent() -> None:
+    """From now on, on Linux, the end of the process that started this one, however it comes, is a SIGTERM: torchrun's workers outlive a torchrun that is killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _hear(number: int, _: FrameType | None) -> None:

@@ -150,7 +150,7 @@ def test_a_disk_that_fills_up_while_writing(bingo: Any, data: Path, monkeypatch:
         raise OSError(28, "No space left on device", "run/work/pixels")
 
     monkeypatch.setattr(embed, "teacher_pass", full)
-    one_error(bingo("distill", *flags(data=data), "--out", "run"), "no space left", "run/work/pixels", "--resume")
+    one_error(bingo("distill", *flags(data=data), "--out", "run"), "no space: the disk is full", "run/work/pixels", "--resume")
 
 
 def test_weights_that_are_missing_unreadable_or_another_models(bingo: Any, data: Path, tmp_path: Path) -> None:

@@ -280,7 +280,7 @@ def test_a_disk_too_small_means_streaming_and_is_refused_where_a_store_was_asked
     photos: Path, work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=8 * SIDE * SIDE * 3))
-    with pytest.raises(BingoError, match=r"no space: the pixel store needs .* GB"):
+    with pytest.raises(BingoError, match=r"no space: the pixel store needs .* bytes"):
         build(list_folder(photos), SIDE, work, CPU, "memory")
     store, _ = build(list_folder(photos), SIDE, work, CPU)
     assert store.where == "stream"

@@ -6,9 +6,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import safetensors
 
 from bingo_compress.errors import BingoError
-from bingo_compress.run_dir import UMASK, RunDir, atomic, drop_stale, need_space, open_finished, open_new, stage_key, write_text
+from bingo_compress.run_dir import UMASK, RunDir, atomic, drop_stale, is_full, need_space, open_finished, open_new, stage_key, write_text
 
 
 def names(folder: Path) -> list[str]:
@@ -179,8 +180,14 @@ def test_need_space_names_what_how_much_and_where(tmp_path: Path, monkeypatch: p
     need_space(tmp_path, 2_900_000_000, "the pixel store")
     with pytest.raises(BingoError) as caught:
         need_space(tmp_path, 2_990_000_000, "the pixel store")
-    for part in ("the pixel store", "2.99 GB", "3.00 GB", str(tmp_path), "--out"):
+    for part in ("the pixel store", "3,049,800,000 bytes", "3,000,000,000 are free", "49,800,000 are missing", str(tmp_path), "--out"):
         assert part in str(caught.value)
+
+
+def test_a_full_disk_is_told_from_other_errors_whoever_says_it() -> None:
+    said = safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert is_full(said) and is_full(OSError(28, "No space left on device")) and is_full(OSError(122, "Quota exceeded"))
+    assert not is_full(OSError(5, "Input/output error")) and not is_full(ValueError("28"))
 
 
 def test_need_space_asks_the_real_disk(tmp_path: Path) -> None:

@@ -200,6 +200,16 @@ def test_a_name_outside_the_terminals_encoding_is_printed_escaped(
     assert b"1 usable images" in raw.getvalue()
 
 
+def test_a_name_cannot_steer_the_terminal(printed: io.StringIO, capsys: pytest.CaptureFixture[str]) -> None:
+    hostile = "a\x1b]0;title\x07\x1b[2J\x9b1m.jpg"
+    screen.say(f"{hostile} left out")
+    screen.table("", ("file",), ((hostile,),))
+    screen.complain(f"error: {hostile}")
+    told = printed.getvalue() + capsys.readouterr().err
+    assert not set("\x1b\x07\x9b") & set(told) and told.count(r"a\x1b]0;title\x07\x1b[2J\x9b1m.jpg") == 3
+    assert screen.visible("two\nlines, caf\u00e9, \U0001f600") == "two\nlines, caf\u00e9, \U0001f600"
+
+
 def test_models_counts_the_parameters_without_classifier(printed: io.StringIO) -> None:
     catalogue.show("test_res*")
     count = sum(parameter.numel() for parameter in timm.create_model("test_resnet", num_classes=0).parameters())

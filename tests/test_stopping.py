@@ -67,6 +67,19 @@ def test_a_second_interrupt_leaves_at_once() -> None:
     assert subprocess.run([sys.executable, "-c", code], timeout=50, check=False).returncode == 130
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
+def test_a_worker_does_not_outlive_the_process_that_started_it() -> None:
+    worker = "import time; from bingo_compress import stopping; stopping.listen(); stopping.end_with_parent(); print('on', flush=True); time.sleep(60); print('outlived')"
+    parent = subprocess.Popen(
+        [sys.executable, "-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {worker!r}])"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert parent.stdout is not None and parent.stdout.readline() == "on\n"
+    parent.kill()
+    assert parent.stdout.read() == ""  # the pipe ends with the worker, which holds it too
+
+
 @pytest.mark.slow
 def test_sigterm_in_training_saves_and_the_resumed_run_equals_the_uninterrupted_one(tmp_path: Path) -> None:
     data = photos(tmp_path / "photos", 12)

@@ -23,7 +23,7 @@ from torch.nn.functional import cosine_similarity
 
 from bingo_compress.encoder import Encoder
 from bingo_compress.errors import BingoError
-from bingo_compress.run_dir import atomic, write_text
+from bingo_compress.run_dir import atomic, is_full, write_text
 
 MAX_DIFFERENCE = 1e-4
 MIN_COSINE = 0.9999
@@ -155,6 +155,8 @@ def _write_graph(module: nn.Module, images: Tensor, path: Path, wanted: Form) ->
                 verbose=False,
             )
         except Exception as error:
+            if is_full(error):
+                raise
             why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise BingoError(f"export refused: torch cannot export this student to ONNX ({why}); choose another student", REFUSED) from None
     if wanted.opset < TORCH_LEAST or wanted.ir:
