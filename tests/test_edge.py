@@ -14,7 +14,7 @@ import pytest
 from bingo_edge import EdgeError, Embedder, ImageError, classify, load_head, preprocess
 from bingo_edge.cli import main
 from bingo_edge.files import pictures, write_npz
-from bingo_edge.heads import LinearHead, nearest
+from bingo_edge.heads import LinearHead, load_index, nearest
 from bingo_edge.model import latency_ms
 from onnx import TensorProto, helper
 from PIL import Image
@@ -304,6 +304,19 @@ def test_every_user_error_is_one_line_and_status_2(capfd: pytest.CaptureFixture[
         code, out, err = run(capfd, *argv)
         assert (code, out, err.count("\n")) == (2, "", 1), (argv, out, err)
         assert err.startswith("error: expected ") and ", found " in err and "; " in err and "Traceback" not in err, err
+
+
+def test_an_npz_file_that_unpacks_to_far_more_than_it_is_is_not_unpacked(tmp_path: Path) -> None:
+    bomb, packed = tmp_path / "bomb.npz", tmp_path / "packed.npz"
+    np.savez_compressed(bomb, paths=np.array(["x"]), embeddings=np.zeros((1 << 16, 256), "f4"), run_id=np.array("x"))
+    assert bomb.stat().st_size < 100_000
+    with pytest.raises(EdgeError, match=r"67,\d+,\d+ bytes when unpacked"):
+        load_index(bomb, "x")
+    rows = np.random.default_rng(0).normal(size=(3, 8)).astype("f4")
+    np.savez_compressed(
+        packed, paths=np.array(["a", "b", "c"]), embeddings=rows / np.linalg.norm(rows, axis=1, keepdims=True), run_id=np.array("x")
+    )
+    load_index(packed, "x")
 
 
 def test_out_is_written_whole_or_not_at_all(

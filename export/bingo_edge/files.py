@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from bingo_edge.errors import EdgeError
 from bingo_edge.image import ImageError, Pixels, load_image
 
+MOST_PACKED = 20  # times: embeddings hardly pack at all; what packs a thousandfold is there to fill the memory
+
 Source = str | PathLike[str] | Pixels
 Picture = tuple[str, Callable[[], Pixels]]  # a name, and a load that returns uint8 (height, width, 3) or raises ImageError
 
@@ -79,6 +81,9 @@ def read_npz(path: str | PathLike[str], what: str, makers: dict[str, tuple[str, 
     needed = " or ".join(f"{kind} ({', '.join(keys)})" for kind, keys in makers.items())
     try:
         with np.load(path, allow_pickle=False) as file:
+            unpacked = sum(entry.file_size for entry in file.zip.infolist())
+            if unpacked > MOST_PACKED * os.path.getsize(path) + (1 << 24):
+                raise ValueError(f"{unpacked:,} bytes when unpacked, from a file of {os.path.getsize(path):,}")
             for kind, keys in makers.items():
                 if set(keys) <= set(file.files):
                     return kind, {key: file[key] for key in file.files}
