@@ -106,7 +106,7 @@ def test_sigterm_in_training_saves_and_the_resumed_run_equals_the_uninterrupted_
         time.sleep(0.05)
     running.send_signal(signal.SIGTERM)
     told, complained = running.communicate(timeout=60)
-    assert running.returncode == 143 and "asked to stop: saved at step" in told and "--resume goes on" in complained
+    assert running.returncode == 143 and "asked to stop: saved at step" in told and "`distill` with --resume" in complained
     step = checkpoint.load(cut / "work" / "checkpoint.safetensors")[1]["step"]
     assert isinstance(step, int) and 0 < step < 4 * 25
     subprocess.run([*command, "--out", str(cut), "--resume"], check=True, capture_output=True)
