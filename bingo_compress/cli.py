@@ -294,7 +294,8 @@ def main() -> None:
     """Run the command line; a BingoError becomes one line and its exit status."""
     keep_memory()
     stopping.listen()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1  # as distributed.asked_for, without the import of torch
+    if several:
         stopping.end_with_parent()
     for stream in (sys.stdout, sys.stderr):  # a file name may hold bytes that the terminal's encoding has no character for
         if isinstance(stream, io.TextIOWrapper):
@@ -331,7 +332,7 @@ def main() -> None:
         print(f"error: no space: the disk is full, {where} could not be written; free some, then {AGAIN}", file=sys.stderr)
         sys.exit(2)
     finally:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if several:
             from bingo_compress import distributed
 
             distributed.stop()

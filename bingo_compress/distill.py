@@ -143,8 +143,8 @@ def distill(
 
     bags: (n, K) positions in `training`, -1 for an empty place. target_of: the teacher's embedding (B, dim) of images, None for methods without
     teacher. metrics: appended to, one JSON object a line. check: scores the student every recipe.check_every epochs; with recipe.keep_best
-    the best-scored student is what is left. names: of the images of `pixels`, for messages. stop_after:
-    leave after this many steps, as an interruption would (tests).
+    the best-scored student is what is left. names: of the images of `pixels`, for
+    messages. stop_after: leave after this many steps, as an interruption would (tests).
     Raises BingoError when the loss is not finite; nothing is saved after such a step.
     """
     planned = plan(recipe, len(training))
@@ -239,9 +239,8 @@ def distill(
         return {name: value.detach() for name, value in {"loss": loss, **terms}.items()}
 
     last_save = time.monotonic()
-    poisoned = torch.full(
-        (), -1, device=device
-    )  # the first step whose loss was not finite; read when a line is written, so that no step waits for it
+    # The first step whose loss was not finite; read when a line is written, so that no step waits for it.
+    poisoned = torch.full((), -1, device=device)
     with (
         screen.bar("distil", planned.steps * shown) as advance,
         profiled(recipe.profile and first, metrics.with_name("trace.json")) as tick,

@@ -1,7 +1,5 @@
 """The pictures' part of tests/soak.py: a million decodes in one process, and what one bad file in a hundred costs."""
 
-import os
-import resource
 import shutil
 import time
 from collections.abc import Callable
@@ -9,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from bingo_edge.image import ImageError, load_image
-from helpers import photos
+from helpers import CPU, photos
 from PIL import Image
 
-from bingo_compress import pixels
+from bingo_compress import meter, pixels
 from bingo_compress.images import list_folder
 
 SPEED_FILES, ROUNDS = 3000, 5
@@ -35,7 +32,7 @@ def decodes(count: int, home: Path, over: Callable[[], bool]) -> dict[str, Any]:
             bad += 1
         done = number + 1
         if done % (count // 10) == 0:
-            resident.append(_resident())
+            resident.append(pixels.resident())
             if over():
                 break
     # The first tenth fills the allocator's own stores.
@@ -46,7 +43,7 @@ def decodes(count: int, home: Path, over: Callable[[], bool]) -> dict[str, Any]:
         "images_per_second": round(done / (time.monotonic() - began)),
         "resident_mb": [round(value / 1e6, 1) for value in resident],
         "growth": round(max(steady) / steady[0] - 1, 4),
-        "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3, 1),
+        "peak_mb": round(meter.peak_memory(CPU) / 1e6, 1),
     }
 
 
@@ -68,12 +65,8 @@ def throughput(home: Path) -> dict[str, Any]:
             work = home / f"speed-{turn}-{name}"
             work.mkdir()
             began = time.monotonic()
-            store, _ = pixels.build(list_folder(folder), 64, work, torch.device("cpu"), "memory")
+            store, _ = pixels.build(list_folder(folder), 64, work, CPU, "memory")
             best[name] = max(best[name], SPEED_FILES / (time.monotonic() - began))
             assert len(store) == SPEED_FILES - (name != "whole") * SPEED_FILES // 100
             shutil.rmtree(work)
     return {**{name: round(value) for name, value in best.items()}, "ratio": round(best["one_percent_bad"] / best["whole"], 3)}
-
-
-def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

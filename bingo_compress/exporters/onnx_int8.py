@@ -97,28 +97,24 @@ def _last_layer_as_product(model: onnx.ModelProto) -> onnx.ModelProto:
     weights = {one.name: one for one in model.graph.initializer}
     nodes: list[onnx.NodeProto] = []
     for node in model.graph.node:
-        last = (
-            node.op_type == "Conv"
-            and {node.input[0], node.output[0]} <= flat
-            and node.output[0] not in leading
-            and node.input[1] in weights
-        )
-        if last and list(weights[node.input[1]].dims[2:]) == [1, 1] and _groups(node) == 1:
-            weight, result = weights[node.input[1]], node.output[0]
-            del weight.dims[2:]
-            for stale in [one for one in model.graph.value_info if one.name == weight.name]:
-                model.graph.value_info.remove(stale)
-            model.graph.initializer.extend(
-                onnx.numpy_helper.from_array(np.array(shape, dtype=np.int64), f"{result}_{name}")
-                for name, shape in (("row", (0, -1)), ("map", (0, -1, 1, 1)))
-            )
-            nodes += (
-                onnx.helper.make_node("Reshape", [node.input[0], f"{result}_row"], [f"{result}_in"]),
-                onnx.helper.make_node("Gemm", [f"{result}_in", *node.input[1:]], [f"{result}_out"], transB=1),
-                onnx.helper.make_node("Reshape", [f"{result}_out", f"{result}_map"], [result]),
-            )
-        else:
+        weight = weights.get(node.input[1]) if node.op_type == "Conv" else None
+        pointwise = weight is not None and list(weight.dims[2:]) == [1, 1] and _groups(node) == 1
+        if weight is None or not pointwise or not {node.input[0], node.output[0]} <= flat or node.output[0] in leading:
             nodes.append(node)
+            continue
+        result = node.output[0]
+        del weight.dims[2:]
+        for stale in [one for one in model.graph.value_info if one.name == weight.name]:
+            model.graph.value_info.remove(stale)
+        model.graph.initializer.extend(
+            onnx.numpy_helper.from_array(np.array(shape, dtype=np.int64), f"{result}_{name}")
+            for name, shape in (("row", (0, -1)), ("map", (0, -1, 1, 1)))
+        )
+        nodes += (
+            onnx.helper.make_node("Reshape", [node.input[0], f"{result}_row"], [f"{result}_in"]),
+            onnx.helper.make_node("Gemm", [f"{result}_in", *node.input[1:]], [f"{result}_out"], transB=1),
+            onnx.helper.make_node("Reshape", [f"{result}_out", f"{result}_map"], [result]),
+        )
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     return model
