@@ -1,5 +1,6 @@
 """Pictures as the world has them: for every kind a file by formula, and what must come of it. `make` writes all of them into a folder."""
 
+import base64
 import io
 import os
 import socket
@@ -61,6 +62,12 @@ def encoded(image: Image.Image | np.ndarray, kind: str, **options: object) -> by
     file = io.BytesIO()
     (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(file, kind, **options)
     return file.getvalue()
+
+
+def mean_of(raw: bytes) -> Colour:
+    """Mean colour as Pillow alone decodes it."""
+    red, green, blue = np.asarray(Image.open(io.BytesIO(raw)).convert("RGB")).reshape(-1, 3).mean(0)
+    return red, green, blue
 
 
 def chunk(name: bytes, body: bytes) -> bytes:
@@ -143,6 +150,32 @@ def many_scans() -> bytes:
     return raw[:last] + raw[last:-2] * 200 + raw[-2:]
 
 
+def closed_early(raw: bytes, share: int) -> bytes:
+    """A JPEG cut at `share` percent of its scans and then closed with an end marker, as some cameras and proxies do: a decoder makes up the rest."""
+    start = raw.index(b"\xff\xda")
+    return raw[: start + (len(raw) - start) * share // 100] + b"\xff\xd9"
+
+
+def between_scans() -> bytes:
+    """A progressive JPEG that ends before its fourth scan: every scan is whole, but what they began to send bit by bit is not."""
+    raw = TRUNCATED["progressive.jpg"]
+    place = -1
+    for _ in range(4):
+        place = raw.index(b"\xff\xda", place + 1)
+    return raw[: raw.rindex(b"\xff\xc4", 0, place)] + b"\xff\xd9"
+
+
+def by_frequency() -> bytes:
+    """A progressive JPEG whose last scan holds most of the detail, which Pillow does not write: `jpegtran -scans` on a piece of PICTURE, with
+    "0: 0-0, 0, 0; 0: 1-5, 0, 0; 0: 6-63, 0, 0;"."""
+    return base64.b64decode(
+        "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDAA0JCgsKCA0LCgsODg0PEyAVExISEyccHhcgLikxMC4pLSwzOko+MzZGNywtQFdBRkxOUlNSMj5aYVpQYEpRUk//wgALCAAY"
+        "ACABAREA/8QAGAAAAwEBAAAAAAAAAAAAAAAAAQIDBAb/2gAIAQEAAAAA4u7GNBXNV2//xAAYEAEBAQEBAAAAAAAAAAAAAAACAQMSE//aAAgBAQABBQCZI0QTLinIC9lU"
+        "5HsgCe2ZjpuchvNhisMR/8QAJhABAAEDAwMDBQAAAAAAAAAAAREAAiESMUFhcYEDMvCRobHR8f/aAAgBAQAGPwBu995IOYnv8++bbRbrnEap42z16YhoENWQVkxMue/8"
+        "4hEB3jz06lSXMq6ZQk5p024hcqYPxtSZDZjkrVddbFii2yTvz84q4H2EgM7H0out1a22WX5ntWTVBs4xtg8VqfUstFVYGYTjz+6//9k="
+    )
+
+
 def zipped_text() -> bytes:
     """A PNG whose comment alone unpacks to 4 MB."""
     squeezer = zlib.compressobj(9)
@@ -187,6 +220,21 @@ def _locked(path: Path) -> None:
 
 GOOD = encoded(textured(), "JPEG", quality=95)
 PICTURE = textured()
+MIDDLE = (128, 128, 128)  # what libjpeg makes up
+CLOSED = {
+    "baseline": GOOD,
+    "progressive": encoded(PICTURE, "JPEG", progressive=True),
+    "intervals": encoded(PICTURE, "JPEG", restart_marker_rows=1),
+    "frequency": by_frequency(),
+    "grey": encoded(Image.fromarray(PICTURE).convert("L"), "JPEG"),
+    "cmyk": encoded(Image.fromarray(PICTURE).convert("CMYK"), "JPEG"),
+    "thumbnail": GOOD[:2]
+    + b"\xff\xe1"
+    + struct.pack(">H", 2 + 6 + len(encoded(plain(RED), "JPEG")))
+    + b"Exif\0\0"
+    + encoded(plain(RED), "JPEG")
+    + GOOD[2:],
+}
 GREY16 = np.array([[0, 200, 300], [128 * 257, 40000, 65535]], np.uint16)
 SCALED = np.repeat(
     np.array([[0, 1, 1], [128, 156, 255]], np.uint8)[:, :, None], 3, 2
@@ -265,6 +313,10 @@ KINDS: dict[str, Kind] = {
     "exif_no_tiff.jpg": Kind(encoded(plain(RED), "JPEG", quality=95, exif=b"Exif\0\0garbage and more"), (32, 24), RED, 2),
     "icc_broken.jpg": Kind(encoded(plain(RED), "JPEG", quality=95, icc_profile=b"no profile" * 9), (32, 24), RED, 2),
     "progressive.jpg": Kind(encoded(plain(BLUE), "JPEG", quality=95, progressive=True), (32, 24), BLUE, 3),
+    "middle_grey.jpg": Kind(encoded(plain(MIDDLE), "JPEG"), (32, 24), MIDDLE),
+    "middle_grey_two.jpg": Kind(encoded(plain(MIDDLE), "MPO", save_all=True, append_images=[plain(RED)]), (32, 24), MIDDLE),
+    "middle_grey_progressive.jpg": Kind(encoded(plain(MIDDLE), "JPEG", progressive=True), (32, 24), MIDDLE),
+    "between_scans.jpg": Kind(between_scans(), reason="truncated"),
     "phone.heic": Kind(heic(), reason="HEIC or AVIF: .* no decoder|cannot be decoded|not an image"),
     "pipe.jpg": Kind(os.mkfifo, reason="not a regular file", listed="^not a regular file$"),
     "socket.jpg": Kind(_socket, reason="not a regular file", listed="^not a regular file$"),
@@ -273,6 +325,12 @@ KINDS: dict[str, Kind] = {
     "locked.jpg": Kind(_locked, reason="Permission denied"),
     **{name: Kind(encoded(PICTURE, "PNG"), pixels=PICTURE) for name in STRANGE},
     **{f"cut{share}.{end}": Kind(raw[: len(raw) * share // 100], reason=CUT) for end, raw in TRUNCATED.items() for share in (10, 50, 90)},
+    **{f"closed{share}_{name}.jpg": Kind(closed_early(raw, share), reason=CUT) for name, raw in CLOSED.items() for share in (10, 50)},
+    **{f"closed90_{name}.jpg": Kind(closed_early(raw, 90), reason=CUT) for name, raw in CLOSED.items() if name != "progressive"},
+    "closed90_progressive.jpg": Kind(
+        closed_early(CLOSED["progressive"], 90), (120, 90), mean_of(GOOD), 2
+    ),  # all but last bits of detail is there
+    **{f"whole_{name}.jpg": Kind(raw, Image.open(io.BytesIO(raw)).size, mean_of(raw), 2) for name, raw in CLOSED.items()},
     **{f"exif{turn}.jpg": Kind(turned(turn)[0], pixels=turned(turn)[1], within=12) for turn in range(1, 9)},
 }
 if features.check("avif"):

@@ -1,5 +1,6 @@
 """Pictures to the exact pixels the network sees. The trainer imports this very file, so that device and trainer cannot differ."""
 
+import io
 import math
 import os
 import stat
@@ -11,7 +12,8 @@ from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageChops, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 Pixels = NDArray[np.uint8]
 
@@ -33,6 +35,11 @@ TURNS = {
 }
 LARGEST_FILE = 1 << 30  # bytes: some decoders read a file whole before they look at it, and no picture within Pillow's limit needs more
 MOST_SCANS = 100  # of a progressive JPEG, which has about 10: each costs a pass over the picture, and an empty one next to no bytes
+ARITHMETIC = (b"\xc9", b"\xca")  # frames of JPEGs with arithmetic coding
+SCAN = b"\xff\xda"
+CODED = bytes(range(255))  # begins with 0, or a 0xFF before it would make a marker of it
+RESTARTS = (b"\xff" + bytes([number]) for number in range(0xD0, 0xD8))
+MORE = CODED + b"".join(restart + CODED for restart in RESTARTS)  # a picture in intervals waits for the restart marker of the next
 LARGE = 1 << 26  # pixels: larger pictures are decoded one at a time, or a folder of them would take gigabytes a thread
 _ONE_AT_A_TIME = Lock()
 
@@ -63,13 +70,11 @@ def load_image(source: str | PathLike[str] | IO[bytes], at_least: int = 0) -> Pi
                 raise ImageError("PostScript, which would be run as a program")
             if opened.info.get("progressive"):
                 _refuse_scans(opened)
-            if at_least and opened.format == "JPEG" and min(opened.size) > at_least:
-                scale = at_least / min(opened.size)
-                opened.draft(None, (math.ceil(opened.width * scale), math.ceil(opened.height * scale)))
+            _reduce(opened, at_least)
             if opened.width * opened.height <= LARGE:
-                return _upright(opened)
+                return _upright(opened, source, at_least)
             with _ONE_AT_A_TIME:
-                return _upright(opened)
+                return _upright(opened, source, at_least)
     except ImageError:
         raise
     except UnidentifiedImageError:
@@ -96,10 +101,89 @@ def _refuse_file(source: str | PathLike[str] | IO[bytes]) -> None:
 def _refuse_scans(opened: Any) -> None:
     place = opened.fp.tell()
     opened.fp.seek(0)
-    scans = opened.fp.read().count(b"\xff\xda")
+    scans = opened.fp.read().count(SCAN)
     opened.fp.seek(place)
     if scans > MOST_SCANS:
         raise ImageError(f"a JPEG of {scans:,} scans: made to take long")
+
+
+def _reduce(opened: Image.Image, at_least: int) -> None:
+    if at_least and opened.format == "JPEG" and min(opened.size) > at_least:
+        scale = at_least / min(opened.size)
+        opened.draft(None, (math.ceil(opened.width * scale), math.ceil(opened.height * scale)))
+
+
+def _refuse_closed_early(opened: JpegImageFile, source: str | PathLike[str] | IO[bytes], at_least: int) -> None:
+    """Raise ImageError for a JPEG that was cut and then closed with an end marker: libjpeg makes up the rest and says nothing that Pillow passes on.
+
+    Asked of pictures that may be such: what is made up is mid-grey, or, in a progressive one, detail. Bytes before the marker change nothing in a whole
+    picture, which has taken all it needs; a cut one takes them for its own. What is not noticed: a cut within a last scan that only refines.
+    """
+    progressive = "progressive" in opened.info
+    if not (progressive or opened.mode == "CMYK" or _ends_in_mid_grey(opened)):
+        return
+    if isinstance(source, str | PathLike):
+        with open(source, "rb") as file:
+            raw = file.read()
+    else:
+        source.seek(0)
+        raw = source.read()
+    start, end = _scans(raw)
+    if end < 0:
+        return
+    cut = ImageError("a truncated JPEG with an end marker")
+    if progressive:
+        if _has_scans_missing(raw[start:end]):
+            raise cut
+        if _refines(raw[start:end]):
+            return
+        at_least = 0
+    with JpegImageFile(io.BytesIO(raw)) as whole, JpegImageFile(io.BytesIO(raw[:end] + MORE + raw[end:])) as fed:
+        _reduce(whole, at_least)
+        _reduce(fed, at_least)
+        whole.load()
+        try:
+            fed.load()
+        except OSError:  # the bytes made no sense; a whole picture does not look at them
+            raise cut from None
+        if ImageChops.difference(whole, fed).getbbox():
+            raise cut
+
+
+def _ends_in_mid_grey(opened: Image.Image) -> bool:
+    last: Any = opened.getpixel((opened.width - 1, opened.height - 1))
+    red, green, blue = (last, last, last) if opened.mode == "L" else last
+    return abs(0.299 * red + 0.587 * green + 0.114 * blue - 128) <= 1  # in luma: a neighbour's colour runs into the last pixel
+
+
+def _scans(raw: bytes) -> tuple[int, int]:
+    """Where a JPEG's first scan and its end marker are, not those of a thumbnail or of a second picture; the end is -1 in a file of unusual layout."""
+    place = 2
+    while raw[place : place + 1] == b"\xff" and raw[place : place + 2] != SCAN:
+        if raw[place + 1 : place + 2] in ARITHMETIC:  # its decoder may read on past a scan that is whole
+            return 0, -1
+        place += 2 + int.from_bytes(raw[place + 2 : place + 4], "big")
+    return place, raw.find(b"\xff\xd9", place) if raw[place : place + 1] == b"\xff" else -1
+
+
+def _has_scans_missing(scans: bytes) -> bool:
+    """Whether a progressive JPEG does not send all of its first component, or begins to send a coefficient bit by bit and does not send the last bit."""
+    never = 255
+    left: dict[int, bytearray] = {}  # of each component: for every coefficient how many bits are still to come
+    place = 0
+    while place >= 0:
+        parts = place + 5 + 2 * scans[place + 4]
+        first, last, bits = scans[parts : parts + 3]
+        for part in scans[place + 5 : parts : 2]:
+            left.setdefault(part, bytearray([never]) * 64)[first : last + 1] = bytes([bits & 15]) * (last + 1 - first)
+        place = scans.find(SCAN, parts)
+    return any(left[scans[5]]) or any(set(bits) - {0, never} for bits in left.values())
+
+
+def _refines(scans: bytes) -> bool:
+    """Whether the last scan of a progressive JPEG sends only last bits of coefficients whose other bits are there."""
+    last = scans.rindex(SCAN)
+    return scans[last + 5 + 2 * scans[last + 4] + 2] >> 4 > 0
 
 
 def _unknown(source: str | PathLike[str] | IO[bytes]) -> str:
@@ -127,8 +211,10 @@ def _unknown(source: str | PathLike[str] | IO[bytes]) -> str:
     return "not an image that Pillow can read"
 
 
-def _upright(opened: Image.Image) -> Pixels:
+def _upright(opened: Image.Image, source: str | PathLike[str] | IO[bytes], at_least: int) -> Pixels:
     opened.load()
+    if isinstance(opened, JpegImageFile):
+        _refuse_closed_early(opened, source, at_least)
     try:
         turn = TURNS.get(opened.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # a damaged EXIF block turns nothing; the picture is whole
