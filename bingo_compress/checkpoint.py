@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from bingo_compress import screen
+from bingo_compress import screen, stopping
 from bingo_compress.errors import BingoError
 from bingo_compress.run_dir import atomic, need_space
 
@@ -28,7 +28,8 @@ def load(path: Path, *, checked: bool = False) -> tuple[dict[str, Tensor], dict[
     """What `save` wrote. checked: a file without checksum, as versions before 0.2 wrote them, is no good. Raises BingoError for a file that is damaged or not
     ours."""
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
+        # A signal within would come out as an error of the file: the library turns whatever is raised in it into one of its own.
+        with stopping.deferred(), safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             facts = json.loads(metadata["bingo_compress"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
@@ -54,7 +55,10 @@ def save_keeping(path: Path, tensors: dict[str, Tensor], **facts: object) -> Non
     if path.exists():
         temporary = path.with_name(f".{path.name}.{os.getpid()}.before")
         temporary.unlink(missing_ok=True)
-        os.link(path, temporary)
+        try:
+            os.link(path, temporary)
+        except OSError:  # a file system without links, such as a memory card's: for a moment only the save before is there
+            temporary = path
         os.replace(temporary, before(path))
     save(path, tensors, **facts)
 

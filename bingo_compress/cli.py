@@ -290,12 +290,46 @@ def _main(version: Annotated[bool, typer.Option("--version", callback=_version, 
 AGAIN = "the same command goes on, `distill` with --resume"
 
 
+def _several() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1  # as distributed.asked_for, without the import of torch
+
+
+def _told(error: BaseException) -> int:
+    """Say in one line why the command ends: its exit status. What nobody foresaw is raised again."""
+    from bingo_compress import screen
+    from bingo_compress.run_dir import is_full
+
+    other = f"process {rank}: " if (rank := os.environ.get("RANK", "0")) != "0" else ""
+    if isinstance(error, UsageError):
+        where = error.ctx.command_path if error.ctx else "bingo-compress"
+        print(f"error: {' '.join(error.format_message().split())} (see {where} --help)", file=sys.stderr)
+        return 2
+    if isinstance(error, BingoError):
+        screen.complain(f"{other}error: {error}")
+        return error.exit_status
+    if is_full(error):
+        where = getattr(error, "filename", None) or "the run"
+        print(f"error: no space: the disk is full, {where} could not be written; free some, then {AGAIN}", file=sys.stderr)
+        return 2
+    # A library may turn what a signal raises within it into an error of its own.
+    if isinstance(error, KeyboardInterrupt) or stopping.heard():
+        if not other:
+            print(f"\nstopped; what is finished is kept: {AGAIN}", file=sys.stderr)
+        return stopping.status()
+    if _several():
+        from bingo_compress import distributed
+
+        if distributed.lost(error):
+            print(f"{other}error: another process of this run has ended or cannot be reached; see what it said; {AGAIN}", file=sys.stderr)
+            return 1
+    raise error
+
+
 def main() -> None:
     """Run the command line; a BingoError becomes one line and its exit status."""
     keep_memory()
     stopping.listen()
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1  # as distributed.asked_for, without the import of torch
-    if several:
+    if _several():
         stopping.end_with_parent()
     for stream in (sys.stdout, sys.stderr):  # a file name may hold bytes that the terminal's encoding has no character for
         if isinstance(stream, io.TextIOWrapper):
@@ -309,30 +343,10 @@ def main() -> None:
         if status == INTERRUPTED:  # what typer makes of Ctrl-C
             raise KeyboardInterrupt
         sys.exit(status or 0)
-    except UsageError as error:
-        print(
-            f"error: {' '.join(error.format_message().split())} (see {error.ctx.command_path if error.ctx else 'bingo-compress'} --help)",
-            file=sys.stderr,
-        )
-        sys.exit(2)
-    except BingoError as error:
-        from bingo_compress import screen
-
-        screen.complain(f"error: {error}" if os.environ.get("RANK", "0") == "0" else f"process {os.environ['RANK']}: error: {error}")
-        sys.exit(error.exit_status)
-    except KeyboardInterrupt:
-        print(f"\nstopped; what is finished is kept: {AGAIN}", file=sys.stderr)
-        sys.exit(stopping.status())
-    except Exception as error:
-        from bingo_compress.run_dir import is_full
-
-        if not is_full(error):
-            raise
-        where = getattr(error, "filename", None) or "the run"
-        print(f"error: no space: the disk is full, {where} could not be written; free some, then {AGAIN}", file=sys.stderr)
-        sys.exit(2)
+    except (Exception, KeyboardInterrupt) as error:
+        sys.exit(_told(error))
     finally:
-        if several:
+        if _several():
             from bingo_compress import distributed
 
             distributed.stop()

@@ -244,7 +244,7 @@ def distill(
     with (
         screen.bar("distil", planned.steps * shown) as advance,
         profiled(recipe.profile and first, metrics.with_name("trace.json")) as tick,
-        stopping.deferred() as asked_to_stop,
+        stopping.deferred(),
     ):
         advance(step * shown)
         while step < last:
@@ -290,7 +290,8 @@ def distill(
                     if recipe.keep_best and scored["neighbour_recall"] > best_score:
                         best_score = scored["neighbour_recall"]
                         best = {name: value.detach().clone() for name, value in student.backbone.state_dict().items()}
-                stop = asked_to_stop()
+                stopping.pass_on(distributed.largest(stopping.heard()))  # all leave after the same step, or some would wait for ever
+                stop = stopping.heard() > 0
                 saving = time.monotonic() - last_save > 60 * recipe.save_every_minutes or step in (planned.steps, stop_after) or stop
                 saving = saving or (bool(recipe.save_every_steps) and step % recipe.save_every_steps == 0)
                 if log.due() or end_of_epoch or saving:

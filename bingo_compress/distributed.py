@@ -1,6 +1,7 @@
 """Several processes, started by torchrun: the only file that names torch.distributed. With one process everything here is the identity."""
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from datetime import timedelta
@@ -14,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 Item = TypeVar("Item")
+GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connect timeout")  # of gloo
 
 # Of a thread, not of the process: while the first process works by itself, a thread of it may be making its share of the next batch.
 _by_itself = ContextVar("_by_itself", default=False)
@@ -42,6 +44,13 @@ def stop() -> None:
     """Leave the other processes."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def lost(error: BaseException) -> bool:
+    """Whether an error of gloo's or NCCL's says that another process of the run is gone."""
+    return asked_for() and (
+        isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and any(word in str(error) for word in GONE))
+    )
 
 
 def rank() -> int:
@@ -148,6 +157,15 @@ def mean(values: dict[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(values, (together / world()).unbind(), strict=True))
 
 
+def largest(number: int) -> int:
+    """The largest of the processes' numbers, by gloo: it waits for the processes, not for a GPU's work."""
+    if world() == 1:
+        return number
+    found = torch.tensor(number)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)
+
+
 def with_gradients(tensor: Tensor) -> Tensor:
     """`rows`, differentiable: every process gets the gradient of its own rows from the losses of all."""
     if world() == 1:
@@ -183,10 +201,11 @@ def shared(model: nn.Module, device: torch.device) -> nn.Module:
         if isinstance(module, _BatchNorm):
             # In place of nn.SyncBatchNorm, which knows no CPU and not timm's BatchNorm with activation: names and weights stay as they are.
             module.forward = partial(_batch_norm, module, module.forward)  # type: ignore[method-assign]
-    # static_graph: students with parameters that no output depends on, and recomputed activations.
-    return DistributedDataParallel(
-        model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False, static_graph=True
-    )
+    ids = [device] if device.type == "cuda" else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.15 has another name for broadcast_buffers, which 2.11 does not know
+        # static_graph: students with parameters that no output depends on, and recomputed activations.
+        return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, static_graph=True)
 
 
 def _batch_norm(norm: Any, alone: Callable[[Tensor], Tensor], views: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -16,7 +16,7 @@ class Stopped(KeyboardInterrupt):
     """The program was asked to end by a signal."""
 
 
-_heard: list[int] = []
+_heard: list[int] = []  # signals, in order
 _waiting: list[bool] = []
 
 
@@ -40,12 +40,23 @@ def _hear(number: int, _: FrameType | None) -> None:
         raise Stopped
 
 
+def heard() -> int:
+    """The signal that asked this process, or another of the run, to end; 0 if none did."""
+    return _heard[0] if _heard else 0
+
+
+def pass_on(number: int) -> None:
+    """Count a signal that another process of the run has heard as heard here; 0 is none. Within a `deferred` block."""
+    if number and not _heard:
+        _heard.append(number)
+
+
 @contextmanager
-def deferred() -> Iterator[Callable[[], bool]]:
-    """Inside, a signal changes nothing but the yielded function, which then gives True; at the end of the block Stopped is raised."""
+def deferred() -> Iterator[None]:
+    """Inside, a signal changes nothing but what `heard` gives; at the end of the block Stopped is raised."""
     _waiting.append(True)
     try:
-        yield lambda: bool(_heard)
+        yield
     finally:
         _waiting.pop()
     if _heard and not _waiting:
@@ -54,4 +65,4 @@ def deferred() -> Iterator[Callable[[], bool]]:
 
 def status() -> int:
     """The exit status of a program that was asked to end: 128 and the signal's number."""
-    return STATUS[signal.Signals(_heard[0])] if _heard else STATUS[signal.SIGINT]
+    return STATUS[signal.Signals(heard() or signal.SIGINT)]

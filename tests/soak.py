@@ -1,216 +1,96 @@
 """The long part of "never lose a run": runs are killed, stopped, starved of disk and of a worker at random moments, then resumed and compared bit for bit.
 
-    python tests/soak.py [--trials 200] [--stops 50] [--disks 30] [--workers 3] [--decodes 1000000] [--minutes 60] [--seed 0] [--json FILE]
+    python tests/soak.py [--trials 200] [--stops 50] [--two-trials 50] [--two-stops 20] [--disks 30] [--workers 3] [--decodes 1000000] [--minutes 60] [--seed 0] [--json FILE]
 
 A trial is the whole road - pixels, teacher, bags, training, proof, export - of the smallest models on drawn photos, forked from a process that has imported
 everything, so that no time goes into imports. --minutes bounds the whole: what was not reached is said. Linux only.
 """
 
 import argparse
-import hashlib
 import json
-import mmap
 import os
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-from unittest import mock
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from helpers import flags, photos
 from soak_pictures import decodes, throughput
+from soak_roads import SAVE_EVERY, WATCH, ended, orphans, result, road
 
-import bingo_compress.distill as loop
-from bingo_compress import checkpoint, cli, compare, exporting, pipeline, pixels, screen, stopping, validation  # noqa: F401 - imported before the fork
+from bingo_compress import checkpoint
 
-SAVE_EVERY = 5  # steps
-EPOCHS = 6
 PATIENCE = 120.0  # seconds until a road counts as hung
 STOP_WITHIN = 20.0
 
 
-class Watch:
-    """What a forked road tells its parent, in shared memory: the stage it is in, whether signals are heard, the first and the last step it began."""
+class Whole(NamedTuple):
+    """An uninterrupted road: its seconds, those of each stage, and what it left."""
 
-    def __init__(self) -> None:
-        self._memory = mmap.mmap(-1, 4096)
-        self.clear()
-
-    def clear(self) -> None:
-        self._memory[:16] = struct.pack("<iiii", -1, -1, 0, 0)
-        self.stage = "start"
-
-    def step(self, number: int) -> None:
-        first = self.steps[0]
-        self._memory[:8] = struct.pack("<ii", number if first < 0 else first, number)
-
-    def ready(self) -> None:
-        self._memory[8:12] = struct.pack("<i", 1)
-
-    @property
-    def is_ready(self) -> bool:
-        return bool(struct.unpack("<i", self._memory[8:12])[0])
-
-    @property
-    def steps(self) -> tuple[int, int]:
-        return struct.unpack("<ii", self._memory[:8])
-
-    @property
-    def stage(self) -> str:
-        return self._memory[16:80].rstrip(b"\0").decode()
-
-    @stage.setter
-    def stage(self, name: str) -> None:
-        self._memory[16:80] = name.encode()[:64].ljust(64, b"\0")
+    seconds: float
+    stages: dict[str, float]
+    left: dict[str, str]
 
 
-WATCH = Watch()
-
-
-def road(data: Path, out: Path, log: Path, *, exports: bool = True) -> int:
-    """Fork a process that distils, validates and, if asked to, exports; its number, which is also its group's."""
-    WATCH.clear()
-    sys.stdout.flush()
-    child = os.fork()
-    if child:
-        return child
-    os.setsid()
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    for stream in (1, 2):
-        os.dup2(file, stream)
-    shown = screen.bar
-
-    @contextmanager
-    def told(what: str, total: int) -> Iterator[Any]:
-        WATCH.stage = what
-        with shown(what, total) as advance:
-            yield advance
-
-    def rate(step: int, *rest: Any) -> float:
-        WATCH.step(step)
-        return learning_rate(step, *rest)
-
-    learning_rate = loop.learning_rate
-    status = 0
-    stopping.listen()
-    WATCH.ready()
-    try:
-        with mock.patch.object(screen, "bar", told), mock.patch.object(loop, "learning_rate", rate):
-            resume = ["--resume"] if out.is_dir() and any(out.iterdir()) else []
-            sets = flags(data=data, epochs=EPOCHS, save_every_steps=SAVE_EVERY)
-            for words in (
-                ["distill", *sets, "--out", str(out), *resume],
-                ["validate", "--run", str(out), "--data", str(data)],
-                *([["export", "--run", str(out)]] if exports else []),
-            ):
-                WATCH.stage = words[0]
-                sys.argv = ["bingo-compress", *words]
-                try:
-                    cli.main()
-                except SystemExit as end:
-                    status = int(end.code or 0)
-                if status:
-                    break
-    except KeyboardInterrupt:
-        status = stopping.status()
-    except BaseException as error:
-        print(f"TRACEBACK {type(error).__name__}: {error}", flush=True)
-        status = 70
-    finally:
-        os._exit(status)
-
-
-def ended(child: int, within: float) -> int | None:
-    """Exit status of a child, minus the signal's number if one killed it; None, and the group is killed, if it is not over in time."""
-    until = time.monotonic() + within
-    while time.monotonic() < until:
-        found, status = os.waitpid(child, os.WNOHANG)
-        if found:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
-    os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return None
-
-
-def orphans(child: int, within: float = 10) -> bool:
-    """Whether processes of a dead child's group are still there after a while; they are killed."""
-    until = time.monotonic() + within
-    while time.monotonic() < until:
-        try:
-            os.killpg(child, 0)
-        except ProcessLookupError:
-            return False
-        time.sleep(0.05)
-    os.killpg(child, signal.SIGKILL)
-    return True
-
-
-def result(out: Path) -> dict[str, str]:
-    """What must be equal bit for bit: the student's weights, the proof's accuracies, the exported file if there is one."""
-    tensors, _ = checkpoint.load(out / "student.safetensors")
-    weights = hashlib.sha256(b"".join(name.encode() + tensors[name].numpy().tobytes() for name in sorted(tensors))).hexdigest()
-    proof = json.loads((out / "validation.json").read_text())
-    proof["rows"] = proof["rows"][:4]  # a proof after an export has one of the file more
-    found = {"weights": weights, "proof": json.dumps(list(_numbers(proof)))}
-    if (file := out / "export" / "student.onnx").exists():
-        found["onnx"] = hashlib.sha256(file.read_bytes()).hexdigest()
-    return found
-
-
-def _numbers(held: Any, path: str = "") -> Iterator[tuple[str, float]]:
-    if isinstance(held, dict):
-        for key, value in held.items():
-            if not any(word in key for word in ("second", "date", "time", "created")):
-                yield from _numbers(value, f"{path}/{key}")
-    elif isinstance(held, list):
-        for number, value in enumerate(held):
-            yield from _numbers(value, f"{path}/{number}")
-    elif isinstance(held, float):
-        yield path, held
+def uninterrupted(home: Path, data: Path, *, exports: bool, processes: int) -> Whole:
+    """Walk a road to its end. Raises SystemExit if it does not get there."""
+    out, log = home / "whole", home / "log"
+    shutil.rmtree(out, ignore_errors=True)
+    log.unlink(missing_ok=True)
+    began = time.monotonic()
+    status = ended(road(data, out, log, exports=exports, processes=processes), PATIENCE)
+    if status != 0:
+        raise SystemExit(f"the uninterrupted road of {processes} processes ended with status {status}:\n{log.read_text()[-2000:]}")
+    return Whole(time.monotonic() - began, json.loads(log.with_suffix(".stages").read_text()), result(out))
 
 
 def interrupted(
-    number: int, signal_number: int, home: Path, data: Path, expected: dict[str, str], whole: dict[bool, float], seed: int
+    number: int, signal_number: int, home: Path, data: Path, whole: Whole, seed: int, *, exports: bool = False, processes: int = 1
 ) -> list[str]:
-    """One trial: interrupt a road at a random moment, resume it to its end. Returns the stage, then what went wrong."""
-    random = np.random.default_rng([seed, number, signal_number])
+    """One trial: interrupt a road, all its processes at once, and resume it to its end. Returns the stage, then what went wrong.
+
+    The moment is drawn from the whole road's time in every second trial, and from one stage's in the others, stage after stage.
+    """
+    random = np.random.default_rng([seed, number, signal_number, processes])
     out, log = home / "run", home / "log"
     shutil.rmtree(out, ignore_errors=True)
     log.unlink(missing_ok=True)
-    exports = number % 3 == 0  # it takes as long as all before it
-    child = road(data, out, log, exports=exports)
+    child = road(data, out, log, exports=exports, processes=processes)
     while not WATCH.is_ready:
         time.sleep(0.001)
-    time.sleep(float(random.uniform(0, whole[exports])))
+    if number % 2:
+        stage = list(whole.stages)[number // 2 % len(whole.stages)]
+        until = time.monotonic() + PATIENCE
+        while WATCH.stage != stage and time.monotonic() < until:
+            time.sleep(0.0001)
+        time.sleep(float(random.uniform(0, whole.stages[stage])))
+    else:
+        time.sleep(float(random.uniform(0, whole.seconds)))
     stage, wrong = WATCH.stage, []
-    os.kill(child, signal_number)
+    os.killpg(child, signal_number)
     status = ended(child, STOP_WITHIN)
     if status not in ((0, -9) if signal_number == signal.SIGKILL else (0, 143)):
-        wrong.append(f"status {status}")
+        wrong.append(f"status {status}: {log.read_text()[-300:]}")
     if orphans(child):
         wrong.append("a child outlived its parent")
+    if "Traceback" in (told := log.read_text()) or "TRACEBACK" in told:
+        wrong.append(f"traceback: {told[-1500:]}")
     last = WATCH.steps[1]
-    child = road(data, out, log, exports=exports)
+    child = road(data, out, log, exports=exports, processes=processes)
     if (status := ended(child, PATIENCE)) != 0:
         return [stage, *wrong, f"resumed: status {status}: {log.read_text()[-300:]}"]
     first = WATCH.steps[0]
     if first >= 0 and last - first > SAVE_EVERY:
         wrong.append(f"{last - first} steps lost")
-    for name, value in result(out).items():
-        if value != expected[name]:
-            wrong.append(f"{name} differ")
-    return [stage, *wrong]
+    return [stage, *wrong, *(f"{name} differ" for name, value in result(out).items() if value != whole.left[name])]
 
 
 def full_disks(count: int, home: Path, data: Path, expected: dict[str, str], size: int, over: Callable[[], bool]) -> list[list[str]]:
@@ -303,6 +183,8 @@ def main() -> None:
     for name, value in (
         ("trials", 200),
         ("stops", 50),
+        ("two-trials", 50),
+        ("two-stops", 20),
         ("disks", 30),
         ("workers", 3),
         ("decodes", 1_000_000),
@@ -341,31 +223,31 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bingo-soak-") as name:
         home = Path(name)
         data = photos(home / "photos", 12)
-        whole: dict[bool, float] = {}
-        for exports in (False, True):
-            began = time.monotonic()
-            shutil.rmtree(home / "whole", ignore_errors=True)
-            status = ended(road(data, home / "whole", home / "log", exports=exports), PATIENCE)
-            if status != 0:
-                raise SystemExit(f"the uninterrupted road ended with status {status}:\n{(home / 'log').read_text()[-2000:]}")
-            whole[exports] = time.monotonic() - began
-        expected = result(home / "whole")
+        whole = {exports: uninterrupted(home, data, exports=exports, processes=1) for exports in (False, True)}
         size = sum(path.stat().st_blocks * 512 for path in (home / "whole").rglob("*"))
-        print(f"an uninterrupted road takes {whole[True]:.1f} s ({whole[False]:.1f} s without export) and {size / 1e6:.1f} MB", flush=True)
+        print(
+            f"an uninterrupted road takes {whole[True].seconds:.1f} s ({whole[False].seconds:.1f} s without export) and {size / 1e6:.1f} MB",
+            flush=True,
+        )
+        print(f"    {', '.join(f'{stage} {seconds:.3f} s' for stage, seconds in whole[True].stages.items())}", flush=True)
 
-        def trials(count: int, number: int) -> list[list[str]]:
-            found = []
-            for trial in range(count):
-                if over():
-                    break
-                found.append(interrupted(trial, number, home, data, expected, whole, given.seed))
+        def trials(count: int, number: int, processes: int = 1) -> list[list[str]]:
+            found: list[list[str]] = []
+            shared = uninterrupted(home, data, exports=False, processes=processes) if processes > 1 and count else None
+            while len(found) < count and not over():
+                # An export takes as long as all before it. Only one process exports.
+                exports = len(found) % 6 in (0, 1) and shared is None
+                way = shared or whole[exports]
+                found.append(interrupted(len(found), number, home, data, way, given.seed, exports=exports, processes=processes))
             return found
 
-        tell("full disk", full_disks(given.disks, home, data, expected, size, over), given.disks)
+        tell("full disk", full_disks(given.disks, home, data, whole[True].left, size, over), given.disks)
         tell("SIGTERM", trials(given.stops, signal.SIGTERM), given.stops)
+        tell("SIGTERM of two processes", trials(given.two_stops, signal.SIGTERM, 2), given.two_stops)
         if given.workers:
             tell("worker killed", lost_workers(given.workers, home, data, over), given.workers)
         tell("kill -9", trials(given.trials, signal.SIGKILL), given.trials)
+        tell("kill -9 of two processes", trials(given.two_trials, signal.SIGKILL, 2), given.two_trials)
         if given.decodes and not over():
             told["throughput"] = throughput(home)
             print(f"throughput, files/s: {told['throughput']}", flush=True)

@@ -46,11 +46,11 @@ def test_inside_a_deferred_block_a_signal_waits_for_its_end() -> None:
     reached = []
 
     def work() -> None:
-        with stopping.deferred() as asked:
-            assert not asked()
+        with stopping.deferred():
+            assert not stopping.heard()
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.01)
-            assert asked()
+            assert stopping.heard() == signal.SIGTERM
             reached.append(True)
 
     stopping.listen()

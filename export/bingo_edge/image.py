@@ -153,7 +153,7 @@ def _refuse_closed_early(opened: JpegImageFile, source: str | PathLike[str] | IO
 def _ends_in_mid_grey(opened: Image.Image) -> bool:
     last: Any = opened.getpixel((opened.width - 1, opened.height - 1))
     red, green, blue = (last, last, last) if opened.mode == "L" else last
-    return abs(0.299 * red + 0.587 * green + 0.114 * blue - 128) <= 1  # in luma: a neighbour's colour runs into the last pixel
+    return bool(abs(0.299 * red + 0.587 * green + 0.114 * blue - 128) <= 1)  # in luma: a neighbour's colour runs into the last pixel
 
 
 def _scans(raw: bytes) -> tuple[int, int]:
