@@ -14,7 +14,7 @@ import torch
 from helpers import CPU, Ran, encoder, photos
 from test_neighbours import clustered
 from torch.distributed.run import parse_args
-from two_processes import DISTILLED, SIZES, TUNED, distill, validate
+from two_processes import DISTILLED, HANDED_OVER, SIZES, STOP_AT, TUNED, command, distill, validate
 
 from bingo_compress import checkpoint, distributed, embed, finetune, images, neighbours, pipeline, pixels, run_dir
 from bingo_compress.batches import own_share
@@ -42,8 +42,10 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(folder: Path, labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which two processes left every case of two_processes.py."""
+    """The folder in which two processes left every case of two_processes.py; one process began the run that they take over."""
     out = tmp_path_factory.mktemp("two")
+    (out / "began.json").write_text(json.dumps(command(*distill(folder, out / "taken", **HANDED_OVER), stop_at=STOP_AT)))
+    run_dir._HELD.pop((out / "taken" / "work" / "writer.json").resolve()).close()  # as the end of a process does
     done = torchrun(Path(__file__).with_name("two_processes.py"), folder, labelled, out)
     assert (out / "joined.1.json").exists(), done.stderr[-5000:]
     (out / "stderr").write_text(done.stderr)
@@ -78,6 +80,10 @@ def same_training(one: Path, two: Path) -> None:
                 assert other[key] == pytest.approx(line[key], rel=2e-3, abs=2e-4), key
     bags, others = (checkpoint.load(run / "work" / "bags.safetensors")[0]["bags"] for run in (one, two))
     assert torch.equal(bags, others)
+    same_students(one, two)
+
+
+def same_students(one: Path, two: Path) -> None:
     students = [checkpoint.load(run / "student.safetensors")[0] for run in (one, two)]
     for name, value in students[0].items():
         if value.is_floating_point():
@@ -126,6 +132,34 @@ def test_two_processes_check_the_student_as_one_does(two: Path, folder: Path) ->
     checks = [line["neighbour_recall"] for line in lines(run.path) if "neighbour_recall" in line]
     assert len(checks) == 3
     assert max(checks) == pytest.approx(pipeline.recall_check(material, CPU)(models.student), abs=1e-6)  # the log rounds
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small")
+def test_a_signal_to_one_process_stops_both_after_the_same_step_with_a_save(two: Path) -> None:
+    first, second = did(two, "stopped")
+    assert (first["status"], second["status"]) == (143, 143)
+    assert "`distill` with --resume" in first["err"] and not second["err"]
+    assert f"asked to stop: saved at step {STOP_AT + 1} of 18" in first["out"]
+    assert list(first["shown"]) == list(second["shown"]) == [str(step) for step in range(STOP_AT + 1)]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small")
+def test_another_number_of_processes_goes_on_and_shows_each_image_once_an_epoch(two: Path, folder: Path, tmp_path: Path) -> None:
+    alone = command(*distill(folder, tmp_path / "alone", **HANDED_OVER))
+    one_then_two = [json.loads((two / "began.json").read_text()), *did(two, "taken")]
+    two_then_one = [*did(two, "stopped"), command(*distill(folder, two / "stopped", **HANDED_OVER), "--resume")]
+    assert [part["status"] for part in (alone, *one_then_two, *two_then_one)] == [0, 143, 0, 0, 143, 143, 0]
+    for parts in ([alone], one_then_two, two_then_one):
+        shown = {epoch: [] for epoch in range(3)}
+        for part in parts:
+            for step, anchors in part["shown"].items():
+                shown[int(step) // 6] += anchors
+        assert all(sorted(images) == list(range(36)) for images in shown.values())
+    for name in ("taken", "stopped"):
+        assert lines(two / name)[-1]["loss"] == pytest.approx(lines(tmp_path / "alone")[-1]["loss"], rel=2e-3)
+        same_students(tmp_path / "alone", two / name)
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from helpers import Ran, bad_files, encoder, flags, interrupted_at, photos
 
-from bingo_compress import demo, distill, embed, pixels
+from bingo_compress import demo, distill, embed, pixels, speed
 from bingo_compress.bagging import knn
 from bingo_compress.cli import main
 from bingo_compress.recipe import load_recipe
@@ -209,6 +209,20 @@ def test_a_run_cut_off_and_resumed_equals_the_uninterrupted_one(
     assert steps == sorted(set(steps)) and steps[-1] == 14
     ours, theirs = (json.loads((folder / "summary.json").read_text())["neighbour_recall"] for folder in (out, world["run"]))
     assert ours == theirs
+
+
+def test_another_number_of_loader_threads_changes_nothing(
+    bingo: Any, world: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cores(count: int) -> None:
+        monkeypatch.setattr("os.cpu_count", lambda: count)  # of the decoding
+        monkeypatch.setattr(speed, "free_cores", lambda: count)  # of the next batches: with one they are made in the trainer's thread
+
+    cores(1)
+    assert interrupted(bingo, monkeypatch, world, tmp_path / "run", 10, "--set", "save_every_steps=4").status == 130
+    cores(8)
+    assert bingo("distill", "--out", tmp_path / "run", "--resume").status == 0
+    assert equal(weights(tmp_path / "run"), weights(world["run"]))
 
 
 def test_resume_refuses_other_settings_and_names_them(bingo: Any, run: Path) -> None:

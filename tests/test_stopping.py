@@ -158,6 +158,24 @@ def test_the_newest_two_are_kept(two_saves: Path) -> None:
     assert sorted(path.name for path in two_saves.parent.iterdir()) == ["checkpoint-before.safetensors", "checkpoint.safetensors"]
 
 
+def test_two_are_kept_without_links_too(two_saves: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")  # FAT and exFAT
+
+    monkeypatch.setattr(os, "link", refuse)
+    checkpoint.save_keeping(two_saves, {"a": torch.ones(2)}, step=4)
+    assert checkpoint.load_newest(two_saves)[1]["step"] == 4
+    assert checkpoint.load(checkpoint.before(two_saves), checked=True)[1]["step"] == 3
+
+
+def test_a_signal_while_a_save_is_read_is_no_damage(two_saves: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = checkpoint._checksum
+    monkeypatch.setattr(checkpoint, "_checksum", lambda *given: (os.kill(os.getpid(), signal.SIGTERM), real(*given))[1])
+    stopping.listen()
+    with pytest.raises(stopping.Stopped):
+        checkpoint.load_newest(two_saves)
+
+
 @pytest.mark.parametrize("how", ["cut", "flipped"])
 def test_a_cut_or_flipped_save_is_noticed_and_the_one_before_is_used(how: str, two_saves: Path, printed: StringIO) -> None:
     content = two_saves.read_bytes()

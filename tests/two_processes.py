@@ -6,6 +6,8 @@ Each case leaves its files in OUT; OUT/CASE.RANK.json is what its process did.
 import contextlib
 import io
 import json
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +18,8 @@ import torch
 from helpers import CPU, encoder, flags
 from test_neighbours import clustered
 
-from bingo_compress import checkpoint, cli, distributed, embed, finetune, images, neighbours, pixels
+import bingo_compress.distill as loop
+from bingo_compress import batches, checkpoint, cli, distributed, embed, finetune, images, neighbours, pixels, stopping
 from bingo_compress.errors import BingoError
 
 SIZES = {"SHARD": 8, "BATCH": 4}  # of embed: so small that every process has a share
@@ -30,6 +33,10 @@ DISTILLED: dict[str, dict[str, Any]] = {
 }
 
 
+HANDED_OVER: dict[str, Any] = {"student": "test_resnet", "batch_size": 6, "hold_out": 0.0, "epochs": 3, "image_size": 64}
+STOP_AT = 8  # of 18 steps, 6 an epoch
+
+
 def distill(data: Path, out: Path, **settings: Any) -> list[str]:
     """The words of a command."""
     return ["distill", "--out", str(out), *flags(data=data, optimizer="sgd", lr=0.05, **settings)]
@@ -40,16 +47,31 @@ def validate(run: Path, data: Path, test: Path, file: Path) -> list[str]:
     return ["validate", "--run", str(run), "--data", str(data), "--test", str(test), "--json", str(file), "--shots", "2", "--fine-tune"]
 
 
-def command(*words: str) -> dict[str, Any]:
-    """The command line in this process: its exit status, what it printed, and the students it checked during training."""
-    out, err, checked = io.StringIO(), io.StringIO(), []
-    real = embed.store_features
+def command(*words: str, stop_at: int | None = None) -> dict[str, Any]:
+    """The command line in this process: its exit status, what it printed, the students it checked during training, and the images that it showed as
+    anchors in each step that it trained. stop_at: a step before which the last process gets a SIGTERM."""
+    out, err, checked, made, trained = io.StringIO(), io.StringIO(), [], {}, []
+    real, make, learning_rate = embed.store_features, batches.Maker.__call__, loop.learning_rate
 
     def recorded(student: Any, *rest: Any) -> torch.Tensor:
         checked.append(embed.weights_digest(student))
         return real(student, *rest)
 
+    def recorded_make(self: batches.Maker, step: int, bags: torch.Tensor) -> batches.Ready:
+        ready = make(self, step, bags)
+        made[step] = ready.anchors[batches.own_share(self.batch)].tolist()
+        return ready
+
+    def recorded_rate(step: int, *rest: Any) -> float:
+        trained.append(step)
+        if step == stop_at and distributed.rank() == distributed.world() - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return learning_rate(step, *rest)
+
     with contextlib.ExitStack() as stack:
+        stack.callback(stopping._heard.clear)
+        stack.enter_context(mock.patch.object(batches.Maker, "__call__", recorded_make))
+        stack.enter_context(mock.patch.object(loop, "learning_rate", recorded_rate))
         stack.enter_context(mock.patch.object(sys, "argv", ["bingo-compress", *words]))
         stack.enter_context(mock.patch.object(distributed, "stop"))  # the next case goes on with the same processes
         stack.enter_context(mock.patch.object(embed, "store_features", recorded))
@@ -58,7 +80,8 @@ def command(*words: str) -> dict[str, Any]:
         try:
             cli.main()
         except SystemExit as stop:
-            return {"status": stop.code, "out": out.getvalue(), "err": err.getvalue(), "checked": checked}
+            shown = {step: made[step] for step in trained}
+            return {"status": stop.code, "out": out.getvalue(), "err": err.getvalue(), "checked": checked, "shown": shown}
     raise AssertionError("the command line always exits")
 
 
@@ -122,6 +145,8 @@ def main(data: Path, test: Path, out: Path) -> None:
     distributed.start(CPU)
     cases: dict[str, Callable[[], dict[str, Any]]] = {
         **{name: lambda name=name: command(*distill(data, out / name, **DISTILLED[name])) for name in DISTILLED},  # type: ignore[misc]
+        "stopped": lambda: command(*distill(data, out / "stopped", **HANDED_OVER), stop_at=STOP_AT),
+        "taken": lambda: command(*distill(data, out / "taken", **HANDED_OVER), "--resume"),
         "validate": lambda: command(*validate(out / "kept", data, test, out / "proof.json")),
         "pass": lambda: teacher_pass(data, out),
         "exact": lambda: search("exact", out),
