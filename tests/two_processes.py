@@ -33,13 +33,13 @@ DISTILLED: dict[str, dict[str, Any]] = {
 }
 
 
-HANDED_OVER: dict[str, Any] = {"student": "test_resnet", "batch_size": 6, "hold_out": 0.0, "epochs": 3, "image_size": 64}
+HANDED_OVER: dict[str, Any] = {"student": "test_resnet", "batch_size": 6, "hold_out": 0.0, "epochs": 3, "lr": 0.005}
 STOP_AT = 8  # of 18 steps, 6 an epoch
 
 
 def distill(data: Path, out: Path, **settings: Any) -> list[str]:
     """The words of a command."""
-    return ["distill", "--out", str(out), *flags(data=data, optimizer="sgd", lr=0.05, **settings)]
+    return ["distill", "--out", str(out), *flags(**{"data": data, "optimizer": "sgd", "lr": 0.05, **settings})]
 
 
 def validate(run: Path, data: Path, test: Path, file: Path) -> list[str]:
