@@ -180,11 +180,12 @@ def _open(out: Path, base: Recipe, overwrite: bool) -> Path:
     marker = out / "compare.json"
     if out.is_dir() and any(out.iterdir()) and not marker.is_file():
         raise BingoError(f"--out: {out} holds something else than a comparison; name another folder")
+    (out / "work").mkdir(parents=True, exist_ok=True)
+    run_dir.hold(out, "--out")
     if overwrite:
         for path in (*(out / "runs").glob("*"), *(out / "work").glob("checkpoint.*")):
             path.unlink()
-    (out / "runs").mkdir(parents=True, exist_ok=True)
-    (out / "work").mkdir(exist_ok=True)
+    (out / "runs").mkdir(exist_ok=True)
     run_dir.write_text(marker, json.dumps({"base": base.model_dump()}, indent=2) + "\n")
     return out / "work"
 

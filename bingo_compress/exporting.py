@@ -52,6 +52,8 @@ def export(
     if test and not labels:
         raise BingoError("--test: expected --labels beside it, found none")
     run = run_dir.open_finished(run_path)
+    if out is None:
+        run_dir.hold(run.path, "--run")
     recipe = saved_recipe(run)
     recipe = recipe.model_copy(update={"image_size": image_size or recipe.image_size})
     student = load_student(recipe, run.student)

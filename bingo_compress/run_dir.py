@@ -53,7 +53,7 @@ def open_new(path: Path, *, resume: bool, overwrite: bool) -> RunDir:
         run.work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BingoError(f"--out: {path} cannot be made ({error.strerror}); name a folder you may write to") from None
-    _hold(run)  # before anything of another writer's is deleted
+    hold(path, "--out")  # before anything of another writer's is deleted
     if clear:
         _clear(run)
     return run
@@ -62,12 +62,19 @@ def open_new(path: Path, *, resume: bool, overwrite: bool) -> RunDir:
 _HELD: dict[Path, IO[str]] = {}
 
 
-def _hold(run: RunDir) -> None:
-    """Be the only writer of the run until this process ends. The kernel frees the lock of a process that was killed. Raises BingoError."""
-    path = (run.work / "writer.json").resolve()
+def hold(folder: Path, option: str) -> None:
+    """Be the only writer of a run, or of a comparison, until this process ends. The kernel frees the lock of a process that was killed. Raises BingoError.
+
+    option: what named the folder, for the message.
+    """
+    path = (folder / "work" / "writer.json").resolve()
     if path in _HELD:
         _HELD.pop(path).close()
-    handle = path.open("a+", encoding="utf-8")
+    try:
+        path.parent.mkdir(exist_ok=True)  # it may have been deleted after the run
+        handle = path.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise BingoError(f"{option}: {folder} cannot be written to ({error.strerror}); copy it to a folder of your own") from None
     handle.seek(0)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -75,7 +82,7 @@ def _hold(run: RunDir) -> None:
         owner = handle.read()
         handle.close()
         raise BingoError(
-            f"--out: {run.path} is being written by another process ({owner.strip() or 'unknown'}); wait for it, or name another folder"
+            f"{option}: {folder} is being written by another process ({owner.strip() or 'unknown'}); wait for it, or name another folder"
         ) from None
     except OSError:
         pass  # a file system without locks, such as some network disks: then there is none

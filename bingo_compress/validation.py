@@ -56,6 +56,7 @@ def validate(
     if test_folder:
         images.refuse_other_classes(bank_folder, test_folder, "--data")
     where = choose_device(device)
+    distributed.from_first(lambda: run_dir.hold(run.path, "--run"))
     torch.manual_seed(embed.hash_seed("teacher"))
     teacher = build(recipe.teacher, recipe.teacher_size, recipe.teacher_weights, "--teacher-weights")
     student = load_student(recipe, run.student)

@@ -2,19 +2,23 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY, photos, recipe
+from helpers import TINY, Ran, flags, photos, recipe, untrained_run
 
 from bingo_compress import checkpoint, pipeline, run_dir, stopping
 from bingo_compress.errors import BingoError
+
+COMPARE = ("compare", *flags(data="photos"), "--labels", "photos", "--out", "compared")
 
 
 @pytest.fixture(autouse=True)
@@ -132,6 +136,29 @@ def test_a_second_writer_is_refused_and_told_who_the_first_is(tmp_path: Path) ->
     run = run_dir.open_new(tmp_path / "run", resume=True, overwrite=False)  # a killed owner owns nothing
     assert json.loads((run.work / "writer.json").read_text())["process"] == os.getpid()
     run_dir.open_new(tmp_path / "run", resume=True, overwrite=False)  # nor is this process in its own way
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [("validate", "--run", "run", "--data", "photos"), ("export", "--run", "run"), COMPARE])
+def test_what_writes_into_a_run_is_its_only_writer(
+    words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bingo: Callable[..., Ran]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    untrained_run(tmp_path, 3)
+    shutil.rmtree(tmp_path / "run" / "work")  # it may be deleted
+    (tmp_path / "compared").mkdir()
+    (tmp_path / "compared" / "compare.json").write_text("{}")
+    code = "import sys, time\nfrom pathlib import Path\nfrom bingo_compress import run_dir\nfor name in sys.argv[1:]:\n    (Path(name) / 'work').mkdir()\n    run_dir.hold(Path(name), '--out')\nprint('mine', flush=True)\ntime.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", code, "run", "compared"], stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None and other.stdout.readline() == "mine\n"
+    before = sorted(tmp_path.rglob("*"))
+    ran = bingo(*words)
+    assert ran.status == 2 and "is being written by another process" in ran.err and f'"process": {other.pid}' in ran.err
+    assert sorted(tmp_path.rglob("*")) == before
+    other.kill()
+    other.communicate()
+    if words[0] == "validate":
+        assert bingo(*words).status == 0
 
 
 # ---------------------------------------------------------------- damaged saves
