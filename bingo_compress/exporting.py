@@ -67,7 +67,7 @@ def export(
         raise BingoError(f"--out: {target.parent} cannot be made ({error.strerror}); name a folder you may write to") from None
     weights = sum(value.nbytes for value in student.backbone.state_dict().values())
     run_dir.need_space(target.parent, (COPIES if fmt == "onnx" else COPIES_INT8) * weights, "the export with its working files")
-    summary = json.loads(run.summary.read_text(encoding="utf-8")) if run.summary.exists() else {}
+    summary = run_dir.read_json("distill", run.summary)
     facts = {"version": __version__, "run_id": summary.get("run_id", ""), "student": recipe.student, "teacher": recipe.teacher}
     files = []
     with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as folder_name:

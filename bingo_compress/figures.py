@@ -12,6 +12,7 @@ from bingo_compress import checkpoint, embed, evidence, finetune, probes, screen
 from bingo_compress.encoder import Preprocessing
 from bingo_compress.errors import BingoError
 from bingo_compress.images import Folder, labels_by_path, labels_of
+from bingo_compress.run_dir import made_by
 
 LEAST_GAP = 0.05
 SUBSETS = 3  # draws of few labels
@@ -159,10 +160,11 @@ def bag_purity(file: Path, labelled: Folder) -> dict[str, Any]:
     """Share of (anchor, mate) pairs of a run's bags with the same label, of those that `labelled` has both labels for; nothing where it has none."""
     tensors, facts = checkpoint.load(file)
     known = labels_by_path(labelled)
-    names, root = facts["files"], Path(str(facts["root"]))
-    assert isinstance(names, list)
-    labels = torch.tensor([known.get((root / name).resolve(), -1) for name in names])
-    mates = torch.where(tensors["bags"] >= 0, labels[tensors["bags"].clamp(min=0)], -1)
+    with made_by("distill", file):
+        names, root = facts["files"], Path(str(facts["root"]))
+        assert isinstance(names, list)
+        labels = torch.tensor([known.get((root / name).resolve(), -1) for name in names])
+        mates = torch.where(tensors["bags"] >= 0, labels[tensors["bags"].clamp(min=0)], -1)
     pairs = (mates >= 0) & (labels >= 0)[:, None]
     anchors = pairs.any(1)
     if not anchors.any():

@@ -81,7 +81,7 @@ class Stored:
         try:
             told = json.loads(self._marker(first).read_text(encoding="utf-8"))
             whole = bool(told == {"rows": rows, "crc32": self._checksum(first, rows)})
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             whole = False
         if not whole:
             screen.say(f"rows {first:,} to {first + rows - 1:,} of {self.path} are damaged and are made again")

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bingo_compress.run_dir import write_text
+
 LOG_SECONDS = 5.0
 PARTS = ("pixels", "augment", "teacher", "student", "loss", "wait")
 
@@ -140,5 +142,13 @@ def _short(value: float) -> float | None:
 def forget_after(metrics: Path, step: int) -> None:
     """Drop the lines of steps that will be run again."""
     if metrics.exists():
-        lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-        metrics.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step), encoding="utf-8")
+        lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        write_text(metrics, "".join(line for line in lines if _is_until(line, step)))
+
+
+def _is_until(line: str, step: int) -> bool:
+    """Whether a line is whole, ours, and of a step up to `step`."""
+    try:
+        return line.endswith("\n") and bool(json.loads(line)["step"] <= step)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return False

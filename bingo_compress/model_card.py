@@ -1,7 +1,6 @@
 """MODEL_CARD.md: what a run made, of what, how good and how fast it is; no name of an image and no place on the user's disk is in it."""
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,11 +11,10 @@ import timm
 from bingo_compress import __version__, checkpoint, probes, screen
 from bingo_compress import latency as timing
 from bingo_compress.distill import loss_of
-from bingo_compress.errors import BingoError
 from bingo_compress.pipeline import saved_recipe
 from bingo_compress.proof_table import NAMES
 from bingo_compress.recipe import RESUME_MAY_CHANGE, Recipe
-from bingo_compress.run_dir import RunDir, write_text
+from bingo_compress.run_dir import RunDir, made_by, read_json, write_text
 
 NAME = "MODEL_CARD.md"
 ELSEWHERE = {"teacher", "student", "teacher_weights", "student_weights", "teacher_size", "image_size"}
@@ -46,34 +44,38 @@ def write_card(
 
 def renew(run: RunDir, folder: Path) -> Path:
     """`write_card` of the exported files that are in `folder`, with the latency.json beside them."""
-    files = [
-        json.loads(path.read_text(encoding="utf-8")) for path in (folder / "student.json", folder / "student-int8.json") if path.exists()
-    ]
-    timed = folder / "latency.json"
-    rows = json.loads(timed.read_text(encoding="utf-8"))["rows"] if timed.exists() else None
-    return write_card(run, folder, files, rows)
+    files = [read_json("export", path) for path in (folder / "student.json", folder / "student-int8.json") if path.exists()]
+    return write_card(run, folder, files, read_json("export", folder / "latency.json").get("rows"))
 
 
 def card(run: RunDir, files: Sequence[Mapping[str, Any]], latency: Sequence[dict[str, Any]] | None = None, date: str = "") -> str:
     """The model card of a finished run as Markdown; the same for the same run and arguments.
 
     files: the contracts (dicts of student*.json) of what was exported; latency: the rows of `latency.latency`; date: printed as it is given. A
-    validation's figures are those of RUN/validation.json. Raises BingoError where that is not what `validate` writes.
+    validation's figures are those of RUN/validation.json. Raises BingoError where one of these is not what we write.
     """
     recipe = saved_recipe(run)
-    summary = json.loads(run.summary.read_text(encoding="utf-8")) if run.summary.exists() else {}
+    summary = read_json("distill", run.summary)
+    with made_by("distill", run.summary):
+        known = [_data(run, summary), _recall(summary)]
+    with made_by("export", run.export / "student.json"):
+        exported = [_files(files), _use(run, files)]
+    with made_by("export", run.export / "latency.json"):
+        timed = _latency(latency, files)
     when = f", {plain(date)}" if date else ""
     blocks = [
         f"# {plain(recipe.student)}, distilled from {plain(recipe.teacher)}",
         "An image encoder: pixels in, an embedding out. It knows no classes; a linear head or a bank of labelled images adds them. "
         f"Made by bingo-compress {plain(summary.get('version', __version__))}, run {plain(summary.get('run_id', 'unknown'))}{when}.",
         *_models(recipe),
-        *_data(run, summary),
+        *known[0],
         *_method(recipe),
-        *_validation(run, summary),
-        *_files(files),
-        *_latency(latency, files),
-        *_use(run, files),
+        "## Validation",
+        *known[1],
+        *_validation(run),
+        *exported[0],
+        *timed,
+        *exported[1],
     ]
     return "\n\n".join(blocks) + "\n"
 
@@ -158,22 +160,21 @@ def _method(recipe: Recipe) -> list[str]:
     ]
 
 
-def _validation(run: RunDir, summary: Mapping[str, Any]) -> list[str]:
-    blocks = ["## Validation"]
+def _recall(summary: Mapping[str, Any]) -> list[str]:
     recall = summary.get("neighbour_recall")
-    if recall:
-        blocks.append(
-            f"Without labels: of the teacher's {recall['k']} nearest neighbours of each held-out image, the student has {recall['student']:.3f}, before "
-            f"distillation {recall['start']:.3f} ({recall['queries']:,} images in a gallery of {recall['gallery']:,})."
-        )
+    if not recall:
+        return []
+    return [
+        f"Without labels: of the teacher's {recall['k']:,} nearest neighbours of each held-out image, the student has {recall['student']:.3f}, before "
+        f"distillation {recall['start']:.3f} ({recall['queries']:,} images in a gallery of {recall['gallery']:,})."
+    ]
+
+
+def _validation(run: RunDir) -> list[str]:
     if not run.validation.exists():
-        return [*blocks, "Not validated on labels yet:", "    bingo-compress validate --run RUN --data LABELLED_FOLDER"]
-    try:
-        return blocks + _proof(json.loads(run.validation.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-        raise BingoError(
-            f"{run.validation}: expected what `bingo-compress validate` writes, found something else ({type(error).__name__}: {error}); validate again or delete it"
-        ) from None
+        return ["Not validated on labels yet:", "    bingo-compress validate --run RUN --data LABELLED_FOLDER"]
+    with made_by("validate", run.validation):
+        return _proof(read_json("validate", run.validation))
 
 
 def _proof(result: Mapping[str, Any]) -> list[str]:
@@ -189,7 +190,7 @@ def _proof(result: Mapping[str, Any]) -> list[str]:
         f"{', '.join(map(plain, classes[:CLASSES_SHOWN]))}{more}. In brackets: 95% interval.",
         _table(("", *(TITLES[key] for key in keys)), cells),
     ]
-    student = next(row for row in rows if row["name"] == "student")
+    (student,) = (row for row in rows if row["name"] == "student")
     if "gap_closed" in student:
         low, high = student["gap_closed_interval"]
         blocks.append(
@@ -235,8 +236,8 @@ def _files(files: Sequence[Mapping[str, Any]]) -> list[str]:
                 _name(contract),
                 screen.size(onnx["bytes"]),
                 f"{contract['parameters']:,}",
-                str(contract["embedding_dim"]),
-                f"{onnx['opset']}, IR {onnx['ir_version']}, {plain(onnx['batch'])}",
+                f"{contract['embedding_dim']:,}",
+                plain(f"{onnx['opset']}, IR {onnx['ir_version']}, {onnx['batch']}"),
                 checked,
             ]
         )
@@ -248,7 +249,7 @@ def _files(files: Sequence[Mapping[str, Any]]) -> list[str]:
     for contract in whole:
         gate = contract["int8"]["gate"]
         probed = [f"{gate[key]['float']:.3f} to {gate[key]['int8']:.3f}" if key in gate else "-" for key in ("knn", "linear")]
-        figures = [f"{gate['images']:,}", f"{gate['mean_cosine']:.4f}", f"{gate['recall']:.3f} (k = {gate['recall_k']})"]
+        figures = [f"{gate['images']:,}", f"{gate['mean_cosine']:.4f}", f"{gate['recall']:.3f} (k = {gate['recall_k']:,})"]
         rows.append([_name(contract), plain(contract["int8"]["rung"]), *figures, *probed])
     return [
         *blocks,
@@ -265,7 +266,7 @@ def _latency(rows: Sequence[dict[str, Any]] | None, files: Sequence[Mapping[str,
     said = timing.said(named)
     return [
         "## Latency",
-        f"On {plain(timing.describe(rows[0]['machine']))}; {timing.caption(rows)}.",
+        f"On {plain(timing.describe(rows[0]['machine']))}; {plain(timing.caption(rows))}.",
         _table(timing.HEADER, [[plain(cell) for cell in line] for line in timing.cells(named)]),
         *(["\n".join(f"- {plain(line)}" for line in said)] if said else []),
         f"It says nothing of another machine: `bingo-compress latency {names}` there, or `bingo-edge time {_names(files)[0]}` on the device.",

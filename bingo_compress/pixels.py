@@ -251,20 +251,34 @@ def _is_whole(shards: Path, rows: range, streamed: bool) -> bool:
     """Whether a shard is there and its checksum holds; a damaged one is said and made again."""
     try:
         facts = _read_facts(shards, rows)
-        if facts["tried"] != len(rows):
+        if not _fits(facts, rows, streamed):
             return False
         if streamed:
             return True
-        checksum = 0
+        checksum, total = 0, sum(height * width * 3 for height, width in zip(facts["height"], facts["width"], strict=True))
         with _data(shards, rows).open("rb") as handle:
             while piece := handle.read(1 << 24):
                 checksum = zlib.crc32(piece, checksum)
-        if checksum == facts["crc32"]:
+        if checksum == facts["crc32"] and _data(shards, rows).stat().st_size == total:
             return True
         screen.say(f"warning: {_data(shards, rows)} is damaged; its {len(rows):,} images are decoded again")
-    except (OSError, ValueError, KeyError):
-        pass  # not there, or cut short by a kill
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass  # not there, cut short by a kill, or not ours
     return False
+
+
+def _fits(facts: dict[str, Any], rows: range, streamed: bool) -> bool:
+    """Whether facts are of these images, each once, and of as many sizes as there are good ones."""
+    good, sizes = facts["good"], [*facts["height"], *facts["width"]]
+    tried = sorted([*good, *(index for index, _ in facts["bad"])])
+    lists = [facts[name] for name in ("height", "width", "aspect", *(("jpeg",) if streamed else ()))]
+    return (
+        facts["tried"] == len(rows)
+        and tried == list(rows)
+        and all(len(values) == len(good) for values in lists)
+        and all(isinstance(size, int) and size > 0 for size in sizes)
+        and all(isinstance(aspect, float) and aspect > 0 for aspect in facts["aspect"])
+    )
 
 
 def _shrink(pixels: Pixels, side: int) -> tuple[Pixels, float]:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import socket
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,6 +68,7 @@ def hold(folder: Path, option: str) -> None:
 
     option: what named the folder, for the message.
     """
+    _refuse_links(folder, option)
     path = (folder / "work" / "writer.json").resolve()
     if path in _HELD:
         _HELD.pop(path).close()
@@ -90,6 +92,37 @@ def hold(folder: Path, option: str) -> None:
     handle.write(json.dumps({"host": socket.gethostname(), "process": os.getpid()}) + "\n")
     handle.flush()
     _HELD[path] = handle
+
+
+def _refuse_links(folder: Path, option: str) -> None:
+    """Raise BingoError for a link, a pipe or the like where a run has its files: a folder from elsewhere could have us write outside of it, or wait for ever."""
+    for path in (*folder.iterdir(), *(folder / "work").rglob("*"), *(folder / "export").rglob("*")):
+        mode = path.lstat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            what = f"a link to {os.readlink(path)}" if stat.S_ISLNK(mode) else "neither a file nor a folder"
+            raise BingoError(
+                f"{option}: expected files in {folder}, found {path.relative_to(folder)}, {what}; remove it, or put there what it stands for"
+            )
+
+
+@contextmanager
+def made_by(command: str, file: Path) -> Iterator[None]:
+    """Raise BingoError for whatever goes wrong in the block because `file` is not what `bingo-compress COMMAND` writes."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError, ArithmeticError, RecursionError) as error:
+        raise BingoError(
+            f"{file}: expected what `bingo-compress {command}` writes, found something else ({type(error).__name__}: {error}); {command} again or delete it"
+        ) from None
+
+
+def read_json(command: str, file: Path) -> dict[str, Any]:
+    """The JSON object in `file`; an empty one where there is no file. Raises BingoError where it holds something else."""
+    with made_by(command, file):
+        found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        if not isinstance(found, dict):
+            raise TypeError(f"a {type(found).__name__} instead of an object")
+    return found
 
 
 def refuse_taken(path: Path, *, may_hold_files: bool) -> None:

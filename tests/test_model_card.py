@@ -1,7 +1,10 @@
 """MODEL_CARD.md: what is known stands in it, what is not is said, text from elsewhere is only text, and no place on this machine is named."""
 
+import copy
 import json
 import re
+from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -237,6 +240,44 @@ def test_nothing_in_a_card_can_be_markup_of_someone_else(run: run_dir.RunDir) ->
     assert not re.search(r"<(?!/?(table|thead|tbody|tr|th|td|p|ul|li|h1|h2|pre|code)>)", shown)
     assert "alert(1)" in shown and "# heading" in shown
     assert shown.count("<h1>") == 1 and shown.count("<h2>") == 7
+
+
+def leaves(held: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where every value is that is no list and no dict."""
+    if isinstance(held, dict | list):
+        for key, value in held.items() if isinstance(held, dict) else enumerate(held):
+            yield from leaves(value, (*path, key))
+    else:
+        yield path
+
+
+def changed(held: Any, path: tuple[Any, ...], value: Any) -> Any:
+    found = copy.deepcopy(held)
+    inside = found
+    for key in path[:-1]:
+        inside = inside[key]
+    inside[path[-1]] = value
+    return found
+
+
+@pytest.mark.parametrize("value", ["<script>alert(1)</script>", {"<b>": 1}, ["<b>"], None, 1e999])
+def test_any_value_of_the_wrong_kind_is_plain_or_refused(value: Any, run: run_dir.RunDir) -> None:
+    whole = {
+        "summary": json.loads(run.summary.read_text()),
+        "proof": validated(run),
+        "files": [FLOAT, INT8],
+        "latency": [timed("a.onnx", 2.0, 5_000_000), timed("b.onnx", 3.0, 2_000_000)],
+    }
+    tried = 0
+    for path in leaves(whole):
+        tried += 1
+        given = changed(whole, path, value)
+        run.summary.write_text(json.dumps(given["summary"]))
+        run.validation.write_text(json.dumps(given["proof"]))
+        with suppress(BingoError):
+            made = card(run, given["files"], given["latency"])
+            assert "<script" not in made and "<b>" not in made, path
+    assert tried > 150
 
 
 def test_no_place_on_this_machine_and_no_image_is_named(run: run_dir.RunDir, tmp_path: Path) -> None:
