@@ -13,7 +13,7 @@ from torch import Tensor
 from bingo_compress import distributed, embed, evidence, figures, finetune, images, model_card, pixels, probes, run_dir
 from bingo_compress.encoder import Encoder, Preprocessing, build
 from bingo_compress.errors import BingoError
-from bingo_compress.exporters.onnx import onnx_runner
+from bingo_compress.exporters.onnx import input_size, onnx_runner
 from bingo_compress.figures import Sides
 from bingo_compress.pipeline import Models, build_student, choose_device, load_student, saved_recipe
 from bingo_compress.proof_table import NAMES as NAMES
@@ -68,7 +68,8 @@ def validate(
     onnx_file = run.export / "student.onnx"
     if onnx_file.exists():
         session = onnx_runner(onnx_file)
-        models["onnx"] = (student.preprocessing, lambda batch: session(batch)[1])
+        as_exported = load_student(recipe.model_copy(update={"image_size": input_size(onnx_file)}), run.student)
+        models["onnx"] = (as_exported.preprocessing, lambda batch: session(batch)[1])
     if other:
         models["against"] = embed.as_embed(load_student(saved_recipe(other), other.student), where)
     sides = figures.sides(models, bank_folder, test_folder, classes)
@@ -78,8 +79,10 @@ def validate(
         heads: dict[str, probes.LinearHead] = {}
         right: dict[str, dict[str, Tensor]] = {}
         for name in models:
-            # The file is judged with the student's own head, as the device will run it: a head fitted anew may end elsewhere.
-            heads[name] = heads["student"] if name == "onnx" else probes.fit_linear(sides.bank[name], sides.labels, len(classes))
+            # The file is judged with the student's own head, as the device will run it: a head fitted anew may end elsewhere. At another input size the
+            # features are others, and the head that is saved for the device is fitted on those.
+            own = name == "onnx" and models[name][0] == models["student"][0]
+            heads[name] = heads["student"] if own else probes.fit_linear(sides.bank[name], sides.labels, len(classes))
             found, right[name] = figures.scores(name, sides, heads[name])
             if name in ("student", "onnx"):
                 found |= figures.by_class(heads[name].predict(sides.queries[name]), sides)

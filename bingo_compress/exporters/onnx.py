@@ -244,18 +244,32 @@ def _parity(path: Path, images: Tensor, embedding: Tensor, features: Tensor) -> 
     return result
 
 
-def onnx_runner(path: Path) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """The file in onnxruntime on the CPU, as a function of uint8 (B, S, S, 3) -> (embedding, features); a fixed batch is filled up and cut again."""
+def _session(path: Path) -> onnxruntime.InferenceSession:
+    """The file in onnxruntime on the CPU. Raises BingoError where it is not one of ours."""
     try:
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         (given,), names = session.get_inputs(), {output.name for output in session.get_outputs()}
-        if given.name != "image" or not names >= {"embedding", "features"}:
-            raise ValueError(f"{given.name} in, {', '.join(sorted(names))} out")
+        if given.name != "image" or len(given.shape) != 4 or not names >= {"embedding", "features"}:
+            raise ValueError(f"{given.name} {given.shape} in, {', '.join(sorted(names))} out")
     except Exception as error:  # onnxruntime's have no base of their own
         raise BingoError(
             f"{path}: expected a file that `bingo-compress export` writes, found something else ({str(error).partition(chr(10))[0]}); export again or delete it"
         ) from None
-    fixed = given.shape[0]
+    return session
+
+
+def input_size(path: Path) -> int:
+    """Pixels a side of the file's input: `export --image-size` may have made it another than the run's. Raises BingoError."""
+    return int(_session(path).get_inputs()[0].shape[1])
+
+
+def onnx_runner(path: Path) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """The file in onnxruntime on the CPU, as a function of uint8 (B, S, S, 3) -> (embedding, features); a fixed batch is filled up and cut again.
+
+    Raises BingoError where it is not one of ours.
+    """
+    session = _session(path)
+    fixed = session.get_inputs()[0].shape[0]
 
     def once(batch: Tensor) -> list[Tensor]:
         return [torch.from_numpy(found) for found in session.run(["embedding", "features"], {"image": np.ascontiguousarray(batch.numpy())})]
