@@ -52,8 +52,6 @@ LABEL org.opencontainers.image.title="bingo-compress" \
       org.opencontainers.image.revision="${REVISION}"
 WORKDIR /work
 USER 1000:1000
-# `docker stop` then does what Ctrl-C does: the run ends in order and --resume goes on with it.
-STOPSIGNAL SIGINT
 # A command that ends by itself, no service: its exit status tells its health.
 HEALTHCHECK NONE
 ENTRYPOINT ["bingo-compress"]

@@ -29,6 +29,7 @@ if docker info > "$scratch/docker" 2>&1; then
     user=()
     [[ $(id -u) == 0 ]] || user=(--user "$(id -u):$(id -g)")
     image_run() { docker run --rm "${user[@]}" "$@"; }
+    image_stop() { docker stop --time 30 "$1"; }
     image_size() { docker image inspect --format '{{.Size}}' "$1"; }
 elif [[ $(id -u) == 0 ]] && command -v buildah podman debootstrap runc > "$scratch/found"; then
     storage=(--root "$scratch/storage" --runroot "$scratch/run" --storage-driver overlay)
@@ -44,10 +45,12 @@ elif [[ $(id -u) == 0 ]] && command -v buildah podman debootstrap runc > "$scrat
     image_build() {
         buildah "${storage[@]}" bud --format docker --isolation chroot --pull-never --volume "$certificates:$certificates:ro" "$@"
     }
+    engine() { podman "${storage[@]}" --cgroup-manager cgroupfs --events-backend file --runtime runc "$@"; }
     image_run() {
-        podman "${storage[@]}" --cgroup-manager cgroupfs --events-backend file --runtime runc run --rm --no-healthcheck --cgroups no-conmon \
+        engine run --rm --no-healthcheck --cgroups no-conmon \
             --ulimit nofile=1024:1024 --ulimit nproc=1024:1024 "$@"
     }
+    image_stop() { engine stop --time 30 "$1"; }
     image_size() { podman "${storage[@]}" image inspect --format '{{.Size}}' "$1"; }
     base=localhost/bingo-base
     echo "== base: debootstrap"
@@ -98,11 +101,25 @@ for name in ("round", "square"):
         draw((left, top, left + side, top + side), fill=tuple(random.randbytes(3)))
         picture.save(f"/data/{name}/{number}.jpg")
 '
-    bingo distill --data /data --teacher test_resnet --teacher-weights random --student test_efficientnet --student-weights random \
-        --image-size 64 --teacher-size 64 --epochs 1 --batch-size 16 --bag-size 2 --out runs/first
+    small=(--data /data --teacher test_resnet --teacher-weights random --student test_efficientnet --student-weights random
+        --image-size 64 --teacher-size 64 --batch-size 16 --bag-size 2)
+    bingo distill "${small[@]}" --epochs 1 --out runs/first
     bingo validate --run runs/first --data /data --json runs/proof.json
     bingo export --run runs/first
     test -s "$scratch/runs/proof.json"
+    step "stop bingo-compress while it trains, and go on"
+    offline --name bingo-stopped -e OMP_NUM_THREADS=1 -v "$scratch/photos:/data:ro" -v "$scratch/runs:/work/runs" bingo-compress \
+        distill "${small[@]}" --epochs 200 --out runs/stopped &
+    until [[ -s $scratch/runs/stopped/metrics.jsonl ]]; do
+        kill -0 $! || { echo "error: expected a run that trains, found it ended" >&2; exit 1; }
+        sleep 0.2
+    done
+    image_stop bingo-stopped
+    wait $! && status=0 || status=$?
+    echo "exit status $status"
+    [[ $status == 143 && -s $scratch/runs/stopped/work/checkpoint.safetensors && ! -e $scratch/runs/stopped/student.safetensors ]] || { echo "error: expected status 143 and a save" >&2; exit 1; }
+    bingo distill "${small[@]}" --epochs 200 --out runs/stopped --resume
+    test -s "$scratch/runs/stopped/student.safetensors"
     model=$scratch/runs/first/export/student.onnx photos=$scratch/photos
 fi
 
