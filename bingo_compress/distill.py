@@ -29,6 +29,7 @@ from bingo_compress.run_dir import write_text
 from bingo_compress.schedule import learning_rate
 
 ADAMW_BELOW = 50_000
+EPOCH_SAVES_APART = 30.0  # seconds: of a short epoch a save would be a good part
 COMPILE_FROM = 5_000  # steps that pay for the minute or two that the compiler takes
 SLOW_AVERAGE, QUICK_AVERAGE = 0.999, 0.99
 Check = Callable[[Encoder], float]
@@ -292,7 +293,9 @@ def distill(
                         best = {name: value.detach().clone() for name, value in student.backbone.state_dict().items()}
                 stopping.pass_on(distributed.largest(stopping.heard()))  # all leave after the same step, or some would wait for ever
                 stop = stopping.heard() > 0
-                saving = time.monotonic() - last_save > 60 * recipe.save_every_minutes or step in (planned.steps, stop_after) or stop
+                old = time.monotonic() - last_save
+                saving = old > 60 * recipe.save_every_minutes or step in (planned.steps, stop_after) or stop
+                saving = saving or (end_of_epoch and old > EPOCH_SAVES_APART)
                 saving = saving or (bool(recipe.save_every_steps) and step % recipe.save_every_steps == 0)
                 if log.due() or end_of_epoch or saving:
                     mean, shares = log.write(step=step, epoch=epoch, lr=rate, **scored)

@@ -95,7 +95,9 @@ class Recipe(BaseModel):
     keep_best: bool = Field(
         False, description="leave the student of the best check instead of the last one (10 checks where check_every is 0)"
     )
-    save_every_minutes: float = Field(2.0, gt=0, description="a checkpoint is written this often and at the end")
+    save_every_minutes: float = Field(
+        2.0, gt=0, description="a checkpoint is written this often, after an epoch if the last one is half a minute old, and at the end"
+    )
     save_every_steps: int = Field(0, ge=0, description="and after so many steps; 0: by time alone")
     threads: int = Field(0, ge=0, description="CPU threads of torch; 0: a short calibration picks")
     pixels: Literal["auto", "gpu", "memory", "disk", "stream"] = Field(

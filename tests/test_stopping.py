@@ -10,12 +10,13 @@ import time
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers import TINY, Ran, flags, photos, recipe, untrained_run
 
-from bingo_compress import checkpoint, pipeline, run_dir, stopping
+from bingo_compress import checkpoint, distill, pipeline, run_dir, stopping
 from bingo_compress.errors import BingoError
 
 COMPARE = ("compare", *flags(data="photos"), "--labels", "photos", "--out", "compared")
@@ -221,12 +222,19 @@ def test_a_cut_or_flipped_save_is_noticed_and_the_one_before_is_used(how: str, t
         checkpoint.load_newest(two_saves)
 
 
-def test_saves_come_every_so_many_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("apart", "settings", "expected"),
+    [(30.0, {"save_every_steps": 3}, [3, 6, 8]), (0.0, {}, [4, 8]), (30.0, {"save_every_minutes": 10}, [8])],
+)
+def test_saves_come_every_so_many_steps_and_every_epoch(
+    apart: float, settings: dict[str, Any], expected: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distill, "EPOCH_SAVES_APART", apart)
     steps: list[object] = []
     real = checkpoint.save_keeping
     monkeypatch.setattr(
         checkpoint, "save_keeping", lambda path, tensors, **facts: (steps.append(facts["step"]), real(path, tensors, **facts))
     )
     data = photos(tmp_path / "photos", 12)
-    pipeline.run_distill(recipe(data=str(data), save_every_steps=3), tmp_path / "run")
-    assert steps == [3, 6, 8]
+    pipeline.run_distill(recipe(data=str(data), **settings), tmp_path / "run")
+    assert steps == expected
