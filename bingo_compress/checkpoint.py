@@ -40,6 +40,18 @@ def load(path: Path, *, checked: bool = False) -> tuple[dict[str, Tensor], dict[
         raise BingoError(f"{path} cannot be read as a file of this program ({error}); start anew with --overwrite") from None
 
 
+def is_sound(file: Path) -> bool:
+    """Whether `file` is there and whole; says so when it is there and is not."""
+    if not file.exists():
+        return False
+    try:
+        load(file, checked=True)
+    except BingoError:
+        screen.say(f"{file} is damaged and is made again")
+        return False
+    return True
+
+
 def _checksum(tensors: dict[str, Tensor], told: str) -> int:
     """Of names, types, shapes and contents, and of the facts."""
     found = zlib.crc32(told.encode())

@@ -12,7 +12,7 @@ from bingo_edge.image import ImageError, Pixels, preprocess
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from bingo_compress import augment, distributed, screen
+from bingo_compress import augment, checkpoint, distributed, screen
 from bingo_compress.encoder import Encoder, Preprocessing
 from bingo_compress.errors import BingoError
 from bingo_compress.images import Folder, decode_all
@@ -22,6 +22,7 @@ from bingo_compress.run_dir import drop_stale, need_space, stage_key
 
 SHARD = 1024
 BATCH = 64
+PART = 32  # batches of plain embeddings in a file
 LARGE = 512  # images that the teacher is given at once on a GPU; halved until they fit
 ROWS = 8192  # rows of a stored pass held in memory at once
 
@@ -49,12 +50,13 @@ def to_float(pixels: Tensor) -> Tensor:
 
 
 def plain(
-    models: Mapping[str, tuple[Preprocessing, Embed]], folder: Folder, indices: Sequence[int], what: str
+    models: Mapping[str, tuple[Preprocessing, Embed]], folder: Folder, indices: Sequence[int], what: str, keep: Path | None = None
 ) -> tuple[dict[str, Tensor], list[int]]:
     """Plain-view features of several models from one decoding of each image, with the device's own preprocessing.
 
     Returns (features (n, width) by model, the n indices that could be decoded, in their order). Several processes share the images and each gets all.
-    Raises BingoError where no image can be decoded.
+    keep: a folder for finished parts, of these models and images alone: interrupted, the same call goes on after the last. Raises BingoError where no image
+    can be decoded.
     """
     geometries = {name: model[0].geometry() for name, model in models.items()}
     distinct = [dict(items) for items in {tuple(geometry.items()) for geometry in geometries.values()}]
@@ -63,25 +65,42 @@ def plain(
         return [preprocess(pixels, **geometry) for geometry in distinct]
 
     # Batches of places in `indices`, not of good images: they are the same, and so is their rounding, whatever the number of processes.
-    spans = distributed.stretch([indices[start : start + BATCH] for start in range(0, len(indices), BATCH)])
+    starts = distributed.stretch(range(0, len(indices), BATCH))
+    spans = {start: indices[start : start + BATCH] for start in starts}
 
-    def batches() -> Iterator[list[Tensor]]:
-        decoded = decode_all(folder, chain(*spans), views)
-        with screen.bar(what, sum(map(len, spans))) as advance:
-            for span in spans:
-                good = [(index, result) for index, result in islice(decoded, len(span)) if not isinstance(result, ImageError)]
-                if good:
-                    stacks = [torch.from_numpy(np.stack(seen)) for seen in zip(*(result for _, result in good), strict=True)]
-                    features = [run(stacks[distinct.index(geometries[name])]) for name, (_, run) in models.items()]
-                    yield [torch.tensor([index for index, _ in good]), *features]
-                advance(len(span))
+    def batches(mine: Sequence[int], advance: screen.Advance) -> Iterator[list[Tensor]]:
+        decoded = decode_all(folder, chain(*(spans[start] for start in mine)), views)
+        for start in mine:
+            good = [(index, result) for index, result in islice(decoded, len(spans[start])) if not isinstance(result, ImageError)]
+            if good:
+                stacks = [torch.from_numpy(np.stack(seen)) for seen in zip(*(result for _, result in good), strict=True)]
+                features = [run(stacks[distinct.index(geometries[name])]) for name, (_, run) in models.items()]
+                yield [torch.tensor([index for index, _ in good]), *features]
+            advance(len(spans[start]))
 
-    parts = distributed.joined(batches())
-    if not parts:
+    def parts() -> Iterator[list[Tensor]]:
+        with screen.bar(what, sum(map(len, spans.values()))) as advance:
+            if keep is None or len(starts) <= PART:
+                yield from batches(starts, advance)
+                return
+            keep.mkdir(parents=True, exist_ok=True)
+            for mine in (starts[first : first + PART] for first in range(0, len(starts), PART)):
+                file = keep / f"{mine[0]:012d}-{mine[-1]:012d}.safetensors"
+                if checkpoint.is_sound(file):
+                    advance(sum(len(spans[start]) for start in mine))
+                else:
+                    made = [torch.cat(kind) for kind in zip(*batches(mine, advance), strict=True)]
+                    checkpoint.save(file, {str(number): kind for number, kind in enumerate(made)})
+                kinds = checkpoint.load(file)[0]
+                if kinds:
+                    yield [kinds[str(number)] for number in range(len(kinds))]
+
+    found = distributed.joined(parts())
+    if not found:
         raise BingoError(
             f"expected images in {folder.root}, found none that can be decoded; `bingo-compress check --data {folder.root}` says why"
         )
-    return dict(zip(models, parts[1:], strict=True)), parts[0].tolist()
+    return dict(zip(models, found[1:], strict=True)), found[0].tolist()
 
 
 def pixels_of(preprocessing: Preprocessing, folder: Folder, order: Sequence[int], count: int) -> Tensor:

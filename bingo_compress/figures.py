@@ -60,10 +60,13 @@ def with_interval(key: str, values: Tensor) -> dict[str, Any]:
 
 
 def embedded(
-    models: Mapping[str, tuple[Preprocessing, embed.Embed]], folder: Folder, classes: list[str], what: str
+    models: Mapping[str, tuple[Preprocessing, embed.Embed]], folder: Folder, classes: list[str], what: str, keep: Path | None = None
 ) -> tuple[dict[str, Tensor], Tensor, list[int]]:
-    """(features by model, labels as positions in `classes`, which files) of the images of a labelled folder that can be decoded; says how many cannot."""
-    features, good = embed.plain(models, folder, range(len(folder.files)), what)
+    """(features by model, labels as positions in `classes`, which files) of the images of a labelled folder that can be decoded; says how many cannot.
+
+    keep: as in `embed.plain`, of these models alone.
+    """
+    features, good = embed.plain(models, folder, range(len(folder.files)), what, keep / folder.fingerprint()[:16] if keep else None)
     if len(good) < len(folder.files) or folder.bad:
         screen.say(
             f"{len(folder.files) - len(good) + len(folder.bad):,} files in {folder.root} cannot be used and are left out; `bingo-compress check` names them"
@@ -73,12 +76,16 @@ def embedded(
 
 
 def sides(
-    models: Mapping[str, tuple[Preprocessing, embed.Embed]], bank_folder: Folder, test_folder: Folder | None, classes: list[str]
+    models: Mapping[str, tuple[Preprocessing, embed.Embed]],
+    bank_folder: Folder,
+    test_folder: Folder | None,
+    classes: list[str],
+    keep: Path | None = None,
 ) -> Sides:
-    """Every labelled image embedded by every model; without a test folder a quarter of each class of the bank is set aside."""
-    bank, labels, places = embedded(models, bank_folder, classes, "embed labelled images")
+    """Every labelled image embedded by every model; without a test folder a quarter of each class of the bank is set aside. keep: as in `embedded`."""
+    bank, labels, places = embedded(models, bank_folder, classes, "embed labelled images", keep)
     if test_folder:
-        queries, query_labels, query_places = embedded(models, test_folder, classes, "embed test images")
+        queries, query_labels, query_places = embedded(models, test_folder, classes, "embed test images", keep)
         return Sides(classes, bank, labels, bank_folder, places, queries, query_labels, test_folder, query_places)
     chosen = _quarter(labels)
     queries, bank = ({name: rows[part] for name, rows in bank.items()} for part in (chosen, ~chosen))

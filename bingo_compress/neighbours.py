@@ -149,7 +149,7 @@ def _in_blocks(stem: str, count: int, folder: Path | None, make: Callable[[int, 
         folder.mkdir(parents=True, exist_ok=True)
         files = {span: folder / f"{stem}-{span[0]:012d}.safetensors" for span in spans}
         # Asked once: while one process looks, another may be writing.
-        missing = distributed.from_first(lambda: [span for span in spans if not _sound(files[span])])
+        missing = distributed.from_first(lambda: [span for span in spans if not checkpoint.is_sound(files[span])])
         mine = distributed.mine(missing)
         if mine:
             with screen.bar(stem.partition("-")[0], sum(stop - start for start, stop in mine)) as advance:
@@ -159,18 +159,6 @@ def _in_blocks(stem: str, count: int, folder: Path | None, make: Callable[[int, 
         distributed.barrier()
         parts = [checkpoint.load(files[span])[0] for span in spans]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-
-def _sound(file: Path) -> bool:
-    """Whether `file` is there and whole; says so when it is there and is not."""
-    if not file.exists():
-        return False
-    try:
-        checkpoint.load(file)
-    except BingoError:
-        screen.say(f"{file} is damaged and is made again")
-        return False
-    return True
 
 
 def _by_lists(features: Matrix, count: int, search: Search, folder: Path | None) -> tuple[Tensor, Tensor]:
@@ -280,7 +268,7 @@ def _centroids(features: Matrix, device: torch.device, folder: Path | None) -> T
     file = folder / "centroids.safetensors"
 
     def train() -> None:
-        if not _sound(file):
+        if not checkpoint.is_sound(file):
             screen.say(f"neighbours: training {count:,} lists")
             checkpoint.save(file, {"centroids": _kmeans(features, count, device)})
 

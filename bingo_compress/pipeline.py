@@ -23,8 +23,7 @@ from bingo_compress.recipe import RESUME_MAY_CHANGE, Recipe, load_recipe, recipe
 
 HELD_OUT_AT_MOST = 1000
 GALLERY_AT_MOST = 20_000
-CHECK_GALLERY = 2000
-CHECKS = 10
+CHECK_GALLERY, CHECKS = 2000, 10  # images, times in a run
 
 
 @dataclass(frozen=True)
@@ -150,6 +149,7 @@ def run_distill(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: b
     distributed.from_first(lambda: save_student(models.student, run.student, recipe))
     recall = held_out_recall(run, models, material, device)
     distributed.from_first(lambda: _close(run, models, material, facts, recall, device))
+    distributed.from_first(lambda: run_dir.drop_stale(run.work, "closing", set()))
     return run
 
 
@@ -347,8 +347,10 @@ def held_out_recall(run: run_dir.RunDir, models: Models, material: Material, dev
         return {}
     gallery = training[:: -(-len(training) // GALLERY_AT_MOST)]
     encoders = {"start": load_student(models.recipe, run.start), "student": models.student}
+    key = run_dir.stage_key(images=material.folder.fingerprint(), **{name: embed.weights_digest(each) for name, each in encoders.items()})
     ready = {name: embed.as_embed(encoder, device) for name, encoder in encoders.items()}
-    found, good = embed.plain(ready, material.folder, torch.cat((held, gallery)).tolist(), "check held-out images")
+    order, keep = torch.cat((held, gallery)).tolist(), run.work / f"closing-{key}"
+    found, good = embed.plain(ready, material.folder, order, "check held-out images", keep)
     if len(good) < len(held) + len(gallery):
         raise BingoError(f"an image in {material.folder.root} changed during the run; start the command again with --resume")
     sides = {name: features.split((len(held), len(gallery))) for name, features in found.items()}

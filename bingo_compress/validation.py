@@ -1,5 +1,6 @@
 """The proof of a finished run: teacher, student, its start, random weights and the exported file, on a folder of labelled images."""
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -64,15 +65,23 @@ def validate(
     if run.start.exists():
         trainable["start"] = load_student(recipe, run.start)
     trainable["random"] = build_student(recipe, "random", "random row")
-    models = {name: embed.as_embed(encoder, where) for name, encoder in ({"teacher": teacher} | trainable).items()}
+    encoders = {"teacher": teacher} | trainable
+    models = {name: embed.as_embed(encoder, where) for name, encoder in encoders.items()}
     onnx_file = run.export / "student.onnx"
     if onnx_file.exists():
         session = onnx_runner(onnx_file)
         as_exported = load_student(recipe.model_copy(update={"image_size": input_size(onnx_file)}), run.student)
         models["onnx"] = (as_exported.preprocessing, lambda batch: session(batch)[1])
     if other:
-        models["against"] = embed.as_embed(load_student(saved_recipe(other), other.student), where)
-    sides = figures.sides(models, bank_folder, test_folder, classes)
+        encoders["against"] = load_student(saved_recipe(other), other.student)
+        models["against"] = embed.as_embed(encoders["against"], where)
+    made_from: dict[str, Any] = {
+        name: [embed.weights_digest(encoder), encoder.preprocessing.geometry()] for name, encoder in encoders.items()
+    }
+    made_from["file"] = hashlib.sha256(onnx_file.read_bytes()).hexdigest() if onnx_file.exists() else ""
+    keep = run.work / f"proof-{run_dir.stage_key(**made_from)}"
+    distributed.from_first(lambda: run_dir.drop_stale(run.work, "proof", {keep.name}))
+    sides = figures.sides(models, bank_folder, test_folder, classes, keep)
 
     def judge() -> dict[str, Any]:
         rows: list[dict[str, Any]] = []
@@ -104,6 +113,7 @@ def validate(
         save_heads(run.export, heads[deployed], sides.bank[deployed], sides.labels, classes, paths)
         for file in filter(None, (run.validation, json_file)):
             run_dir.write_text(file, _json(result))
+        run_dir.drop_stale(run.work, "proof", set())
         if (run.export / model_card.NAME).exists():
             model_card.renew(run, run.export)
         show(result, run, Models(recipe, teacher, student))

@@ -19,7 +19,7 @@ import torch  # noqa: F401 - imported before the fork, as all below
 from helpers import flags
 
 import bingo_compress.distill as loop
-from bingo_compress import checkpoint, cli, compare, exporting, pipeline, pixels, screen, stopping, validation  # noqa: F401
+from bingo_compress import checkpoint, cli, compare, embed, exporting, pipeline, pixels, screen, stopping, validation  # noqa: F401
 
 SAVE_EVERY = 5  # steps
 EPOCHS = 6
@@ -116,6 +116,7 @@ def _walk(commands: list[list[str]], ports: list[int], *, first: bool) -> int:
     status = 0
     try:
         with ExitStack() as told:
+            told.enter_context(mock.patch.multiple(embed, BATCH=8, PART=1))  # several parts to a stage, of so few photos
             if first:
                 _tell(told)
             for number, words in enumerate(commands):

@@ -81,6 +81,35 @@ def test_several_models_share_one_decoding(folder: images.Folder, teacher: Encod
         assert torch.allclose(found[name][7], alone, atol=1e-5 * float(alone.abs().max()))
 
 
+@pytest.mark.parametrize("stop", [1, 4, 7, 9])
+def test_plain_goes_on_after_the_last_finished_part(
+    stop: int, folder: images.Folder, teacher: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embed, "BATCH", 2)
+    monkeypatch.setattr(embed, "PART", 2)
+    preprocessing, run = embed.as_embed(teacher, CPU)
+    runs: list[int] = []
+
+    def counted(batch: torch.Tensor) -> torch.Tensor:
+        runs.append(len(batch))
+        if len(runs) == stop:
+            raise KeyboardInterrupt
+        return run(batch)
+
+    expected = embed.plain({"a": (preprocessing, run)}, folder, range(COUNT), "test")
+    keep = tmp_path / "keep"
+    with pytest.raises(KeyboardInterrupt):
+        embed.plain({"a": (preprocessing, counted)}, folder, range(COUNT), "test", keep)
+    whole = sorted(keep.glob("*"))
+    assert len(whole) == (stop - 1) // 2
+    if whole:
+        whole.pop().write_bytes(b"damaged")
+    runs, stop = [], 0
+    found = embed.plain({"a": (preprocessing, counted)}, folder, range(COUNT), "test", keep)
+    assert found[1] == expected[1] and torch.equal(found[0]["a"], expected[0]["a"])
+    assert len(runs) == COUNT // 2 - 2 * len(whole)
+
+
 def test_plain_leaves_out_what_cannot_be_decoded(tmp_path: Path, teacher: Encoder) -> None:
     photos(tmp_path, 2)
     bad_files(tmp_path)
