@@ -22,7 +22,7 @@ from bingo_compress.run_dir import drop_stale, need_space, stage_key
 
 SHARD = 1024
 BATCH = 64
-PART = 32  # batches of plain embeddings in a file
+PART = 8  # batches of plain embeddings in a file
 LARGE = 512  # images that the teacher is given at once on a GPU; halved until they fit
 ROWS = 8192  # rows of a stored pass held in memory at once
 

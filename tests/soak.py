@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from helpers import flags, photos
-from soak_pictures import decodes, throughput
+from soak_pictures import closed_early, decodes, throughput
 from soak_roads import SAVE_EVERY, WATCH, ended, orphans, result, road
 
 from bingo_compress import checkpoint
@@ -249,6 +249,8 @@ def main() -> None:
         tell("kill -9", trials(given.trials, signal.SIGKILL), given.trials)
         tell("kill -9 of two processes", trials(given.two_trials, signal.SIGKILL, 2), given.two_trials)
         if given.decodes and not over():
+            told["closed_early"] = closed_early(given.decodes // 100)
+            print(f"JPEGs with an end marker: {told['closed_early']}", flush=True)
             told["throughput"] = throughput(home)
             print(f"throughput, files/s: {told['throughput']}", flush=True)
             told["decodes"] = decodes(given.decodes, home, over)

@@ -1,5 +1,6 @@
 """The pictures' part of tests/soak.py: a million decodes in one process, and what one bad file in a hundred costs."""
 
+import io
 import shutil
 import time
 from collections.abc import Callable
@@ -8,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from bingo_edge.image import ImageError, load_image
-from helpers import CPU, photos
+from helpers import CPU, photo, photos
 from PIL import Image
 
 from bingo_compress import meter, pixels
@@ -70,3 +71,34 @@ def throughput(home: Path) -> dict[str, Any]:
             assert len(store) == SPEED_FILES - (name != "whole") * SPEED_FILES // 100
             shutil.rmtree(work)
     return {**{name: round(value) for name, value in best.items()}, "ratio": round(best["one_percent_bad"] / best["whole"], 3)}
+
+
+def closed_early(count: int) -> dict[str, int]:
+    """`count` drawn photos as JPEGs of several kinds, whole, and cut at a random place and closed with an end marker: how many of which were refused.
+
+    A progressive one is cut before its last scan: see docs/reliability.md.
+    """
+    random = np.random.default_rng(0)
+    kinds = ({}, {"restart_marker_rows": 1}, {"subsampling": 0}, {"quality": 40}, {"progressive": True})
+    told = {"whole": 0, "whole_refused": 0, "cut": 0, "cut_refused": 0}
+
+    def refused(raw: bytes) -> bool:
+        try:
+            load_image(io.BytesIO(raw), int(random.choice([0, 32])))
+        except ImageError:
+            return True
+        return False
+
+    for number in range(count):
+        picture = Image.fromarray(photo(number, number, *random.integers(60, 300, 2)))
+        file = io.BytesIO()
+        kind = kinds[number % len(kinds)]
+        (picture.convert("L") if number % 7 == 6 else picture).save(file, "JPEG", **kind)
+        raw = file.getvalue()
+        told["whole"] += 1
+        told["whole_refused"] += refused(raw)
+        first, last = raw.index(b"\xff\xda"), raw.rindex(b"\xff\xda")
+        cut = int(random.integers(first + 20, last if "progressive" in kind else len(raw) - 4))
+        told["cut"] += 1
+        told["cut_refused"] += refused(raw[:cut] + b"\xff\xd9")
+    return told

@@ -37,9 +37,8 @@ LARGEST_FILE = 1 << 30  # bytes: some decoders read a file whole before they loo
 MOST_SCANS = 100  # of a progressive JPEG, which has about 10: each costs a pass over the picture, and an empty one next to no bytes
 ARITHMETIC = (b"\xc9", b"\xca")  # frames of JPEGs with arithmetic coding
 SCAN = b"\xff\xda"
-CODED = bytes(range(255))  # begins with 0, or a 0xFF before it would make a marker of it
-RESTARTS = (b"\xff" + bytes([number]) for number in range(0xD0, 0xD8))
-MORE = CODED + b"".join(restart + CODED for restart in RESTARTS)  # a picture in intervals waits for the restart marker of the next
+MORE = bytes(range(255))  # what a picture that was cut takes for its own
+RESTARTS = tuple(b"\xff" + bytes([number]) for number in range(0xD0, 0xD8))
 LARGE = 1 << 26  # pixels: larger pictures are decoded one at a time, or a folder of them would take gigabytes a thread
 _ONE_AT_A_TIME = Lock()
 
@@ -117,7 +116,8 @@ def _refuse_closed_early(opened: JpegImageFile, source: str | PathLike[str] | IO
     """Raise ImageError for a JPEG that was cut and then closed with an end marker: libjpeg makes up the rest and says nothing that Pillow passes on.
 
     Asked of pictures that may be such: what is made up is mid-grey, or, in a progressive one, detail. Bytes before the marker change nothing in a whole
-    picture, which has taken all it needs; a cut one takes them for its own. What is not noticed: a cut within a last scan that only refines.
+    picture, which has taken all it needs; a cut one takes them for its own. What is not noticed: a cut within the last block of pixels, and one within
+    a last scan that only refines.
     """
     progressive = "progressive" in opened.info
     if not (progressive or opened.mode == "CMYK" or _ends_in_mid_grey(opened)):
@@ -138,7 +138,11 @@ def _refuse_closed_early(opened: JpegImageFile, source: str | PathLike[str] | IO
         if _refines(raw[start:end]):
             return
         at_least = 0
-    with JpegImageFile(io.BytesIO(raw)) as whole, JpegImageFile(io.BytesIO(raw[:end] + MORE + raw[end:])) as fed:
+    # A cut in a restart marker may leave half of it; a picture in intervals that was cut at an interval's end waits for the marker of the next.
+    given = raw[:end].rstrip(b"\xff")
+    place = max(given.rfind(restart, start) for restart in RESTARTS)
+    following = RESTARTS[(given[place + 1] - 0xD0 + 1) % len(RESTARTS)] if place >= 0 else RESTARTS[0]
+    with JpegImageFile(io.BytesIO(raw)) as whole, JpegImageFile(io.BytesIO(given + MORE + following + MORE + raw[end:])) as fed:
         _reduce(whole, at_least)
         _reduce(fed, at_least)
         whole.load()
