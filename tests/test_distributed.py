@@ -17,7 +17,7 @@ from test_neighbours import clustered
 from torch.distributed.run import parse_args
 from two_processes import DISTILLED, HANDED_OVER, SIZES, STOP_AT, TUNED, command, distill, validate
 
-from bingo_compress import checkpoint, distributed, embed, finetune, images, neighbours, pipeline, pixels, run_dir
+from bingo_compress import checkpoint, distributed, embed, finetune, images, neighbours, pipeline, pixels, run_dir, stopping
 from bingo_compress.batches import own_share
 
 Bingo = Callable[..., Ran]
@@ -240,6 +240,25 @@ def test_one_process_is_the_identity() -> None:
     (joined,) = distributed.joined([rows[:3]] if number else [rows[3:]] for number in range(2))
     assert torch.equal(joined, rows[[3, 0, 1, 2]])
     assert own_share(4).tolist() == [0, 1, 2, 3]
+
+
+def test_a_lost_process_is_told_in_one_line_and_other_errors_are_not_taken_for_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bingo: Bingo
+) -> None:
+    gloo = RuntimeError("[/gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:24996: Connection reset by peer")
+    assert not distributed.lost(gloo)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert distributed.lost(gloo) and distributed.lost(torch.distributed.DistNetworkError("timed out"))
+    assert not distributed.lost(RuntimeError("shape mismatch")) and not distributed.lost(ConnectionResetError("Connection reset by peer"))
+
+    def fail(*_: object) -> None:
+        raise gloo
+
+    monkeypatch.setattr("bingo_compress.checking.check", fail)
+    monkeypatch.setattr(stopping, "end_with_parent", lambda: None)
+    ran = bingo("check", "--data", tmp_path)
+    assert ran.status == 1 and ran.err.startswith("process 1: error: another process of this run has ended") and ran.err.count("\n") == 1
 
 
 def test_processes_share_a_batch_and_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
