@@ -17,7 +17,7 @@ from test_neighbours import clustered
 from torch.distributed.run import parse_args
 from two_processes import DISTILLED, HANDED_OVER, SIZES, STOP_AT, TUNED, command, distill, validate
 
-from bingo_compress import checkpoint, distributed, embed, finetune, images, neighbours, pipeline, pixels, run_dir, stopping
+from bingo_compress import checkpoint, distributed, embed, finetune, images, neighbours, pipeline, pixels, run_dir, screen, stopping
 from bingo_compress.batches import own_share
 
 Bingo = Callable[..., Ran]
@@ -256,7 +256,8 @@ def test_a_lost_process_is_told_in_one_line_and_other_errors_are_not_taken_for_o
         raise gloo
 
     monkeypatch.setattr("bingo_compress.checking.check", fail)
-    monkeypatch.setattr(stopping, "end_with_parent", lambda: None)
+    for module, name in ((stopping, "end_with_parent"), (screen, "be_quiet")):  # they would hold for all that this process does later
+        monkeypatch.setattr(module, name, lambda: None)
     ran = bingo("check", "--data", tmp_path)
     assert ran.status == 1 and ran.err.startswith("process 1: error: another process of this run has ended") and ran.err.count("\n") == 1
 
