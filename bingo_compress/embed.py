@@ -87,13 +87,14 @@ def plain(
             for mine in (starts[first : first + PART] for first in range(0, len(starts), PART)):
                 file = keep / f"{mine[0]:012d}-{mine[-1]:012d}.safetensors"
                 if checkpoint.is_sound(file):
+                    kinds = checkpoint.load(file)[0]
+                    made = [kinds[str(number)] for number in range(len(kinds))]
                     advance(sum(len(spans[start]) for start in mine))
                 else:
                     made = [torch.cat(kind) for kind in zip(*batches(mine, advance), strict=True)]
                     checkpoint.save(file, {str(number): kind for number, kind in enumerate(made)})
-                kinds = checkpoint.load(file)[0]
-                if kinds:
-                    yield [kinds[str(number)] for number in range(len(kinds))]
+                if made:
+                    yield made
 
     found = distributed.joined(parts())
     if not found:
