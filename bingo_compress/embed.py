@@ -395,6 +395,5 @@ def weights_digest(encoder: Encoder) -> str:
     """A hash of the encoder's name and weights."""
     digest = hashlib.sha256(encoder.name.encode())
     for name, tensor in sorted(encoder.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(f"{name} {checkpoint.tensor_digest(tensor)}".encode())
     return digest.hexdigest()
