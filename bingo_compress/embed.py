@@ -17,9 +17,9 @@ from bingo_compress.encoder import Encoder, Preprocessing
 from bingo_compress.errors import BingoError
 from bingo_compress.images import Folder, decode_all
 from bingo_compress.matrices import Matrix, Stored, blocks
-from bingo_compress.memory import sent
 from bingo_compress.pixels import PixelStore
 from bingo_compress.run_dir import drop_stale, need_space, stage_key
+from bingo_compress.transfer import sent
 
 SHARD = 1024
 BATCH = 64
