@@ -16,7 +16,7 @@ LAYERS = (
     "pixels neighbours",
     "bagging",
     "embed probes exporters.onnx",
-    "batches exporters.onnx_int8",
+    "batches held_out exporters.onnx_int8",
     "distill checking catalogue finetune",
     "pipeline figures",
     "proof_table gate quantaware",
