@@ -53,7 +53,8 @@ class Labelled:
 
 
 def make_arms(methods: str, base: Recipe) -> list[Arm]:
-    """Arms of a comma-separated list; each may change settings after colons. Epochs follow from the base recipe: student passes are equal.
+    """Arms of a comma-separated list; each may change settings after colons. Epochs follow from the base recipe, and may be fractions: student passes are
+    equal to within a batch.
 
     Raises BingoError for an unknown method or setting.
     """
@@ -64,7 +65,7 @@ def make_arms(methods: str, base: Recipe) -> list[Arm]:
         recipe = make_recipe(base.model_dump() | values, "--methods")
         if "epochs" not in values:
             views = 3 if loss_of(recipe).official else 2
-            recipe = recipe.model_copy(update={"epochs": max(1, round(base.epochs * 2 / views))})
+            recipe = recipe.model_copy(update={"epochs": base.epochs * 2 / views if views != 2 else base.epochs})
         arms.append(Arm(name, recipe))
     if not arms:
         raise BingoError("--methods: expected names such as bingo,seed or bingo:bag_size=1, found none")
@@ -235,7 +236,7 @@ def _train(models: Models, material: Material, bank: Folder, work: Path, device:
     return {
         "student": recipe.student,
         "method": recipe.method,
-        "epochs": recipe.epochs,
+        "epochs": round(recipe.epochs, 2),
         "student_passes": passes * planned.student_views,
         "average_passes": passes * {"": 0, "views": 2, "fresh": 1}[loss.momentum],
         "teacher_passes": stored + online if loss.teacher else 0,

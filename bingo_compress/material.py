@@ -11,11 +11,10 @@ from bingo_compress import bagging, distributed, embed, images, neighbours, pixe
 from bingo_compress.distill import loss_of, plan
 from bingo_compress.encoder import Encoder
 from bingo_compress.errors import BingoError
+from bingo_compress.held_out import split
 from bingo_compress.matrices import Rows
 from bingo_compress.recipe import Recipe
 from bingo_compress.trained import Models
-
-HELD_OUT_AT_MOST = 1000
 
 
 @dataclass(frozen=True)
@@ -51,13 +50,6 @@ def prepare(models: Models, folder: images.Folder, side: int, work: Path, device
     features = loss_of(recipe).regression
     seen = embed.teacher_pass(models.teacher, folder, store, views, recipe.crop_scale_min, work, device, of_features=features)
     return Material(store, folder, held, training, seen, work, sources | {"teacher's embeddings": seen.key})
-
-
-def split(count: int, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """(held out, training): positions of the images, each ascending, the same for every seed; the share is the recipe's, at most HELD_OUT_AT_MOST."""
-    keep = min(int(count * recipe.hold_out), HELD_OUT_AT_MOST)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(embed.hash_seed("hold-out")))
-    return order[:keep].sort().values, order[keep:].sort().values
 
 
 def step_memory(recipe: Recipe, student: Encoder, count: int, device: torch.device) -> int:

@@ -27,6 +27,7 @@ from bingo_compress import (
 from bingo_compress.distill import Check, Plan, distill, loss_of, plan
 from bingo_compress.encoder import Encoder, has_pretrained, resolve_name
 from bingo_compress.errors import BingoError
+from bingo_compress.held_out import halves
 from bingo_compress.intake import report, take
 from bingo_compress.losses import settled
 from bingo_compress.made_of import MadeOf
@@ -35,7 +36,7 @@ from bingo_compress.recipe import RESUME_MAY_CHANGE, Recipe, load_recipe, recipe
 from bingo_compress.trained import Models, build_models
 
 GALLERY_AT_MOST = 20_000
-CHECK_GALLERY, CHECKS = 2000, 10  # images, times in a run
+CHECK_GALLERY = 2000
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -153,23 +154,28 @@ def train(
     target_of, dim = target_source(models, material, device)
     check = None
     if recipe.keep_best or recipe.check_every:
-        if not len(material.held):
-            raise BingoError("--keep-best: expected images held out, found none; add images or raise --set hold_out=0.05")
-        recipe = recipe.model_copy(update={"check_every": recipe.check_every or max(1, recipe.epochs // CHECKS)})
-        check = recall_check(material, device)
+        choosing, reporting = halves(material.held, recipe)
+        if not len(reporting):
+            raise BingoError(
+                f"--keep-best: expected 2 or more images held out, found {len(material.held)}; add images or raise --set hold_out=0.05"
+            )
+        if recipe.keep_best:
+            screen.say(
+                f"--keep-best chooses by {len(choosing):,} of the images held out; the closing figure is of the other {len(reporting):,}"
+            )
+        check = recall_check(material, choosing, device)
     loop = partial(distill, recipe, models.student, material.store, material.training, bags, target_of, dim, metrics, saved, device)
     return loop(check=check, sources=material.sources, names=material.folder.files, discard=discard)
 
 
-def recall_check(material: Material, device: torch.device) -> Check:
-    """A student's neighbour recall on the held-out images, from the pixel store, in a gallery of at most CHECK_GALLERY; several processes share them."""
+def recall_check(material: Material, held: Tensor, device: torch.device) -> Check:
+    """A student's neighbour recall on the images `held`, from the pixel store, in a gallery of at most CHECK_GALLERY; several processes share them."""
     gallery = material.training[:: -(-len(material.training) // CHECK_GALLERY)]
     truth = material.seen.features
 
     def check(student: Encoder) -> float:
-        found = embed.store_features(student, material.store, torch.cat((material.held, gallery)), device)
-        held = len(material.held)
-        return distributed.from_first(lambda: probes.neighbour_recall((truth[material.held], truth[gallery]), (found[:held], found[held:])))
+        found = embed.store_features(student, material.store, torch.cat((held, gallery)), device).split((len(held), len(gallery)))
+        return distributed.from_first(lambda: probes.neighbour_recall((truth[held], truth[gallery]), found))
 
     return check
 
@@ -221,7 +227,7 @@ def _say_smaller(recipe: Recipe, planned: Plan) -> None:
 
 def held_out_recall(run: run_dir.RunDir, models: Models, material: Material, device: torch.device) -> dict[str, float]:
     """Neighbour recall on the held-out images before and after ("start", "student"), its k and counts; nothing without such. Several processes share them."""
-    held, training, truth = material.held, material.training, material.seen.features
+    held, training, truth = halves(material.held, models.recipe)[1], material.training, material.seen.features
     if not len(held):
         return {}
     gallery = training[:: -(-len(training) // GALLERY_AT_MOST)]

@@ -5,13 +5,17 @@ from reprlib import repr as shortened
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from bingo_compress.errors import BingoError, nearest
 
 
 def _number_as_text(value: Any) -> Any:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _whole(value: float) -> float:
+    return int(value) if value.is_integer() else value
 
 
 class Recipe(BaseModel):
@@ -78,7 +82,9 @@ class Recipe(BaseModel):
     target_dim: int = Field(256, ge=1, description="pca, whitened: dimensions kept of the centred teacher embedding")
     head_hidden: int = Field(2048, ge=1, description="hidden width of the student's projection head (paper: 2048)")
 
-    epochs: int = Field(100, ge=1, description="passes over the folder, each image an anchor once")
+    epochs: Annotated[float, AfterValidator(_whole)] = Field(
+        100, gt=0, description="passes over the folder, each image an anchor once; 2.5: half of the images once more"
+    )
     batch_size: int = Field(128, ge=2, description="anchors a step; the student sees two views an anchor (official: three)")
     optimizer: Literal["auto", "sgd", "adamw"] = Field("auto", description="auto: adamw under 50,000 steps, else sgd as in the paper")
     lr: float = Field(0.0, ge=0, description="peak learning rate; 0: sgd 0.03 x batch/256, adamw 0.003 x sqrt(batch/128)")
@@ -93,7 +99,8 @@ class Recipe(BaseModel):
         0, ge=0, description="epochs between two checks of neighbour recall on the held-out images; 0: only at the end"
     )
     keep_best: bool = Field(
-        False, description="leave the student of the best check instead of the last one (10 checks where check_every is 0)"
+        False,
+        description="leave the student of the best check (10 where check_every is 0): of one half of the held-out images, the closing figure of the other",
     )
     save_every_minutes: float = Field(
         2.0, gt=0, description="a checkpoint is written this often, after an epoch if the last one is half a minute old, and at the end"

@@ -226,7 +226,7 @@ def test_a_dry_run_prints_all_and_writes_nothing(bingo: Any, data: Path, tmp_pat
     ran = bingo("distill", *flags(data=data, epochs=3), "--out", "run", "--dry-run")
     assert ran.status == 0, ran.err
     assert sorted(tmp_path.rglob("*")) == before
-    for text in ("test_resnet", "test_efficientnet", "epochs: 3", "temperature: 0.2", "3 steps of 8 anchors", "memory", "disk", "time"):
+    for text in ("test_resnet", "test_efficientnet", "epochs: 3", "temperature: 0.2", "5 steps of 8 anchors", "memory", "disk", "time"):
         assert text in ran.out
     one_error(bingo("distill", *flags(data=data, bag_size=40), "--out", "run", "--dry-run"), "found 12")
 

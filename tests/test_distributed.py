@@ -32,6 +32,7 @@ from bingo_compress import (
     trained,
 )
 from bingo_compress.batches import own_share
+from bingo_compress.held_out import halves
 from bingo_compress.material import prepare
 
 Bingo = Callable[..., Ran]
@@ -143,7 +144,9 @@ def test_two_processes_check_the_student_as_one_does(two: Path, folder: Path) ->
     assert json.loads(run.summary.read_text())["neighbour_recall"] == pipeline.held_out_recall(run, models, material, CPU)
     checks = [line["neighbour_recall"] for line in lines(run.path) if "neighbour_recall" in line]
     assert len(checks) == 3
-    assert max(checks) == pytest.approx(pipeline.recall_check(material, CPU)(models.student), abs=1e-6)  # the log rounds
+    choosing, reporting = halves(material.held, recipe)
+    assert max(checks) == pytest.approx(pipeline.recall_check(material, choosing, CPU)(models.student), abs=1e-6)  # the log rounds
+    assert json.loads(run.summary.read_text())["neighbour_recall"]["queries"] == len(reporting) == len(material.held) - len(choosing)
 
 
 @pytest.mark.slow

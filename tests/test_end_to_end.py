@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from helpers import Ran, bad_files, encoder, flags, interrupted_at, photos
+from helpers import Ran, bad_files, encoder, flags, interrupted_at, photos, recipe
 
 from bingo_compress import demo, distill, embed, pixels, speed
 from bingo_compress.bagging import knn
 from bingo_compress.cli import main
+from bingo_compress.held_out import split
 from bingo_compress.recipe import load_recipe
 
 pytestmark = pytest.mark.slow
@@ -94,9 +96,8 @@ def test_every_bad_file_is_quarantined_with_its_reason(world: dict[str, Any]) ->
 def test_metrics_and_summary_add_up(world: dict[str, Any]) -> None:
     found = lines(world["run"])
     summary = json.loads((world["run"] / "summary.json").read_text())
-    training = summary["images"]["training"]
     assert summary["images"] == {"training": 60, "held_out": 6, "unusable": 5}
-    assert [line["step"] for line in found] == [training // 8, 2 * (training // 8)]
+    assert [line["step"] for line in found] == [8, 15]  # 60 and 120 anchors, 8 a step
     assert all(math.isfinite(line["loss"]) for line in found)
     recall = summary["neighbour_recall"]
     assert (recall["k"], recall["queries"], recall["gallery"]) == (20, 6, 60)
@@ -220,7 +221,7 @@ def test_a_run_cut_off_and_resumed_equals_the_uninterrupted_one(
     assert again.status == 0, again.err
     assert equal(weights(out), weights(world["run"]))
     steps = [line["step"] for line in lines(out)]
-    assert steps == sorted(set(steps)) and steps[-1] == 14
+    assert steps == sorted(set(steps)) and steps[-1] == 15
     ours, theirs = (json.loads((folder / "summary.json").read_text())["neighbour_recall"] for folder in (out, world["run"]))
     assert ours == theirs
 
@@ -272,7 +273,7 @@ def test_overwrite_uses_stored_pixels_and_embeddings_again(
     (run / "export" / "student.onnx").write_bytes(b"of the old run")
     ran = bingo("distill", *flags(data=world["data"], epochs=1), "--out", run, "--overwrite")
     assert ran.status == 0, ran.err
-    assert [line["step"] for line in lines(run)] == [7]
+    assert [line["step"] for line in lines(run)] == [8]
     assert not equal(weights(run), weights(world["run"]))
     assert not (run / "export").exists()
     again = bingo("distill", *flags(data=world["data"], epochs=2), "--out", run, "--overwrite")
@@ -331,7 +332,17 @@ def test_the_demo_without_its_packages_says_how_to_get_them(bingo: Any, tmp_path
     assert not (tmp_path / "demo").exists()
 
 
-def test_keep_best_leaves_the_student_of_the_best_check(bingo: Any, world: dict[str, Any], tmp_path: Path) -> None:
+def test_keep_best_leaves_the_student_of_the_best_check_and_judges_it_on_other_images(
+    bingo: Any, world: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, set[int]] = {"store_features": set(), "plain": set()}
+
+    def noted(name: str, real: Any, *given: Any) -> Any:
+        seen[name] |= set(torch.as_tensor(given[2]).tolist())  # the images
+        return real(*given)
+
+    for name in seen:
+        monkeypatch.setattr(embed, name, partial(noted, name, getattr(embed, name)))
     more = ("--set", "check_every=1", "--set", "hold_out=0.3", "--keep-best", "--bags", "adaptive")
     ran = bingo("distill", *flags(data=world["data"], epochs=4), *more, "--out", tmp_path / "run")
     assert ran.status == 0, ran.err
@@ -342,6 +353,11 @@ def test_keep_best_leaves_the_student_of_the_best_check(bingo: Any, world: dict[
     assert equal(weights(tmp_path / "run"), best)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert 0 <= summary["bags"]["size_mean"] <= 3
+    held = set(split(66, recipe(hold_out=0.3))[0].tolist())
+    choosing, judging = (positions & held for positions in seen.values())
+    assert not choosing & judging and choosing | judging == held
+    assert (len(choosing), summary["neighbour_recall"]["queries"]) == (10, 9) == (len(choosing), len(judging))
+    assert "chooses by 10 of the images held out; the closing figure is of the other 9" in ran.out
 
 
 @pytest.mark.parametrize("method", ["moco", "self", "simreg"])

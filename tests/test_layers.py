@@ -17,7 +17,7 @@ LAYERS = (
     "pixels neighbours",
     "bagging",
     "embed probes exporters.onnx",
-    "batches exporters.onnx_int8 trained",
+    "batches held_out exporters.onnx_int8 trained",
     "distill checking catalogue finetune",
     "material",
     "pipeline figures",
