@@ -37,6 +37,12 @@ class Preprocessing:
         """The keyword arguments of bingo_edge.image.preprocess."""
         return {"size": self.size, "crop_pct": self.crop_pct, "interpolation": self.interpolation, "crop_mode": self.crop_mode}
 
+    def describe(self) -> str:
+        """One line for the screen."""
+        part = "the whole picture, squashed" if self.crop_mode == "squash" else f"the centred {self.crop_pct:g} of the short side"
+        mean, std = (" ".join(f"{value:.3f}" for value in values) for values in (self.mean, self.std))
+        return f"{part}, {self.interpolation} to {self.size} px, less mean {mean}, by std {std}"
+
 
 class Encoder(nn.Module):
     """A timm backbone without classifier. forward: float (B, 3, S, S) in 0..1 -> float (B, width), pooled as the model pools.

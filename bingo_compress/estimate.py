@@ -10,7 +10,8 @@ from bingo_compress import images, intake, screen
 from bingo_compress.distill import make_head, plan
 from bingo_compress.encoder import Encoder
 from bingo_compress.errors import BingoError
-from bingo_compress.pipeline import build_models, choose_device, header, resolve, split, step_memory, use_threads
+from bingo_compress.header import header
+from bingo_compress.pipeline import build_models, choose_device, resolve, split, step_memory, use_threads
 from bingo_compress.pixels import guess, store_side
 from bingo_compress.recipe import Recipe, recipe_text
 from bingo_compress.speed import saved_bytes
@@ -28,7 +29,7 @@ def dry_run(recipe: Recipe, out: Path) -> None:
     recipe = models.recipe
     use_threads(recipe, models.student, device)
     step_memory(recipe, models.student, len(folder.files), device)
-    header(models, folder, device, recipe)
+    header(recipe, models.teacher, models.student, folder, device)
     screen.say(recipe_text(recipe).rstrip())
     held, training = split(len(folder.files), recipe)
     planned = plan(recipe, len(training))

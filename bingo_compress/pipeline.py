@@ -12,10 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bingo_compress import __version__, bagging, checkpoint, distributed, embed, images, neighbours, pixels, probes, run_dir, screen, speed
+from bingo_compress import (
+    __version__,
+    bagging,
+    checkpoint,
+    distributed,
+    embed,
+    images,
+    neighbours,
+    pixels,
+    probes,
+    run_dir,
+    screen,
+    speed,
+    teacher_pass,
+)
 from bingo_compress.distill import Check, Plan, distill, loss_of, plan
 from bingo_compress.encoder import Encoder, build, has_pretrained, resolve_name
 from bingo_compress.errors import BingoError
+from bingo_compress.header import header
 from bingo_compress.intake import report, take
 from bingo_compress.losses import settled
 from bingo_compress.matrices import Rows
@@ -128,7 +143,7 @@ def run_distill(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: b
     distributed.barrier()  # no process looks at --out after the first has made it
     run = distributed.from_first(lambda: run_dir.open_new(out, resume=resume, overwrite=overwrite))
     distributed.from_first(lambda: run_dir.write_text(run.recipe, recipe_text(recipe)))
-    header(models, folder, device, recipe)
+    header(recipe, models.teacher, models.student, folder, device)
 
     material = prepare(models, folder, side, run.work, device, step)
     distributed.from_first(lambda: report(material.folder, run.quarantine))
@@ -162,7 +177,7 @@ class Material:
     folder: images.Folder
     held: Tensor
     training: Tensor
-    seen: embed.TeacherPass
+    seen: teacher_pass.TeacherPass
     work: Path
 
 
@@ -177,7 +192,7 @@ def prepare(models: Models, folder: images.Folder, side: int, work: Path, device
     held, training = split(len(store), recipe)
     views = 0 if recipe.views == "online" or not loss_of(recipe).teacher else int(recipe.views)
     features = loss_of(recipe).regression
-    seen = embed.teacher_pass(models.teacher, folder, store, views, recipe.crop_scale_min, work, device, of_features=features)
+    seen = teacher_pass.run(models.teacher, folder, store, views, recipe.crop_scale_min, work, device, of_features=features)
     return Material(store, folder, held, training, seen, work)
 
 
@@ -276,26 +291,6 @@ def split(count: int, recipe: Recipe) -> tuple[Tensor, Tensor]:
 def save_student(student: Encoder, path: Path, recipe: Recipe) -> None:
     """The backbone under timm's own keys, no head, with the facts needed to build it in the file's metadata."""
     checkpoint.save(path, student.backbone.state_dict(), student=recipe.student, image_size=recipe.image_size, version=__version__)
-
-
-def header(models: Models, folder: images.Folder, device: torch.device, recipe: Recipe) -> None:
-    """Who is distilled into whom, on what, where."""
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
-    rows = [
-        (role, encoder.name, f"{encoder.parameters_count() / 1e6:.2f} M", f"{encoder.preprocessing.size} px", str(encoder.width), source)
-        for role, encoder, source in (
-            ("teacher", models.teacher, recipe.teacher_weights),
-            ("student", models.student, recipe.student_weights),
-        )
-    ]
-    screen.table(f"bingo-compress {__version__}", ("", "model", "parameters", "input", "width", "weights"), rows)
-    screen.say(f"images: {len(folder.files):,} files in {folder.root}; device: {where}")
-    targets = "an online teacher" if recipe.views == "online" else f"{recipe.views} stored views an image"
-    method = f"bingo ({recipe.variant})" if recipe.method == "bingo" else recipe.method
-    source = targets if loss_of(recipe).teacher else "the student's own moving average"
-    screen.say(
-        f"method: {method}, bags: {recipe.bags} of {recipe.bag_size}, temperature {recipe.temperature}, targets from {source}, {recipe.epochs} epochs"
-    )
 
 
 def use_threads(recipe: Recipe, student: Encoder, device: torch.device) -> None:
