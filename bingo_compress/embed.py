@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from bingo_compress import augment, checkpoint, distributed, screen
-from bingo_compress.encoder import Encoder, Preprocessing
+from bingo_compress.encoder import Encoder, Preprocessing, evaluating
 from bingo_compress.errors import BingoError
 from bingo_compress.images import Folder, decode_all
 from bingo_compress.matrices import Matrix, blocks
@@ -33,12 +34,28 @@ def as_embed(encoder: Encoder, device: torch.device) -> tuple[Preprocessing, Emb
     """An encoder as a function of uint8 batches, in inference mode on `device`."""
     encoder.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    @torch.inference_mode()
     def run(batch: Tensor) -> Tensor:
-        features: Tensor = encoder(to_float(batch.to(device)))
-        return features.float().cpu()
+        with torch.inference_mode(), evaluating(encoder), exact(device):
+            features: Tensor = encoder(to_float(batch.to(device)))
+            return features.float().cpu()
 
     return encoder.preprocessing, run
+
+
+@contextmanager
+def exact(device: torch.device) -> Iterator[None]:
+    """No TF32 on a GPU: figures are those of the numbers that a device would compute with, not of a tenth of their digits."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def to_float(pixels: Tensor) -> Tensor:
@@ -220,16 +237,14 @@ def store_features(encoder: Encoder, pixels: PixelStore, indices: Tensor, device
 
     Several processes share the images and each gets all.
     """
-    was_training = encoder.training
-    encoder.eval()
 
     def features(rows: Tensor) -> Tensor:
         views = whole_images(pixels, rows, encoder.preprocessing.size).float().div_(255)
         found: Tensor = encoder(views.contiguous(memory_format=torch.channels_last))
         return found.float().cpu()
 
-    (found,) = distributed.joined([features(rows)] for rows in distributed.stretch(indices.split(BATCH)))
-    encoder.train(was_training)
+    with evaluating(encoder):
+        (found,) = distributed.joined([features(rows)] for rows in distributed.stretch(indices.split(BATCH)))
     return found
 
 

@@ -108,12 +108,15 @@ def build_student(recipe: Recipe, source: str, stream: str) -> Encoder:
 def load_student(recipe: Recipe, file: Path) -> Encoder:
     """The student with weights from a safetensors file of a run. Raises BingoError."""
     student = build_student(recipe, "random", "student")
-    tensors, _ = checkpoint.load(file)
+    tensors, facts = checkpoint.load(file)
     try:
         student.backbone.load_state_dict(tensors)
     except RuntimeError as error:
         raise BingoError(f"{file} does not fit {recipe.student}: {error}") from None
-    return student
+    # A method's file as start brings its own; files of versions before 0.3 do not say it, and were taken for timm's.
+    own = student.preprocessing
+    mean, std = (tuple(map(float, facts.get(name, getattr(own, name)))) for name in ("mean", "std"))  # type: ignore[call-overload]
+    return student.normalised_by(mean, std)
 
 
 def saved_recipe(run: run_dir.RunDir) -> Recipe:
@@ -290,7 +293,8 @@ def split(count: int, recipe: Recipe) -> tuple[Tensor, Tensor]:
 
 def save_student(student: Encoder, path: Path, recipe: Recipe) -> None:
     """The backbone under timm's own keys, no head, with the facts needed to build it in the file's metadata."""
-    checkpoint.save(path, student.backbone.state_dict(), student=recipe.student, image_size=recipe.image_size, version=__version__)
+    sees = {"image_size": recipe.image_size, "mean": student.preprocessing.mean, "std": student.preprocessing.std}
+    checkpoint.save(path, student.backbone.state_dict(), student=recipe.student, version=__version__, **sees)
 
 
 def use_threads(recipe: Recipe, student: Encoder, device: torch.device) -> None:

@@ -35,7 +35,7 @@ def teacher() -> Encoder:
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(teacher_pass, "SHARD", 8)
-    monkeypatch.setattr(teacher_pass, "BATCH", 4)
+    monkeypatch.setattr(embed, "BATCH", 4)
 
 
 def run_pass(teacher: Encoder, folder: images.Folder, store: pixels.PixelStore, work: Path, views: int = 2) -> TeacherPass:
