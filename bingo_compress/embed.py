@@ -18,6 +18,7 @@ from bingo_compress.encoder import Encoder, Preprocessing, evaluating
 from bingo_compress.errors import BingoError
 from bingo_compress.images import Folder, decode_all
 from bingo_compress.matrices import Matrix, blocks
+from bingo_compress.memory import sent
 from bingo_compress.pixels import PixelStore
 
 BATCH = 64
@@ -150,9 +151,7 @@ class TargetSpace:
         points = normalize(embeddings.float(), dim=-1)
         if self.mean is not None:
             points = points - self.mean.to(points.device)
-        if self.basis is not None:
-            points = points @ self.basis.to(points.device)
-        return points
+        return points if self.basis is None else points @ self.basis.to(points.device)
 
 
 def target_space(embeddings: Matrix, target: str, dim: int) -> TargetSpace:
@@ -196,8 +195,8 @@ class StoredTargets:
     def __call__(self, indices: Tensor, generator: torch.Generator, mine: Tensor) -> Tensor:
         """Targets (b, dim), float32, L2-normalised (unless `lengths`), of the images indices[mine]; drawn for all of `indices` (B,)."""
         view = torch.randint(self._views.shape[1], (len(indices),), generator=generator)[mine]
-        home, indices = self._views.device, indices[mine]
-        drawn = self._views[indices.to(home), view.to(home)].to(self._device).float()
+        rows = (sent(positions, self._views.device) for positions in (indices[mine], view))
+        drawn = sent(self._views[tuple(rows)], self._device).float()
         return drawn if self._lengths else normalize(drawn, dim=1)
 
 

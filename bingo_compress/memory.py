@@ -1,8 +1,11 @@
-"""How this process asks the system for memory."""
+"""How this process asks the system for memory, and how it hands a GPU what lies there."""
 
 import ctypes
 import os
 import sys
+
+import torch
+from torch import Tensor
 
 
 def keep_memory() -> None:
@@ -16,3 +19,10 @@ def keep_memory() -> None:
     trim_threshold, mmap_threshold = -1, -3
     mallopt(mmap_threshold, 1 << 30)
     mallopt(trim_threshold, 2**31 - 1)
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`. A GPU is not waited for: a plain copy would wait until all earlier work of its stream is done."""
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True)
