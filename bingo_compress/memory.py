@@ -3,9 +3,10 @@
 import ctypes
 import os
 import sys
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # `--help` does without torch
+    import torch
 
 
 def keep_memory() -> None:
@@ -21,7 +22,7 @@ def keep_memory() -> None:
     mallopt(trim_threshold, 2**31 - 1)
 
 
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
+def sent(tensor: "torch.Tensor", device: "torch.device") -> "torch.Tensor":
     """`tensor` on `device`. A GPU is not waited for: a plain copy would wait until all earlier work of its stream is done."""
     if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)

@@ -19,14 +19,16 @@ from bingo_compress.pixels import PixelStore
 from bingo_compress.run_dir import drop_stale, need_space, stage_key
 
 SHARD = 1024
+ROWS = 1024  # of a sample
+TOO_ALIKE = 1 - 1.6e-5  # the mean cosine at which float16's rounding is 5% of the images' spread
 LARGE = 512  # images that the teacher is given at once on a GPU; halved until they fit
 
 
 @dataclass(frozen=True)
 class TeacherPass:
-    """What one pass of the teacher gave. features: (N, width) plain view, float16; embeddings: (N, D) plain view; views: (N, V, D), V may be 0.
+    """What one pass of the teacher gave. features: (N, width) plain view; embeddings: (N, D) plain view; views: (N, V, D), V may be 0.
 
-    All are read from disk as they are used. key: of what the pass was made from.
+    Float16, every row of length one: no method uses lengths, and float16 ends at 65504. All are read from disk as they are used. key: of what the pass was made from.
     """
 
     features: Tensor
@@ -50,15 +52,17 @@ def run(
 
     Several processes share the shards.
     folder and pixels hold the same images in the same order. View v of an image is the same whatever `views` and the run's seed are, so that runs
-    share them. of_features: views are backbone features, not embeddings. Raises BingoError when the disk is too small.
+    share them. of_features: views are backbone features, not embeddings. Raises BingoError when the disk is too small, and for an image that the teacher
+    makes no numbers of.
     """
     key = stage_key(
         images=folder.fingerprint(),
+        pictures=pixels.made_of,
         teacher=embed.weights_digest(teacher),
         preprocessing=asdict(teacher.preprocessing),
         scale_min=scale_min,
         of_features=of_features and teacher.projection is not None,
-        layout=3,
+        layout=4,
     )
     stem = "teacher_features" if of_features and teacher.projection is not None else "teacher"
     shards = work / f"{stem}-{key}"
@@ -91,14 +95,39 @@ def run(
                 if view < 0:
                     batches = _plain_shard(teacher, folder, rows, device)
                     for part, made in zip((features, embeddings), _embedded(teacher, batches, fit, advance), strict=True):
-                        part.write(rows.start, made.half())
+                        _refuse_no_direction(made, folder, rows, teacher)
+                        part.write(rows.start, made)
                 else:
                     batches = _view_shard(teacher, pixels, rows, view, scale_min)
-                    found = _embedded(teacher, batches, fit, advance)
-                    viewed.write(view * count + rows.start, normalize(found[0], dim=1) if of_features else found[1])
+                    made = _embedded(teacher, batches, fit, advance)[0 if of_features else 1]
+                    _refuse_no_direction(made, folder, rows, teacher)
+                    viewed.write(view * count + rows.start, made)
     distributed.barrier()
+    if missing:
+        _say_alike(embeddings.read(count, width))
     views_seen = viewed.read(views, count, viewed.width).transpose(0, 1) if views else torch.empty(count, 0, width, dtype=torch.float16)
     return TeacherPass(features.read(count, teacher.width), embeddings.read(count, width), views_seen, key)
+
+
+def _refuse_no_direction(made: Tensor, folder: Folder, rows: range, teacher: Encoder) -> None:
+    """Raise BingoError for a row of `made` (n, D), the images `rows`, that is not of length one: the teacher gave zeros, infinities or NaN."""
+    bad = ((made.float().norm(dim=1) - 1).abs() < 0.05).logical_not().nonzero()[:, 0].tolist()  # a NaN is no less than anything
+    if bad:
+        raise BingoError(
+            f"--teacher {teacher.name}: expected features with a direction, found zeros, infinities or NaN for {len(bad):,} of {len(rows):,} images, "
+            f"the first {folder.path(rows[bad[0]])}; are the teacher's weights whole, and does it take {teacher.preprocessing.size} px?"
+        )
+
+
+def _say_alike(embeddings: Tensor) -> None:
+    """Warn where the embeddings (N, D) of all images are so alike that float16 rounds off what tells them apart."""
+    sample = embeddings[:: -(-len(embeddings) // ROWS)].float()
+    alike = float(normalize(sample, dim=1).double().mean(0).square().sum())  # the mean cosine of any two
+    if len(sample) > 1 and alike > TOO_ALIKE:
+        screen.say(
+            f"warning: the teacher tells these images hardly apart (mean cosine {alike:.6f}): float16 rounds off a good part of what differs. "
+            "Random weights, or another normalisation than the teacher's own, look like this"
+        )
 
 
 @torch.inference_mode()
@@ -135,7 +164,7 @@ def _view_shard(teacher: Encoder, pixels: PixelStore, rows: range, view: int, sc
 
 @torch.inference_mode()
 def _embedded(teacher: Encoder, batches: Iterator[Tensor], fit: "_Fit", advance: screen.Advance) -> tuple[Tensor, Tensor]:
-    """(features (n, width) float32, embeddings (n, D) float16 of length one) of all images in `batches`, on the CPU."""
+    """(features (n, width), embeddings (n, D)) of all images in `batches`, float16 of length one, on the CPU."""
     found = []
     while group := list(islice(batches, max(fit.images // embed.BATCH, 1))):
         found.append(fit(teacher, torch.cat(group)))
@@ -162,6 +191,6 @@ class _Fit:
 
 
 def _both(teacher: Encoder, batch: Tensor) -> tuple[Tensor, Tensor]:
-    """(features float32, embeddings float16 of length one), on the CPU."""
+    """(features, embeddings), float16 of length one, on the CPU."""
     features, embeddings = teacher.embed(batch.contiguous(memory_format=torch.channels_last))
-    return features.float().cpu(), normalize(embeddings.float(), dim=1).half().cpu()
+    return normalize(features.float(), dim=1).half().cpu(), normalize(embeddings.float(), dim=1).half().cpu()
