@@ -258,9 +258,8 @@ def hash_seed(*parts: object) -> int:
 
 
 def weights_digest(encoder: Encoder) -> str:
-    """A hash of the encoder's name and weights."""
-    digest = hashlib.sha256(encoder.name.encode())
+    """A hash of the encoder's name, normalisation and weights."""
+    digest = hashlib.sha256(f"{encoder.name} {encoder.preprocessing.mean} {encoder.preprocessing.std}".encode())
     for name, tensor in sorted(encoder.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(f"{name} {checkpoint.tensor_digest(tensor)}".encode())
     return digest.hexdigest()

@@ -8,7 +8,7 @@ import timm
 import torch
 from helpers import CPU, photos, recipe
 
-from bingo_compress import images, pipeline
+from bingo_compress import images, trained
 from bingo_compress.header import header
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -24,7 +24,7 @@ def dino(tmp_path: Path) -> Path:
 
 def test_the_header_says_how_each_model_sees_a_picture(dino: Path, tmp_path: Path, printed: io.StringIO) -> None:
     settings = recipe(teacher="test_vit", teacher_weights=str(dino))
-    models = pipeline.build_models(settings)
+    models = trained.build_models(settings)
     header(models.recipe, models.teacher, models.student, images.list_folder(photos(tmp_path / "photos", 2)), CPU)
     said = printed.getvalue()
     assert (
@@ -37,11 +37,11 @@ def test_the_header_says_how_each_model_sees_a_picture(dino: Path, tmp_path: Pat
 
 def test_a_student_that_began_with_a_methods_file_keeps_its_normalisation(dino: Path, tmp_path: Path) -> None:
     settings = recipe(student="test_vit", student_weights=str(dino))
-    student = pipeline.build_models(settings).student
+    student = trained.build_models(settings).student
     assert timm.models.get_pretrained_cfg("test_vit").mean == (0.5, 0.5, 0.5)
     assert (student.preprocessing.mean, student.preprocessing.std) == IMAGENET
-    pipeline.save_student(student, tmp_path / "student.safetensors", settings)
-    found = pipeline.load_student(settings, tmp_path / "student.safetensors")
+    trained.save_start(student, tmp_path / "student.safetensors", settings)
+    found = trained.load_student(settings, tmp_path / "student.safetensors")
     assert found.preprocessing == student.preprocessing and not found.training
     views = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():

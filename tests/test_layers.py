@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent.parent
 # Lowest first; a module imports only from lower lines.
 LAYERS = (
     "errors families distributed memory processor stopping",
+    "made_of",
     "recipe run_dir layouts",
     "screen feature_queue losses schedule augment chart evidence meter",
     "weights",
@@ -17,9 +18,9 @@ LAYERS = (
     "pixels neighbours",
     "bagging",
     "embed probes exporters.onnx",
-    "teacher_pass batches exporters.onnx_int8",
+    "teacher_pass batches exporters.onnx_int8 trained",
     "distill checking catalogue finetune",
-    "header",
+    "material header",
     "pipeline figures",
     "proof_table gate quantaware",
     "model_card",
