@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from bingo_compress.memory import sent
+from bingo_compress.transfer import sent
 
 ORDERS = tuple(permutations(range(4)))
 GREY = (0.2989, 0.587, 0.114)

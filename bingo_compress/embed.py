@@ -18,8 +18,8 @@ from bingo_compress.encoder import Encoder, Preprocessing, evaluating
 from bingo_compress.errors import BingoError
 from bingo_compress.images import Folder, decode_all
 from bingo_compress.matrices import Matrix, blocks
-from bingo_compress.memory import sent
 from bingo_compress.pixels import PixelStore
+from bingo_compress.transfer import sent
 
 BATCH = 64
 PART = 8  # batches of plain embeddings in a file

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from bingo_compress.memory import sent
+from bingo_compress.transfer import sent
 
 
 class FeatureQueue:

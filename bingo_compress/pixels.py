@@ -19,8 +19,8 @@ from torch.nn.functional import interpolate
 from bingo_compress import augment, decoding, distributed, intake, meter, screen
 from bingo_compress.errors import BingoError
 from bingo_compress.images import Folder, decode_all, in_threads
-from bingo_compress.memory import sent
 from bingo_compress.run_dir import atomic, drop_stale, need_space, stage_key, write_text
+from bingo_compress.transfer import sent
 
 SHARD = 512  # images in a file, more in a large folder: a build goes on after the last whole one
 SHARDS_AT_MOST = 200

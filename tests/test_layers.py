@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 # Lowest first; a module imports only from lower lines.
 LAYERS = (
-    "errors families distributed memory processor stopping",
+    "errors families distributed memory processor stopping transfer",
     "made_of",
     "recipe run_dir layouts",
     "screen feature_queue losses schedule augment chart evidence meter",
