@@ -10,9 +10,10 @@ from bingo_compress import images, intake, screen
 from bingo_compress.distill import make_head, plan
 from bingo_compress.encoder import Encoder
 from bingo_compress.errors import BingoError
+from bingo_compress.header import header
 from bingo_compress.held_out import split
 from bingo_compress.material import step_memory
-from bingo_compress.pipeline import choose_device, header, resolve, use_threads
+from bingo_compress.pipeline import choose_device, resolve, use_threads
 from bingo_compress.pixels import guess, store_side
 from bingo_compress.recipe import Recipe, recipe_text
 from bingo_compress.speed import saved_bytes
@@ -31,7 +32,7 @@ def dry_run(recipe: Recipe, out: Path) -> None:
     recipe = models.recipe
     use_threads(recipe, models.student, device)
     step_memory(recipe, models.student, len(folder.files), device)
-    header(models, folder, device, recipe)
+    header(recipe, models.teacher, models.student, folder, device)
     screen.say(recipe_text(recipe).rstrip())
     held, training = split(len(folder.files), recipe)
     planned = plan(recipe, len(training))

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bingo_compress import bagging, distributed, embed, images, neighbours, pixels, run_dir, screen, speed
+from bingo_compress import bagging, distributed, embed, images, neighbours, pixels, run_dir, screen, speed, teacher_pass
 from bingo_compress.distill import loss_of, plan
 from bingo_compress.encoder import Encoder
 from bingo_compress.errors import BingoError
@@ -26,7 +26,7 @@ class Material:
     folder: images.Folder
     held: Tensor
     training: Tensor
-    seen: embed.TeacherPass
+    seen: teacher_pass.TeacherPass
     work: Path
     sources: dict[str, str]
 
@@ -48,7 +48,7 @@ def prepare(models: Models, folder: images.Folder, side: int, work: Path, device
     held, training = split(len(store), recipe)
     views = 0 if recipe.views == "online" or not loss_of(recipe).teacher else int(recipe.views)
     features = loss_of(recipe).regression
-    seen = embed.teacher_pass(models.teacher, folder, store, views, recipe.crop_scale_min, work, device, of_features=features)
+    seen = teacher_pass.run(models.teacher, folder, store, views, recipe.crop_scale_min, work, device, of_features=features)
     return Material(store, folder, held, training, seen, work, sources | {"teacher's embeddings": seen.key})
 
 

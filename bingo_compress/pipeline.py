@@ -15,7 +15,6 @@ from bingo_compress import (
     checkpoint,
     distributed,
     embed,
-    images,
     neighbours,
     pixels,
     probes,
@@ -27,6 +26,7 @@ from bingo_compress import (
 from bingo_compress.distill import Check, Plan, distill, loss_of, plan
 from bingo_compress.encoder import Encoder, has_pretrained, resolve_name
 from bingo_compress.errors import BingoError
+from bingo_compress.header import header
 from bingo_compress.held_out import halves
 from bingo_compress.intake import report, take
 from bingo_compress.losses import settled
@@ -109,7 +109,7 @@ def run_distill(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: b
     distributed.barrier()  # no process looks at --out after the first has made it
     run = distributed.from_first(lambda: run_dir.open_new(out, resume=resume, overwrite=overwrite))
     distributed.from_first(lambda: run_dir.write_text(run.recipe, recipe_text(recipe)))
-    header(models, folder, device, recipe)
+    header(recipe, models.teacher, models.student, folder, device)
 
     material = prepare(models, folder, side, run.work, device, step)
     distributed.from_first(lambda: report(material.folder, run.quarantine))
@@ -178,26 +178,6 @@ def recall_check(material: Material, held: Tensor, device: torch.device) -> Chec
         return distributed.from_first(lambda: probes.neighbour_recall((truth[held], truth[gallery]), found))
 
     return check
-
-
-def header(models: Models, folder: images.Folder, device: torch.device, recipe: Recipe) -> None:
-    """Who is distilled into whom, on what, where."""
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
-    rows = [
-        (role, encoder.name, f"{encoder.parameters_count() / 1e6:.2f} M", f"{encoder.preprocessing.size} px", str(encoder.width), source)
-        for role, encoder, source in (
-            ("teacher", models.teacher, recipe.teacher_weights),
-            ("student", models.student, recipe.student_weights),
-        )
-    ]
-    screen.table(f"bingo-compress {__version__}", ("", "model", "parameters", "input", "width", "weights"), rows)
-    screen.say(f"images: {len(folder.files):,} files in {folder.root}; device: {where}")
-    targets = "an online teacher" if recipe.views == "online" else f"{recipe.views} stored views an image"
-    method = f"bingo ({recipe.variant})" if recipe.method == "bingo" else recipe.method
-    source = targets if loss_of(recipe).teacher else "the student's own moving average"
-    screen.say(
-        f"method: {method}, bags: {recipe.bags} of {recipe.bag_size}, temperature {recipe.temperature}, targets from {source}, {recipe.epochs} epochs"
-    )
 
 
 def use_threads(recipe: Recipe, student: Encoder, device: torch.device) -> None:

@@ -45,25 +45,31 @@ def build_models(recipe: Recipe) -> Models:
 
 def save_student(student: Encoder, path: Path, recipe: Recipe, made: MadeOf) -> None:
     """The backbone under timm's own keys, no head, with the facts needed to build it in the file's metadata. made: what `distill.distill` gave."""
-    of = MadeOf("student", FORMATS["student"], made.inputs)
-    checkpoint.save(path, student.backbone.state_dict(), of, student=recipe.student, image_size=recipe.image_size, version=__version__)
+    _save(student, path, recipe, MadeOf("student", FORMATS["student"], made.inputs))
 
 
 def save_start(student: Encoder, path: Path, recipe: Recipe) -> None:
     """The same of a student before training."""
-    of = made_of("start", start=embed.weights_digest(student))
-    checkpoint.save(path, student.backbone.state_dict(), of, student=recipe.student, image_size=recipe.image_size, version=__version__)
+    _save(student, path, recipe, made_of("start", start=embed.weights_digest(student)))
+
+
+def _save(student: Encoder, path: Path, recipe: Recipe, made: MadeOf) -> None:
+    sees = {"image_size": recipe.image_size, "mean": student.preprocessing.mean, "std": student.preprocessing.std}
+    checkpoint.save(path, student.backbone.state_dict(), made, student=recipe.student, version=__version__, **sees)
 
 
 def load_student(recipe: Recipe, file: Path) -> Encoder:
     """The student with weights from a safetensors file of a run. Raises BingoError."""
     student = build_student(recipe, "random", "student")
-    tensors, _ = checkpoint.load(file)
+    tensors, facts = checkpoint.load(file)
     try:
         student.backbone.load_state_dict(tensors)
     except RuntimeError as error:
         raise BingoError(f"{file} does not fit {recipe.student}: {error}") from None
-    return student
+    # A method's file as start brings its own; files of versions before 0.3 do not say it, and were taken for timm's.
+    own = student.preprocessing
+    mean, std = (tuple(map(float, facts.get(name, getattr(own, name)))) for name in ("mean", "std"))  # type: ignore[call-overload]
+    return student.normalised_by(mean, std)
 
 
 def load_start(recipe: Recipe, run: RunDir) -> Encoder:

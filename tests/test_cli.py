@@ -11,7 +11,7 @@ import torch
 from helpers import Ran, bad_files, command, encoder, flags, photos
 from PIL import Image
 
-from bingo_compress import __version__, cli, embed, run_dir
+from bingo_compress import __version__, cli, run_dir, teacher_pass
 
 
 @pytest.fixture
@@ -149,7 +149,7 @@ def test_a_disk_that_fills_up_while_writing(bingo: Any, data: Path, monkeypatch:
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device", "run/work/pixels")
 
-    monkeypatch.setattr(embed, "teacher_pass", full)
+    monkeypatch.setattr(teacher_pass, "run", full)
     one_error(bingo("distill", *flags(data=data), "--out", "run"), "no space: the disk is full", "run/work/pixels", "--resume")
 
 
@@ -266,7 +266,7 @@ def test_ctrl_c_says_how_to_go_on(bingo: Any, data: Path, monkeypatch: pytest.Mo
     def stopped(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(embed, "teacher_pass", stopped)
+    monkeypatch.setattr(teacher_pass, "run", stopped)
     ran = bingo("distill", *flags(data=data), "--out", "run")
     assert ran.status == cli.INTERRUPTED == 130
     assert "--resume" in ran.err and "Traceback" not in ran.err

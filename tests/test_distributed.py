@@ -15,7 +15,7 @@ import torch
 from helpers import CPU, Ran, encoder, photos
 from test_neighbours import clustered
 from torch.distributed.run import parse_args
-from two_processes import DISTILLED, HANDED_OVER, SIZES, STOP_AT, TUNED, command, distill, validate
+from two_processes import BATCHES, DISTILLED, HANDED_OVER, SHARDS, STOP_AT, TUNED, command, distill, validate
 
 from bingo_compress import (
     checkpoint,
@@ -29,6 +29,7 @@ from bingo_compress import (
     run_dir,
     screen,
     stopping,
+    teacher_pass,
     trained,
 )
 from bingo_compress.batches import own_share
@@ -60,7 +61,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def two(folder: Path, labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which two processes left every case of two_processes.py; one process began the run that they take over."""
     out = tmp_path_factory.mktemp("two")
-    with mock.patch.multiple(embed, **SIZES):
+    with mock.patch.multiple(embed, **BATCHES), mock.patch.multiple(teacher_pass, **SHARDS):
         (out / "began.json").write_text(json.dumps(command(*distill(folder, out / "taken", **HANDED_OVER), stop_at=STOP_AT)))
     run_dir._HELD.pop((out / "taken" / "work" / "writer.json").resolve()).close()  # as the end of a process does
     done = torchrun(Path(__file__).with_name("two_processes.py"), folder, labelled, out)
@@ -74,7 +75,7 @@ def two(folder: Path, labelled: Path, tmp_path_factory: pytest.TempPathFactory) 
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """One process with the sizes of two_processes.py."""
     torch.set_num_threads(1)
-    for owner, sizes in ((embed, SIZES), (finetune, TUNED)):
+    for owner, sizes in ((embed, BATCHES), (teacher_pass, SHARDS), (finetune, TUNED)):
         for name, size in sizes.items():
             monkeypatch.setattr(owner, name, size)
 
@@ -213,7 +214,7 @@ def test_torchrun_does_not_take_run_for_an_option_of_its_own(tmp_path: Path, bin
 @pytest.mark.usefixtures("small")
 def test_two_processes_share_the_pass_and_get_the_same(two: Path, folder: Path, tmp_path: Path) -> None:
     listed = images.list_folder(folder)
-    whole = embed.teacher_pass(encoder(), listed, pixels.build(listed, 40, tmp_path, CPU)[0], 2, 0.2, tmp_path, CPU)
+    whole = teacher_pass.run(encoder(), listed, pixels.build(listed, 40, tmp_path, CPU)[0], 2, 0.2, tmp_path, CPU)
     for rank in (0, 1):
         found = checkpoint.load(two / f"pass.{rank}.safetensors")[0]
         assert torch.allclose(found["features"].float(), whole.features.float(), rtol=2e-3, atol=1e-3)

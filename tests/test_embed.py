@@ -37,7 +37,6 @@ def teacher() -> Encoder:
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embed, "SHARD", 8)
     monkeypatch.setattr(embed, "BATCH", 4)
 
 

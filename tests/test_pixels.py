@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bingo_edge.image import load_image
+from bingo_edge.image import ImageError, load_image
 from PIL import Image
 from torch import Tensor
 
@@ -223,7 +223,8 @@ def test_an_interrupted_build_goes_on_and_ends_the_same(mixed: Path, work: Path,
             build(list_folder(mixed), SIDE, work, CPU)
     seen = count_decoding(monkeypatch)
     store, folder = build(list_folder(mixed), SIDE, work, CPU)
-    assert seen == list(range(stop_after // 4 * 4, 11))
+    finished = stop_after // 4 * 4
+    assert seen == [index for index in (2, 5, 10) if index < finished] + list(range(finished, 11))  # bad ones are tried again
     assert contents(work) == contents(other)
     assert len(store) == len(folder.files) == 8 and len(folder.bad) == 3
     for index, kept in enumerate(whole(store)):
@@ -259,9 +260,38 @@ def test_the_store_is_found_again_without_decoding(mixed: Path, work: Path, monk
     files = {path: path.stat().st_mtime_ns for path in work.rglob("*.*")}
     seen = count_decoding(monkeypatch)
     again, folder_again = build(list_folder(mixed), SIDE, work, CPU)
-    assert folder_again == folder and seen == []
+    assert folder_again == folder and seen == [2, 5, 10]  # the bad ones are tried, and are bad
     assert all(torch.equal(one, two) for one, two in zip(whole(again), whole(first), strict=True))
     assert {path: path.stat().st_mtime_ns for path in work.rglob("*.*")} == files
+
+
+@pytest.mark.parametrize("where", ["memory", "stream"])
+def test_what_could_not_be_used_is_tried_again_at_each_start(
+    where: str, photos: Path, work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pixels, "SHARD", 3)
+    fails: dict[str, str] = {"2.jpg": "Permission denied", "6.jpg": "no decoder is installed"}  # in the first two of three shards
+
+    def load(path: Path, at_least: int = 0) -> Any:
+        if path.name in fails:
+            raise ImageError(fails[path.name])
+        return load_image(path, at_least)
+
+    monkeypatch.setattr(images, "load_image", load)
+    listed = list_folder(photos)
+    assert [reason for _, reason in build(listed, SIDE, work, CPU, where)[1].bad] == ["Permission denied", "no decoder is installed"]
+    fails["2.jpg"] = "another reason"
+    for _ in range(2):  # found as it is, today's reason told
+        assert dict(build(listed, SIDE, work, CPU, where)[1].bad)["cats/2.jpg"] == "another reason"
+    fails.clear()
+    seen = count_decoding(monkeypatch)
+    capsys.readouterr()
+    store, folder = build(listed, SIDE, work, CPU, where)
+    assert folder.files == listed.files and folder.bad == () and len(store) == 8
+    assert seen == [1, 3, 0, 1, 2, 3, 4, 5]  # the shards of the two, and no other
+    assert "1 files that could not be used can be now, for example cats/2.jpg: 3 images are decoded again" in capsys.readouterr().out
+    for index, kept in enumerate(whole(store)):
+        assert_kept(kept, folder.path(index))
 
 
 def test_another_side_or_another_folder_is_another_store(photos: Path, work: Path, make_photo: Callable[..., Path]) -> None:
