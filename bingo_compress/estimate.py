@@ -10,9 +10,10 @@ from bingo_compress import images, intake, screen
 from bingo_compress.distill import make_head, plan
 from bingo_compress.encoder import Encoder
 from bingo_compress.errors import BingoError
-from bingo_compress.pipeline import build_models, choose_device, header, resolve, split, step_memory, use_threads
+from bingo_compress.pipeline import build_models, choose_device, header, split, step_memory
 from bingo_compress.pixels import guess, store_side
 from bingo_compress.recipe import Recipe, recipe_text
+from bingo_compress.resolving import resolve, use_threads
 from bingo_compress.speed import saved_bytes
 
 SAMPLE = 64
@@ -25,8 +26,7 @@ def dry_run(recipe: Recipe, out: Path) -> None:
     plan(recipe, len(folder.files))
     device = choose_device(recipe.device)
     models = build_models(resolve(recipe))
-    recipe = models.recipe
-    use_threads(recipe, models.student, device)
+    recipe = use_threads(models.recipe, models.student, device)
     step_memory(recipe, models.student, len(folder.files), device)
     header(models, folder, device, recipe)
     screen.say(recipe_text(recipe).rstrip())

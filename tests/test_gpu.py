@@ -10,8 +10,8 @@ from helpers import encoder, kind_targets, photo, pixel_store, recipe, unit
 from bingo_compress import augment, distill, embed, pixels
 from bingo_compress.bagging import knn
 from bingo_compress.neighbours import nearest_neighbours
-from bingo_compress.pipeline import settle
 from bingo_compress.pixels import PixelStore
+from bingo_compress.resolving import settle
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

@@ -12,7 +12,7 @@ LAYERS = (
     "recipe run_dir layouts",
     "screen feature_queue losses schedule augment weights chart evidence meter",
     "images encoder checkpoint frugal speed profiling matrices golden latency",
-    "decoding intake",
+    "decoding intake resolving",
     "pixels neighbours",
     "bagging",
     "embed probes exporters.onnx",
