@@ -185,7 +185,7 @@ def making(case: Case, steps: int) -> dict[str, float]:
 
 def distill_recipe(settings: dict[str, object]) -> distill.Recipe:
     """A default recipe of these settings, its open ends filled in."""
-    from bingo_compress.pipeline import settle
+    from bingo_compress.resolving import settle
 
     return settle(make_recipe({"queue_size": 1024, "compile": "off", **settings, "save_every_minutes": 1000.0}, "benchmark"))
 

@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from bingo_compress.errors import BingoError
 from bingo_compress.images import Folder
 from bingo_compress.made_of import FORMATS, MadeOf, file_digest, made_of
 from bingo_compress.material import Material, bag_facts, make_bags, prepare
-from bingo_compress.pipeline import choose_device, resolve_names, settle, train, use_threads
+from bingo_compress.pipeline import choose_device, train
 from bingo_compress.pixels import store_side
 from bingo_compress.recipe import WORDS, Recipe, deciding, make_recipe, parse_setting
+from bingo_compress.resolving import resolve, resolve_names, use_threads
 from bingo_compress.trained import Models, build_models
 
 FIGURES = ("knn", "linear", "neighbour_recall")
@@ -89,13 +91,16 @@ def compare(
         images.refuse_other_classes(bank, tested, "--labels")
     make_arms(methods, base)  # refused before anything is said
     device = choose_device(base.device)
-    base = resolve_names(base.model_copy(update={"data": str(Path(base.data).resolve())}))
-    arms = make_arms(methods, base)
+    base = base.model_copy(update={"data": str(Path(base.data).resolve())})
+    say = cache(screen.say)  # what several arms share is said once
+    arms = [Arm(arm.name, resolve(arm.recipe, say)) for arm in make_arms(methods, base)]
+    base = resolve_names(base, say)
     for arm in arms:
         plan(arm.recipe, len(folder.files))
     work = _open(out, base, overwrite)
     judging: dict[str, Labelled] = {}
-    calibrated: set[str] = set()
+    threads_file = out / "runs" / "threads.json"
+    threads: dict[str, int] = {} if base.threads else run_dir.read_json("compare", threads_file)
 
     def labelled(models: Models) -> Labelled:
         """The labelled images as this teacher sees them, embedded once."""
@@ -107,7 +112,7 @@ def compare(
     results: list[dict[str, Any]] = []
     for arm in arms:
         for seed in seeds:
-            recipe = settle(arm.recipe.model_copy(update={"seed": seed}))
+            recipe = arm.recipe.model_copy(update={"seed": seed})
             name = f"{_file_name(arm.name)}-seed{seed}"
             student, judged = out / "runs" / f"{name}.student.safetensors", out / "runs" / f"{name}.figures.safetensors"
             made = _made_of(recipe, folder, device)
@@ -115,9 +120,10 @@ def compare(
             if not checkpoint.is_sound(judged, of_figures):
                 screen.say(f"== {arm.name}, seed {seed} ({len(results) + 1} of {len(arms) * len(seeds)})")
                 models = build_models(recipe)
-                if recipe.student not in calibrated:  # once a student: its runs are then alike to the last bit
-                    calibrated.add(recipe.student)
-                    use_threads(recipe, models.student, device)
+                settled = use_threads(recipe, models.student, device, threads.get(recipe.student, 0)).threads
+                if recipe.student not in threads and not base.threads:  # once a student: its runs are then alike to the last bit
+                    threads[recipe.student] = settled
+                    run_dir.write_text(threads_file, json.dumps(threads) + "\n")
                 if not checkpoint.is_sound(student, made):
                     material = prepare(models, folder, store_side(models.recipe.image_size, models.recipe.teacher_size), work, device)
                     facts = _train(models, material, bank, work, device)

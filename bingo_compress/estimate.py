@@ -13,9 +13,10 @@ from bingo_compress.errors import BingoError
 from bingo_compress.header import header
 from bingo_compress.held_out import split
 from bingo_compress.material import step_memory
-from bingo_compress.pipeline import choose_device, resolve, use_threads
+from bingo_compress.pipeline import choose_device
 from bingo_compress.pixels import guess, store_side
 from bingo_compress.recipe import Recipe, recipe_text
+from bingo_compress.resolving import resolve, use_threads
 from bingo_compress.speed import saved_bytes
 from bingo_compress.trained import build_models
 
@@ -29,8 +30,7 @@ def dry_run(recipe: Recipe, out: Path) -> None:
     plan(recipe, len(folder.files))
     device = choose_device(recipe.device)
     models = build_models(resolve(recipe))
-    recipe = models.recipe
-    use_threads(recipe, models.student, device)
+    recipe = use_threads(models.recipe, models.student, device)
     step_memory(recipe, models.student, len(folder.files), device)
     header(recipe, models.teacher, models.student, folder, device)
     screen.say(recipe_text(recipe).rstrip())

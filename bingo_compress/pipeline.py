@@ -3,6 +3,7 @@
 import json
 import platform
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,19 +21,18 @@ from bingo_compress import (
     probes,
     run_dir,
     screen,
-    speed,
     trained,
 )
 from bingo_compress.distill import Check, Plan, distill, loss_of, plan
-from bingo_compress.encoder import Encoder, has_pretrained, resolve_name
+from bingo_compress.encoder import Encoder
 from bingo_compress.errors import BingoError
 from bingo_compress.header import header
 from bingo_compress.held_out import halves
 from bingo_compress.intake import report, take
-from bingo_compress.losses import settled
 from bingo_compress.made_of import MadeOf
 from bingo_compress.material import Material, bag_facts, make_bags, prepare, sources_of, step_memory, target_source
 from bingo_compress.recipe import RESUME_MAY_CHANGE, Recipe, load_recipe, recipe_text
+from bingo_compress.resolving import resolve, use_threads
 from bingo_compress.trained import Models, build_models
 
 GALLERY_AT_MOST = 20_000
@@ -49,54 +49,25 @@ def choose_device(wanted: str) -> torch.device:
     return device
 
 
-def resolve(recipe: Recipe) -> Recipe:
-    """`resolve_names` and `settle`."""
-    return settle(resolve_names(recipe))
-
-
-def settle(recipe: Recipe) -> Recipe:
-    """What was left to the method is filled in: temperatures, and what a target is. Raises BingoError."""
-    chosen = recipe.stored_views
-    if chosen == "auto":
-        chosen = "mean" if loss_of(recipe).averaged and recipe.views != "online" else "drawn"
-    if chosen == "mean" and recipe.views == "online":
-        raise BingoError("--set stored_views=mean: expected stored views to take the mean of, found --views online; give --views 4")
-    return recipe.model_copy(update=settled(recipe.method, recipe.model_dump()) | {"stored_views": chosen})
-
-
-def resolve_names(recipe: Recipe) -> Recipe:
-    """Family names to models and `auto` student weights to what they mean; says on screen what it chose. Raises BingoError."""
-    names: dict[str, Any] = {}
-    for role in ("teacher", "student"):
-        names[role] = resolve_name(getattr(recipe, role), f"--{role}")
-        if names[role] != getattr(recipe, role):
-            screen.say(f"{role}: {getattr(recipe, role)} means {names[role]}")
-    if recipe.student_weights == "auto":
-        names["student_weights"] = "pretrained" if has_pretrained(names["student"]) else "random"
-        screen.say(
-            f"student weights: {names['student_weights']} (timm {'has' if names['student_weights'] == 'pretrained' else 'has no'} weights for {names['student']})"
-        )
-    return recipe.model_copy(update=names)
-
-
 def saved_recipe(run: run_dir.RunDir) -> Recipe:
-    """The resolved recipe of a run folder. Raises BingoError."""
-    return load_recipe(run.recipe, [], {})
+    """A run's recipe as it was run, nothing in it left open; of an earlier version that is its recipe.yaml. Raises BingoError."""
+    return load_recipe(run.resolved if run.resolved.is_file() else run.recipe, [], {})
 
 
 def run_distill(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = False) -> run_dir.RunDir:
     """Distil recipe.teacher into recipe.student on recipe.data; everything lands in `out`. Raises BingoError."""
     device = choose_device(recipe.device)
     plan(recipe, len((folder := take(recipe)).files))
-    recipe = resolve(recipe)
+    asked = recipe.model_copy(update={"data": str(Path(recipe.data).resolve())})
+    recipe = resolve(asked)
     before = saved_recipe(run_dir.RunDir(out)) if resume and (out / "recipe.yaml").is_file() else None
     models = build_models(recipe)
-    recipe = models.recipe.model_copy(update={"data": str(Path(recipe.data).resolve())})
-    _refuse_other_recipe(before, recipe)
+    _refuse_other_recipe(before, models.recipe)
     if resume:
         start = {"start": embed.weights_digest(models.student)}
         distributed.from_first(lambda: trained.refuse_other_inputs(run_dir.RunDir(out), sources_of(models, folder) | start))
-    use_threads(recipe, models.student, device)
+    models = replace(models, recipe=use_threads(models.recipe, models.student, device, before.threads if before else 0))
+    recipe = models.recipe
     step = step_memory(recipe, models.student, len(folder.files), device)
     side = pixels.store_side(recipe.image_size, recipe.teacher_size)
     if not out.exists():  # refused before anything is written
@@ -108,7 +79,11 @@ def run_distill(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: b
             run_dir.need_space(above, pixels.guess(len(folder.files), side), "the pixel store")
     distributed.barrier()  # no process looks at --out after the first has made it
     run = distributed.from_first(lambda: run_dir.open_new(out, resume=resume, overwrite=overwrite))
-    distributed.from_first(lambda: run_dir.write_text(run.recipe, recipe_text(recipe)))
+    for file, text in (
+        (run.resolved, recipe_text(recipe)),
+        (run.recipe, recipe_text(asked)),
+    ):  # recipe.yaml last: with it the folder is a run
+        distributed.from_first(lambda: run_dir.write_text(file, text))  # noqa: B023 - called at once
     header(recipe, models.teacher, models.student, folder, device)
 
     material = prepare(models, folder, side, run.work, device, step)
@@ -180,14 +155,6 @@ def recall_check(material: Material, held: Tensor, device: torch.device) -> Chec
     return check
 
 
-def use_threads(recipe: Recipe, student: Encoder, device: torch.device) -> None:
-    """The recipe's threads; without, those with which a step of `student` is fastest here (one process on a CPU), or what torchrun set."""
-    if recipe.threads:
-        torch.set_num_threads(recipe.threads)
-    elif device.type == "cpu" and distributed.world() == 1:
-        torch.set_num_threads(speed.choose_threads(student, student.preprocessing.size))
-
-
 def _refuse_other_recipe(before: Recipe | None, now: Recipe) -> None:
     """--resume goes on with the run that is there; a changed setting would make it another one."""
     if before is None:
@@ -232,7 +199,7 @@ def _close(
     recipe, student = models.recipe, models.student
     summary: dict[str, Any] = {
         "version": __version__,
-        "run_id": run_dir.stage_key(recipe=recipe.model_dump(), student=embed.weights_digest(student)),
+        "run_id": run_dir.stage_key(recipe=recipe.model_dump(exclude=set(RESUME_MAY_CHANGE)), student=embed.weights_digest(student)),
         "images": {"training": len(material.training), "held_out": len(material.held), "unusable": len(material.folder.bad)},
         "bags": facts,
         "machine": {
@@ -247,7 +214,7 @@ def _close(
         summary["neighbour_recall"] = recall
     run_dir.write_text(run.summary, json.dumps(summary, indent=2) + "\n")
     closing_table(models, {name: {"neighbour_recall": value} for name, value in ({"teacher": 1.0} | recall).items()} if recall else {})
-    screen.say(f"weights: {run.student}   metrics: {run.metrics}   settings: {run.recipe}")
+    screen.say(f"weights: {run.student}   metrics: {run.metrics}   settings: {run.recipe}, as run: {run.resolved}")
     screen.say(f"next: bingo-compress validate --run {run.path} --data LABELLED_FOLDER   (kNN and linear need a folder of labels)")
     screen.say(f"      bingo-compress export --run {run.path}")
 

@@ -16,8 +16,9 @@ from bingo_compress import pixels
 from bingo_compress.encoder import Encoder
 from bingo_compress.finetune import crops_and_flips
 from bingo_compress.images import Folder
-from bingo_compress.pipeline import choose_device, use_threads
+from bingo_compress.pipeline import choose_device
 from bingo_compress.recipe import Recipe
+from bingo_compress.resolving import use_threads
 from bingo_compress.schedule import learning_rate
 
 IMAGES = 20_000  # of the folder, at most
@@ -39,7 +40,7 @@ def finetune(recipe: Recipe, student: Encoder, folder: Folder, work: Path) -> En
     targets led away from it (docs/log.md). BatchNorm keeps its statistics, as in the file it is folded away.
     """
     device = choose_device(recipe.device)
-    use_threads(recipe, student, device)
+    use_threads(recipe.model_copy(update={"threads": 0}), student, device, recipe.threads)
     chosen = replace(folder, files=folder.files[:: -(-len(folder.files) // IMAGES)])
     size = student.preprocessing.size
     store, _ = pixels.build(chosen, pixels.store_side(size, size), work, device)

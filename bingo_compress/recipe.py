@@ -19,7 +19,7 @@ def _whole(value: float) -> float:
 
 
 class Recipe(BaseModel):
-    """A run's settings. Frozen: what is on screen, in recipe.yaml and in the code is one and the same."""
+    """A run's settings. Frozen: what is on screen, in resolved.yaml and in the code is one and the same."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -106,7 +106,7 @@ class Recipe(BaseModel):
         2.0, gt=0, description="a checkpoint is written this often, after an epoch if the last one is half a minute old, and at the end"
     )
     save_every_steps: int = Field(0, ge=0, description="and after so many steps; 0: by time alone")
-    threads: int = Field(0, ge=0, description="CPU threads of torch; 0: a short calibration picks")
+    threads: int = Field(0, ge=0, description="CPU threads of torch; 0: a short calibration picks, once a run")
     pixels: Literal["auto", "gpu", "memory", "disk", "stream"] = Field(
         "auto",
         description="where decoded images are kept; disk: read by the crop; stream: nowhere, files are decoded for every crop; auto: the first that fits",
@@ -126,7 +126,7 @@ class Recipe(BaseModel):
 
 
 KEYS = tuple(Recipe.model_fields)
-# A run's result does not depend on these, so --resume may change them.
+# A run's result depends on these in its last bits at most (threads, device, compile; it is said), so --resume may change them.
 RESUME_MAY_CHANGE = frozenset(
     {"data", "threads", "device", "save_every_minutes", "save_every_steps", "compile", "profile", "pixels", "memory", "max_bad"}
 )

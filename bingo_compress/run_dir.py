@@ -24,7 +24,8 @@ class RunDir:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.recipe = path / "recipe.yaml"
+        self.recipe = path / "recipe.yaml"  # as it was asked for
+        self.resolved = path / "resolved.yaml"  # as it was run
         self.student = path / "student.safetensors"
         self.metrics = path / "metrics.jsonl"
         self.quarantine = path / "quarantine.csv"
@@ -146,6 +147,7 @@ def open_finished(path: Path) -> RunDir:
 def _clear(run: RunDir) -> None:
     for path in (
         run.recipe,
+        run.resolved,
         run.student,
         run.metrics,
         run.quarantine,

@@ -63,7 +63,7 @@ def equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
 def test_a_run_leaves_the_files_that_it_promises(world: dict[str, Any]) -> None:
     run = world["run"]
     names = {path.name for path in run.iterdir()}
-    assert names == {"recipe.yaml", "student.safetensors", "metrics.jsonl", "quarantine.csv", "summary.json", "work"}
+    assert names == {"recipe.yaml", "resolved.yaml", "student.safetensors", "metrics.jsonl", "quarantine.csv", "summary.json", "work"}
     assert not list(run.rglob("*.tmp"))
     settings = load_recipe(run / "recipe.yaml", [], {})
     assert (settings.teacher, settings.student, settings.epochs, settings.image_size) == ("test_resnet", "test_efficientnet", 2, 32)
@@ -246,7 +246,7 @@ def test_resume_refuses_other_settings_and_names_them(bingo: Any, run: Path) -> 
     assert ran.status == 2 and len(ran.err.splitlines()) == 1
     assert "temperature: 0.2 -> 0.1" in ran.err and "head_hidden: 32 -> 64" in ran.err
     assert equal(weights(run), before)
-    assert load_recipe(run / "recipe.yaml", [], {}).temperature == 0.2
+    assert load_recipe(run / "resolved.yaml", [], {}).temperature == 0.2
 
 
 def test_resume_of_a_finished_run_changes_nothing(bingo: Any, run: Path, world: dict[str, Any]) -> None:

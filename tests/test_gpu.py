@@ -19,8 +19,8 @@ from bingo_compress.errors import BingoError
 from bingo_compress.images import list_folder
 from bingo_compress.losses import LOSSES, Batch, Queries, Targets, make_loss
 from bingo_compress.neighbours import nearest_neighbours
-from bingo_compress.pipeline import settle
 from bingo_compress.pixels import PixelStore
+from bingo_compress.resolving import settle
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

@@ -14,7 +14,7 @@ LAYERS = (
     "screen feature_queue losses schedule augment chart evidence meter",
     "weights",
     "images encoder checkpoint frugal speed profiling matrices golden latency",
-    "decoding intake",
+    "decoding intake resolving",
     "pixels neighbours",
     "bagging",
     "embed probes exporters.onnx",
