@@ -11,7 +11,7 @@ LAYERS = (
     "errors families distributed memory processor stopping",
     "recipe run_dir layouts",
     "screen feature_queue losses schedule augment weights chart evidence meter",
-    "images encoder checkpoint frugal speed profiling matrices golden latency",
+    "images encoder checkpoint frugal speed profiling matrices golden latency exported",
     "decoding intake",
     "pixels neighbours",
     "bagging",
