@@ -199,7 +199,7 @@ def _labelled(bank: Folder, test: Folder | None, teacher: Encoder, device: torch
                 {"teacher": embed.as_embed(teacher, device)}, folder, classes, f"teacher, {role} images"
             )
             features[role] = found["teacher"]
-            kept[role] = Folder(folder.root, tuple(folder.files[index] for index in good), ())
+            kept[role] = folder.only(good)
     return Labelled(kept["bank"], kept.get("test"), labels["bank"], labels.get("test", labels["bank"]), len(classes), features)
 
 

@@ -153,7 +153,7 @@ def build(
         raise BingoError(
             f"--data: expected images, found none that can be decoded among {len(folder.files) + len(folder.bad)} files in {folder.root}"
         )
-    kept = replace(folder, files=tuple(folder.files[index] for index in good), bad=bad)
+    kept = replace(folder.only(good), bad=bad)
     height, width, aspect = ([value for facts in found for value in facts[name]] for name in ("height", "width", "aspect"))
     total = sum(high * wide for high, wide in zip(height, width, strict=True)) * 3
     where, why = ("stream", "the files are decoded again for every crop") if streamed else place(total, device, wanted, memory, step)

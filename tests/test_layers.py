@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent.parent
 # Lowest first; a module imports only from lower lines.
 LAYERS = (
     "errors families distributed memory processor stopping",
+    "made_of",
     "recipe run_dir layouts",
     "screen feature_queue losses schedule augment weights chart evidence meter",
     "images encoder checkpoint frugal speed profiling matrices golden latency exported",
