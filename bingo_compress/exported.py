@@ -1,9 +1,8 @@
 """Exported files and what belongs to each: STEM.onnx has STEM.json, STEM.golden/, STEM.linear.npz and STEM.bank.npz beside it, which name its sha256.
 
-Where student.onnx and student-int8.onnx are both in a folder, the one was made from the other.
+Where student.onnx and student-int8.onnx are both in a folder, the second is the first in int8 and was judged against it.
 """
 
-import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -14,6 +13,7 @@ from bingo_edge import EdgeError, Embedder
 
 from bingo_compress import screen
 from bingo_compress.errors import BingoError
+from bingo_compress.made_of import file_digest
 from bingo_compress.run_dir import atomic, atomic_folder
 
 NAMES = {"onnx": "student.onnx", "onnx-int8": "student-int8.onnx"}  # by their rows in a proof
@@ -58,7 +58,9 @@ def put(made: Path, target: Path) -> Path:
     if not target.is_file() or file_digest(target) != file_digest(made):
         gone = _clear(target)
         if any(name.endswith(".npz") for name in gone):
-            screen.say(f"removed {', '.join(name for name in gone if name.endswith('.npz'))}, of an older {target.name}: run validate again")
+            screen.say(
+                f"removed {', '.join(name for name in gone if name.endswith('.npz'))}, of an older {target.name}: run validate again"
+            )
     with atomic(target) as temporary:
         os.replace(made, temporary)
     with atomic_folder(target.with_suffix(GOLDEN)) as folder:
@@ -70,7 +72,7 @@ def put(made: Path, target: Path) -> Path:
 
 
 def keep_pair(newest: Path) -> None:
-    """Drop the other file beside `newest` unless the int8 one of the two was made from the float one; says so."""
+    """Drop the other file beside `newest` unless the int8 one of the two was made of the float one; says so."""
     found = files(newest.parent)
     if len(found) < len(NAMES):
         return
@@ -101,9 +103,3 @@ def _clear(file: Path) -> list[str]:
             gone.append(path.name)
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     return gone
-
-
-def file_digest(file: Path) -> str:
-    """The sha256 of a file's bytes."""
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

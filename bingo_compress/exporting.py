@@ -13,8 +13,9 @@ from bingo_compress import __version__, embed, exported, gate, images, latency, 
 from bingo_compress.encoder import Encoder
 from bingo_compress.errors import BingoError
 from bingo_compress.exporters.onnx import IMAGES, REFUSED, Form, export_onnx, form, onnx_runner, publish
-from bingo_compress.exporters.onnx_int8 import CALIBRATION, LadderEnds, Rung, quantise
+from bingo_compress.exporters.onnx_int8 import CALIBRATION, LadderEnds, quantise
 from bingo_compress.golden import write_golden
+from bingo_compress.made_of import file_digest
 from bingo_compress.pipeline import load_student, saved_recipe
 
 FORMATS = ("onnx", "onnx-int8", "all")
@@ -75,34 +76,34 @@ def export(
     run_dir.need_space(target.parent, (COPIES if fmt == "onnx" else COPIES_INT8) * weights, "the export with its working files")
     summary = run_dir.read_json("distill", run.summary)
     facts = {"version": __version__, "run_id": summary.get("run_id", ""), "student": recipe.student, "teacher": recipe.teacher}
-    facts["student_sha256"] = exported.file_digest(run.student)
+    facts["student_sha256"] = file_digest(run.student)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as folder_name:
         work = Path(folder_name)
         float_file = _export_float(student, pixels[:IMAGES], work / target.name, facts, wanted)
         if fmt != "onnx-int8":
             float_file = _put(float_file, target)
         if fmt != "onnx":
-            made_gate = gate.make_gate(float_file, _gallery(pixels), student.preprocessing, labels, test, max_loss)
+            judges = gate.make_gate(float_file, _gallery(pixels), student.preprocessing, labels, test, max_loss)
 
             def tuned() -> Path:
-                apart = {exported.file_digest(folder.root / folder.files[place]) for place in order} | made_gate.labelled
+                apart = {*folder.only(order).digests, *judges.labelled}
                 better = quantaware.finetune(recipe, student, folder, _folder(work, "finetune"), apart)
                 export_onnx(better, pixels[:IMAGES], work / "tuned.onnx", facts, wanted)
                 return work / "tuned.onnx"
 
             try:
-                _put(_int8(float_file, _calibrating(pixels), wanted, work, made_gate, tuned if finetune else None), int8_target)
+                _put(_int8(float_file, _calibrating(pixels), wanted, work, judges, tuned if finetune else None), int8_target)
             except BingoError as error:
                 if error.exit_status == REFUSED:
                     exported.drop(int8_target, "what was to take its place is refused")
                     _close(run, target.parent)
                 raise
     _close(run, target.parent)
-    last = int8_target if fmt != "onnx" else target
+    files = {"onnx": [target], "onnx-int8": [int8_target], "all": [target, int8_target]}[fmt]
     screen.say(
-        f"next: bingo-edge selftest {last}; bingo-edge embed {last} PHOTOS   (or bingo-compress validate --run {run.path} --data LABELLED_FOLDER)"
+        f"next: bingo-edge selftest {files[-1]}; bingo-edge embed {files[-1]} PHOTOS   (or bingo-compress validate --run {run.path} --data LABELLED_FOLDER)"
     )
-    return [path for path in (target, int8_target) if path == last or fmt == "all"]
+    return files
 
 
 def _close(run: run_dir.RunDir, folder: Path) -> None:
@@ -151,7 +152,7 @@ def _gallery(pixels: Tensor) -> Tensor:
     """The images that an int8 file is judged on: none that its ranges are found on."""
     rest = pixels[len(_calibrating(pixels)) :]
     if len(rest) < GALLERY_LEAST:
-        screen.say(f"int8 is judged on {len(rest)} images: there are no more (expected {GALLERY_LEAST} or more)")
+        screen.say(f"int8 is judged on {len(rest)} images (expected {GALLERY_LEAST} or more): there are no more to spare")
     return rest
 
 
@@ -160,9 +161,7 @@ def _folder(work: Path, name: str) -> Path:
     return work / name
 
 
-def _int8(
-    float_file: Path, calibration: Tensor, wanted: Form, work: Path, judges: gate.Gate, tuned: Callable[[], Path] | None
-) -> Path:
+def _int8(float_file: Path, calibration: Tensor, wanted: Form, work: Path, judges: gate.Gate, tuned: Callable[[], Path] | None) -> Path:
     """The first int8 file on the ladder that passes the gate, in `work`; with `tuned`, then on the ladder of the float file that it makes.
 
     A file that was chosen is asked once more, by the test images, which have chosen nothing. Below the gate there it is refused and no further one is

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from bingo_compress import embed, exported, figures, images, probes, screen
+from bingo_compress import embed, figures, images, probes, screen
 from bingo_compress.encoder import Preprocessing
 from bingo_compress.errors import BingoError
 from bingo_compress.exporters.onnx import onnx_runner
@@ -75,7 +75,8 @@ def make_gate(
         if not labelled:
             return {}, []
         accuracies = labelled.report(file)
-        screen.say(f"on the test images: {', '.join(f'{name} {pair["float"]:.4f} to {pair["int8"]:.4f}' for name, pair in accuracies.items())}")
+        changes = [f"{name} {pair['float']:.4f} to {pair['int8']:.4f}" for name, pair in accuracies.items()]
+        screen.say(f"int8 on the labelled test images: {', '.join(changes)}")
         return {**accuracies, "test_images": labelled.tests}, _lost(accuracies, max_loss)
 
     return Gate(choose, report, labelled.files if labelled else set())
@@ -107,16 +108,18 @@ def _labelled(float_file: Path, preprocessing: Preprocessing, labels: Path, test
     exact = onnx_runner(float_file)
     sides = figures.sides({"float": (preprocessing, lambda batch: exact(batch)[1])}, bank_folder, test_folder, classes)
     bank, labelled_as, places = sides.bank["float"], sides.labels, torch.tensor(sides.places)
-    contents = [exported.file_digest(bank_folder.root / bank_folder.files[place]) for place in sides.places]
+    contents = [bank_folder.digests[place] for place in sides.places]
     aside = _part(labelled_as, contents)
     if len(labelled_as[~aside].unique()) < len(labelled_as.unique()):
         raise BingoError(
             f"--labels: expected {'two' if test else 'three'} different images or more in every class of {labels}, "
             "so that a file can be chosen by one and not the others; add images"
         )
-    tests = [exported.file_digest(sides.query_folder.root / sides.query_folder.files[place]) for place in sides.query_places]
+    tests = [sides.query_folder.digests[place] for place in sides.query_places]
 
-    def compared(kept: Tensor, queries: Tensor, wanted: Tensor, folder: images.Folder, which: list[int], what: str) -> Callable[[Path], Accuracies]:
+    def compared(
+        kept: Tensor, queries: Tensor, wanted: Tensor, folder: images.Folder, which: list[int], what: str
+    ) -> Callable[[Path], Accuracies]:
         head = probes.fit_linear(bank[kept], labelled_as[kept], len(classes))
 
         def accuracies(features: Tensor) -> dict[str, float]:

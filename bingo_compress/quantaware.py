@@ -1,9 +1,8 @@
 """Quantisation-aware fine-tuning without labels: a student whose numbers are rounded as int8 will round them learns to give what it gives in float."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from torch.nn.utils import parametrize
 from bingo_compress import pixels
 from bingo_compress.encoder import Encoder
 from bingo_compress.errors import BingoError
-from bingo_compress.exported import file_digest
 from bingo_compress.finetune import crops_and_flips
 from bingo_compress.images import Folder
 from bingo_compress.pipeline import choose_device, use_threads
@@ -44,8 +42,8 @@ def finetune(recipe: Recipe, student: Encoder, folder: Folder, work: Path, apart
     """
     device = choose_device(recipe.device)
     use_threads(recipe, student, device)
-    some = folder.files[:: -(-len(folder.files) // IMAGES)]
-    chosen = replace(folder, files=tuple(name for name in some if file_digest(folder.root / name) not in apart))
+    some = folder.only(range(0, len(folder.files), -(-len(folder.files) // IMAGES)))
+    chosen = some.only([index for index, digest in enumerate(some.digests) if digest not in apart])
     if not chosen.files:
         raise BingoError(f"--finetune: expected images in {folder.root} beside those that int8 is judged by, found none; add images")
     size = student.preprocessing.size
