@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from bingo_compress import probes, screen
+from bingo_compress import exported, probes, screen
 from bingo_compress.errors import BingoError
 from bingo_compress.exporting import export
 from bingo_compress.pipeline import run_distill
@@ -37,9 +37,8 @@ def demo(out: Path, flags: dict[str, Any], *, overwrite: bool) -> None:
     export(out)
     result = validate(out, train, test, out / "validation.json", device=recipe.device)
     _closing(result, time.monotonic() - began)
-    screen.say(
-        f"the file for the device: {run.export / 'student.onnx'}; try it: bingo-edge classify {run.export / 'student.onnx'} --head {run.export / 'linear.npz'} {test}"
-    )
+    file = exported.files(run.export)["onnx"]
+    screen.say(f"the file for the device: {file}; try it: bingo-edge classify {file} --head {file.with_suffix(exported.LINEAR)} {test}")
 
 
 def _package(name: str) -> Path:

@@ -141,10 +141,11 @@ def test_export_then_validate_with_a_test_folder(bingo: Any, world: dict[str, An
     for key in ("knn", "linear", "neighbour_recall"):
         assert rows["onnx"][key] == pytest.approx(rows["student"][key], abs=0.06)
 
-    embedded = bingo_edge.Embedder(run / "export" / "student.onnx").embed(str(world["test"]))
+    kit = bingo_edge.Embedder(run / "export" / "student.onnx")
+    embedded = kit.embed(str(world["test"]))
     truth = np.array([Path(name).parent.name for name in embedded.names])
-    for head, figure in (("linear.npz", "linear"), ("bank.npz", "knn")):
-        named, _ = bingo_edge.classify(bingo_edge.load_head(run / "export" / head), embedded.embeddings, embedded.features)
+    for head, figure in (("student.linear.npz", "linear"), ("student.bank.npz", "knn")):
+        named, _ = bingo_edge.classify(bingo_edge.load_head(run / "export" / head, kit), embedded.embeddings, embedded.features)
         assert float((named == truth).mean()) == pytest.approx(rows["onnx"][figure], abs=1e-6)
 
 
@@ -155,7 +156,7 @@ def test_validate_without_a_test_folder_sets_a_quarter_aside(bingo: Any, world: 
     assert (result["protocol"]["bank_images"], result["protocol"]["test_images"]) == (15, 3)  # one of the six of each kind
     assert "set aside" in result["protocol"]["test"]
     assert [row["name"] for row in result["rows"]] == ROWS
-    assert len(np.load(run / "export" / "bank.npz")["labels"]) == 15
+    assert not (run / "export").exists()  # no file, so no head for one
     assert "export --run" in ran.out
 
 
@@ -166,7 +167,7 @@ def test_a_file_of_another_input_size_is_proven_at_its_own(bingo: Any, world: di
     rows = {row["name"]: row for row in json.loads((run / "validation.json").read_text())["rows"]}
     kit = bingo_edge.Embedder(run / "export" / "student.onnx")
     found = kit.embed(world["test"])
-    classes, _ = bingo_edge.classify(bingo_edge.load_head(run / "export" / "linear.npz"), found.embeddings, found.features)
+    classes, _ = bingo_edge.classify(bingo_edge.load_head(run / "export" / "student.linear.npz", kit), found.embeddings, found.features)
     right = np.mean([f"/{kind}/" in name for name, kind in zip(found.names, classes, strict=True)])
     assert kit.contract["input"]["size"] == 48
     # Of the photos that the device's head saw all but a few, and of the others what the proof says.
@@ -175,10 +176,11 @@ def test_a_file_of_another_input_size_is_proven_at_its_own(bingo: Any, world: di
 
 def test_the_test_images_never_reach_the_heads(bingo: Any, world: dict[str, Any], run: Path, tmp_path: Path) -> None:
     heads = []
+    assert bingo("export", "--run", run).status == 0
     for number in (300, 400):
         test = photos(tmp_path / f"test{number}", 3, start=number)
         assert bingo("validate", "--run", run, "--data", world["test"], "--test", test).status == 0
-        heads.append({name: dict(np.load(run / "export" / name)) for name in ("linear.npz", "bank.npz")})
+        heads.append({name: dict(np.load(run / "export" / name)) for name in ("student.linear.npz", "student.bank.npz")})
     for name, arrays in heads[0].items():
         assert all(np.array_equal(array, heads[1][name][key]) for key, array in arrays.items())
 

@@ -13,7 +13,7 @@ LAYERS = (
     "recipe run_dir layouts",
     "screen feature_queue losses schedule augment chart evidence meter",
     "weights",
-    "images encoder checkpoint frugal speed profiling matrices golden latency",
+    "images encoder checkpoint frugal speed profiling matrices golden latency exported",
     "decoding intake resolving",
     "pixels neighbours",
     "bagging",
