@@ -115,6 +115,7 @@ def run_distill(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: b
     models = build_models(recipe)
     recipe = models.recipe.model_copy(update={"data": str(Path(recipe.data).resolve())})
     _refuse_other_recipe(before, recipe)
+    distributed.refuse_unshared(models.student)
     use_threads(recipe, models.student, device)
     step = step_memory(recipe, models.student, len(folder.files), device)
     side = pixels.store_side(recipe.image_size, recipe.teacher_size)

@@ -8,8 +8,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 # Lowest first; a module imports only from lower lines.
 LAYERS = (
-    "errors families distributed memory processor stopping",
-    "recipe run_dir layouts",
+    "errors families memory processor stopping",
+    "distributed recipe run_dir layouts",
     "screen feature_queue losses schedule augment weights chart evidence meter",
     "images encoder checkpoint frugal speed profiling matrices golden latency",
     "decoding intake",
