@@ -8,16 +8,18 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 # Lowest first; a module imports only from lower lines.
 LAYERS = (
-    "errors families memory processor stopping",
-    "distributed recipe run_dir layouts",
+    "errors families memory processor stopping transfer",
+    "distributed made_of",
+    "recipe run_dir layouts",
     "screen feature_queue losses schedule augment weights chart evidence meter",
     "images encoder checkpoint frugal speed profiling matrices golden latency",
     "decoding intake",
     "pixels neighbours",
     "bagging",
     "embed probes exporters.onnx",
-    "batches held_out exporters.onnx_int8",
+    "batches exporters.onnx_int8 trained",
     "distill checking catalogue finetune",
+    "material",
     "pipeline figures",
     "proof_table gate quantaware",
     "model_card",
