@@ -171,7 +171,6 @@ def making(case: Case, steps: int) -> dict[str, float]:
         pixels=case.store,
         training=case.training,
         batch=case.recipe.batch_size,
-        steps_per_epoch=SHOWN // case.recipe.batch_size,
         size=case.recipe.image_size,
         scale_min=case.recipe.crop_scale_min,
         target_of=case.source(),

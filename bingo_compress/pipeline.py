@@ -63,6 +63,7 @@ def run_distill(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: b
     before = saved_recipe(run_dir.RunDir(out)) if resume and (out / "recipe.yaml").is_file() else None
     models = build_models(recipe)
     _refuse_other_recipe(before, models.recipe)
+    distributed.refuse_unshared(models.student)
     if resume:
         start = {"start": embed.weights_digest(models.student)}
         distributed.from_first(lambda: trained.refuse_other_inputs(run_dir.RunDir(out), sources_of(models, folder) | start))

@@ -72,6 +72,15 @@ def encoder(name: str = "test_resnet", size: int = 32, seed: int = 0) -> Encoder
     return made
 
 
+def dropping(student: Encoder, share: float = 0.3) -> Encoder:
+    """The student with a dropout after each layer of its trunk, so that every block draws masks."""
+    for name, module in list(student.named_modules()):
+        for child, layer in list(module.named_children()):
+            if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d) and name:
+                setattr(module, child, torch.nn.Sequential(layer, torch.nn.Dropout(share)))
+    return student
+
+
 def photo(kind: int, seed: int, height: int = 40, width: int = 56) -> np.ndarray:
     """uint8 (height, width, 3): stripes, dots or blobs by `kind`, each in its own colour, with noise of `seed`."""
     random = np.random.default_rng([kind, seed])

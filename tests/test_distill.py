@@ -1,5 +1,6 @@
 """The training loop on a problem small enough to know its answers."""
 
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -8,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CPU, Trained, encoder, kind_targets, pixel_store, recipe
+from helpers import CPU, Trained, dropping, encoder, kind_targets, pixel_store, recipe
 
 from bingo_compress import augment, checkpoint, distill, meter
 from bingo_compress.bagging import knn
 from bingo_compress.batches import AHEAD
 from bingo_compress.embed import OnlineTargets, StoredTargets, TargetSpace, target_space, whole_images
 from bingo_compress.errors import BingoError
+from bingo_compress.frugal import Frugal
 from bingo_compress.losses import Batch, Bingo
 from bingo_compress.recipe import Recipe
 
@@ -27,9 +29,15 @@ TARGETS = kind_targets(IMAGES, VIEWS, DIM)
 BAGS = knn(TARGETS[:, 0], 3)[0]
 
 
-def train(folder: Path, settings: Recipe, target_of: TargetOf | None = None, dim: int = DIM, stop_after: int | None = None) -> Trained:
+def train(
+    folder: Path, settings: Recipe, target_of: TargetOf | None = None, dim: int = DIM, stop_after: int | None = None, drop: float = 0.0
+) -> Trained:
     folder.mkdir(exist_ok=True)
-    run = Trained(encoder("test_resnet", 32, seed=5), folder / "metrics.jsonl", folder / "checkpoint.safetensors")
+    run = Trained(
+        dropping(encoder("test_resnet", 32, seed=5), drop) if drop else encoder("test_resnet", 32, seed=5),
+        folder / "metrics.jsonl",
+        folder / "checkpoint.safetensors",
+    )
     source = target_of or StoredTargets(TARGETS, TargetSpace(None, None), CPU)
     everything = torch.arange(IMAGES)
     distill.distill(settings, run.student, STORE, everything, BAGS, source, dim, run.metrics, run.saved, CPU, stop_after=stop_after)
@@ -261,6 +269,24 @@ def test_a_finished_run_is_not_trained_further(tmp_path: Path) -> None:
     again = train(tmp_path, recipe(), lambda indices, generator, mine: pytest.fail("a step was made"))
     assert equal(first, again)
     assert len(again.lines) == 2
+
+
+def test_a_student_with_dropout_draws_the_same_masks_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = train(tmp_path / "whole", recipe(), drop=0.2)
+    assert not equal(whole, train(tmp_path / "none", recipe()))
+    train(tmp_path / "parts", recipe(), stop_after=4, drop=0.2)
+    assert equal(whole, train(tmp_path / "parts", recipe(), drop=0.2))
+    real, calls = Frugal.__call__, itertools.count()
+
+    def short(frugal: Frugal, views: torch.Tensor) -> torch.Tensor:
+        found = real(frugal, views)
+        if next(calls) == 3:
+            raise torch.OutOfMemoryError("tried to allocate 20.00 GiB")
+        return found
+
+    monkeypatch.setattr(Frugal, "__call__", short)
+    assert equal(whole, train(tmp_path / "short", recipe(), drop=0.2))
+    assert next(calls) == 11  # ten steps, one of them twice
 
 
 # ---------------------------------------------------------------- going wrong

@@ -14,6 +14,8 @@ import pytest
 import torch
 from helpers import CPU, Ran, encoder, photos
 from test_neighbours import clustered
+from timm.layers import EvoNorm2dB0
+from torch import nn
 from torch.distributed.run import parse_args
 from two_processes import BATCHES, DISTILLED, HANDED_OVER, SHARDS, STOP_AT, TUNED, command, distill, validate
 
@@ -33,6 +35,7 @@ from bingo_compress import (
     trained,
 )
 from bingo_compress.batches import own_share
+from bingo_compress.errors import BingoError
 from bingo_compress.held_out import halves
 from bingo_compress.material import prepare
 
@@ -109,7 +112,7 @@ def same_training(one: Path, two: Path) -> None:
 
 @pytest.mark.slow
 def test_the_command_under_torchrun_trains_what_it_trains_alone(folder: Path, tmp_path: Path, bingo: Bingo) -> None:
-    one, shared = ([*distill(folder, tmp_path / name, method="bingo", student="test_efficientnet")] for name in ("one", "two"))
+    one, shared = ([*distill(folder, tmp_path / name, method="bingo", student="test_efficientnet", lr=0.02)] for name in ("one", "two"))
     done = torchrun("-m", "bingo_compress", *shared)
     assert done.returncode == 0, done.stderr[-3000:]
     ran = bingo(*one)
@@ -173,6 +176,10 @@ def test_another_number_of_processes_goes_on_and_shows_each_image_once_an_epoch(
             for step, anchors in part["shown"].items():
                 shown[int(step) // 6] += anchors
         assert all(sorted(images) == list(range(36)) for images in shown.values())
+    first, second = (part["seeds"] for part in did(two, "stopped"))
+    whole = {int(step): seed for step, seed in alone["seeds"].items()}
+    assert all(whole[int(step)] == seed for part in (first, did(two, "taken")[0]["seeds"]) for step, seed in part.items())
+    assert not set(second.values()) & set(whole.values())  # each process has masks of its own
     for name in ("taken", "stopped"):
         assert lines(two / name)[-1]["loss"] == pytest.approx(lines(tmp_path / "alone")[-1]["loss"], rel=2e-3)
 
@@ -278,6 +285,16 @@ def test_a_lost_process_is_told_in_one_line_and_other_errors_are_not_taken_for_o
         monkeypatch.setattr(module, name, lambda: None)
     ran = bingo("check", "--data", tmp_path)
     assert ran.status == 1 and ran.err.startswith("process 1: error: another process of this run has ended") and ran.err.count("\n") == 1
+
+
+def test_a_norm_whose_statistics_processes_do_not_share_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    students = [nn.Sequential(nn.Conv2d(3, 4, 3), norm(4)) for norm in (nn.BatchNorm2d, EvoNorm2dB0)]
+    for student in students:
+        distributed.refuse_unshared(student)
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    distributed.refuse_unshared(students[0])
+    with pytest.raises(BingoError, match="found EvoNorm2dB0 and 2 processes"):
+        distributed.refuse_unshared(students[1])
 
 
 def test_processes_share_a_batch_and_a_list(monkeypatch: pytest.MonkeyPatch) -> None:

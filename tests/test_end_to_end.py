@@ -18,7 +18,7 @@ from helpers import Ran, bad_files, encoder, flags, interrupted_at, photos, reci
 from bingo_compress import demo, distill, embed, pixels, speed
 from bingo_compress.bagging import knn
 from bingo_compress.cli import main
-from bingo_compress.held_out import split
+from bingo_compress.material import split
 from bingo_compress.recipe import load_recipe
 
 pytestmark = pytest.mark.slow

@@ -8,8 +8,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 # Lowest first; a module imports only from lower lines.
 LAYERS = (
-    "errors families distributed memory processor stopping transfer",
-    "made_of",
+    "errors families memory processor stopping transfer",
+    "distributed made_of",
     "recipe run_dir layouts kernels",
     "screen feature_queue losses schedule chart evidence meter",
     "weights",

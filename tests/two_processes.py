@@ -48,9 +48,9 @@ def validate(run: Path, data: Path, test: Path, file: Path) -> list[str]:
 
 
 def command(*words: str, stop_at: int | None = None) -> dict[str, Any]:
-    """The command line in this process: its exit status, what it printed, the students it checked during training, and the images that it showed as
-    anchors in each step that it trained. stop_at: a step before which the last process gets a SIGTERM."""
-    out, err, checked, made, trained = io.StringIO(), io.StringIO(), [], {}, []
+    """The command line in this process: its exit status, what it printed, the students it checked during training, and of each step that it trained the images
+    that it showed as anchors and the seed of other random numbers. stop_at: a step before which the last process gets a SIGTERM."""
+    out, err, checked, made, trained, seeds = io.StringIO(), io.StringIO(), [], {}, [], {}
     real, make, learning_rate = embed.store_features, batches.Maker.__call__, loop.learning_rate
 
     def recorded(student: Any, *rest: Any) -> torch.Tensor:
@@ -64,6 +64,7 @@ def command(*words: str, stop_at: int | None = None) -> dict[str, Any]:
 
     def recorded_rate(step: int, *rest: Any) -> float:
         trained.append(step)
+        seeds[step] = torch.initial_seed()  # the one that a dropout draws by
         if step == stop_at and distributed.rank() == distributed.world() - 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return learning_rate(step, *rest)
@@ -81,7 +82,7 @@ def command(*words: str, stop_at: int | None = None) -> dict[str, Any]:
             cli.main()
         except SystemExit as stop:
             shown = {step: made[step] for step in trained}
-            return {"status": stop.code, "out": out.getvalue(), "err": err.getvalue(), "checked": checked, "shown": shown}
+            return {"status": stop.code, "out": out.getvalue(), "err": err.getvalue(), "checked": checked, "shown": shown, "seeds": seeds}
     raise AssertionError("the command line always exits")
 
 
