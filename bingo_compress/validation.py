@@ -1,6 +1,5 @@
 """The proof of a finished run: teacher, student, its start, random weights and the exported file, on a folder of labelled images."""
 
-import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from bingo_compress.encoder import Encoder, Preprocessing
 from bingo_compress.errors import BingoError
 from bingo_compress.exporters.onnx import input_size, onnx_runner
 from bingo_compress.figures import Sides
+from bingo_compress.made_of import file_digest
 from bingo_compress.pipeline import choose_device, saved_recipe
 from bingo_compress.proof_table import NAMES as NAMES
 from bingo_compress.proof_table import show
@@ -75,12 +75,9 @@ def validate(
     if other:
         encoders["against"] = load_student(saved_recipe(other), other.student)
         models["against"] = embed.as_embed(encoders["against"], where)
-    made_from: dict[str, Any] = {
-        name: [embed.weights_digest(encoder), encoder.preprocessing.geometry()] for name, encoder in encoders.items()
-    }
-    made_from["file"] = hashlib.sha256(onnx_file.read_bytes()).hexdigest() if onnx_file.exists() else ""
-    keep = run.work / f"proof-{run_dir.stage_key(**made_from)}"
-    distributed.from_first(lambda: run_dir.drop_stale(run.work, "proof", {keep.name}))
+    digests = {name: embed.weights_digest(encoder) for name, encoder in encoders.items()}
+    keep = embed.Keep(run.work, "proof", digests | ({"onnx": file_digest(onnx_file)} if onnx_file.exists() else {}))
+    distributed.from_first(lambda: run_dir.drop_stale(run.work, "proof", {keep.folder.name}))
     sides = figures.sides(models, bank_folder, test_folder, classes, keep)
 
     def judge() -> dict[str, Any]:
