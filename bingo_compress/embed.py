@@ -267,13 +267,13 @@ class OnlineTargets:
 
 @torch.inference_mode()
 def store_features(encoder: Encoder, pixels: PixelStore, indices: Tensor, device: torch.device) -> Tensor:
-    """Features (n, width), on the CPU, of whole images of the pixel store, resized without crop: close to the plain view, and nothing is decoded.
+    """Features (n, width), on the CPU, of `plain_views` of the pixel store: close to those of the plain view, and nothing is decoded.
 
     Several processes share the images and each gets all.
     """
 
     def features(rows: Tensor) -> Tensor:
-        views = whole_images(pixels, rows, encoder.preprocessing.size).float().div_(255)
+        views = plain_views(pixels, rows, encoder.preprocessing).float().div_(255)
         found: Tensor = encoder(views.contiguous(memory_format=torch.channels_last))
         return found.float().cpu()
 
@@ -282,9 +282,12 @@ def store_features(encoder: Encoder, pixels: PixelStore, indices: Tensor, device
     return found
 
 
-def whole_images(pixels: PixelStore, indices: Tensor, size: int) -> Tensor:
-    """Whole images (B,) of the pixel store, resized without crop: uint8 (B, 3, size, size)."""
-    return pixels.crops(indices, torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(indices), 4), size)
+def plain_views(pixels: PixelStore, indices: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """What a model sees of images (B,), cut from the pixel store with its own crop: uint8 (B, 3, size, size)."""
+    aspect = pixels.aspect[indices]
+    share = torch.stack((1 / aspect, aspect), dim=1).clamp(max=1) * preprocessing.crop_pct  # of width and height
+    share = torch.ones_like(share) if preprocessing.crop_mode == "squash" else share.clamp(max=1)
+    return pixels.crops(indices, torch.cat((1 - share, 1 + share), dim=1) / 2, preprocessing.size)
 
 
 def hash_seed(*parts: object) -> int:

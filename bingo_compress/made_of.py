@@ -17,7 +17,7 @@ FORMATS = {
     "teacher": 5,  # the teacher's pass: plain views and augmented ones
     "bags": 2,
     "embeddings": 2,  # plain views of several models, for checks and proofs
-    "training": 2,  # the state of the loop
+    "training": 3,  # the state of the loop
     "student": 1,  # a trained student
     "start": 1,  # the student before training
     "arm": 2,  # a trained student of a comparison

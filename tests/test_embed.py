@@ -1,6 +1,7 @@
 """Embeddings: plain features, target spaces and the two sources of targets."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,21 @@ def test_a_model_in_training_is_judged_in_eval_mode_and_goes_on_training(folder:
     expected, _ = embed.plain({"a": embed.as_embed(model, CPU)}, folder, [0, 1, 2], "test")
     found, _ = embed.plain({"a": embed.as_embed(model.train(), CPU)}, folder, [0, 1, 2], "test")
     assert torch.equal(found["a"], expected["a"]) and all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("changes", [{"crop_pct": 1.0}, {"crop_pct": 0.875}, {"crop_mode": "squash"}])
+def test_views_of_the_store_are_close_to_the_plain_view_in_any_shape(changes: dict[str, Any], tmp_path: Path, teacher: Encoder) -> None:
+    (tmp_path / "photos").mkdir()
+    rows, columns = np.mgrid[:160, :160]
+    picture = np.stack((rows, columns, (rows + columns) // 2), axis=2).astype(np.uint8)
+    for number, (height, width) in enumerate(((160, 60), (60, 160), (90, 91), (160, 40))):
+        Image.fromarray(picture[:height, :width]).save(tmp_path / "photos" / f"{number}.png")
+    listed = images.list_folder(tmp_path / "photos")
+    store = pixels.build(listed, 40, tmp_path, CPU)[0]
+    preprocessing = replace(teacher.preprocessing, **changes)
+    found = embed.plain_views(store, torch.arange(4), preprocessing).permute(0, 2, 3, 1).int()
+    wanted = embed.pixels_of(preprocessing, listed, range(4), 4).int()
+    assert (found - wanted).abs().float().mean((1, 2, 3)).max() < 2
 
 
 def test_plain_leaves_out_what_cannot_be_decoded(tmp_path: Path, teacher: Encoder) -> None:
