@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from bingo_compress import augment, checkpoint, distributed, screen
 from bingo_compress.encoder import Encoder, Preprocessing, evaluating
 from bingo_compress.errors import BingoError
 from bingo_compress.images import Folder, decode_all
+from bingo_compress.made_of import made_of
 from bingo_compress.matrices import Matrix, blocks
 from bingo_compress.pixels import PixelStore
 from bingo_compress.transfer import sent
@@ -64,14 +65,28 @@ def to_float(pixels: Tensor) -> Tensor:
     return pixels.permute(0, 3, 1, 2).float().div_(255)
 
 
+@dataclass(frozen=True)
+class Keep:
+    """Where `plain` keeps finished parts of a stage `stem`. models: digests of the models' weights or files, by the names that `plain` has for them."""
+
+    work: Path
+    stem: str
+    models: Mapping[str, str]
+
+    @property
+    def folder(self) -> Path:
+        """Of these models alone, whatever the images."""
+        return self.work / f"{self.stem}-{made_of('embeddings', models=dict(self.models)).key}"
+
+
 def plain(
-    models: Mapping[str, tuple[Preprocessing, Embed]], folder: Folder, indices: Sequence[int], what: str, keep: Path | None = None
+    models: Mapping[str, tuple[Preprocessing, Embed]], folder: Folder, indices: Sequence[int], what: str, keep: Keep | None = None
 ) -> tuple[dict[str, Tensor], list[int]]:
     """Plain-view features of several models from one decoding of each image, with the device's own preprocessing.
 
     Returns (features (n, width) by model, the n indices that could be decoded, in their order). Several processes share the images and each gets all.
-    keep: a folder for finished parts, of these models and images alone: interrupted, the same call goes on after the last. Raises BingoError where no image
-    can be decoded.
+    keep: for finished parts, of these models and images alone: interrupted, the same call goes on after the last. Raises BingoError where no image can be
+    decoded, and for an image that a model makes no finite numbers of.
     """
     geometries = {name: model[0].geometry() for name, model in models.items()}
     distinct = [dict(items) for items in {tuple(geometry.items()) for geometry in geometries.values()}]
@@ -89,25 +104,36 @@ def plain(
             good = [(index, result) for index, result in islice(decoded, len(spans[start])) if not isinstance(result, ImageError)]
             if good:
                 stacks = [torch.from_numpy(np.stack(seen)) for seen in zip(*(result for _, result in good), strict=True)]
-                features = [run(stacks[distinct.index(geometries[name])]) for name, (_, run) in models.items()]
-                yield [torch.tensor([index for index, _ in good]), *features]
+                places = [index for index, _ in good]
+                features = {name: run(stacks[distinct.index(geometries[name])]) for name, (_, run) in models.items()}
+                for name, rows in features.items():
+                    _refuse_no_numbers(rows, name, folder, places)
+                yield [torch.tensor(places), *features.values()]
             advance(len(spans[start]))
+
+    def can_be_used_now(mine: Sequence[int], kept: list[int]) -> bool:
+        """Whether an image that could not be decoded when a part was kept can be now."""
+        bad = sorted({index for start in mine for index in spans[start]} - set(kept))
+        return any(not isinstance(result, ImageError) for _, result in decode_all(folder, bad, lambda pixels: None))
 
     def parts() -> Iterator[list[Tensor]]:
         with screen.bar(what, sum(map(len, spans.values()))) as advance:
             if keep is None or len(starts) <= PART:
                 yield from batches(starts, advance)
                 return
-            keep.mkdir(parents=True, exist_ok=True)
+            looks = {name: [keep.models[name], asdict(preprocessing)] for name, (preprocessing, _) in models.items()}
+            whole = made_of("embeddings", models=looks, images=folder.fingerprint(), places=str(hash_seed(*indices)))
+            home = keep.folder / whole.key
+            home.mkdir(parents=True, exist_ok=True)
             for mine in (starts[first : first + PART] for first in range(0, len(starts), PART)):
-                file = keep / f"{mine[0]:012d}-{mine[-1]:012d}.safetensors"
-                if checkpoint.is_sound(file):
-                    kinds = checkpoint.load(file)[0]
+                file = home / f"{mine[0]:012d}-{mine[-1]:012d}.safetensors"
+                kinds = checkpoint.load(file)[0] if checkpoint.is_sound(file, whole) else None
+                if kinds is not None and not can_be_used_now(mine, kinds["0"].tolist() if kinds else []):
                     made = [kinds[str(number)] for number in range(len(kinds))]
                     advance(sum(len(spans[start]) for start in mine))
                 else:
                     made = [torch.cat(kind) for kind in zip(*batches(mine, advance), strict=True)]
-                    checkpoint.save(file, {str(number): kind for number, kind in enumerate(made)})
+                    checkpoint.save(file, {str(number): kind for number, kind in enumerate(made)}, whole)
                 if made:
                     yield made
 
@@ -117,6 +143,15 @@ def plain(
             f"expected images in {folder.root}, found none that can be decoded; `bingo-compress check --data {folder.root}` says why"
         )
     return dict(zip(models, found[1:], strict=True)), found[0].tolist()
+
+
+def _refuse_no_numbers(rows: Tensor, name: str, folder: Folder, places: Sequence[int]) -> None:
+    """Raise BingoError if a row of `rows` (n, width), features of the images `places`, is not finite."""
+    bad = rows.isfinite().all(1).logical_not().nonzero()[:, 0].tolist()
+    if bad:
+        raise BingoError(
+            f"{name}: expected finite features, found infinite ones or NaN for {folder.path(places[bad[0]])}; are the model's weights whole?"
+        )
 
 
 def pixels_of(preprocessing: Preprocessing, folder: Folder, order: Sequence[int], count: int) -> Tensor:
@@ -232,13 +267,13 @@ class OnlineTargets:
 
 @torch.inference_mode()
 def store_features(encoder: Encoder, pixels: PixelStore, indices: Tensor, device: torch.device) -> Tensor:
-    """Features (n, width), on the CPU, of whole images of the pixel store, resized without crop: close to the plain view, and nothing is decoded.
+    """Features (n, width), on the CPU, of `plain_views` of the pixel store: close to those of the plain view, and nothing is decoded.
 
     Several processes share the images and each gets all.
     """
 
     def features(rows: Tensor) -> Tensor:
-        views = whole_images(pixels, rows, encoder.preprocessing.size).float().div_(255)
+        views = plain_views(pixels, rows, encoder.preprocessing).float().div_(255)
         found: Tensor = encoder(views.contiguous(memory_format=torch.channels_last))
         return found.float().cpu()
 
@@ -247,9 +282,12 @@ def store_features(encoder: Encoder, pixels: PixelStore, indices: Tensor, device
     return found
 
 
-def whole_images(pixels: PixelStore, indices: Tensor, size: int) -> Tensor:
-    """Whole images (B,) of the pixel store, resized without crop: uint8 (B, 3, size, size)."""
-    return pixels.crops(indices, torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(indices), 4), size)
+def plain_views(pixels: PixelStore, indices: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """What a model sees of images (B,), cut from the pixel store with its own crop: uint8 (B, 3, size, size)."""
+    aspect = pixels.aspect[indices]
+    share = torch.stack((1 / aspect, aspect), dim=1).clamp(max=1) * preprocessing.crop_pct  # of width and height
+    share = torch.ones_like(share) if preprocessing.crop_mode == "squash" else share.clamp(max=1)
+    return pixels.crops(indices, torch.cat((1 - share, 1 + share), dim=1) / 2, preprocessing.size)
 
 
 def hash_seed(*parts: object) -> int:

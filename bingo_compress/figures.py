@@ -60,13 +60,13 @@ def with_interval(key: str, values: Tensor) -> dict[str, Any]:
 
 
 def embedded(
-    models: Mapping[str, tuple[Preprocessing, embed.Embed]], folder: Folder, classes: list[str], what: str, keep: Path | None = None
+    models: Mapping[str, tuple[Preprocessing, embed.Embed]], folder: Folder, classes: list[str], what: str, keep: embed.Keep | None = None
 ) -> tuple[dict[str, Tensor], Tensor, list[int]]:
     """(features by model, labels as positions in `classes`, which files) of the images of a labelled folder that can be decoded; says how many cannot.
 
-    keep: as in `embed.plain`, of these models alone.
+    keep: as in `embed.plain`.
     """
-    features, good = embed.plain(models, folder, range(len(folder.files)), what, keep / folder.fingerprint()[:16] if keep else None)
+    features, good = embed.plain(models, folder, range(len(folder.files)), what, keep)
     if len(good) < len(folder.files) or folder.bad:
         screen.say(
             f"{len(folder.files) - len(good) + len(folder.bad):,} files in {folder.root} cannot be used and are left out; `bingo-compress check` names them"
@@ -80,7 +80,7 @@ def sides(
     bank_folder: Folder,
     test_folder: Folder | None,
     classes: list[str],
-    keep: Path | None = None,
+    keep: embed.Keep | None = None,
 ) -> Sides:
     """Every labelled image embedded by every model; without a test folder a quarter of each class of the bank is set aside. keep: as in `embedded`."""
     bank, labels, places = embedded(models, bank_folder, classes, "embed labelled images", keep)

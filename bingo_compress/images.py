@@ -144,7 +144,7 @@ def _stamp(path: Path) -> tuple[int, ...]:
 
 def _digest(path: Path) -> str:
     try:
-        return file_digest(path)
+        return file_digest(path) if path.is_file() else UNREADABLE  # a pipe would be waited for
     except OSError:  # whoever reads it will say so
         return UNREADABLE
 

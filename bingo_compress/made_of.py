@@ -13,8 +13,8 @@ from typing import Any
 from bingo_compress.errors import BingoError
 
 FORMATS = {
-    "pixels": 4,  # pictures as the store keeps them
-    "teacher": 4,  # the teacher's pass: plain views and augmented ones
+    "pixels": 4,  # pictures as the store keeps them, and which files are pictures
+    "teacher": 5,  # the teacher's pass: plain views and augmented ones
     "bags": 2,
     "embeddings": 2,  # plain views of several models, for checks and proofs
     "training": 3,  # the state of the loop

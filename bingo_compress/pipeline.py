@@ -180,9 +180,9 @@ def held_out_recall(run: run_dir.RunDir, models: Models, material: Material, dev
         return {}
     gallery = training[:: -(-len(training) // GALLERY_AT_MOST)]
     encoders = {"start": trained.load_start(models.recipe, run), "student": models.student}
-    key = run_dir.stage_key(images=material.folder.fingerprint(), **{name: embed.weights_digest(each) for name, each in encoders.items()})
     ready = {name: embed.as_embed(encoder, device) for name, encoder in encoders.items()}
-    order, keep = torch.cat((held, gallery)).tolist(), run.work / f"closing-{key}"
+    order = torch.cat((held, gallery)).tolist()
+    keep = embed.Keep(run.work, "closing", {name: embed.weights_digest(each) for name, each in encoders.items()})
     found, good = embed.plain(ready, material.folder, order, "check held-out images", keep)
     if len(good) < len(held) + len(gallery):
         raise BingoError(f"an image in {material.folder.root} changed during the run; start the command again with --resume")

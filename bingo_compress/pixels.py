@@ -19,7 +19,8 @@ from torch.nn.functional import interpolate
 from bingo_compress import augment, decoding, distributed, intake, meter, screen
 from bingo_compress.errors import BingoError
 from bingo_compress.images import Folder, decode_all, in_threads
-from bingo_compress.run_dir import atomic, drop_stale, need_space, stage_key, write_text
+from bingo_compress.made_of import made_of
+from bingo_compress.run_dir import atomic, drop_stale, need_space, write_text
 from bingo_compress.transfer import sent
 
 SHARD = 512  # images in a file, more in a large folder: a build goes on after the last whole one
@@ -131,8 +132,8 @@ def build(
     """
     streamed = wanted == "stream" or (wanted == "auto" and not _fits_the_disk(folder, side, work))
     stem = "sizes" if streamed else "pixels"
-    key = stage_key(images=folder.fingerprint(), side=side, layout=3)
-    shards = work / f"{stem}-{key}"
+    made = made_of("pixels", images=folder.fingerprint(), side=side)
+    shards = work / f"{stem}-{made.key}"
     each = max(SHARD, -(-len(folder.files) // SHARDS_AT_MOST))
     ranges = [range(start, min(start + each, len(folder.files))) for start in range(0, len(folder.files), each)]
     if distributed.rank() == 0:
@@ -178,7 +179,7 @@ def build(
         if streamed
         else _from_shards(shards, ranges, found, mapped=where != "disk")
     )
-    return PixelStore(torch.tensor(height), torch.tensor(width), torch.tensor(aspect), read, device, where, by_gpu, key), kept
+    return PixelStore(torch.tensor(height), torch.tensor(width), torch.tensor(aspect), read, device, where, by_gpu, made.key), kept
 
 
 def place(total: int, device: torch.device, wanted: str, memory: int, step: int = WORK) -> tuple[str, str]:
@@ -386,7 +387,9 @@ def _from_files(folder: Folder, side: int, sizes: list[tuple[int, int]]) -> Read
         try:
             pixels = _shrink(load_image(folder.path(image), at_least=side), side)[0]
         except ImageError as error:
+            folder.refuse_changed(image)
             raise decoding.changed(folder.path(image), str(error)) from None
+        folder.refuse_changed(image)
         if pixels.shape[:2] != sizes[image]:
             raise decoding.changed(folder.path(image), "it is another picture")
         return torch.from_numpy(pixels)[top:bottom]

@@ -14,9 +14,10 @@ from bingo_compress import augment, distributed, embed, screen
 from bingo_compress.encoder import Encoder
 from bingo_compress.errors import BingoError
 from bingo_compress.images import Folder, decode_all
+from bingo_compress.made_of import made_of
 from bingo_compress.matrices import Stored
 from bingo_compress.pixels import PixelStore
-from bingo_compress.run_dir import drop_stale, need_space, stage_key
+from bingo_compress.run_dir import drop_stale, need_space
 
 SHARD = 1024
 ROWS = 1024  # of a sample
@@ -55,15 +56,15 @@ def run(
     share them. of_features: views are backbone features, not embeddings. Raises BingoError when the disk is too small, and for an image that the teacher
     makes no numbers of.
     """
-    key = stage_key(
+    key = made_of(
+        "teacher",
         images=folder.fingerprint(),
         pictures=pixels.made_of,
         teacher=embed.weights_digest(teacher),
         preprocessing=asdict(teacher.preprocessing),
         scale_min=scale_min,
         of_features=of_features and teacher.projection is not None,
-        layout=4,
-    )
+    ).key
     stem = "teacher_features" if of_features and teacher.projection is not None else "teacher"
     shards = work / f"{stem}-{key}"
     distributed.from_first(lambda: drop_stale(work, stem, {shards.name}))

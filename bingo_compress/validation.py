@@ -90,12 +90,9 @@ def validate(
     if other:
         encoders["against"] = load_student(saved_recipe(other), other.student)
         models["against"] = embed.as_embed(encoders["against"], where)
-    made_from: dict[str, Any] = {
-        name: [embed.weights_digest(encoder), encoder.preprocessing.geometry()] for name, encoder in encoders.items()
-    }
-    made_from["files"] = {name: digests[name] for name in contracts}
-    keep = run.work / f"proof-{run_dir.stage_key(**made_from)}"
-    distributed.from_first(lambda: run_dir.drop_stale(run.work, "proof", {keep.name}))
+    made_from = {name: embed.weights_digest(encoder) for name, encoder in encoders.items()} | {name: digests[name] for name in contracts}
+    keep = embed.Keep(run.work, "proof", made_from)
+    distributed.from_first(lambda: run_dir.drop_stale(run.work, "proof", {keep.folder.name}))
     sides = figures.sides(models, bank_folder, test_folder, classes, keep)
 
     def judge() -> dict[str, Any]:

@@ -139,7 +139,7 @@ def _fitted(backbone: nn.Module, name: str, tensors: Tensors, where: str, left_o
     # timm's own conversion of upstream names and of position embeddings to this input size, where the model brings one.
     convert = getattr(__import__(type(backbone).__module__, fromlist=["x"]), "checkpoint_filter_fn", None)
     wanted = backbone.state_dict()
-    tensors = unchunked(tensors)
+    given = tensors = unchunked(tensors)
     if convert is not None and (set(tensors) != set(wanted) or misshapen(tensors, wanted)):
         with contextlib.suppress(Exception):  # not what it converts: the keys that do not fit are named below
             tensors = dict(convert(dict(tensors), backbone))
@@ -155,7 +155,30 @@ def _fitted(backbone: nn.Module, name: str, tensors: Tensors, where: str, left_o
     if wrong:
         raise BingoError(f"{where} does not fit {name}: {len(wrong)} tensors of another shape ({names(wrong)}); is it another model's?")
     _refuse_no_numbers(tensors, wanted, where)
+    _refuse_other_patches(given, wanted, name, where)
+    resized = [
+        f"{key} {tuple(given[key].shape)} to {tuple(value.shape)}" for key, value in wanted.items() if _resized(given.get(key), value)
+    ]
+    if resized:
+        screen.say(f"{where}: resized by timm for this input size: {names(resized)}; the size that the file was trained at may do better")
     return tensors
+
+
+def _resized(before: Tensor | None, after: Tensor) -> bool:
+    return before is not None and before.numel() != after.numel()
+
+
+def _refuse_other_patches(given: Tensors, wanted: Mapping[str, Tensor], name: str, where: str) -> None:
+    """timm's conversion would make patch embeddings of 16 pixels of those of 32: all weights fit then, and the features are wrong."""
+    patches = wanted.get("patch_embed.proj.weight")
+    if patches is not None and not any(
+        len(value) == len(patches) and value.numel() == patches.numel() for value in given.values() if value.ndim > 1
+    ):
+        theirs = given.get("patch_embed.proj.weight")
+        found = f"patches of {theirs.shape[-2]} x {theirs.shape[-1]}" if theirs is not None else "others"
+        raise BingoError(
+            f"{where}: {name} has patches of {patches.shape[-2]} x {patches.shape[-1]} pixels, found {found}: another model's weights"
+        )
 
 
 def _refuse_no_numbers(tensors: Tensors, wanted: Mapping[str, Tensor], where: str) -> None:

@@ -123,6 +123,11 @@ def pixel_store(count: int, side: int = 40) -> PixelStore:
     return store_of(list(pictures), torch.ones(count), CPU)
 
 
+def whole_images(store: PixelStore, indices: Tensor, size: int) -> Tensor:
+    """Whole images (B,) of a store, resized without crop: uint8 (B, 3, size, size)."""
+    return store.crops(indices, torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(indices), 4), size)
+
+
 def unit(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     """Random rows of length one, the last dimension being the vectors'."""
     generator = torch.Generator().manual_seed(embed.hash_seed("unit", seed, shape))

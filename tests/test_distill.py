@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CPU, Trained, dropping, encoder, kind_targets, pixel_store, recipe
+from helpers import CPU, Trained, dropping, encoder, kind_targets, pixel_store, recipe, whole_images
 
 from bingo_compress import augment, checkpoint, distill, meter
 from bingo_compress.bagging import knn
 from bingo_compress.batches import AHEAD
-from bingo_compress.embed import OnlineTargets, StoredTargets, TargetSpace, target_space, whole_images
+from bingo_compress.embed import OnlineTargets, StoredTargets, TargetSpace, target_space
 from bingo_compress.errors import BingoError
 from bingo_compress.frugal import Frugal
 from bingo_compress.losses import Batch, Bingo

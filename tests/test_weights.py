@@ -130,6 +130,21 @@ def test_a_quantised_models_integers_are_refused(tmp_path: Path) -> None:
     assert "expected floating-point weights" in message and "layer1.0.conv1.weight torch.int8" in message and "is it quantised?" in message
 
 
+def test_resized_position_embeddings_are_said(tmp_path: Path, printed: io.StringIO) -> None:
+    file = saved(trained("test_vit").state_dict(), tmp_path / "w.pth")
+    build("test_vit", 160, file, OPTION)
+    assert "resized" not in printed.getvalue()
+    build("test_vit", 64, file, OPTION)
+    assert "resized by timm for this input size: pos_embed (1, 101, 64) to (1, 17, 64);" in printed.getvalue()
+
+
+def test_patches_of_another_size_are_refused(tmp_path: Path) -> None:
+    """timm's own conversion resamples them: everything fits, and the features are wrong."""
+    file = saved(trained("test_vit", patch_size=32).state_dict(), tmp_path / "w.pth")
+    message = refusal("test_vit", file)
+    assert "test_vit has patches of 16 x 16 pixels, found patches of 32 x 32: another model's weights" in message
+
+
 def test_counters_of_batch_norm_may_be_missing(tmp_path: Path) -> None:
     source = trained("test_resnet")
     tensors = {key: value for key, value in source.state_dict().items() if not key.endswith("num_batches_tracked")}
