@@ -23,16 +23,17 @@ from bingo_compress import (
     probes,
     run_dir,
     screen,
+    trained,
 )
-from bingo_compress.encoder import Encoder, Preprocessing, build
+from bingo_compress.encoder import Encoder, Preprocessing
 from bingo_compress.errors import BingoError
 from bingo_compress.exporters.onnx import onnx_runner
 from bingo_compress.figures import Sides
 from bingo_compress.made_of import file_digest
-from bingo_compress.pipeline import Models, build_student, choose_device, load_student, saved_recipe
+from bingo_compress.pipeline import choose_device, saved_recipe
 from bingo_compress.proof_table import NAMES as NAMES
 from bingo_compress.proof_table import show
-from bingo_compress.recipe import Recipe
+from bingo_compress.trained import Models, build_student, load_student
 
 REQUIRED = ("knn", "linear", "linear_balanced", "neighbour_recall")  # what a threshold may be set on
 
@@ -77,11 +78,11 @@ def validate(
     digests = {name: file_digest(file) for name, file in sources.items() if file.exists()}
     contracts = {name: _contract(run, name, digests["student"]) for name in digests if name in exported.NAMES}
     digests |= {name: contract["sha256"] for name, contract in contracts.items()}
-    teacher = _teacher(recipe)
+    teacher = trained.load_teacher(recipe, run)
     student = load_student(recipe, run.student)
     trainable = {"student": student}
     if run.start.exists():
-        trainable["start"] = load_student(recipe, run.start)
+        trainable["start"] = trained.load_start(recipe, run)
     trainable["random"] = build_student(recipe, "random", "random row")
     encoders = {"teacher": teacher} | trainable
     models = {name: embed.as_embed(encoder, where) for name, encoder in encoders.items()}
@@ -162,11 +163,6 @@ def _refuse_under(least: dict[str, float], rows: Sequence[dict[str, Any]]) -> No
     if any(under.values()):
         each = "; ".join(f"{file} with {', '.join(figures)}" for file, figures in under.items() if figures)
         raise BingoError(f"--require: below what is asked for: {each}", 3)
-
-
-def _teacher(recipe: Recipe) -> Encoder:
-    torch.manual_seed(embed.hash_seed("teacher"))
-    return build(recipe.teacher, recipe.teacher_size, recipe.teacher_weights, "--teacher-weights")
 
 
 def _contract(run: run_dir.RunDir, name: str, student: str) -> dict[str, Any]:
