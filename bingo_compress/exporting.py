@@ -22,6 +22,7 @@ from bingo_compress.trained import load_student
 FORMATS = ("onnx", "onnx-int8", "all")
 GALLERY = 512  # images that an int8 file is judged on
 GALLERY_LEAST = 256
+LEAST_INT8 = 12  # images, calibration and gallery together
 COPIES, COPIES_INT8 = 3, 8  # of the weights that are on the disk at once, at most
 TIMED = 100  # runs of each file, for the model card
 WAYS = "try --finetune, a larger --image-size, or a student that quantises well (EfficientNet-Lite, MobileNetV4-conv, ResNet)"
@@ -56,6 +57,7 @@ def export(
         raise BingoError(f"{'--labels' if labels else '--finetune'}: expected --format onnx-int8 or all beside it, found onnx")
     if test and not labels:
         raise BingoError("--test: expected --labels beside it, found none")
+    labelled = gate.open_labelled(labels, test) if labels else None
     run = run_dir.open_finished(run_path)
     if out is None or out.resolve() == run.export.resolve():
         run_dir.hold(run.path, "--run")
@@ -67,6 +69,11 @@ def export(
     if finetune:  # at least half of the images are left to train on
         order = order[: min(CALIBRATION + GALLERY, len(order) // 2)]
     pixels = embed.pixels_of(student.preprocessing, folder, order, IMAGES if fmt == "onnx" else CALIBRATION + GALLERY)
+    if fmt != "onnx" and len(pixels) < LEAST_INT8:
+        more = " (half of the folder, the other is for --finetune)" if finetune else ""
+        raise BingoError(
+            f"--format {fmt}: expected at least {LEAST_INT8} images to quantise and judge by, found {len(pixels)}{more}; add images"
+        )
     target = (out or run.export) / exported.NAMES["onnx"]
     int8_target = target.with_name(exported.NAMES["onnx-int8"])
     try:
@@ -84,7 +91,7 @@ def export(
         if fmt != "onnx-int8":
             float_file = _put(float_file, target)
         if fmt != "onnx":
-            judges = gate.make_gate(float_file, _gallery(pixels), student.preprocessing, labels, test, max_loss)
+            judges = gate.make_gate(float_file, _gallery(pixels), student.preprocessing, labelled, max_loss)
 
             def tuned() -> Path:
                 apart = {*folder.only(order).digests, *judges.labelled}
@@ -97,7 +104,7 @@ def export(
             except BingoError as error:
                 if error.exit_status == REFUSED:
                     exported.drop(int8_target, "what was to take its place is refused")
-                    _close(run, target.parent)
+                _close(run, target.parent)
                 raise
     _close(run, target.parent)
     files = {"onnx": [target], "onnx-int8": [int8_target], "all": [target, int8_target]}[fmt]
@@ -193,8 +200,7 @@ def _int8(float_file: Path, calibration: Tensor, wanted: Form, work: Path, judge
         "rung": rung.name,
         "left_in_float": list(rung.left),
         "gate": chosen | reported,
-        "float_sha256": contract.pop("sha256"),
-        "float_bytes": contract.pop("bytes"),
+        **{f"float_{key}": contract.pop(key) for key in ("sha256", "bytes", "parity")},
     }
     target = work / exported.NAMES["onnx-int8"]
     contract = publish(file, target, contract, wanted)

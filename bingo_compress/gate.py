@@ -20,6 +20,7 @@ LEAST_RECALL = 0.80
 MAX_LOSS = 0.5  # points of accuracy
 CHOOSE_SHARE = 0.25  # of each class of --labels that is in the bank
 
+Labels = tuple[images.Folder, images.Folder | None]  # the bank, and the test images where these have a folder of their own
 Accuracies = dict[str, dict[str, float]]  # of "knn" and "linear": {"float": .., "int8": ..}
 
 
@@ -32,21 +33,19 @@ class Gate(NamedTuple):
     labelled: set[str]
 
 
-def make_gate(
-    float_file: Path, gallery: Tensor, preprocessing: Preprocessing, labels: Path | None, test: Path | None, max_loss: float
-) -> Gate:
-    """What compares a quantised file with `float_file`. gallery: uint8 (n, S, S, 3), images that no range was found on.
+def make_gate(float_file: Path, gallery: Tensor, preprocessing: Preprocessing, labels: Labels | None, max_loss: float) -> Gate:
+    """What compares a quantised file with `float_file`. gallery: uint8 (n, S, S, 3), images that no range was found on; labels: of `open_labelled`.
 
     Figures of `choose`: mean and smallest cosine of the two embeddings of an image; share of an image's k nearest others in `gallery` that stay its nearest,
-    k at most a tenth of them; with a folder of `labels`, kNN and linear accuracy on a part of each of its classes. Of `report`, with `labels`: the same two
-    accuracies on `test` (without: a quarter of each class of `labels`, set aside from the start). Always with the float file's own bank and head, as
+    k at most a tenth of them; with `labels`, kNN and linear accuracy on a part of each of its classes. Of `report`, with `labels`: the same two
+    accuracies on the test images (without a folder of these: a quarter of each class, set aside from the start). Always with the float file's own bank and head, as
     the int8 file is to take its place. They name those below the gate: LEAST_COSINE, LEAST_RECALL, `max_loss` points of accuracy. Raises BingoError.
     """
     exact = onnx_runner(float_file)
     embedded = exact(gallery)[0]
     k = max(1, min(probes.RECALL_K, len(gallery) // 10))
     near = mates(embedded, k, Search("exact"))[0]
-    labelled = _labelled(float_file, preprocessing, labels, test) if labels else None
+    labelled = _labelled(float_file, preprocessing, labels) if labels else None
 
     def choose(file: Path) -> tuple[dict[str, Any], list[str]]:
         found = onnx_runner(file)(gallery)[0]
@@ -98,13 +97,20 @@ class _Labelled(NamedTuple):
     tests: int
 
 
-def _labelled(float_file: Path, preprocessing: Preprocessing, labels: Path, test: Path | None) -> _Labelled:
-    """The accuracies to choose by and those to report, the sha256 of the images behind both, and how many are reported on. Raises BingoError."""
+def open_labelled(labels: Path, test: Path | None) -> Labels:
+    """The folders of --labels and --test. Raises BingoError where one has no classes, or the second others than the first."""
     bank_folder = images.list_folder(labels, "--labels")
-    classes, _ = images.labels_of(bank_folder)
+    images.labels_of(bank_folder)
     test_folder = images.list_folder(test, "--test") if test else None
     if test_folder:
         images.refuse_other_classes(bank_folder, test_folder, "--labels")
+    return bank_folder, test_folder
+
+
+def _labelled(float_file: Path, preprocessing: Preprocessing, labels: Labels) -> _Labelled:
+    """The accuracies to choose by and those to report, the sha256 of the images behind both, and how many are reported on. Raises BingoError."""
+    bank_folder, test_folder = labels
+    classes, _ = images.labels_of(bank_folder)
     exact = onnx_runner(float_file)
     sides = figures.sides({"float": (preprocessing, lambda batch: exact(batch)[1])}, bank_folder, test_folder, classes)
     bank, labelled_as, places = sides.bank["float"], sides.labels, torch.tensor(sides.places)
@@ -112,7 +118,7 @@ def _labelled(float_file: Path, preprocessing: Preprocessing, labels: Path, test
     aside = _part(labelled_as, contents)
     if len(labelled_as[~aside].unique()) < len(labelled_as.unique()):
         raise BingoError(
-            f"--labels: expected {'two' if test else 'three'} different images or more in every class of {labels}, "
+            f"--labels: expected {'two' if test_folder else 'three'} different images or more in every class of {bank_folder.root}, "
             "so that a file can be chosen by one and not the others; add images"
         )
     tests = [sides.query_folder.digests[place] for place in sides.query_places]

@@ -239,7 +239,7 @@ def _files(files: Sequence[Mapping[str, Any]]) -> list[str]:
     for contract in files:
         onnx, parity = contract["onnx"], contract.get("parity")
         checked = "-"
-        if parity and "int8" not in contract:  # an int8 file's contract brings the parity of the float file that it was made of
+        if parity:
             checked = f"{parity['images']:,} images: largest difference {parity['max_difference']:.1g}, smallest cosine {parity['min_cosine']:.6f}"
         rows.append(
             [
@@ -255,6 +255,8 @@ def _files(files: Sequence[Mapping[str, Any]]) -> list[str]:
     whole = [contract for contract in files if "int8" in contract]
     if not whole:
         return blocks
+    there = {contract["sha256"] for contract in files if contract not in whole}
+    absent = any(there and contract["int8"].get("float_sha256") not in there for contract in whole)
     rows = []
     for contract in whole:
         gate = contract["int8"]["gate"]
@@ -263,7 +265,8 @@ def _files(files: Sequence[Mapping[str, Any]]) -> list[str]:
         rows.append([_name(contract), plain(contract["int8"]["rung"]), *figures, *probed])
     return [
         *blocks,
-        "What int8 costs against the float file, on the images of the gate that it had to pass:",
+        f"What int8 costs against the float file{' that it was made of, which is not the one above' if absent else ''}, on the images of the gate that it "
+        "had to pass; kNN and linear on test images that chose nothing:",
         _table(("", "how", "images", "mean cosine", "neighbour recall", "kNN, float to int8", "linear, float to int8"), rows),
     ]
 

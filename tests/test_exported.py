@@ -14,7 +14,7 @@ import torch
 from bingo_edge import EdgeError, load_head
 from helpers import encoder, interrupted_at, photos, untrained_run
 
-from bingo_compress import embed, exported, exporting, latency, pipeline, run_dir
+from bingo_compress import checkpoint, embed, exported, exporting, latency, pipeline, run_dir, trained
 from bingo_compress.errors import BingoError
 from bingo_compress.exporters import onnx as exporter
 from bingo_compress.exporters.onnx import REFUSED
@@ -244,7 +244,9 @@ def test_without_an_exported_file_the_student_is_asked_and_that_is_said(run: run
 
 def test_a_file_of_another_student_is_refused_before_anything(run: run_dir.RunDir, made: Path, bingo: Any) -> None:
     recipe = pipeline.saved_recipe(run)
-    pipeline.save_student(encoder("test_efficientnet", 32, seed=5), run.student, recipe)
+    made_of = checkpoint.made_of(run.student)
+    assert made_of
+    trained.save_student(encoder("test_efficientnet", 32, seed=5), run.student, recipe, made_of)
     ran = bingo("validate", "--run", run.path, "--data", made.parent / "photos")
     assert ran.status == 2 and len(ran.err.splitlines()) == 1
     assert f"expected a file exported from the run's student (sha256 {file_digest(run.student)})" in ran.err and "export again" in ran.err

@@ -53,7 +53,7 @@ def test_choosing_looks_at_labels_alone_and_reporting_at_test_alone(model: Path,
         asked.append((folder.root.name, {folder.digests[place] for place in order}))
         return real(models, folder, order, *rest)
 
-    judges = gate.make_gate(model, GALLERY, SEEN, labels, test, 0.5)
+    judges = gate.make_gate(model, GALLERY, SEEN, gate.open_labelled(labels, test), 0.5)
     monkeypatch.setattr(embed, "plain", recorded)
     told, missed = judges.choose(model)
     assert missed == [] and [root for root, _ in asked] == ["labels"]
@@ -76,18 +76,18 @@ def test_without_a_test_folder_three_parts_of_labels_do_not_meet(model: Path, tm
         parts.append({folder.digests[place] for place in order})
         return real(models, folder, order, *rest)
 
-    judges = gate.make_gate(model, GALLERY, SEEN, labels, None, 0.5)
+    judges = gate.make_gate(model, GALLERY, SEEN, gate.open_labelled(labels, None), 0.5)
     monkeypatch.setattr(embed, "plain", recorded)
     judges.choose(model)
     judges.report(model)
     assert judges.labelled == parts[0] | parts[1] and judges.labelled < contents(labels)
     lonely = photos(tmp_path / "lonely", 2)
     with pytest.raises(BingoError, match="--labels: expected three different images or more in every class"):
-        gate.make_gate(model, GALLERY, SEEN, lonely, None, 0.5)
+        gate.make_gate(model, GALLERY, SEEN, gate.open_labelled(lonely, None), 0.5)
 
 
 def test_without_labels_there_is_nothing_to_report(model: Path) -> None:
-    judges = gate.make_gate(model, GALLERY, SEEN, None, None, 0.5)
+    judges = gate.make_gate(model, GALLERY, SEEN, None, 0.5)
     assert judges.report(model) == ({}, []) and judges.labelled == set()
     assert judges.choose(model)[1] == []
 
@@ -107,6 +107,16 @@ def test_a_chosen_file_below_the_gate_on_the_test_images_is_refused_and_no_furth
     with pytest.raises(BingoError, match="first passed where it was chosen, but on the test images misses knn accuracy") as caught:
         exporting._int8(model, GALLERY, PROFILES["modern"], tmp_path, judges, lambda: pytest.fail("trained"))
     assert caught.value.exit_status == REFUSED and climbed == ["ladder"]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"), [({"labels": "nowhere"}, "--labels"), ({}, "--format all: expected at least 12 images .* found 9")]
+)
+def test_what_int8_cannot_be_judged_by_is_refused_before_a_float_file_is_written(given: dict[str, str], said: str, tmp_path: Path) -> None:
+    run = untrained_run(tmp_path, 3)
+    with pytest.raises(BingoError, match=said):
+        exporting.export(run.path, fmt="all", **{key: tmp_path / value for key, value in given.items()})
+    assert not run.export.exists()
 
 
 # ---------------------------------------------------------------- fine-tuning

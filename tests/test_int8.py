@@ -247,9 +247,8 @@ def test_features_that_a_layer_gives_directly_are_not_rounded(tmp_path: Path) ->
 
 def judged(float_file: Path, other: Path, gallery: torch.Tensor, **labels: Any) -> tuple[dict[str, Any], list[str]]:
     student = encoder("test_efficientnet", SIZE)
-    judges = gate.make_gate(
-        float_file, gallery, student.preprocessing, labels.get("labels"), labels.get("test"), labels.get("max_loss", 0.5)
-    )
+    folders = gate.open_labelled(labels["labels"], labels["test"]) if labels else None
+    judges = gate.make_gate(float_file, gallery, student.preprocessing, folders, labels.get("max_loss", 0.5))
     told, missed = judges.choose(other)
     reported, under = judges.report(other)
     assert {*told} & {"knn", "linear"} == {*reported} & {"knn", "linear"}
