@@ -28,7 +28,8 @@ from stale_world import CLASSES, WRITTEN, Command, Ended, Pictures, World, diffe
 RUNS = ("a", "b")
 KEPT = 60  # clean folders on the disk at once
 SAID = re.compile(
-    r"\b(again|anew|earlier|older|other|another|stale|chang|differ|does not fit|not of|no longer|remov|delet|damaged|warning|instead|copies)", re.I
+    r"\b(again|anew|earlier|older|other|another|stale|chang|differ|does not fit|not of|no longer|remov|delet|damaged|warning|instead|copies)",
+    re.I,
 )
 REFUSED = (2, 3)
 
@@ -62,11 +63,14 @@ class Fuzzer:
             folder.mkdir(parents=True)
         self.known: dict[tuple[Any, ...], tuple[Ended, dict[str, Any]]] = {}
         self.folders: dict[tuple[Any, ...], Path] = {}
-        self.commands = 0
+        self.commands, self.seconds = Counter[str](), Counter[str]()
 
     def fork(self, line: list[str], killed_at: int = 0) -> Ended:
-        self.commands += 1
-        return run(line, self.home / "log", self.kept, killed_at)
+        ended = run(line, self.home / "log", self.kept, killed_at)
+        name = line[1 if line[0] == "bingo-edge" else 0]
+        self.commands[name] += 1
+        self.seconds[name] += ended.seconds
+        return ended
 
     def sequence(self, number: int, seed: int, length: int) -> tuple[Verdict, list[str]]:
         """A whole sequence: the verdict on its last command, and all of it in words."""
@@ -101,7 +105,9 @@ class Fuzzer:
             f"{two} replaced by a copy of {one}": lambda: "distill" in held[one].steps and _copied(here, other),
             f"{one}/work deleted": lambda: (here / "work").is_dir() and not shutil.rmtree(here / "work"),
             f"{one}/export/student.onnx deleted": lambda: _deleted(here / "export" / "student.onnx"),
-            f"{two}/export/student.onnx replaced by that of {one}": lambda: _copied(*(it / "export" / "student.onnx" for it in (here, other))),
+            f"{two}/export/student.onnx replaced by that of {one}": lambda: _copied(
+                *(it / "export" / "student.onnx" for it in (here, other))
+            ),
             f"{two}/export replaced by that of {one}": lambda: "export" in held[two].steps and _copied(here / "export", other / "export"),
             f"{two}/export/linear.npz replaced by that of {one}": lambda: _copied(*(it / "export" / "linear.npz" for it in (here, other))),
         }
@@ -242,7 +248,14 @@ def draw(random: np.random.Generator, held: dict[str, Held], *, last: bool) -> t
     kind = str(random.choice(names, p=weights / weights.sum()))
     if kind == "compare":
         methods = pick("bingo,seed", "seed,bingo", "bingo,bingo:bag_size=1", "seed,seed:temperature=0.1")
-        settings = {"methods": methods, "seeds": pick("0", "0,1"), "epochs": 2, "image_size": 32, "test": pick("", "test"), "start": pick("file", "")}
+        settings = {
+            "methods": methods,
+            "seeds": pick("0", "0,1"),
+            "epochs": 2,
+            "image_size": 32,
+            "test": pick("", "test"),
+            "start": pick("file", ""),
+        }
         return Command(kind, "c", ()).but(**settings, how=pick("", "", "", "overwrite")), 0
     if kind == "distill":
         place = pick(*RUNS)
@@ -340,14 +353,18 @@ def fuzz(home: Path, numbers: list[int], seed: int, length: int, over: Callable[
                 print(f"    {line}", flush=True)
         if done % 10 == 0 or over():
             seconds = time.monotonic() - began
-            print(f"{done} of {len(numbers)} sequences, {seconds:.0f} s, {seconds / fuzzer.commands:.2f} s a command: {dict(counts)}", flush=True)
+            print(
+                f"{done} of {len(numbers)} sequences, {seconds:.0f} s, {seconds / fuzzer.commands.total():.2f} s a command: {dict(counts)}",
+                flush=True,
+            )
         if over():
             break
     differences = sum(counts[kind] for kind in ("refused", "said", "not said"))
     return {
         "asked": len(numbers),
         "sequences": sum(counts.values()),
-        "commands": fuzzer.commands,
+        "commands": dict(fuzzer.commands),
+        "cpu_seconds": {name: round(value, 1) for name, value in fuzzer.seconds.items()},
         "differences": differences,
         "not_said": counts["not said"],
         "broken": counts["broken"],

@@ -19,7 +19,7 @@ import numpy as np
 import onnxruntime.quantization  # noqa: F401 - imported before the fork, as all below
 import onnxscript  # noqa: F401
 import torch
-import torch.onnx._internal.exporter._core  # noqa: F401
+import torch.onnx._internal.exporter._core
 from bingo_edge import cli as edge
 from helpers import encoder, flags, photo
 from PIL import Image
@@ -33,7 +33,22 @@ PATIENCE = 90.0  # seconds until a command counts as hung
 WRITTEN = 1_700_000_000
 CLASSES = 3
 # Of no meaning for a result: where and when it was made, and by what.
-NOT_COMPARED = ("second", "time", "date", "version", "run_id", "sha256", "digest", "made_of", "key", "bytes", "memory", "machine", "finished", "path")
+NOT_COMPARED = (
+    "second",
+    "time",
+    "date",
+    "version",
+    "run_id",
+    "sha256",
+    "digest",
+    "made_of",
+    "key",
+    "bytes",
+    "memory",
+    "machine",
+    "finished",
+    "path",
+)
 
 
 class Pictures(NamedTuple):
@@ -72,10 +87,11 @@ class Command(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """Exit status (minus the signal's number; None: it hung), and what was on screen."""
+    """Exit status (minus the signal's number; None: it hung), what was on screen, and the CPU seconds that it took."""
 
     status: int | None
     told: str
+    seconds: float = 0.0
 
 
 def first_world() -> World:
@@ -167,9 +183,9 @@ def run(line: list[str], log: Path, kept: Path, killed_at: int = 0) -> Ended:
         _command(line, log, kept, killed_at)
     until = time.monotonic() + PATIENCE
     while time.monotonic() < until:
-        found, status = os.waitpid(child, os.WNOHANG)
+        found, status, used = os.wait4(child, os.WNOHANG)
         if found:
-            return Ended(os.waitstatus_to_exitcode(status), log.read_text(errors="replace"))
+            return Ended(os.waitstatus_to_exitcode(status), log.read_text(errors="replace"), used.ru_utime + used.ru_stime)
         time.sleep(0.005)
     os.killpg(child, signal.SIGKILL)
     os.waitpid(child, 0)
@@ -226,7 +242,7 @@ def _quicken(patched: contextlib.ExitStack, kept: Path) -> None:
     patched.enter_context(mock.patch.object(torch.onnx, "export", once))
     if hasattr(latency, "_fresh"):
         fresh = {"load_ms": 1.0, "baseline_bytes": 1, "peak_bytes": 2}
-        patched.enter_context(mock.patch.object(latency, "_fresh", lambda _: dict(fresh)))
+        patched.enter_context(mock.patch.object(latency, "_fresh", return_value=fresh))
     for name, value in {"BATCH": 8, "PART": 1}.items():  # several parts to a stage, of so few pictures
         if hasattr(embed, name):
             patched.enter_context(mock.patch.object(embed, name, value))
