@@ -131,7 +131,7 @@ class Fuzzer:
             kind = "refused" if clean.status == 0 else "same"
             return Verdict(kind, (next((line for line in live.told.splitlines() if "error:" in line), live.told[-300:]),))
         try:
-            found = self.result_of(command, live, self.live, world)
+            found = result(command, live, self.live, world, self.live / "world", self.fork)
         except (OSError, ValueError, KeyError) as error:
             return Verdict("broken", (f"status 0, but no result: {type(error).__name__}: {error}",))
         tolerance = 0.0 if command.kind in ("distill", "compare") else 1e-3 if command.kind == "validate" else 1e-4
@@ -169,9 +169,6 @@ class Fuzzer:
         for old in list(self.folders.values())[:-KEPT]:
             shutil.rmtree(old, ignore_errors=True)
         return ended, made
-
-    def result_of(self, command: Command, ended: Ended, root: Path, world: World) -> dict[str, Any]:
-        return result(command, ended, root, world, root / "world", self.fork)
 
 
 def _without_numbers(line: str) -> str:
