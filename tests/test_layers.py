@@ -10,10 +10,10 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     "errors families distributed memory processor stopping transfer",
     "made_of",
-    "recipe run_dir layouts",
-    "screen feature_queue losses schedule augment chart evidence meter",
+    "recipe run_dir layouts kernels",
+    "screen feature_queue losses schedule chart evidence meter",
     "weights",
-    "images encoder checkpoint frugal speed profiling matrices golden latency",
+    "augment images encoder checkpoint frugal speed profiling matrices golden latency",
     "decoding intake",
     "pixels neighbours",
     "bagging",
