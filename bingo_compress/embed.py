@@ -146,8 +146,8 @@ def plain(
 
 
 def _refuse_no_numbers(rows: Tensor, name: str, folder: Folder, places: Sequence[int]) -> None:
-    """Raise BingoError if a row of `rows` (n, width), features of the images `places`, is not finite."""
-    bad = rows.isfinite().all(1).logical_not().nonzero()[:, 0].tolist()
+    """Raise BingoError if a row of `rows` (n, ...), what a model makes of the images `places`, is not finite."""
+    bad = rows.reshape(len(rows), -1).isfinite().all(1).logical_not().nonzero()[:, 0].tolist()
     if bad:
         raise BingoError(
             f"{name}: expected finite features, found infinite ones or NaN for {folder.path(places[bad[0]])}; are the model's weights whole?"

@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from helpers import CPU, command, encoder, flags, photos, recipe
 
-from bingo_compress import checkpoint, compare, distill, embed, held_out, images, pipeline, probes
+from bingo_compress import checkpoint, compare, distill, embed, held_out, images, pipeline, probes, teacher_pass
 from bingo_compress.chart import dots
 from bingo_compress.distill import plan
 from bingo_compress.errors import BingoError
@@ -67,7 +67,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
                 passes[name] += 1
                 return real(*given)
 
-            patch.setattr(embed, name, partial(counted, getattr(embed, name), name))
+            patch.setattr(teacher_pass, name, partial(counted, getattr(teacher_pass, name), name))
         table = compare.compare(base, data, None, METHODS, [0, 1], root / "out")
         yield World(data, base, root / "out", table, dict(passes))
 

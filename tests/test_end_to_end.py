@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from helpers import Ran, bad_files, encoder, flags, interrupted_at, photos, recipe
 
-from bingo_compress import demo, distill, embed, pixels, speed
+from bingo_compress import demo, distill, pixels, speed, teacher_pass
 from bingo_compress.bagging import knn
 from bingo_compress.cli import main
 from bingo_compress.material import split
@@ -270,7 +270,7 @@ def test_overwrite_uses_stored_pixels_and_embeddings_again(
 ) -> None:
     monkeypatch.setattr(pixels, "_fill", lambda *_: pytest.fail("decoded again"))
     for shard in ("_plain_shard", "_view_shard"):
-        monkeypatch.setattr(embed, shard, lambda *_: pytest.fail("embedded again"))
+        monkeypatch.setattr(teacher_pass, shard, lambda *_: pytest.fail("embedded again"))
     (run / "export").mkdir()
     (run / "export" / "student.onnx").write_bytes(b"of the old run")
     ran = bingo("distill", *flags(data=world["data"], epochs=1), "--out", run, "--overwrite")
