@@ -20,6 +20,7 @@ from bingo_compress.intake import report, take
 from bingo_compress.matrices import Rows
 from bingo_compress.recipe import RESUME_MAY_CHANGE, Recipe, load_recipe, recipe_text
 from bingo_compress.resolving import resolve, use_threads
+from bingo_compress.unread import unread
 
 HELD_OUT_AT_MOST = 1000
 GALLERY_AT_MOST = 20_000
@@ -189,7 +190,7 @@ def bag_facts(recipe: Recipe, bags: Tensor, material: Material, labels: Tensor |
 def describe_bags(recipe: Recipe, facts: dict[str, float], images: int) -> str:
     """One line for the screen of what `bag_facts` found in a training set of `images`."""
     if not facts:
-        return f"bags: {'rebuilt from the student' if loss_of(recipe).mates else 'none'} in method {recipe.method}"
+        return f"bags: {'none' if 'bag_size' in unread(recipe) else 'rebuilt from the student'} in method {recipe.method}"
     by = neighbours.Search(recipe.search, choose_device(recipe.device)).describe(images)
     line = f"bags: {recipe.bags} by {by}, {facts['size_mean']:.1f} mates on average ({facts['size_least']:.0f}-{facts['size_most']:.0f})"
     line += f", {facts['empty']:.0%} empty" if facts["empty"] else ""
@@ -268,9 +269,10 @@ def header(models: Models, folder: images.Folder, device: torch.device, recipe: 
     targets = "an online teacher" if recipe.views == "online" else f"{recipe.views} stored views an image"
     method = f"bingo ({recipe.variant})" if recipe.method == "bingo" else recipe.method
     source = targets if loss_of(recipe).teacher else "the student's own moving average"
-    screen.say(
-        f"method: {method}, bags: {recipe.bags} of {recipe.bag_size}, temperature {recipe.temperature}, targets from {source}, {recipe.epochs} epochs"
-    )
+    idle = unread(recipe)
+    bags = "" if "bags" in idle else f", bags: {recipe.bags}" + ("" if "bag_size" in idle else f" of {recipe.bag_size}")
+    tau = "" if "temperature" in idle else f", temperature {recipe.temperature}"
+    screen.say(f"method: {method}{bags}{tau}, targets from {source}, {recipe.epochs} epochs")
 
 
 def step_memory(recipe: Recipe, student: Encoder, count: int, device: torch.device) -> int:

@@ -346,7 +346,7 @@ def test_keep_best_leaves_the_student_of_the_best_check(bingo: Any, world: dict[
 
 @pytest.mark.parametrize("method", ["moco", "self", "simreg"])
 def test_another_method_runs_to_the_end(method: str, bingo: Any, world: dict[str, Any], tmp_path: Path) -> None:
-    ran = bingo("distill", *flags(data=world["data"], epochs=1), "--method", method, "--out", tmp_path / "run")
+    ran = bingo("distill", *flags(data=world["data"], epochs=1, method=method), "--out", tmp_path / "run")
     assert ran.status == 0, ran.err
     assert ("moving average" in ran.out) == (method != "simreg")
     assert not equal(weights(tmp_path / "run"), weights(world["run"]))
