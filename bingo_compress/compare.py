@@ -1,7 +1,6 @@
 """Several methods side by side on one folder: shared stages, equal student passes, several seeds, one table."""
 
 import csv
-import hashlib
 import io
 import json
 import math
@@ -14,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from torch import Tensor
 
@@ -23,19 +23,13 @@ from bingo_compress.distill import loss_of, plan
 from bingo_compress.encoder import Encoder
 from bingo_compress.errors import BingoError
 from bingo_compress.images import Folder
-from bingo_compress.pipeline import (
-    Material,
-    Models,
-    bag_facts,
-    build_models,
-    choose_device,
-    make_bags,
-    prepare,
-    train,
-)
+from bingo_compress.made_of import FORMATS, MadeOf, file_digest, made_of
+from bingo_compress.material import Material, bag_facts, make_bags, prepare
+from bingo_compress.pipeline import choose_device, train
 from bingo_compress.pixels import store_side
-from bingo_compress.recipe import Recipe
+from bingo_compress.recipe import WORDS, Recipe, deciding
 from bingo_compress.resolving import resolve_names, use_threads
+from bingo_compress.trained import Models, build_models
 
 FIGURES = ("knn", "linear", "neighbour_recall")
 TITLES = {"knn": "kNN", "linear": "linear", "neighbour_recall": f"recall@{probes.RECALL_K}"}
@@ -91,25 +85,25 @@ def compare(
         for seed in seeds:
             recipe = arm.recipe.model_copy(update={"seed": seed})
             name = f"{_file_name(arm.name)}-seed{seed}"
-            trained, judged = out / "runs" / f"{name}.student.safetensors", out / "runs" / f"{name}.figures.safetensors"
-            key = run_dir.stage_key(recipe=recipe.model_dump(), weights=_weights(recipe), images=folder.fingerprint())
-            judged_key = run_dir.stage_key(student=key, bank=bank.fingerprint(), test=tested.fingerprint() if tested else "")
-            if _key(judged) != judged_key:
+            student, judged = out / "runs" / f"{name}.student.safetensors", out / "runs" / f"{name}.figures.safetensors"
+            made = _made_of(recipe, folder, device)
+            of_figures = made_of("figures", arm=made.key, bank=bank.fingerprint(), test=tested.fingerprint() if tested else "")
+            if not checkpoint.is_sound(judged, of_figures):
                 screen.say(f"== {arm.name}, seed {seed} ({len(results) + 1} of {len(arms) * len(seeds)})")
                 models = build_models(recipe)
                 settled = use_threads(recipe, models.student, device, threads.get(recipe.student, 0)).threads
                 if recipe.student not in threads and not base.threads:  # once a student: its runs are then alike to the last bit
                     threads[recipe.student] = settled
                     run_dir.write_text(threads_file, json.dumps(threads) + "\n")
-                if _key(trained) != key:
+                if not checkpoint.is_sound(student, made):
                     material = prepare(models, folder, store_side(models.recipe.image_size, models.recipe.teacher_size), work, device)
-                    facts = _train(models, material, bank, work, key, device)
-                    checkpoint.save(trained, models.student.backbone.state_dict(), key=key, arm=arm.name, seed=seed, **facts)
-                tensors, found = checkpoint.load(trained)
+                    facts = _train(models, material, bank, work, device)
+                    checkpoint.save(student, models.student.backbone.state_dict(), made, arm=arm.name, seed=seed, **facts)
+                tensors, found = checkpoint.load(student)
                 models.student.backbone.load_state_dict(tensors)
                 scores, right = judge(models.student, labelled(models), device)
                 found |= scores | {"digest": embed.weights_digest(models.student)}
-                checkpoint.save(judged, right, **(found | {"key": judged_key}))
+                checkpoint.save(judged, right, of_figures, **{key: value for key, value in found.items() if key != "made_of"})
             right, found = checkpoint.load(judged)
             results.append({**found, "tensors": right})
     table = summarise(results, [arm.name for arm in arms], base, test)
@@ -123,28 +117,45 @@ def _references(
 ) -> list[dict[str, Any]]:
     """What the students are to be read against: the teacher, and a student with the random weights of seed 0."""
     recipe = base.model_copy(update={"student_weights": "random", "seed": 0})
-    key = run_dir.stage_key(
-        recipe=recipe.model_dump(), weights=_weights(recipe), bank=bank.fingerprint(), test=test.fingerprint() if test else ""
+    made = made_of(
+        "figures",
+        settings=deciding(recipe),
+        weights=_weights(recipe),
+        program=_program(device),
+        bank=bank.fingerprint(),
+        test=test.fingerprint() if test else "",
     )
     found = []
     for name in ("teacher", "random"):
         file = out / "runs" / f"{name}.reference.safetensors"
-        if _key(file) != key:
+        if not checkpoint.is_sound(file, made):
             models = build_models(recipe)
             scores, right = judge(models.teacher if name == "teacher" else models.student, labelled(models), device)
-            checkpoint.save(file, right, key=key, name=f"{name} weights" if name == "random" else name, **scores)
-        found.append({field: value for field, value in checkpoint.load(file)[1].items() if field != "key"})
+            checkpoint.save(file, right, made, name=f"{name} weights" if name == "random" else name, **scores)
+        found.append({field: value for field, value in checkpoint.load(file)[1].items() if field != "made_of"})
     return found
 
 
-def _weights(recipe: Recipe) -> list[str]:
-    """Hashes of the weights files of a recipe: a file's name does not tell what is in it."""
-    files = [Path(source) for source in (recipe.teacher_weights, recipe.student_weights) if source not in ("auto", "pretrained", "random")]
-    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+def _made_of(recipe: Recipe, folder: Folder, device: torch.device) -> MadeOf:
+    """What an arm's student is made from; all students of a table are of one version of the program and of what it stands on."""
+    return made_of(
+        "arm",
+        settings=deciding(recipe),
+        weights=_weights(recipe),
+        images=folder.fingerprint(),
+        training=FORMATS["training"],
+        program=_program(device),
+    )
 
 
-def _key(file: Path) -> object:
-    return checkpoint.load(file)[1].get("key") if file.exists() else None
+def _weights(recipe: Recipe) -> dict[str, str]:
+    """Digests of the weights files of a recipe: a file's name does not tell what is in it."""
+    sources = {"teacher_weights": recipe.teacher_weights, "student_weights": recipe.student_weights}
+    return {role: word if word in WORDS else file_digest(Path(word)) for role, word in sources.items()}
+
+
+def _program(device: torch.device) -> dict[str, str]:
+    return {"torch": torch.__version__, "timm": timm.__version__, "device": device.type}
 
 
 def _file_name(arm: str) -> str:
@@ -159,11 +170,17 @@ def _open(out: Path, base: Recipe, overwrite: bool) -> Path:
     (out / "work").mkdir(parents=True, exist_ok=True)
     run_dir.hold(out, "--out")
     if overwrite:
-        for path in (*(out / "runs").glob("*"), *(out / "work").glob("checkpoint.*")):
+        for path in (out / "runs").glob("*"):
             path.unlink()
+        checkpoint.forget(_state(out / "work"))
     (out / "runs").mkdir(exist_ok=True)
     run_dir.write_text(marker, json.dumps({"base": base.model_dump()}, indent=2) + "\n")
     return out / "work"
+
+
+def _state(work: Path) -> Path:
+    """Of the arm that is being trained: the loop refuses another's."""
+    return work / "checkpoint.safetensors"
 
 
 def _labelled(bank: Folder, test: Folder | None, teacher: Encoder, device: torch.device) -> Labelled:
@@ -175,24 +192,20 @@ def _labelled(bank: Folder, test: Folder | None, teacher: Encoder, device: torch
                 {"teacher": embed.as_embed(teacher, device)}, folder, classes, f"teacher, {role} images"
             )
             features[role] = found["teacher"]
-            kept[role] = Folder(folder.root, tuple(folder.files[index] for index in good), ())
+            kept[role] = folder.only(good)
     return Labelled(kept["bank"], kept.get("test"), labels["bank"], labels.get("test", labels["bank"]), len(classes), features)
 
 
-def _train(models: Models, material: Material, bank: Folder, work: Path, key: str, device: torch.device) -> dict[str, Any]:
+def _train(models: Models, material: Material, bank: Folder, work: Path, device: torch.device) -> dict[str, Any]:
     """Distil one arm with one seed; says what it took."""
     recipe, loss = models.recipe, loss_of(models.recipe)
-    bags = make_bags(recipe, models.teacher, material)
-    saved, metrics, marker = (work / name for name in ("checkpoint.safetensors", "metrics.jsonl", "checkpoint.key"))
-    if not (marker.is_file() and marker.read_text(encoding="utf-8") == key):  # what is there is another arm's
-        saved.unlink(missing_ok=True)
-        metrics.unlink(missing_ok=True)
-        run_dir.write_text(marker, key)
+    bags = make_bags(recipe, models.teacher, material, device)
+    saved, metrics = _state(work), work / "metrics.jsonl"
     began = time.monotonic()
-    train(models, material, bags, metrics, saved, device)
+    train(models, material, bags, metrics, saved, device, discard=True)
     seconds = time.monotonic() - began
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    saved.unlink(missing_ok=True)
+    checkpoint.forget(saved)
     planned = plan(recipe, len(material.training))
     passes = planned.steps * planned.batch_size
     stored = len(material.store) * (1 + (0 if recipe.views == "online" else int(recipe.views)))

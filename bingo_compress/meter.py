@@ -32,7 +32,7 @@ class Meter:
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
         """Count the time of the block as `part`'s."""
-        if self._cuda and part != "wait":
+        if self._cuda:
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
             yield

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bingo_compress import probes, run_dir, screen
-from bingo_compress.pipeline import Models, closing_table
+from bingo_compress.pipeline import closing_table
+from bingo_compress.trained import Models
 
 NAMES = {
     "teacher": "teacher",

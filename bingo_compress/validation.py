@@ -11,14 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bingo_compress import distributed, embed, evidence, figures, finetune, images, model_card, pixels, probes, run_dir
-from bingo_compress.encoder import Encoder, Preprocessing, build
+from bingo_compress import distributed, embed, evidence, figures, finetune, images, model_card, pixels, probes, run_dir, trained
+from bingo_compress.encoder import Encoder, Preprocessing
 from bingo_compress.errors import BingoError
 from bingo_compress.exporters.onnx import input_size, onnx_runner
 from bingo_compress.figures import Sides
-from bingo_compress.pipeline import Models, build_student, choose_device, load_student, saved_recipe
+from bingo_compress.pipeline import choose_device, saved_recipe
 from bingo_compress.proof_table import NAMES as NAMES
 from bingo_compress.proof_table import show
+from bingo_compress.trained import Models, build_student, load_student
 
 REQUIRED = ("knn", "linear", "linear_balanced", "neighbour_recall")  # what a threshold may be set on
 
@@ -58,12 +59,11 @@ def validate(
         images.refuse_other_classes(bank_folder, test_folder, "--data")
     where = choose_device(device)
     distributed.from_first(lambda: run_dir.hold(run.path, "--run"))
-    torch.manual_seed(embed.hash_seed("teacher"))
-    teacher = build(recipe.teacher, recipe.teacher_size, recipe.teacher_weights, "--teacher-weights")
+    teacher = trained.load_teacher(recipe, run)
     student = load_student(recipe, run.student)
     trainable = {"student": student}
     if run.start.exists():
-        trainable["start"] = load_student(recipe, run.start)
+        trainable["start"] = trained.load_start(recipe, run)
     trainable["random"] = build_student(recipe, "random", "random row")
     encoders = {"teacher": teacher} | trainable
     models = {name: embed.as_embed(encoder, where) for name, encoder in encoders.items()}

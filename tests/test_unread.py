@@ -91,7 +91,7 @@ def test_only_settings_of_the_recipe_are_named(method: str) -> None:
 def trained(folder: Path, chosen: Recipe) -> dict[str, torch.Tensor]:
     """Weights after a short run of the loop; bags as the recipe has them."""
     folder.mkdir()
-    count = 24
+    count = 16
     targets = kind_targets(count, 3, 16)
     loss = distill.loss_of(chosen)
     source = StoredTargets(targets, TargetSpace(None, None), CPU, lengths=loss.lengths, mean=chosen.stored_views == "mean")
@@ -120,7 +120,7 @@ def test_what_is_said_to_be_unread_changes_nothing_and_the_rest_does(method: str
         "switch_epoch": 0,
         "inter_weight": 0.1,
     }
-    base = {"method": method, "epochs": 3, "rebag_epochs": 2, "stored_views": "drawn"}
+    base = {"method": method, "epochs": 2, "rebag_epochs": 2, "stored_views": "drawn"}
     plain = trained(tmp_path / "plain", settle(recipe(**base)))
     idle = unread(recipe(**base))
     for key, value in other.items():
