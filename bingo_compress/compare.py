@@ -6,6 +6,7 @@ import json
 import math
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bingo_compress import chart, checkpoint, embed, evidence, figures, images, intake, probes, run_dir, screen
+from bingo_compress.arms import make_arms, resolve_arms
 from bingo_compress.distill import loss_of, plan
 from bingo_compress.encoder import Encoder
 from bingo_compress.errors import BingoError
@@ -25,21 +27,13 @@ from bingo_compress.made_of import FORMATS, MadeOf, file_digest, made_of
 from bingo_compress.material import Material, bag_facts, make_bags, prepare
 from bingo_compress.pipeline import choose_device, train
 from bingo_compress.pixels import store_side
-from bingo_compress.recipe import WORDS, Recipe, deciding, make_recipe, parse_setting
-from bingo_compress.resolving import resolve, resolve_names, use_threads
+from bingo_compress.recipe import WORDS, Recipe, deciding
+from bingo_compress.resolving import resolve_names, use_threads
 from bingo_compress.trained import Models, build_models
 
 FIGURES = ("knn", "linear", "neighbour_recall")
 TITLES = {"knn": "kNN", "linear": "linear", "neighbour_recall": f"recall@{probes.RECALL_K}"}
 FOLDS = 5
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One line of the table: its name as typed (bingo, seed, bingo:bag_size=1) and the recipe it stands for."""
-
-    name: str
-    recipe: Recipe
 
 
 @dataclass(frozen=True)
@@ -52,28 +46,6 @@ class Labelled:
     test_labels: Tensor
     classes: int
     teacher: dict[str, Tensor]
-
-
-def make_arms(methods: str, base: Recipe) -> list[Arm]:
-    """Arms of a comma-separated list; each may change settings after colons. Epochs follow from the base recipe, and may be fractions: student passes are
-    equal to within a batch.
-
-    Raises BingoError for an unknown method or setting.
-    """
-    arms = []
-    for name in filter(None, (part.strip() for part in methods.split(","))):
-        method, *changes = name.split(":")
-        values: dict[str, Any] = {"method": method} | dict(parse_setting(change, f"--methods {name}") for change in changes)
-        recipe = make_recipe(base.model_dump() | values, "--methods")
-        if "epochs" not in values:
-            views = 3 if loss_of(recipe).official else 2
-            recipe = recipe.model_copy(update={"epochs": base.epochs * 2 / views if views != 2 else base.epochs})
-        arms.append(Arm(name, recipe))
-    if not arms:
-        raise BingoError("--methods: expected names such as bingo,seed or bingo:bag_size=1, found none")
-    if len({arm.name for arm in arms}) < len(arms):
-        raise BingoError(f"--methods: expected different names, found one twice in {methods!r}")
-    return arms
 
 
 def compare(
@@ -93,8 +65,7 @@ def compare(
     device = choose_device(base.device)
     base = base.model_copy(update={"data": str(Path(base.data).resolve())})
     say = cache(screen.say)  # what several arms share is said once
-    arms = [Arm(arm.name, resolve(arm.recipe, say)) for arm in make_arms(methods, base)]
-    base = resolve_names(base, say)
+    arms, base = resolve_arms(make_arms(methods, base), say), resolve_names(base, say)
     for arm in arms:
         plan(arm.recipe, len(folder.files))
     work = _open(out, base, overwrite)
@@ -131,7 +102,8 @@ def compare(
                 tensors, found = checkpoint.load(student)
                 models.student.backbone.load_state_dict(tensors)
                 scores, right = judge(models.student, labelled(models), device)
-                checkpoint.save(judged, right, of_figures, **({key: value for key, value in found.items() if key != "made_of"} | scores))
+                found |= scores | {"digest": embed.weights_digest(models.student)}
+                checkpoint.save(judged, right, of_figures, **{key: value for key, value in found.items() if key != "made_of"})
             right, found = checkpoint.load(judged)
             results.append({**found, "tensors": right})
     table = summarise(results, [arm.name for arm in arms], base, test)
@@ -351,6 +323,18 @@ def summarise(results: list[dict[str, Any]], arms: list[str], base: Recipe, test
     }
 
 
+def same_students(runs: list[dict[str, Any]]) -> list[str]:
+    """A line for each set of runs that ended with the very same weights: what tells them apart changed nothing."""
+    alike: defaultdict[str, list[str]] = defaultdict(list)
+    for run in runs:
+        alike[run["digest"]].append(f"{run['arm']} (seed {run['seed']})")
+    return [
+        f"the very same student, so what differs in the settings changed nothing: {', '.join(names)}"
+        for names in alike.values()
+        if names[1:]
+    ]
+
+
 def write(table: dict[str, Any], out: Path) -> None:
     """table.json, table.csv, table.txt and table.svg, and the table on screen."""
     rows = table["rows"]
@@ -380,6 +364,7 @@ def write(table: dict[str, Any], out: Path) -> None:
     ranks = table["rank_correlation_of_recall"]
     correlation = "not defined" if ranks["linear"] is None else f"{ranks['linear']:.2f}"
     closing = f"recall@{probes.RECALL_K} against linear over {ranks['runs']} runs: rank correlation {correlation}"
+    closing = "\n".join([closing, *same_students(table["runs"])])
     text = "\n\n".join(screen.table_text(part[0], part[1:]) for part in (quality, cost))
     run_dir.write_text(out / "table.txt", f"{text}\n\n{closing}\n")
     run_dir.write_text(out / "table.svg", chart.dots(rows, FIGURES, TITLES))

@@ -28,6 +28,7 @@ from bingo_compress.profiling import profiled
 from bingo_compress.recipe import Recipe, deciding
 from bingo_compress.run_dir import write_text
 from bingo_compress.schedule import learning_rate
+from bingo_compress.unread import unread
 
 ADAMW_BELOW = 50_000
 EPOCH_SAVES_APART = 30.0  # seconds: of a short epoch a save would be a good part
@@ -78,10 +79,12 @@ def steps_of(epochs: float, images: int, batch: int) -> int:
 
 def plan(recipe: Recipe, images: int) -> Plan:
     """The plan for a training set of `images`. Raises BingoError when there are too few for the bags."""
-    if images < recipe.bag_size + 1 or images < 2:
+    if "bag_size" not in unread(recipe) and images <= recipe.bag_size:
         raise BingoError(
             f"--data: expected more images than a bag holds ({recipe.bag_size}), found {images} to train on; add images or lower --bag-size"
         )
+    if images < 2:
+        raise BingoError(f"--data: expected images, found {images} to train on; add some")
     batch = min(recipe.batch_size, images)
     if batch % distributed.world():
         raise BingoError(f"--batch-size: expected a multiple of the {distributed.world()} processes, found {batch}")

@@ -7,6 +7,7 @@ from bingo_compress.distill import loss_of
 from bingo_compress.encoder import Encoder
 from bingo_compress.images import Folder
 from bingo_compress.recipe import Recipe
+from bingo_compress.unread import unread
 
 
 def header(recipe: Recipe, teacher: Encoder, student: Encoder, folder: Folder, device: torch.device) -> None:
@@ -24,7 +25,7 @@ def header(recipe: Recipe, teacher: Encoder, student: Encoder, folder: Folder, d
     targets = "an online teacher" if recipe.views == "online" else f"{recipe.views} stored views an image"
     method = f"bingo ({recipe.variant})" if recipe.method == "bingo" else recipe.method
     source = targets if loss_of(recipe).teacher else "the student's own moving average"
-    screen.say(
-        f"method: {method}, bags: {recipe.bags} of {recipe.bag_size}, temperature {recipe.temperature}, "
-        f"targets from {source}, {recipe.epochs} epochs"
-    )
+    idle = unread(recipe)
+    bags = "" if "bags" in idle else f", bags: {recipe.bags}" + ("" if "bag_size" in idle else f" of {recipe.bag_size}")
+    tau = "" if "temperature" in idle else f", temperature {recipe.temperature}"
+    screen.say(f"method: {method}{bags}{tau}, targets from {source}, {recipe.epochs} epochs")

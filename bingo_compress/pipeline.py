@@ -23,7 +23,7 @@ from bingo_compress import (
     screen,
     trained,
 )
-from bingo_compress.distill import Check, Plan, distill, loss_of, plan
+from bingo_compress.distill import Check, Plan, distill, plan
 from bingo_compress.encoder import Encoder
 from bingo_compress.errors import BingoError
 from bingo_compress.header import header
@@ -31,9 +31,10 @@ from bingo_compress.held_out import halves
 from bingo_compress.intake import report, take
 from bingo_compress.made_of import MadeOf
 from bingo_compress.material import Material, bag_facts, make_bags, prepare, sources_of, step_memory, target_source
-from bingo_compress.recipe import RESUME_MAY_CHANGE, Recipe, load_recipe, recipe_text
+from bingo_compress.recipe import RESUME_MAY_CHANGE, Recipe, deciding, load_recipe, recipe_text
 from bingo_compress.resolving import resolve, use_threads
 from bingo_compress.trained import Models, build_models
+from bingo_compress.unread import unread
 
 GALLERY_AT_MOST = 20_000
 CHECK_GALLERY = 2000
@@ -80,11 +81,8 @@ def run_distill(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: b
             run_dir.need_space(above, pixels.guess(len(folder.files), side), "the pixel store")
     distributed.barrier()  # no process looks at --out after the first has made it
     run = distributed.from_first(lambda: run_dir.open_new(out, resume=resume, overwrite=overwrite))
-    for file, text in (
-        (run.resolved, recipe_text(recipe)),
-        (run.recipe, recipe_text(asked)),
-    ):  # recipe.yaml last: with it the folder is a run
-        distributed.from_first(lambda: run_dir.write_text(file, text))  # noqa: B023 - called at once
+    distributed.from_first(lambda: run_dir.write_text(run.resolved, recipe_text(recipe)))
+    distributed.from_first(lambda: run_dir.write_text(run.recipe, recipe_text(asked)))  # last: with it the folder is a run
     header(recipe, models.teacher, models.student, folder, device)
 
     material = prepare(models, folder, side, run.work, device, step)
@@ -112,7 +110,7 @@ def run_distill(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: b
 def describe_bags(recipe: Recipe, facts: dict[str, float], images: int, device: torch.device) -> str:
     """One line for the screen of what `bag_facts` found in a training set of `images`."""
     if not facts:
-        return f"bags: {'rebuilt from the student' if loss_of(recipe).mates else 'none'} in method {recipe.method}"
+        return f"bags: {'none' if 'bag_size' in unread(recipe) else 'rebuilt from the student'} in method {recipe.method}"
     by = neighbours.Search(recipe.search, device).describe(images)
     line = f"bags: {recipe.bags} by {by}, {facts['size_mean']:.1f} mates on average ({facts['size_least']:.0f}-{facts['size_most']:.0f})"
     line += f", {facts['empty']:.0%} empty" if facts["empty"] else ""
@@ -200,7 +198,7 @@ def _close(
     recipe, student = models.recipe, models.student
     summary: dict[str, Any] = {
         "version": __version__,
-        "run_id": run_dir.stage_key(recipe=recipe.model_dump(exclude=set(RESUME_MAY_CHANGE)), student=embed.weights_digest(student)),
+        "run_id": run_dir.stage_key(recipe=deciding(recipe), student=embed.weights_digest(student)),
         "images": {"training": len(material.training), "held_out": len(material.held), "unusable": len(material.folder.bad)},
         "bags": facts,
         "machine": {

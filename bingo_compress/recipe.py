@@ -158,6 +158,11 @@ def load_recipe(file: Path | None, settings: list[str], flags: dict[str, Any]) -
     return make_recipe(values, str(file) if file else "the command line")
 
 
+def given_keys(settings: list[str], flags: dict[str, Any]) -> list[str]:
+    """The keys that a command's words name: what `load_recipe` takes from elsewhere than a file."""
+    return [*(parse_setting(setting, "--set")[0] for setting in settings), *(key for key, value in flags.items() if value is not None)]
+
+
 def parse_setting(setting: str, option: str) -> tuple[str, Any]:
     """KEY=VALUE to (key, value). Raises BingoError."""
     key, separator, text = setting.partition("=")

@@ -22,6 +22,7 @@ from bingo_compress.made_of import made_of
 from bingo_compress.pixels import PixelStore, store_of
 from bingo_compress.recipe import Recipe, make_recipe, recipe_text
 from bingo_compress.run_dir import RunDir
+from bingo_compress.unread import unread
 
 CPU = torch.device("cpu")
 TINY = {
@@ -195,11 +196,12 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 
 
 def flags(**changes: Any) -> list[str]:
-    """TINY as the words of the command line, with `changes`; settings without a flag of their own go through --set."""
+    """TINY as the words of the command line, with `changes` and without what their method does not read; settings without a flag of their own go through --set."""
     own = ("teacher", "student", "teacher_weights", "student_weights", "teacher_size", "image_size", "batch_size", "bag_size", "views")
     own += ("epochs", "device", "seed", "data", "queue_size", "temperature")
     words: list[str] = []
-    for key, value in {**TINY, **changes}.items():
+    idle = unread(recipe(method=changes.get("method", "bingo")))
+    for key, value in {**{key: value for key, value in TINY.items() if key not in idle}, **changes}.items():
         words += [f"--{key.replace('_', '-')}", str(value)] if key in own else ["--set", f"{key}={value}"]
     return words
 

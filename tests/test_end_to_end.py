@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from helpers import Ran, bad_files, encoder, flags, interrupted_at, photos, recipe
 
-from bingo_compress import demo, distill, pixels, speed, teacher_pass
+from bingo_compress import demo, distill, embed, pixels, speed, teacher_pass
 from bingo_compress.bagging import knn
 from bingo_compress.cli import main
 from bingo_compress.material import split
@@ -364,7 +364,7 @@ def test_keep_best_leaves_the_student_of_the_best_check_and_judges_it_on_other_i
 
 @pytest.mark.parametrize("method", ["moco", "self", "simreg"])
 def test_another_method_runs_to_the_end(method: str, bingo: Any, world: dict[str, Any], tmp_path: Path) -> None:
-    ran = bingo("distill", *flags(data=world["data"], epochs=1), "--method", method, "--out", tmp_path / "run")
+    ran = bingo("distill", *flags(data=world["data"], epochs=1, method=method), "--out", tmp_path / "run")
     assert ran.status == 0, ran.err
     assert ("moving average" in ran.out) == (method != "simreg")
     assert not equal(weights(tmp_path / "run"), weights(world["run"]))
