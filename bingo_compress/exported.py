@@ -3,6 +3,7 @@
 Where student.onnx and student-int8.onnx are both in a folder, the second is the first in int8 and was judged against it.
 """
 
+import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 from bingo_edge import EdgeError, Embedder
 
-from bingo_compress import screen
+from bingo_compress import checkpoint, screen
 from bingo_compress.errors import BingoError
 from bingo_compress.made_of import file_digest
 from bingo_compress.run_dir import atomic, atomic_folder
@@ -34,6 +35,13 @@ def contract(file: Path) -> dict[str, Any]:
     except EdgeError as error:
         raise BingoError(f"{file}: {error}; or delete it") from None
     return held.contract | {"file": file.name, "bytes": file.stat().st_size, "sha256": held.sha256}
+
+
+def weights_digest(file: Path) -> str:
+    """A hash of the tensors in a safetensors file. Equal weights have one, while the file's bytes differ from save to save: safetensors writes what it says of
+    itself in any order. Raises BingoError."""
+    tensors, _ = checkpoint.load(file)
+    return hashlib.sha256("".join(f"{name} {checkpoint.tensor_digest(tensors[name])}\n" for name in sorted(tensors)).encode()).hexdigest()
 
 
 def heads(file: Path, sha256: str) -> list[Path]:

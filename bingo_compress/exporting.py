@@ -15,7 +15,6 @@ from bingo_compress.errors import BingoError
 from bingo_compress.exporters.onnx import IMAGES, REFUSED, Form, export_onnx, form, onnx_runner, publish
 from bingo_compress.exporters.onnx_int8 import CALIBRATION, LadderEnds, quantise
 from bingo_compress.golden import write_golden
-from bingo_compress.made_of import file_digest
 from bingo_compress.pipeline import saved_recipe
 from bingo_compress.trained import load_student
 
@@ -84,7 +83,7 @@ def export(
     run_dir.need_space(target.parent, (COPIES if fmt == "onnx" else COPIES_INT8) * weights, "the export with its working files")
     summary = run_dir.read_json("distill", run.summary)
     facts = {"version": __version__, "run_id": summary.get("run_id", ""), "student": recipe.student, "teacher": recipe.teacher}
-    facts["student_sha256"] = file_digest(run.student)
+    facts["student_weights"] = exported.weights_digest(run.student)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as folder_name:
         work = Path(folder_name)
         float_file = _export_float(student, pixels[:IMAGES], work / target.name, facts, wanted)

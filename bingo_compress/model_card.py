@@ -11,7 +11,6 @@ import timm
 from bingo_compress import __version__, checkpoint, exported, probes, screen
 from bingo_compress import latency as timing
 from bingo_compress.distill import loss_of
-from bingo_compress.made_of import file_digest
 from bingo_compress.pipeline import saved_recipe
 from bingo_compress.proof_table import NAMES
 from bingo_compress.recipe import RESUME_MAY_CHANGE, Recipe
@@ -179,7 +178,7 @@ def _validation(run: RunDir, files: Sequence[Mapping[str, Any]]) -> list[str]:
     with made_by("validate", run.validation):
         result = read_json("validate", run.validation)
         (student,) = (row for row in result["rows"] if row["name"] == "student")
-        if not run.student.is_file() or student.get("sha256") != file_digest(run.student):
+        if not run.student.is_file() or student.get("weights") != exported.weights_digest(run.student):
             return ["Not validated on labels since the student was trained again:", command]
         there = {file["sha256"] for file in files}
         rows = [row for row in result["rows"] if row["name"] not in exported.NAMES or row.get("sha256") in there]

@@ -29,7 +29,6 @@ from bingo_compress.encoder import Encoder, Preprocessing
 from bingo_compress.errors import BingoError
 from bingo_compress.exporters.onnx import onnx_runner
 from bingo_compress.figures import Sides
-from bingo_compress.made_of import file_digest
 from bingo_compress.pipeline import choose_device, saved_recipe
 from bingo_compress.proof_table import NAMES as NAMES
 from bingo_compress.proof_table import show
@@ -74,10 +73,8 @@ def validate(
         images.refuse_other_classes(bank_folder, test_folder, "--data")
     where = choose_device(device)
     distributed.from_first(lambda: run_dir.hold(run.path, "--run"))
-    sources = {"student": run.student, "start": run.start, **exported.files(run.export)}
-    digests = {name: file_digest(file) for name, file in sources.items() if file.exists()}
-    contracts = {name: _contract(run, name, digests["student"]) for name in digests if name in exported.NAMES}
-    digests |= {name: contract["sha256"] for name, contract in contracts.items()}
+    weights = {file.stem: exported.weights_digest(file) for file in (run.student, run.start) if file.exists()}
+    contracts = {name: _contract(file, weights["student"]) for name, file in exported.files(run.export).items()}
     teacher = trained.load_teacher(recipe, run)
     student = load_student(recipe, run.student)
     trainable = {"student": student}
@@ -86,12 +83,14 @@ def validate(
     trainable["random"] = build_student(recipe, "random", "random row")
     encoders = {"teacher": teacher} | trainable
     models = {name: embed.as_embed(encoder, where) for name, encoder in encoders.items()}
-    models |= {name: (_preprocessing(sources[name], contract), _features_of(sources[name])) for name, contract in contracts.items()}
+    for name, contract in contracts.items():
+        file = run.export / contract["file"]
+        models[name] = _preprocessing(file, contract), _features_of(file)
     if other:
         encoders["against"] = load_student(saved_recipe(other), other.student)
         models["against"] = embed.as_embed(encoders["against"], where)
-    made_from = {name: embed.weights_digest(encoder) for name, encoder in encoders.items()} | {name: digests[name] for name in contracts}
-    keep = embed.Keep(run.work, "proof", made_from)
+    made_from = {name: embed.weights_digest(encoder) for name, encoder in encoders.items()}
+    keep = embed.Keep(run.work, "proof", made_from | {name: contract["sha256"] for name, contract in contracts.items()})
     distributed.from_first(lambda: run_dir.drop_stale(run.work, "proof", {keep.folder.name}))
     sides = figures.sides(models, bank_folder, test_folder, classes, keep)
 
@@ -109,7 +108,9 @@ def validate(
                 found |= figures.by_class(heads[name].predict(sides.queries[name]), sides)
             if specs and name not in contracts:
                 found["shots"] = {spec: figures.few_labels(name, sides, spec) for spec in specs}
-            source = {"file": sources[name].name, "sha256": digests[name]} if name in digests else {}
+            source = {"weights": weights[name]} if name in weights else {}
+            if name in contracts:
+                source = {key: contracts[name][key] for key in ("file", "sha256")}
             rows.append({"name": name, **source, **found})
         by_name = {row["name"]: row for row in rows}
         by_name["student"] |= figures.gap_closed(right["random"]["linear"], right["student"]["linear"], right["teacher"]["linear"])
@@ -122,8 +123,8 @@ def validate(
         if run.bags.exists():
             result |= figures.bag_purity(run.bags, bank_folder)
         paths = [bank_folder.files[place] for place in sides.places]
-        for name in contracts:
-            save_heads(sources[name], digests[name], heads[name], sides.bank[name], sides.labels, classes, paths)
+        for name, contract in contracts.items():
+            save_heads(run.export / contract["file"], contract["sha256"], heads[name], sides.bank[name], sides.labels, classes, paths)
         for file in filter(None, (run.validation, json_file)):
             run_dir.write_text(file, _json(result))
         run_dir.drop_stale(run.work, "proof", set())
@@ -155,21 +156,23 @@ def _refuse_under(least: dict[str, float], rows: Sequence[dict[str, Any]]) -> No
     if least and rows[0]["name"] == "student":
         screen.say("--require is asked of the student: there is no exported file yet; export, and validate again")
     under = {
-        row["file"]: [f"{key} {row[key]:.4f} (at least {value:g})" for key, value in least.items() if not row[key] >= value] for row in rows
+        row.get("file", "the student"): [
+            f"{key} {row[key]:.4f} (at least {value:g})" for key, value in least.items() if not row[key] >= value
+        ]
+        for row in rows
     }
     if any(under.values()):
         each = "; ".join(f"{file} with {', '.join(figures)}" for file, figures in under.items() if figures)
         raise BingoError(f"--require: below what is asked for: {each}", 3)
 
 
-def _contract(run: run_dir.RunDir, name: str, student: str) -> dict[str, Any]:
-    """What the exported file `name` says of itself. student: sha256 of the run's student, of which the file must be. Raises BingoError."""
-    file = run.export / exported.NAMES[name]
+def _contract(file: Path, student: str) -> dict[str, Any]:
+    """What an exported file says of itself. student: digest of the run's student's weights, of which the file must be. Raises BingoError."""
     contract = exported.contract(file)
-    if contract.get("student_sha256") != student:
-        found = str(contract.get("student_sha256", "one that does not say of which, as earlier versions wrote"))[:80]
+    if contract.get("student_weights") != student:
+        found = str(contract.get("student_weights", "one that does not say of which, as earlier versions wrote"))[:80]
         raise BingoError(
-            f"{file}: expected a file exported from the run's student (sha256 {student}), found {found}; export again, or delete the file"
+            f"{file}: expected a file exported from the run's student (weights {student}), found {found}; export again, or delete the file"
         )
     return contract
 

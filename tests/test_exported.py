@@ -217,7 +217,7 @@ def test_every_exported_file_is_judged_with_its_own_head_and_asked_by_require(
         for end, key in ((exported.LINEAR, "linear"), (exported.BANK, "knn")):
             named, _ = bingo_edge.classify(load_head(file.with_suffix(end), kit), found.embeddings, found.features)
             assert float((named == truth).mean()) == pytest.approx(rows[name][key], abs=1e-6)
-    assert rows["student"]["sha256"] == file_digest(run.student)
+    assert rows["student"]["weights"] == exported.weights_digest(run.student)
     card = (run.export / "MODEL_CARD.md").read_text()
     assert "| exported int8 file |" in card and "Not proven" not in card
     recalls = {row["file"]: row["neighbour_recall"] for row in rows.values() if row["name"].startswith("onnx")}
@@ -249,15 +249,31 @@ def test_a_file_of_another_student_is_refused_before_anything(run: run_dir.RunDi
     trained.save_student(encoder("test_efficientnet", 32, seed=5), run.student, recipe, made_of)
     ran = bingo("validate", "--run", run.path, "--data", made.parent / "photos")
     assert ran.status == 2 and len(ran.err.splitlines()) == 1
-    assert f"expected a file exported from the run's student (sha256 {file_digest(run.student)})" in ran.err and "export again" in ran.err
+    assert (
+        f"expected a file exported from the run's student (weights {exported.weights_digest(run.student)})" in ran.err
+        and "export again" in ran.err
+    )
     assert not run.validation.exists()
+
+
+def test_the_same_weights_saved_again_are_the_same_student(run: run_dir.RunDir) -> None:
+    digest, recipe, made_of = exported.weights_digest(run.student), pipeline.saved_recipe(run), checkpoint.made_of(run.student)
+    assert made_of
+    student = trained.load_student(recipe, run.student)
+    for _ in range(12):  # safetensors writes what a file says of itself in any order: the bytes differ
+        trained.save_student(student, run.student, recipe, made_of)
+        assert exported.weights_digest(run.student) == digest
+    with torch.no_grad():
+        next(student.parameters()).view(-1)[0] += 1
+    trained.save_student(student, run.student, recipe, made_of)
+    assert exported.weights_digest(run.student) != digest
 
 
 def test_a_file_that_does_not_say_whose_it_is_is_refused(run: run_dir.RunDir, made: Path, bingo: Any) -> None:
     file = run.export / "student.onnx"
     model = onnx.load(file)
     contract = json.loads(model.metadata_props[0].value)
-    del contract["student_sha256"]
+    del contract["student_weights"]
     onnx.helper.set_model_props(model, {"bingo_compress": json.dumps(contract)})
     onnx.save(model, file)
     ran = bingo("validate", "--run", run.path, "--data", made.parent / "photos")

@@ -14,11 +14,10 @@ import torch
 from helpers import recipe, unit
 from markdown_it import MarkdownIt
 
-from bingo_compress import checkpoint, figures, probes, run_dir, validation
+from bingo_compress import checkpoint, exported, figures, probes, run_dir, validation
 from bingo_compress.errors import BingoError
 from bingo_compress.figures import Sides
 from bingo_compress.images import Folder
-from bingo_compress.made_of import file_digest
 from bingo_compress.model_card import card, licence, plain, renew
 from bingo_compress.recipe import recipe_text
 
@@ -75,7 +74,7 @@ def run(tmp_path: Path) -> run_dir.RunDir:
     recall = {"k": 20, "queries": 50, "gallery": 900, "start": 0.123, "student": 0.456}
     summary = {"version": "0.5", "run_id": "abc123", "images": {"training": 950, "held_out": 50, "unusable": 3}, "neighbour_recall": recall}
     run_dir.write_text(made.summary, json.dumps(summary))
-    made.student.write_bytes(b"weights")
+    checkpoint.save(made.student, {"weight": torch.zeros(2)})
     checkpoint.save(made.bags, {"bags": torch.zeros(2, 1)}, root=str(tmp_path / "secret-photos"), files=["cat/private-1.jpg", "dog/2.jpg"])
     return made
 
@@ -110,7 +109,7 @@ def validated(run: run_dir.RunDir, test: Folder | None = None) -> dict[str, Any]
     """Put RUN/validation.json there, as `validate` makes it."""
     sides, rows = judged()
     result = {"protocol": validation._protocol(sides, test, [], False, False, run.path / "secret-run"), "rows": json.loads(rows)}
-    result["rows"][1]["sha256"] = file_digest(run.student)
+    result["rows"][1]["weights"] = exported.weights_digest(run.student)
     run.validation.write_text(json.dumps(result))
     return result
 
@@ -230,7 +229,7 @@ def test_figures_are_shown_of_files_that_are_there_and_of_no_other(run: run_dir.
         "| exported ONNX file |" not in proof and "| exported int8 file |" in proof and "Not proven: student.onnx. Run validate:" in proof
     )
     assert "| student.onnx |" not in times and "| student-int8.onnx |" in times and "times its p50" not in times
-    run.student.write_bytes(b"trained again")
+    checkpoint.save(run.student, {"weight": torch.ones(2)})
     proof = section(card(run, [FLOAT, INT8], rows), "Validation")
     assert "since the student was trained again" in proof and "| student (distilled) |" not in proof
 
