@@ -51,9 +51,7 @@ def same(one: Path, other: Path) -> bool:
 def test_an_arm_is_the_same_whatever_stands_before_it(bingo: Bingo, world: dict[str, Path], tmp_path: Path) -> None:
     """Weights and figures, with a save after every step, so that saves of the arm before could be taken up; one arm stands there twice, under two names."""
     students, figures = [], []
-    for number, methods in enumerate(
-        ("bingo,seed,bingo:temperature=0.2", "seed,bingo:temperature=0.2,bingo")
-    ):
+    for number, methods in enumerate(("bingo,seed,bingo:temperature=0.2", "seed,bingo:temperature=0.2,bingo")):
         out = tmp_path / str(number)
         words = ("--labels", world["bank"], "--test", world["test"], "--methods", methods, "--seeds", "1,0", "--out", out)
         ran = bingo("compare", *flags(data=world["data"], save_every_steps=1), *words)
