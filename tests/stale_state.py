@@ -247,7 +247,7 @@ def draw(random: np.random.Generator, held: dict[str, Held], *, last: bool) -> t
         methods = pick("bingo,seed", "seed,bingo", "bingo,bingo:bag_size=1", "seed,seed:temperature=0.1")
         settings = {
             "methods": methods,
-            "seeds": pick("0", "0,1"),
+            "seeds": pick("0", "0", "0,1"),
             "epochs": 2,
             "image_size": 32,
             "test": pick("", "test"),
@@ -348,7 +348,7 @@ def fuzz(home: Path, numbers: list[int], seed: int, length: int, over: Callable[
             print(f"sequence {number} (--seed {seed} --only {number}): {verdict.kind.upper()}", flush=True)
             for line in (*history, *(f"    {why[:400]}" for why in verdict.why[:4])):
                 print(f"    {line}", flush=True)
-        if done % 10 == 0 or over():
+        if done % 5 == 0 or done == len(numbers) or over():
             seconds = time.monotonic() - began
             print(
                 f"{done} of {len(numbers)} sequences, {seconds:.0f} s, {seconds / fuzzer.commands.total():.2f} s a command: {dict(counts)}",
