@@ -81,6 +81,7 @@ machine() {
 for wanted in ${*:-machine correctness steps distil million official}; do
     case $wanted in
         machine) machine 2>&1 | tee -a "$out/report.txt" ;;
+        # An earlier commit beside this one: mkdir gpu-pack/before; git archive COMMIT bingo_compress export | tar x -C gpu-pack/before
         # shellcheck disable=SC2086
         before) part before 60 20 env "PYTHONPATH=$pack/before:$pack/before/export:$PYTHONPATH" "$python" benchmarks/step.py --student resnet18 --batch 256 --size "$size" "${step[@]}" --json "$work/before.json" ;;
         # shellcheck disable=SC2086
