@@ -26,6 +26,7 @@ import torch
 from stale_world import WRITTEN, Command, Ended, World, changed, differing, first_world, put, result, run, words
 
 RUNS = ("a", "b")
+HEAD = "student.linear.npz"
 KEPT = 60  # clean folders on the disk at once
 SAID = re.compile(
     r"\b(again|anew|earlier|older|other|another|stale|chang|differ|does not fit|not of|no longer|remov|delet|damaged|warning|instead|copies)",
@@ -109,7 +110,7 @@ class Fuzzer:
                 *(it / "export" / "student.onnx" for it in (here, other))
             ),
             f"{two}/export replaced by that of {one}": lambda: "export" in held[two].steps and _copied(here / "export", other / "export"),
-            f"{two}/export/linear.npz replaced by that of {one}": lambda: _copied(*(it / "export" / "linear.npz" for it in (here, other))),
+            f"{two}'s linear head replaced by that of {one}": lambda: _copied(*(it / "export" / HEAD for it in (here, other))),
         }
         if random.random() < 0.35:
             for what in random.permutation(list(kinds)):
@@ -214,7 +215,7 @@ def draw(random: np.random.Generator, held: dict[str, Held], *, last: bool) -> t
     names, weights = list(chances), np.array(list(chances.values()))
     kind = str(random.choice(names, p=weights / weights.sum()))
     if kind == "compare":
-        methods = pick("bingo,seed", "seed,bingo", "bingo,bingo:bag_size=1", "seed,seed:temperature=0.1")
+        methods = pick("bingo,seed", "seed,bingo", "bingo,bingo:bag_size=1", "seed,bingo:temperature=0.1")
         settings = {
             "methods": methods,
             "seeds": pick("0", "0", "0,1"),
@@ -235,6 +236,8 @@ def draw(random: np.random.Generator, held: dict[str, Held], *, last: bool) -> t
             one = pick(*fresh)
             settings = settings | {one: fresh[one]}
         killed_at = int(random.integers(1, 4)) if not last and random.random() < 0.25 else 0
+        if settings["method"] != "bingo":
+            settings = settings | {"bags": ""}  # read by no other
         return Command(kind, place, ()).but(**{**settings, "how": how}), killed_at
     if kind == "export":
         settings = {"format": pick("onnx", "onnx", "onnx", "onnx", "all"), "image_size": pick("", "", 48), "elsewhere": pick("", "", "yes")}

@@ -208,7 +208,7 @@ def words(command: Command, root: Path, world: World, there: Path) -> list[str]:
     rest = {
         "index": ["embed", file, bank, "--out", index],
         "nearest": ["nearest", file, f"{test}/{world.test.files[0][0]}", "--index", index, "--k", "4", "--json"],
-        "classify": ["classify", file, test, "--head", f"{run}/export/{get('head')}.npz", "--json"],
+        "classify": ["classify", file, test, "--head", f"{run}/export/student.{get('head')}.npz", "--json"],
     }
     return ["bingo-edge", *rest[kind]]
 
@@ -313,9 +313,9 @@ def result(command: Command, ended: Ended, root: Path, world: World, there: Path
     if kind == "validate":
         proof = json.loads((run / "validation.json").read_text())
         found: dict[str, Any] = {"figures": _figures(proof | {"rows": {row["name"]: row for row in proof["rows"]}})}
-        for name, keys in {"linear": ("weight", "bias", "classes"), "bank": ("embeddings", "labels", "classes")}.items():
-            with np.load(run / "export" / f"{name}.npz") as held:
-                found[name] = {key: held[key].tolist() for key in keys}
+        for file in sorted((run / "export").glob("*.npz")):
+            with np.load(file) as held:
+                found[file.name] = {key: held[key].tolist() for key in held.files if not any(word in key for word in NOT_COMPARED)}
         return found
     if kind == "export":
         folder = Path(f"{run}-files") if command.get("elsewhere") else run / "export"
