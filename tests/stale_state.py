@@ -23,9 +23,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from stale_world import CLASSES, WRITTEN, Command, Ended, Pictures, World, differing, first_world, put, result, run, words
+from stale_world import WRITTEN, Command, Ended, World, changed, differing, first_world, put, result, run, words
 
 RUNS = ("a", "b")
+HEAD = "student.linear.npz"
 KEPT = 60  # clean folders on the disk at once
 SAID = re.compile(
     r"\b(again|anew|earlier|older|other|another|stale|chang|differ|does not fit|not of|no longer|remov|delet|damaged|warning|instead|copies)",
@@ -109,7 +110,7 @@ class Fuzzer:
                 *(it / "export" / "student.onnx" for it in (here, other))
             ),
             f"{two}/export replaced by that of {one}": lambda: "export" in held[two].steps and _copied(here / "export", other / "export"),
-            f"{two}/export/linear.npz replaced by that of {one}": lambda: _copied(*(it / "export" / "linear.npz" for it in (here, other))),
+            f"{two}'s linear head replaced by that of {one}": lambda: _copied(*(it / "export" / HEAD for it in (here, other))),
         }
         if random.random() < 0.35:
             for what in random.permutation(list(kinds)):
@@ -135,6 +136,12 @@ class Fuzzer:
         except (OSError, ValueError, KeyError) as error:
             return Verdict("broken", (f"status 0, but no result: {type(error).__name__}: {error}",))
         tolerance = 0.0 if command.kind in ("distill", "compare") else 1e-3 if command.kind == "validate" else 1e-4
+        if command.kind == "validate" and not (self.live / command.place / "work" / "start.safetensors").exists():
+            figures = (
+                dict(expected["figures"]) if expected else {}
+            )  # work/ may be deleted after a run, and what is shown of it is then missing
+            rows = {name: row for name, row in figures.get("rows", {}).items() if name != "start"}
+            expected = expected | {"figures": {key: value for key, value in figures.items() if not key.startswith("bag_")} | {"rows": rows}}
         differences = tuple(differing(found, expected, tolerance=tolerance))
         if clean.status != 0:
             differences = (f"status 0 instead of {clean.status}: {clean.told[-300:]}",)
@@ -193,42 +200,6 @@ def _deleted(file: Path) -> bool:
     return there
 
 
-def changed(random: np.random.Generator, world: World) -> tuple[str, World]:
-    """Another world, and in words what is different."""
-    if random.random() < 0.25:
-        role = str(random.choice(["teacher", "start"], p=[0.7, 0.3]))
-        return f"{role} weights replaced under their name", world._replace(**{role: 1 - getattr(world, role)})
-    role = str(random.choice(["photos", "bank", "test"], p=[0.6, 0.2, 0.2]))
-    folder: Pictures = getattr(world, role)
-    files = dict(folder.files)
-    extra = f"kind{CLASSES - 1}/extra.bmp"
-    picture = str(random.choice([name for name in files if name != extra][:4]))
-    kinds: dict[str, Pictures] = {
-        f"{role}: {picture} replaced by another of the same size and time": _with(folder, files | {picture: files[picture] ^ 512}),
-        f"{role}: another folder of as many pictures with equal names, sizes and times": _with(
-            folder, {name: seed ^ 1024 for name, seed in files.items()}
-        ),
-        f"{role}: a picture added or taken away": _with(
-            folder, {name: seed for name, seed in files.items() if name != extra} | ({} if extra in files else {extra: 7})
-        ),
-        f"{role}: one removed or put back": _with(folder, _but_last(files)),
-        f"{role}: moved to another name": folder._replace(name=role if folder.name != role else f"moved-{role}"),
-        f"{role}: times set back by a day": folder._replace(written=folder.written - 86_400),
-    }
-    what = str(random.choice(list(kinds), p=[0.3, 0.2, 0.15, 0.15, 0.1, 0.1]))
-    return what, world._replace(**{role: kinds[what]})
-
-
-def _with(folder: Pictures, files: dict[str, int]) -> Pictures:
-    return folder._replace(files=tuple(sorted(files.items())))
-
-
-def _but_last(files: dict[str, int]) -> dict[str, int]:
-    """Without kind0/05.bmp, or with it again."""
-    name = "kind0/05.bmp"
-    return {key: seed for key, seed in files.items() if key != name} | ({} if name in files else {name: 5})
-
-
 def draw(random: np.random.Generator, held: dict[str, Held], *, last: bool) -> tuple[Command, int]:
     """A command that makes sense where things are, and the step that it is killed at (0: it is not)."""
     pick = lambda *values: values[int(random.integers(len(values)))]  # noqa: E731
@@ -244,7 +215,7 @@ def draw(random: np.random.Generator, held: dict[str, Held], *, last: bool) -> t
     names, weights = list(chances), np.array(list(chances.values()))
     kind = str(random.choice(names, p=weights / weights.sum()))
     if kind == "compare":
-        methods = pick("bingo,seed", "seed,bingo", "bingo,bingo:bag_size=1", "seed,seed:temperature=0.1")
+        methods = pick("bingo,seed", "seed,bingo", "bingo,bingo:bag_size=1", "seed,bingo:temperature=0.1")
         settings = {
             "methods": methods,
             "seeds": pick("0", "0", "0,1"),
@@ -265,12 +236,14 @@ def draw(random: np.random.Generator, held: dict[str, Held], *, last: bool) -> t
             one = pick(*fresh)
             settings = settings | {one: fresh[one]}
         killed_at = int(random.integers(1, 4)) if not last and random.random() < 0.25 else 0
+        if settings["method"] != "bingo":
+            settings = settings | {"bags": ""}  # read by no other
         return Command(kind, place, ()).but(**{**settings, "how": how}), killed_at
     if kind == "export":
         settings = {"format": pick("onnx", "onnx", "onnx", "onnx", "all"), "image_size": pick("", "", 48), "elsewhere": pick("", "", "yes")}
         return Command(kind, pick(*finished), ()).but(**settings), 0
     if kind == "validate":
-        return Command(kind, pick(*finished), ()).but(test=pick("test", "test", "", "bank")), 0
+        return Command(kind, pick(*finished), ()).but(test=pick("test", "test", "", "bank"), bank=pick("", "", "photos")), 0
     if kind == "index":
         return Command(kind, pick(*exported), ()), 0
     if kind == "nearest":
@@ -324,7 +297,11 @@ def _read(command: Command, world: World) -> tuple[Any, ...]:
     return {
         "distill": (world.photos, world.teacher, start),
         "export": (world.photos,),
-        "validate": (world.bank, world.test if command.get("test") == "test" else None, world.teacher),
+        "validate": (
+            world.photos if command.get("bank") else world.bank,
+            world.test if command.get("test") == "test" else None,
+            world.teacher,
+        ),
         "compare": (world, start),
         "index": (world.bank,),
         "nearest": (world.test,),

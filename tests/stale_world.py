@@ -139,6 +139,42 @@ def put(world: World, root: Path, *, told_apart: bool = False) -> None:
             shutil.rmtree(path)
 
 
+def changed(random: np.random.Generator, world: World) -> tuple[str, World]:
+    """Another world, and in words what is different."""
+    if random.random() < 0.25:
+        role = str(random.choice(["teacher", "start"], p=[0.7, 0.3]))
+        return f"{role} weights replaced under their name", world._replace(**{role: 1 - getattr(world, role)})
+    role = str(random.choice(["photos", "bank", "test"], p=[0.6, 0.2, 0.2]))
+    folder: Pictures = getattr(world, role)
+    files = dict(folder.files)
+    extra = f"kind{CLASSES - 1}/extra.bmp"
+    picture = str(random.choice([name for name in files if name != extra][:4]))
+    kinds: dict[str, Pictures] = {
+        f"{role}: {picture} replaced by another of the same size and time": _with(folder, files | {picture: files[picture] ^ 512}),
+        f"{role}: another folder of as many pictures with equal names, sizes and times": _with(
+            folder, {name: seed ^ 1024 for name, seed in files.items()}
+        ),
+        f"{role}: a picture added or taken away": _with(
+            folder, {name: seed for name, seed in files.items() if name != extra} | ({} if extra in files else {extra: 7})
+        ),
+        f"{role}: one removed or put back": _with(folder, _but_last(files)),
+        f"{role}: moved to another name": folder._replace(name=role if folder.name != role else f"moved-{role}"),
+        f"{role}: times set back by a day": folder._replace(written=folder.written - 86_400),
+    }
+    what = str(random.choice(list(kinds), p=[0.3, 0.2, 0.15, 0.15, 0.1, 0.1]))
+    return what, world._replace(**{role: kinds[what]})
+
+
+def _with(folder: Pictures, files: dict[str, int]) -> Pictures:
+    return folder._replace(files=tuple(sorted(files.items())))
+
+
+def _but_last(files: dict[str, int]) -> dict[str, int]:
+    """Without kind0/05.bmp, or with it again."""
+    name = "kind0/05.bmp"
+    return {key: seed for key, seed in files.items() if key != name} | ({} if name in files else {name: 5})
+
+
 def words(command: Command, root: Path, world: World, there: Path) -> list[str]:
     """The command's words. root: where runs are; there: where the world is."""
     run, photos, bank, test = (str(path) for path in (root / command.place, *(there / folder.name for folder in world[:3])))
@@ -165,13 +201,14 @@ def words(command: Command, root: Path, world: World, there: Path) -> list[str]:
         size = ["--image-size", str(get("image_size"))] if get("image_size") else []
         return [kind, "--run", run, "--data", photos, "--format", get("format"), *size, *elsewhere]
     if kind == "validate":
+        bank = photos if get("bank") else bank
         return [kind, "--run", run, "--data", bank, *({"test": ["--test", test], "bank": ["--test", bank]}.get(get("test"), []))]
     file = str((Path(f"{run}-files") if get("elsewhere") else Path(run, "export")) / f"student{get('file')}.onnx")
     index = f"{run}-index.npz"
     rest = {
         "index": ["embed", file, bank, "--out", index],
         "nearest": ["nearest", file, f"{test}/{world.test.files[0][0]}", "--index", index, "--k", "4", "--json"],
-        "classify": ["classify", file, test, "--head", f"{run}/export/{get('head')}.npz", "--json"],
+        "classify": ["classify", file, test, "--head", f"{run}/export/student.{get('head')}.npz", "--json"],
     }
     return ["bingo-edge", *rest[kind]]
 
@@ -274,10 +311,11 @@ def result(command: Command, ended: Ended, root: Path, world: World, there: Path
         used = {name: value for name, value in weights.items() if any(name.startswith(f"{_plain(key)}.") for key in named)}
         return {"rows": _figures(table["rows"]), "runs": _figures(named), "references": _figures(table["references"]), "weights": used}
     if kind == "validate":
-        found: dict[str, Any] = {"figures": _figures(json.loads((run / "validation.json").read_text()))}
-        for name, keys in {"linear": ("weight", "bias", "classes"), "bank": ("embeddings", "labels", "classes")}.items():
-            with np.load(run / "export" / f"{name}.npz") as held:
-                found[name] = {key: held[key].tolist() for key in keys}
+        proof = json.loads((run / "validation.json").read_text())
+        found: dict[str, Any] = {"figures": _figures(proof | {"rows": {row["name"]: row for row in proof["rows"]}})}
+        for file in sorted((run / "export").glob("*.npz")):
+            with np.load(file) as held:
+                found[file.name] = {key: held[key].tolist() for key in held.files if not any(word in key for word in NOT_COMPARED)}
         return found
     if kind == "export":
         folder = Path(f"{run}-files") if command.get("elsewhere") else run / "export"
