@@ -189,7 +189,7 @@ def validate(
         list[str] | None,
         typer.Option(
             metavar="KEY=VALUE",
-            help="end with status 3 where the exported file (or the student) is below; knn=0.58, linear=0.60; may be repeated",
+            help="end with status 3 where an exported file (without one: the student) is below; knn=0.58, linear=0.60; may be repeated",
         ),
     ] = None,
     device: Device = "auto",

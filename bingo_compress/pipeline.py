@@ -214,8 +214,8 @@ def _close(
     run_dir.write_text(run.summary, json.dumps(summary, indent=2) + "\n")
     closing_table(models, {name: {"neighbour_recall": value} for name, value in ({"teacher": 1.0} | recall).items()} if recall else {})
     screen.say(f"weights: {run.student}   metrics: {run.metrics}   settings: {run.recipe}, as run: {run.resolved}")
-    screen.say(f"next: bingo-compress validate --run {run.path} --data LABELLED_FOLDER   (kNN and linear need a folder of labels)")
-    screen.say(f"      bingo-compress export --run {run.path}")
+    screen.say(f"next: bingo-compress export --run {run.path}")
+    screen.say(f"      bingo-compress validate --run {run.path} --data LABELLED_FOLDER   (kNN and linear need a folder of labels)")
 
 
 def closing_table(models: Models, rows: dict[str, dict[str, float]]) -> None:

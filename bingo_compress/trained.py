@@ -11,7 +11,7 @@ from bingo_compress.encoder import Encoder, build
 from bingo_compress.errors import BingoError
 from bingo_compress.made_of import FORMATS, MadeOf, made_of
 from bingo_compress.recipe import Recipe
-from bingo_compress.run_dir import RunDir
+from bingo_compress.run_dir import RunDir, made_by
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,15 @@ def load_teacher(recipe: Recipe, run: RunDir) -> Encoder:
         f"--run: {recipe.teacher} ({source}) has other weights now than this run was distilled from; bring those back",
     )
     return teacher
+
+
+def refuse_other_bags(run: RunDir) -> None:
+    """Raise BingoError where work/ holds other bags than those that a run was distilled with."""
+    made = checkpoint.made_of(run.student)
+    with made_by("distill", run.bags):
+        digest = checkpoint.tensor_digest(checkpoint.load(run.bags)[0]["bags"])
+    if made and made.inputs.get("bags", digest) != digest:
+        raise BingoError(f"{run.bags} is not what this run was distilled with; delete {run.work} (it is not needed) or bring its own back")
 
 
 def _refuse_other(run: RunDir, name: str, encoder: Encoder, message: str) -> None:

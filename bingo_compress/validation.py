@@ -80,6 +80,8 @@ def validate(
     trainable = {"student": student}
     if run.start.exists():
         trainable["start"] = trained.load_start(recipe, run)
+    if run.bags.exists():
+        trained.refuse_other_bags(run)
     trainable["random"] = build_student(recipe, "random", "random row")
     encoders = {"teacher": teacher} | trainable
     models = {name: embed.as_embed(encoder, where) for name, encoder in encoders.items()}

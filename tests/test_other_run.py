@@ -129,6 +129,11 @@ def test_a_proof_refuses_another_teacher_and_another_start(begun: Recipe, tmp_pa
     trained.save_start(encoder("test_efficientnet", 32, seed=9), run.start, begun)
     with pytest.raises(BingoError, match=r"start.safetensors is not what this run began with"):
         validation.validate(run.path, tmp_path / "photos")
+    trained.save_start(encoder("test_efficientnet", 32, seed=1), run.start, begun)
+    tensors, facts = checkpoint.load(run.bags)
+    checkpoint.save(run.bags, {"bags": tensors["bags"].flip(1)}, **facts)
+    with pytest.raises(BingoError, match=r"bags.safetensors is not what this run was distilled with"):
+        validation.validate(run.path, tmp_path / "photos")
 
 
 # ---------------------------------------------------------------- compare
