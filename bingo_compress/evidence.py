@@ -1,6 +1,7 @@
-"""How sure a figure is: bootstrap intervals, a paired test of two models, confusion, spread over seeds, rank correlation."""
+"""How sure a figure is: intervals, a paired test of two models, differences over seeds, confusion, rank correlation."""
 
 import itertools
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from bingo_compress.errors import BingoError
 
 DRAWS = 1000
 AT_ONCE = 4_000_000  # resampled values in memory
+FEW = 100  # queries under which a bootstrap is too narrow
+Z = statistics.NormalDist().inv_cdf(0.975)
 
 
 def interval(figure: Callable[[Tensor], float], count: int, draws: int = DRAWS, seed: int = 0) -> tuple[float, float]:
@@ -34,6 +37,56 @@ def mean_interval(values: Tensor, draws: int = DRAWS, seed: int = 0) -> tuple[fl
         for start in range(0, draws, rows)
     ]
     return _middle(torch.cat(means))
+
+
+def share_interval(values: Tensor, draws: int = DRAWS, seed: int = 0) -> tuple[float, float]:
+    """95% interval of a share, the mean of votes (M,) in 0-1: `mean_interval`, and Wilson's under FEW queries or where all agree, which a bootstrap takes for
+    certainty. Raises BingoError without queries."""
+    if len(values) >= FEW and bool((values != values[0]).any()):
+        return mean_interval(values, draws, seed)
+    return wilson(float(values.double().sum()), len(values))
+
+
+def wilson(found: float, count: int) -> tuple[float, float]:
+    """95% score interval of the share found / count (Wilson 1927). Raises BingoError for a count of 0."""
+    _generator(count, 0)
+    share, shrink = found / count, 1 + Z**2 / count
+    middle = (share + Z**2 / (2 * count)) / shrink
+    half = Z / shrink * math.sqrt(share * (1 - share) / count + Z**2 / (4 * count**2))
+    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
+
+
+def mean_share_interval(right: Tensor, labels: Tensor) -> tuple[float, float]:
+    """95% interval of the mean over classes of the share found, of right, labels (M,): `wilson` of each class, combined as MOVER does (Zou and Donner 2008)."""
+    low = high = mean = 0.0
+    classes = labels.unique()
+    for label in classes:
+        votes = right[labels == label].double()
+        share = float(votes.mean())
+        bottom, top = wilson(float(votes.sum()), len(votes))
+        mean, low, high = mean + share, low + (share - bottom) ** 2, high + (top - share) ** 2
+    count = len(classes)
+    return max(0.0, (mean - math.sqrt(low)) / count), min(1.0, (mean + math.sqrt(high)) / count)
+
+
+def area_interval(area: float, positives: int, negatives: int) -> tuple[float, float]:
+    """95% score interval of an area under the ROC curve (Newcombe 2006, method 5, on the variance of Hanley and McNeil 1982). NaN without both kinds."""
+    if not positives or not negatives:
+        return float("nan"), float("nan")
+
+    def error(truth: float) -> float:
+        pairs = (positives + negatives) / 2 - 1
+        variance = truth * (1 - truth) * (1 + pairs * ((1 - truth) / (2 - truth) + truth / (1 + truth))) / (positives * negatives)
+        return Z * math.sqrt(max(variance, 0.0))
+
+    def end(outer: float) -> float:
+        inner = area
+        for _ in range(60):  # the outermost area that would still allow the one found
+            middle = (inner + outer) / 2
+            inner, outer = (middle, outer) if abs(area - middle) <= error(middle) else (inner, middle)
+        return inner
+
+    return end(0.0), end(1.0)
 
 
 def _generator(count: int, seed: int) -> torch.Generator:
@@ -76,6 +129,46 @@ def _sign_test(one: int, other: int) -> float:
     count, fewer = one + other, min(one, other)
     terms = itertools.accumulate(range(fewer), lambda term, k: term * (count - k) // (k + 1), initial=1)
     return min(1.0, 2 * sum(terms) / (1 << count))
+
+
+def seeds_interval(differences: Tensor) -> tuple[float, float]:
+    """95% interval of the mean of differences (S, M) of S seeds on M test images, for other seeds and other images of their kind.
+
+    Seeds and images are two crossed random effects: the variance of the mean is (seeds + images - rest) / SM of their mean squares, its t distribution's
+    degrees of freedom Satterthwaite's (1946). A bootstrap of three seeds would be far too narrow. One seed: `mean_interval` over images, which cannot know
+    how far another seed would land. Raises BingoError without images.
+    """
+    seeds, images = differences.shape
+    if seeds == 1 or images < 2:
+        return mean_interval(differences.mean(0))
+    values = differences.double()
+    mean = float(values.mean())
+    by_seed, by_image = values.mean(1) - mean, values.mean(0) - mean
+    rest = values - mean - by_seed[:, None] - by_image
+    squares = (
+        images * float(by_seed.square().sum()) / (seeds - 1),
+        seeds * float(by_image.square().sum()) / (images - 1),
+        float(rest.square().sum()) / ((seeds - 1) * (images - 1)),
+    )
+    # Where images differ by less than chance lets them, they add nothing; they never take from what the seeds say.
+    parts = [(squares[0], seeds - 1)] + (
+        [(squares[1], images - 1), (-squares[2], (seeds - 1) * (images - 1))] if squares[1] > squares[2] else []
+    )
+    variance = sum(square for square, _ in parts)
+    if variance <= 0:
+        return mean, mean
+    freedom = max(variance**2 / sum(square**2 / count for square, count in parts), seeds - 1)
+    half = student(freedom) * math.sqrt(variance / (seeds * images))
+    return mean - half, mean + half
+
+
+def student(freedom: float) -> float:
+    """The 97.5% quantile of Student's t with any `freedom` >= 1: with t = sqrt(freedom) tan x, the share inside +-t is that of cos(x)^(freedom - 1) up to x."""
+    if freedom > 1e4:
+        return Z
+    x = torch.linspace(0, math.pi / 2, 200_001, dtype=torch.float64)
+    share = torch.cumulative_trapezoid(x.cos() ** (freedom - 1), x)
+    return math.sqrt(freedom) * math.tan(float(x[1:][torch.searchsorted(share, 0.95 * share[-1])]))
 
 
 def confusion(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:

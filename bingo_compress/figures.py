@@ -39,24 +39,28 @@ class Sides:
 
 
 def scores(name: str, sides: Sides, head: probes.LinearHead) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(the figures of one model, whether kNN and linear were right on each query, bool (M,))."""
+    """(the figures of one model, whether kNN and linear were right on each query, bool (M,)); no recall where the bank is too small for one."""
     bank, queries, labels, classes = sides.bank[name], sides.queries[name], sides.query_labels, len(sides.classes)
     predicted = head.predict(queries)
     right = {"knn": probes.knn_predict(bank, sides.labels, queries, classes) == labels, "linear": predicted == labels}
     found = with_interval("knn", right["knn"]) | with_interval("linear", right["linear"])
     found["linear_balanced"] = probes.balanced_accuracy(predicted, labels)
-    found["linear_balanced_interval"] = evidence.interval(lambda drawn: _balanced(right["linear"][drawn], labels[drawn]), len(labels))
+    found["linear_balanced_interval"] = evidence.mean_share_interval(right["linear"], labels)
+    found["linear_strength"] = head.strength
     if classes == 2:
-        chance, positive = head.scores(queries)[:, 0], labels == 0
-        found["linear_auc"] = probes.auc(chance, positive)
-        found["linear_auc_interval"] = evidence.interval(lambda drawn: probes.auc(chance[drawn], positive[drawn]), len(labels))
-    found |= with_interval("neighbour_recall", probes.neighbour_recalls((sides.queries["teacher"], sides.bank["teacher"]), (queries, bank)))
+        # Not a softmax: where that rounds to 1, a sure answer and a surer one would be equal.
+        logits, positive = head.logits(queries), labels == 0
+        found["linear_auc"] = probes.auc(logits[:, 0] - logits[:, 1], positive)
+        found["linear_auc_interval"] = evidence.area_interval(found["linear_auc"], int(positive.sum()), int((~positive).sum()))
+    if probes.recall_k(len(bank)):
+        each = probes.neighbour_recalls((sides.queries["teacher"], sides.bank["teacher"]), (queries, bank))
+        found |= {"neighbour_recall": float(each.mean()), "neighbour_recall_interval": evidence.mean_interval(each)}
     return found, right
 
 
 def with_interval(key: str, values: Tensor) -> dict[str, Any]:
-    """The mean of per-query values (M,) as {key: mean, key_interval: (low, high)}."""
-    return {key: float(values.double().mean()), f"{key}_interval": evidence.mean_interval(values)}
+    """The mean of per-query votes (M,) in 0-1 as {key: share, key_interval: (low, high)}."""
+    return {key: float(values.double().mean()), f"{key}_interval": evidence.share_interval(values)}
 
 
 def embedded(
@@ -106,12 +110,6 @@ def _quarter(labels: Tensor) -> Tensor:
     return chosen
 
 
-def _balanced(right: Tensor, labels: Tensor) -> float:
-    """`probes.balanced_accuracy`, a thousand times over."""
-    counts = torch.bincount(labels).double()
-    return float((torch.bincount(labels, right.double()) / counts)[counts > 0].mean())
-
-
 def by_class(predicted: Tensor, sides: Sides) -> dict[str, Any]:
     """Per class: test images, share found, and the class it is most often taken for; and the confusion matrix, rows the truth."""
     classes, labels = sides.classes, sides.query_labels
@@ -120,7 +118,7 @@ def by_class(predicted: Tensor, sides: Sides) -> dict[str, Any]:
     for index, accuracy in enumerate(evidence.per_class(counts)):
         entry: dict[str, Any] = {"class": classes[index], "images": int(counts[index].sum()), "accuracy": accuracy, "mistaken_for": None}
         if accuracy is not None:
-            entry["accuracy_interval"] = evidence.mean_interval(predicted[labels == index] == index)
+            entry["accuracy_interval"] = evidence.share_interval(predicted[labels == index] == index)
         others = counts[index].clone()
         others[index] = 0
         if others.any():

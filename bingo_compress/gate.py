@@ -22,33 +22,36 @@ def make_judge(
 ) -> Judge:
     """A function that compares a quantised file with `float_file`. gallery: uint8 (n, S, S, 3), images that no range was found on.
 
-    Its figures: mean and smallest cosine of the two embeddings of an image; share of an image's K nearest others in `gallery` that stay its nearest;
+    Its figures: mean and smallest cosine of the two embeddings of an image; share of an image's k nearest others in `gallery` (`probes.recall_k`) that stay
+    its nearest, where the gallery is large enough;
     with a folder of `labels`, kNN and linear accuracy on `test` (without: a quarter of each class, set aside), with the float file's own bank and head,
     which is what a device has. It names those below the gate: LEAST_COSINE, LEAST_RECALL, `max_loss` points of accuracy. Raises BingoError.
     """
     exact = onnx_runner(float_file)
     embedded = exact(gallery)[0]
-    k = min(probes.RECALL_K, len(gallery) - 1)
-    near = mates(embedded, k, Search("exact"))[0]
+    k = probes.recall_k(len(gallery) - 1)
+    near = mates(embedded, k, Search("exact"))[0] if k else None
+    if near is None:
+        screen.say(f"the int8 gate does not judge neighbours: {len(gallery)} images are too few (at least {probes.RECALL_SHARE + 1})")
     labelled = _labelled(float_file, preprocessing, labels, test) if labels else None
 
     def judge(file: Path) -> tuple[dict[str, Any], list[str]]:
         found = onnx_runner(file)(gallery)[0]
         cosines = cosine_similarity(found, embedded)
-        kept = (mates(found, k, Search("exact"))[0][:, :, None] == near[:, None, :]).any(2)
         told: dict[str, Any] = {
             "images": len(gallery),
             "mean_cosine": float(cosines.mean()),
             "min_cosine": float(cosines.min()),
-            "recall": float(kept.double().mean()),
-            "recall_k": k,
         }
         missed = []
         # "not >=" and not "<", so that a NaN is refused too.
         if not told["mean_cosine"] >= LEAST_COSINE:
             missed.append(f"mean cosine {told['mean_cosine']:.4f} (at least {LEAST_COSINE})")
-        if not told["recall"] >= LEAST_RECALL:
-            missed.append(f"neighbour recall@{k} {told['recall']:.3f} (at least {LEAST_RECALL})")
+        if near is not None:
+            kept = (mates(found, k, Search("exact"))[0][:, :, None] == near[:, None, :]).any(2)
+            told |= {"recall": float(kept.double().mean()), "recall_k": k, "recall_chance": k / (len(gallery) - 1)}
+            if not told["recall"] >= LEAST_RECALL:
+                missed.append(f"neighbour recall@{k} {told['recall']:.3f} (at least {LEAST_RECALL}, by chance {told['recall_chance']:.3f})")
         if labelled:
             accuracies = labelled(file)
             told |= accuracies

@@ -117,7 +117,7 @@ def validate(
         if (run.export / model_card.NAME).exists():
             model_card.renew(run, run.export)
         show(result, run, Models(recipe, teacher, student))
-        _refuse_under(least, by_name[deployed], deployed)
+        _refuse_under(least, by_name[deployed], deployed, len(sides.labels))
         return result
 
     return distributed.from_first(judge)
@@ -137,8 +137,17 @@ def parse_required(words: Sequence[str]) -> dict[str, float]:
     return least
 
 
-def _refuse_under(least: dict[str, float], row: dict[str, Any], name: str) -> None:
-    under = [f"{key} {row[key]:.4f} (at least {value:g})" for key, value in least.items() if not row[key] >= value]
+def _refuse_under(least: dict[str, float], row: dict[str, Any], name: str, bank: int) -> None:
+    notes, chance = {"neighbour_recall": f"; {probes.recall_title(bank)}"}, probes.recall_facts(bank)["chance"]
+    under = [
+        f"{key} {row[key]:.4f} (at least {value:g}{notes.get(key, '')})"
+        if key in row
+        else f"{key} not measured (the bank of {bank:,} is too small)"
+        for key, value in least.items()
+        if not row.get(key, -1.0) >= value
+    ]
+    if not under and least.get("neighbour_recall", 1.0) <= chance:
+        under = [f"neighbour_recall={least['neighbour_recall']:g} asks for no more than what is found by chance, {chance:.3f}"]
     if under:
         raise BingoError(f"--require: the {'exported file' if name == 'onnx' else name} is below what is asked for: {', '.join(under)}", 3)
 
@@ -193,12 +202,14 @@ def _protocol(
     root = sides.bank_folder.root
     said: dict[str, Any] = {
         "knn": f"weighted vote exp(cos/{probes.KNN_TEMPERATURE}), k = {probes.KNN_K} (DINO), plain view",
-        "linear": "logistic regression (L-BFGS) on frozen standardised features; L2 strength chosen on a fifth of the bank held out, never on the test set; refitted on the whole bank",
-        "neighbour_recall": f"share of the teacher's {probes.RECALL_K} nearest bank images of each test image that are also the model's; no labels used",
+        "linear": f"logistic regression (Newton, float64) on frozen standardised features; L2 strength of {min(probes.L2_STRENGTHS):g} to {max(probes.L2_STRENGTHS):g} by stratified "
+        f"{probes.FOLDS}-fold cross-validation in the bank, the strongest within one standard error of the best, never on the test set; refitted on the whole bank",
+        "neighbour_recall": _recall_text(len(sides.labels)),
+        "recall": probes.recall_facts(len(sides.labels)),
         "onnx": "the student's linear head on the features that the exported file gives",
         "linear_balanced": "mean over classes of the linear probe's recall",
-        "intervals": f"95% percentile bootstrap over test images, {evidence.DRAWS} draws; bank, weights and heads stay as they are, so that a second run of distill may "
-        "land outside; no width where all test images agree",
+        "intervals": f"95%, over test images: percentile bootstrap, {evidence.DRAWS} draws; Wilson's for a share of under {evidence.FEW} images or where all agree (balanced: Wilson's "
+        "of each class combined, MOVER), Newcombe's for the AUC; bank, weights and heads stay as they are, so that a second run of distill may land outside",
         "per_class": "the linear probe's recall of each class; confusion: counts, rows the truth",
         "gap_closed": "(student - random) / (teacher - random) of the linear probe; left out where teacher - random is under "
         f"{figures.LEAST_GAP}",
@@ -232,6 +243,13 @@ def _protocol(
         said["against"] = f"the student of {against} on the same images, each student with its own input size"
         said["paired"] = "this student minus the other; 95% paired bootstrap over test images; exact two-sided McNemar test (p_value)"
     return said
+
+
+def _recall_text(bank: int) -> str:
+    k = probes.recall_k(bank)
+    if not k:
+        return f"not measured: a bank of {bank:,} is too small (at least {probes.RECALL_SHARE})"
+    return f"share of the teacher's {k} nearest bank images of each test image that are also the model's; by chance {k / bank:.3f}; no labels used"
 
 
 def save_heads(folder: Path, head: probes.LinearHead, bank: Tensor, labels: Tensor, classes: list[str], paths: list[str]) -> None:

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     "errors families distributed memory processor stopping",
     "recipe run_dir layouts",
-    "screen feature_queue losses schedule augment weights chart evidence meter",
+    "screen feature_queue losses schedule augment weights chart evidence logistic meter",
     "images encoder checkpoint frugal speed profiling matrices golden latency",
     "decoding intake",
     "pixels neighbours",
