@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo demo-short test unit check lint bench soak constraints clean
+.PHONY: demo demo-short test unit check lint bench gpu-pack soak constraints clean
 
 demo: $(READY)
 	$(BIN)/bingo-compress demo --overwrite
@@ -30,6 +30,10 @@ soak: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/first_step.py
+
+# Photos, weights and wheels for benchmarks/gpu.sh on a machine that reaches no network: copy the repository and gpu-pack/ there.
+gpu-pack: $(READY)
+	$(BIN)/python benchmarks/gpu_pack.py
 
 $(READY): constraints.txt pyproject.toml export/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: expected Python 3.11 or newer, found $$($(PYTHON) --version 2>&1); try make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }

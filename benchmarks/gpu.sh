@@ -1,30 +1,82 @@
 #!/usr/bin/env bash
-# Everything to be measured on a GPU, in one go: correctness first, then speed, then one real distillation. Tables and JSON land in $OUT.
-# OUT=folder PYTHON=python3 CLOTHING=../shared/data/clothing WEIGHTS=efficientnet-lite2-9656183e.pth benchmarks/gpu.sh
-# Written where no GPU was at hand: it has not been run on one yet.
+# What is to be known of a GPU, in one go of some six minutes: correctness, speed, one real distillation to its proof, a million neighbours.
+# make gpu-pack here; then there, in the repository's root: OUT=folder benchmarks/gpu.sh [part ...]
+# Three files land in $OUT as it goes: report.txt, the tables; logs.txt, all that was printed; results.json. QUICK=1: a trial of the script itself, on a CPU.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-out=${OUT:-gpu-results} python=${PYTHON:-python3}
+out=${OUT:-gpu-results} python=${PYTHON:-python3} pack=$PWD/gpu-pack
+work=$(mktemp -d)
 mkdir -p "$out"
-export PYTHONPATH=$PWD:$PWD/export:$PWD/benchmarks
+: > "$out/report.txt"; : > "$out/logs.txt"
+if [ -z "${PYTHON:-}" ]; then
+    "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$work/site" "$pack"/wheels/*.whl || exit
+    export PYTHONPATH=$work/site
+fi
+here=$PWD:$PWD/export:$PWD/benchmarks
+export PYTHONPATH=$here:${PYTHONPATH:-} PYTHONUNBUFFERED=1
+# Tests look for photos beside the repository.
+[ -e ../shared/data/clothing ] || { mkdir -p ../shared/data && ln -s "$pack/clothing" ../shared/data/clothing; }
+weights=$(echo "$pack"/weights/efficientnet-lite2*.pth)
 
-try() { # a name, then a command: one that fails is said and does not end the others
-    local name=$1
-    shift
-    echo "== $name: $*"
-    "$@" > "$out/$name.txt" 2>&1 || echo "FAILED with $?: $name"
-    tail -n 20 "$out/$name.txt"
+say() { echo "$@" | tee -a "$out/report.txt"; }
+
+part() { # name, seconds, lines of it to report, command: one that fails is said and does not end the others
+    local name=$1 most=$2 lines=$3 status=0 began=$SECONDS
+    shift 3
+    say "== $name: $*"
+    timeout --kill-after=5 "$most" "$@" > "$work/$name.txt" 2>&1 || status=$?
+    { echo "== $name: $*"; cat "$work/$name.txt"; } >> "$out/logs.txt"
+    tail -n "$lines" "$work/$name.txt" | tee -a "$out/report.txt"
+    say "-- $name: exit status $status after $((SECONDS - began)) s"
+    "$python" - "$work" "$out/results.json" <<'PYTHON'
+import json, pathlib, sys
+found = {}
+for file in sorted(pathlib.Path(sys.argv[1]).glob("*.json")):
+    try:
+        found[file.stem] = json.loads(file.read_text())
+    except ValueError:
+        pass
+pathlib.Path(sys.argv[2]).write_text(json.dumps(found, indent=1) + "\n")
+PYTHON
 }
 
-nvidia-smi > "$out/machine.txt"
-try correctness "$python" -m pytest -q -p no:cacheprovider tests/test_gpu.py tests/test_decoding.py
-for student in resnet18 mobilenetv3_large_100; do
-    try "step-$student" "$python" benchmarks/step.py --student $student --batch 256 --steps 30 --images 4096 --json "$out/step-$student.json"
-done
-try official_step "$python" benchmarks/official_step.py --batch 64 --steps 10 --json "$out/official_step.json"
-try bagging "$python" benchmarks/bagging.py --json "$out/bagging.json"
-try pixels "$python" benchmarks/pixels.py --json "$out/pixels.json"
-if [ -d "${CLOTHING:-}" ] && [ -f "${WEIGHTS:-}" ]; then
-    try distill "$python" -m bingo_compress distill --recipe quick_cpu --data "$CLOTHING/train" --teacher-weights "$WEIGHTS" --overwrite --out "$out/run" --profile
-    try validate "$python" -m bingo_compress validate --run "$out/run" --data "$CLOTHING/train" --test "$CLOTHING/test" --json "$out/validation.json"
+if [ -n "${QUICK:-}" ]; then
+    students=test_resnet batches=8 size=64 step=(--steps 2 --rounds 1 --images 32) epochs=1 seeds=0 million=(--queries-share 0.0005)
+else
+    students="resnet18 mobilenetv3_large_100 vit_tiny_patch16_224" batches="256 1024" size=224 step=(--seconds 1.2 --rounds 2 --images 512 --queue 65536)
+    epochs=20 seeds="0 1 2" million=()
 fi
+
+distilled() { # seed: the quick recipe on the photos of the pack, and its proof
+    local run=$work/run-$1
+    "$python" -m bingo_compress distill --recipe quick_cpu --set "epochs=$epochs" --data "$pack/clothing/train" --teacher-weights "$weights" --seed "$1" \
+        --overwrite --out "$run" &&
+        "$python" -m bingo_compress validate --run "$run" --data "$pack/clothing/train" --test "$pack/clothing/test" --json "$work/validation-$1.json"
+    tail -n 1 "$run/metrics.jsonl"
+}
+export -f distilled
+export python pack weights work epochs
+
+machine() {
+    nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv
+    "$python" -c 'import torch, torchvision, timm, onnxruntime, pydantic, typer; [print(m.__name__, m.__version__) for m in (torch, torchvision, timm, onnxruntime, pydantic, typer)]; print(torch.version.cuda, torch.cuda.is_available())'
+    nproc
+}
+
+for wanted in ${*:-machine steps correctness distil million official}; do
+    case $wanted in
+        machine) machine 2>&1 | tee -a "$out/report.txt" ;;
+        # shellcheck disable=SC2086
+        before) part before 60 20 env "PYTHONPATH=$pack/before:$pack/before/export:$PYTHONPATH" "$python" benchmarks/step.py --student ${BEFORE_STUDENT:-resnet18} --batch $batches --size "$size" "${step[@]}" --json "$work/before.json" ;;
+        # shellcheck disable=SC2086
+        steps) part steps 130 20 "$python" benchmarks/step.py --student $students --batch $batches --size "$size" "${step[@]}" --json "$work/steps.json" ;;
+        correctness) part correctness 110 60 "$python" -m pytest -q -p no:cacheprovider --durations=5 -rPfE tests/test_gpu.py tests/test_decoding.py ;;
+        distil)
+            for seed in $seeds; do
+                part "distil-$seed" 120 32 bash -c "distilled $seed"
+            done
+            ;;
+        million) part million 120 6 "$python" benchmarks/bagging.py --million --dim 256 "${million[@]}" --json "$work/million.json" ;;
+        official) part official 60 8 "$python" benchmarks/official_step.py --batch 128 --steps 10 --rounds 1 --json "$work/official.json" ;;
+    esac
+done

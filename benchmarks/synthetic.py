@@ -16,7 +16,10 @@ def photo(number: int, width: int, height: int) -> Image.Image:
 
 
 def store_of(count: int, size: int, device: torch.device) -> pixels.PixelStore:
-    """A pixel store of `count` pictures for crops of `size` px, in memory; a hundred pictures, again and again."""
+    """A pixel store of `count` pictures for crops of `size` px, on the GPU or in memory; a hundred pictures, again and again."""
     side = pixels.store_side(size, 0)
     hundred = [np.array(photo(number, side * 4 // 3, side)) for number in range(min(count, 100))]
-    return pixels.store_of([hundred[number % 100] for number in range(count)], torch.full((count,), 4 / 3), device)
+    store = pixels.store_of([hundred[number % 100] for number in range(count)], torch.full((count,), 4 / 3), device)
+    if device.type == "cuda":
+        return pixels.PixelStore(store.height, store.width, store.aspect, store._read, device, "gpu")
+    return store

@@ -1,5 +1,6 @@
 """A run's state in one safetensors file: written whole or not at all, no pickle."""
 
+import hashlib
 import json
 import os
 import zlib
@@ -12,14 +13,16 @@ from torch import Tensor
 
 from bingo_compress import screen, stopping
 from bingo_compress.errors import BingoError
+from bingo_compress.made_of import MadeOf, as_told
 from bingo_compress.run_dir import atomic, need_space
 
 
-def save(path: Path, tensors: dict[str, Tensor], **facts: object) -> None:
-    """Write tensors by name, and `facts` as JSON, to `path`, with a checksum of both. Raises BingoError when the disk is too small."""
+def save(path: Path, tensors: dict[str, Tensor], made: MadeOf | None = None, **facts: object) -> None:
+    """Write tensors by name, and `facts` as JSON, to `path`, with a checksum of both. made: what they were made from. Raises BingoError when the disk is too
+    small."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     need_space(path.parent, sum(tensor.nbytes for tensor in plain.values()), path.name)
-    told = json.dumps(facts)
+    told = json.dumps(facts | ({"made_of": made.told()} if made else {}))
     with atomic(path) as temporary:
         safetensors.torch.save_file(plain, temporary, metadata={"bingo_compress": told, "crc32": f"{_checksum(plain, told):08x}"})
 
@@ -40,16 +43,29 @@ def load(path: Path, *, checked: bool = False) -> tuple[dict[str, Tensor], dict[
         raise BingoError(f"{path} cannot be read as a file of this program ({error}); start anew with --overwrite") from None
 
 
-def is_sound(file: Path) -> bool:
-    """Whether `file` is there and whole; says so when it is there and is not."""
+def made_of(path: Path) -> MadeOf | None:
+    """What a file was made from, by its header alone; None for one of an earlier version. Raises BingoError for a file that is damaged or not ours."""
+    try:
+        with stopping.deferred(), safetensors.safe_open(path, framework="pt") as file:
+            return as_told(json.loads((file.metadata() or {})["bingo_compress"]).get("made_of"))
+    except BingoError:
+        raise
+    except Exception as error:
+        raise BingoError(f"{path} cannot be read as a file of this program ({error}); start anew with --overwrite") from None
+
+
+def is_sound(file: Path, made: MadeOf | None = None) -> bool:
+    """Whether `file` is there, whole, and (with `made`) made from just that; says so when it is there and is not."""
     if not file.exists():
         return False
     try:
-        load(file, checked=True)
+        _, facts = load(file, checked=True)
+        if not made or not (other := made.differences(as_told(facts.get("made_of")))):
+            return True
+        screen.say(f"{file} was made from something else ({', '.join(other)}): it is made again")
     except BingoError:
         screen.say(f"{file} is damaged and is made again")
-        return False
-    return True
+    return False
 
 
 def _checksum(tensors: dict[str, Tensor], told: str) -> int:
@@ -62,7 +78,7 @@ def _checksum(tensors: dict[str, Tensor], told: str) -> int:
     return found
 
 
-def save_keeping(path: Path, tensors: dict[str, Tensor], **facts: object) -> None:
+def save_keeping(path: Path, tensors: dict[str, Tensor], made: MadeOf, **facts: object) -> None:
     """`save`; what `path` held is kept beside it for `load_newest`."""
     if path.exists():
         temporary = path.with_name(f".{path.name}.{os.getpid()}.before")
@@ -72,11 +88,16 @@ def save_keeping(path: Path, tensors: dict[str, Tensor], **facts: object) -> Non
         except OSError:  # a file system without links, such as a memory card's: for a moment only the save before is there
             temporary = path
         os.replace(temporary, before(path))
-    save(path, tensors, **facts)
+    save(path, tensors, made, **facts)
 
 
-def load_newest(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
-    """What `save_keeping` wrote last; the save before it, said on screen, where that file is damaged. Raises BingoError where both are."""
+def load_newest(path: Path) -> tuple[dict[str, Tensor], dict[str, object]] | None:
+    """What `save_keeping` wrote last; the save before it, said on screen, where that file is damaged; None where it wrote nothing.
+
+    Whether the state belongs to the run that asks is for the caller to compare (`made_of`), of whichever was read. Raises BingoError where both are damaged.
+    """
+    if not path.exists() and not before(path).exists():
+        return None
     try:
         return load(path, checked=True)
     except BingoError as error:
@@ -87,9 +108,30 @@ def load_newest(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
         return found
 
 
+def forget(path: Path) -> None:
+    """Delete what `save_keeping` wrote, both of them."""
+    path.unlink(missing_ok=True)
+    before(path).unlink(missing_ok=True)
+
+
 def before(path: Path) -> Path:
     """Where `save_keeping` keeps what `path` held."""
     return path.with_name(f"{path.stem}-before{path.suffix}")
+
+
+def of_another_run(file: Path, others: list[str]) -> BingoError:
+    """The error for a state that was not made from what is there now; others: of `MadeOf.differences`."""
+    return BingoError(
+        f"--resume: {file} is of another run; what differs: {', '.join(others)}; bring back what it was made from, or start anew with --overwrite"
+    )
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """sha256 of a tensor's type, shape and contents, in hex."""
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    plain = tensor.detach().cpu().contiguous()
+    digest.update(plain.view(-1).view(torch.uint8).numpy().data if plain.numel() else b"")
+    return digest.hexdigest()
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ import copy
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,16 +15,17 @@ from torch.nn.functional import normalize
 from bingo_compress import checkpoint, distributed, screen, speed, stopping
 from bingo_compress.bagging import knn
 from bingo_compress.batches import Maker, Ready, ahead, order_of
-from bingo_compress.embed import TargetOf, hash_seed, store_features
+from bingo_compress.embed import TargetOf, hash_seed, store_features, weights_digest
 from bingo_compress.encoder import Encoder, ProjectionHead, RegressionHead
 from bingo_compress.errors import BingoError
 from bingo_compress.feature_queue import FeatureQueue
 from bingo_compress.frugal import Frugal
 from bingo_compress.losses import Batch, Loss, Queries, Targets, make_loss
+from bingo_compress.made_of import MadeOf, as_told, made_of
 from bingo_compress.meter import Log, Meter, forget_after
 from bingo_compress.pixels import PixelStore
 from bingo_compress.profiling import profiled
-from bingo_compress.recipe import Recipe
+from bingo_compress.recipe import Recipe, deciding
 from bingo_compress.run_dir import write_text
 from bingo_compress.schedule import learning_rate
 
@@ -137,17 +138,28 @@ def distill(
     device: torch.device,
     *,
     check: Check | None = None,
+    sources: Mapping[str, str] | None = None,
     names: Sequence[str] = (),
     stop_after: int | None = None,
-) -> None:
-    """Train `student` in place on the images `training` (n,) of `pixels`; go on from the checkpoint `saved` if it is there.
+    discard: bool = False,
+) -> MadeOf:
+    """Train `student` in place on the images `training` (n,) of `pixels`; go on from the checkpoint `saved` if it is there and was made from just this.
 
     bags: (n, K) positions in `training`, -1 for an empty place. target_of: the teacher's embedding (B, dim) of images, None for methods without
     teacher. metrics: appended to, one JSON object a line. check: scores the student every recipe.check_every epochs; with recipe.keep_best
     the best-scored student is what is left. names: of the images of `pixels`, for
-    messages. stop_after: leave after this many steps, as an interruption would (tests).
-    Raises BingoError when the loss is not finite; nothing is saved after such a step.
+    messages. sources: digests of what `pixels` and `target_of` were made from, by name. stop_after: leave after this many steps, as an interruption would
+    (tests). discard: the checkpoint of another run is deleted instead of refused. Returns what the student is made of.
+    Raises BingoError when the loss is not finite, and nothing is saved after such a step; and for the checkpoint of another run.
     """
+    made = made_of(
+        "training",
+        settings=deciding(recipe),
+        start=weights_digest(student),
+        training=checkpoint.tensor_digest(training),
+        bags=checkpoint.tensor_digest(bags),
+        **(sources or {}),
+    )
     planned = plan(recipe, len(training))
     loss_function = loss_of(recipe)
     head = make_head(recipe, student.width, dim).to(device)
@@ -168,15 +180,11 @@ def distill(
             tensors |= {f"average.{name}": value for name, value in average.student.backbone.state_dict().items()}
             tensors |= {f"average_head.{name}": value for name, value in average.head.state_dict().items()}
             tensors["bags.now"] = bags
-        checkpoint.save_keeping(saved, tensors, step=step, steps=planned.steps, best_score=best_score)
+        checkpoint.save_keeping(saved, tensors, made, step=step, best_score=best_score)
 
     step = 0
-    if saved.exists() or checkpoint.before(saved).exists():
-        tensors, facts = checkpoint.load_newest(saved)
-        if "best_score" not in facts:
-            raise BingoError(f"--resume: {saved} is of an earlier version, whose held-out images were others; start anew with --overwrite")
-        if (facts["steps"], len(tensors["queue.rows"])) != (planned.steps, planned.queue_size):
-            raise BingoError(f"--resume: {saved} is of a run on another number of images; start anew with --overwrite")
+    if state := _own_state(saved, metrics, made, discard):
+        tensors, facts = state
         student.backbone.load_state_dict(checkpoint.under(tensors, "student"))
         head.load_state_dict(checkpoint.under(tensors, "head"))
         checkpoint.load_optimizer(optimizer, checkpoint.under(tensors, "optimizer"))
@@ -317,6 +325,24 @@ def distill(
     if best and step == planned.steps:
         student.backbone.load_state_dict(best)
     student.eval()
+    return made
+
+
+def _own_state(saved: Path, metrics: Path, made: MadeOf, discard: bool) -> tuple[dict[str, Tensor], dict[str, object]] | None:
+    """The state in `saved` if it was made from just `made`, None where there is none; another run's is deleted, or raises BingoError."""
+    found = checkpoint.load_newest(saved)
+    if found is None or not (others := made.differences(as_told(found[1].get("made_of")))):
+        return found
+    if not discard:
+        raise checkpoint.of_another_run(saved, others)
+    screen.say(f"the state in {saved} is of another run and is deleted; what differs: {', '.join(others)}")
+
+    def delete() -> None:
+        checkpoint.forget(saved)
+        metrics.unlink(missing_ok=True)
+
+    distributed.from_first(delete)
+    return None
 
 
 def _not_finite(step: int, planned: Plan, recipe: Recipe, training: Tensor, names: Sequence[str], metrics: Path, saved: Path) -> str:

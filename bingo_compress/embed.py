@@ -19,6 +19,7 @@ from bingo_compress.images import Folder, decode_all
 from bingo_compress.matrices import Matrix, Stored, blocks
 from bingo_compress.pixels import PixelStore
 from bingo_compress.run_dir import drop_stale, need_space, stage_key
+from bingo_compress.transfer import sent
 
 SHARD = 1024
 BATCH = 64
@@ -281,9 +282,7 @@ class TargetSpace:
         points = normalize(embeddings.float(), dim=-1)
         if self.mean is not None:
             points = points - self.mean.to(points.device)
-        if self.basis is not None:
-            points = points @ self.basis.to(points.device)
-        return points
+        return points if self.basis is None else points @ self.basis.to(points.device)
 
 
 def target_space(embeddings: Matrix, target: str, dim: int) -> TargetSpace:
@@ -327,8 +326,8 @@ class StoredTargets:
     def __call__(self, indices: Tensor, generator: torch.Generator, mine: Tensor) -> Tensor:
         """Targets (b, dim), float32, L2-normalised (unless `lengths`), of the images indices[mine]; drawn for all of `indices` (B,)."""
         view = torch.randint(self._views.shape[1], (len(indices),), generator=generator)[mine]
-        home, indices = self._views.device, indices[mine]
-        drawn = self._views[indices.to(home), view.to(home)].to(self._device).float()
+        rows = (sent(positions, self._views.device) for positions in (indices[mine], view))
+        drawn = sent(self._views[tuple(rows)], self._device).float()
         return drawn if self._lengths else normalize(drawn, dim=1)
 
 
@@ -395,6 +394,5 @@ def weights_digest(encoder: Encoder) -> str:
     """A hash of the encoder's name and weights."""
     digest = hashlib.sha256(encoder.name.encode())
     for name, tensor in sorted(encoder.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(f"{name} {checkpoint.tensor_digest(tensor)}".encode())
     return digest.hexdigest()

@@ -10,10 +10,12 @@ from bingo_compress import images, intake, screen
 from bingo_compress.distill import make_head, plan
 from bingo_compress.encoder import Encoder
 from bingo_compress.errors import BingoError
-from bingo_compress.pipeline import build_models, choose_device, header, resolve, split, step_memory, use_threads
+from bingo_compress.material import split, step_memory
+from bingo_compress.pipeline import choose_device, header, resolve, use_threads
 from bingo_compress.pixels import guess, store_side
 from bingo_compress.recipe import Recipe, recipe_text
 from bingo_compress.speed import saved_bytes
+from bingo_compress.trained import build_models
 
 SAMPLE = 64
 SAMPLE_VIEWS = 64

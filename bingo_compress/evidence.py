@@ -5,6 +5,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -134,39 +135,30 @@ def _sign_test(one: int, other: int) -> float:
 def seeds_interval(differences: Tensor) -> tuple[float, float]:
     """95% interval of the mean of differences (S, M) of S seeds on M test images, for other seeds and other images of their kind.
 
-    Seeds and images are two crossed random effects: the variance of the mean is (seeds + images - rest) / SM of their mean squares, its t distribution's
-    degrees of freedom Satterthwaite's (1946). A bootstrap of three seeds would be far too narrow. One seed: `mean_interval` over images, which cannot know
-    how far another seed would land. Raises BingoError without images.
+    Seeds and images are two crossed random effects. The seeds' part of the mean's variance, which holds the chance of each single answer too, is known to
+    S - 1 degrees of freedom; what images add beyond that chance to M - 1: each has its own quantile of t, and their half widths add as squares do (the
+    modified large-sample interval of Graybill and Wang 1980). A bootstrap of three seeds would be too narrow, or too wide where seeds are alike. One seed:
+    `mean_interval` over images, which cannot know how far another seed would land. Raises BingoError without images.
     """
     seeds, images = differences.shape
-    if seeds == 1 or images < 2:
-        return mean_interval(differences.mean(0))
     values = differences.double()
+    if seeds == 1 or images < 2:
+        return mean_interval(values.mean(0))
     mean = float(values.mean())
     by_seed, by_image = values.mean(1) - mean, values.mean(0) - mean
-    rest = values - mean - by_seed[:, None] - by_image
-    squares = (
-        images * float(by_seed.square().sum()) / (seeds - 1),
-        seeds * float(by_image.square().sum()) / (images - 1),
-        float(rest.square().sum()) / ((seeds - 1) * (images - 1)),
-    )
-    # Where images differ by less than chance lets them, they add nothing; they never take from what the seeds say.
-    parts = [(squares[0], seeds - 1)] + (
-        [(squares[1], images - 1), (-squares[2], (seeds - 1) * (images - 1))] if squares[1] > squares[2] else []
-    )
-    variance = sum(square for square, _ in parts)
-    if variance <= 0:
-        return mean, mean
-    freedom = max(variance**2 / sum(square**2 / count for square, count in parts), seeds - 1)
-    half = student(freedom) * math.sqrt(variance / (seeds * images))
+    chance = float((values - mean - by_seed[:, None] - by_image).square().sum()) / ((seeds - 1) * (images - 1))
+    of_seeds = images * float(by_seed.square().sum()) / (seeds - 1)
+    of_images = max(seeds * float(by_image.square().sum()) / (images - 1) - chance, 0.0)
+    half = math.sqrt((student(seeds - 1) ** 2 * of_seeds + student(images - 1) ** 2 * of_images) / (seeds * images))
     return mean - half, mean + half
 
 
-def student(freedom: float) -> float:
-    """The 97.5% quantile of Student's t with any `freedom` >= 1: with t = sqrt(freedom) tan x, the share inside +-t is that of cos(x)^(freedom - 1) up to x."""
-    if freedom > 1e4:
+@cache
+def student(freedom: int) -> float:
+    """The 97.5% quantile of Student's t: with t = sqrt(freedom) tan x, the share inside +-t is that of cos(x)^(freedom - 1) up to x."""
+    if freedom > 10_000:
         return Z
-    x = torch.linspace(0, math.pi / 2, 200_001, dtype=torch.float64)
+    x = torch.linspace(0, math.pi / 2, 100_001, dtype=torch.float64)
     share = torch.cumulative_trapezoid(x.cos() ** (freedom - 1), x)
     return math.sqrt(freedom) * math.tan(float(x[1:][torch.searchsorted(share, 0.95 * share[-1])]))
 

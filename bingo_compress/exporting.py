@@ -14,7 +14,8 @@ from bingo_compress.errors import BingoError
 from bingo_compress.exporters.onnx import IMAGES, REFUSED, Form, export_onnx, form, onnx_runner, publish
 from bingo_compress.exporters.onnx_int8 import CALIBRATION, LadderEnds, Rung, quantise
 from bingo_compress.golden import write_golden
-from bingo_compress.pipeline import load_student, saved_recipe
+from bingo_compress.pipeline import saved_recipe
+from bingo_compress.trained import load_student
 
 FORMATS = ("onnx", "onnx-int8", "all")
 GALLERY = 512  # images that an int8 file is judged on

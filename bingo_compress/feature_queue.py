@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from bingo_compress.transfer import sent
+
 
 class FeatureQueue:
     """The last `size` embeddings pushed, with the image each came from. Starts empty: a random row is never a negative."""
@@ -22,7 +24,7 @@ class FeatureQueue:
             embeddings, images = embeddings[-size:], images[-size:]
         slots = torch.arange(self._pushed, self._pushed + len(embeddings), device=self._rows.device) % size
         self._rows[slots] = embeddings
-        self._images[slots] = images.to(self._images.device)
+        self._images[slots] = sent(images, self._images.device)
         self._pushed += len(embeddings)
 
     def negatives(self) -> Tensor:
@@ -33,7 +35,7 @@ class FeatureQueue:
         """(B, len) bool: row q holds an embedding of one of the images[b] (B, M)."""
         held = self._images[: len(self)]
         found = torch.zeros(len(images), len(held), dtype=torch.bool, device=held.device)
-        for column in images.to(held.device).unbind(1):
+        for column in sent(images, held.device).unbind(1):
             found |= held[None] == column[:, None]
         return found
 

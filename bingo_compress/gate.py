@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from bingo_compress import embed, figures, images, probes, screen
+from bingo_compress import figures, images, probes, screen
 from bingo_compress.encoder import Preprocessing
 from bingo_compress.exporters.onnx import onnx_runner
 from bingo_compress.exporters.onnx_int8 import Judge
@@ -71,9 +71,10 @@ def _labelled(float_file: Path, preprocessing: Preprocessing, labels: Path, test
     test_folder = images.list_folder(test, "--test") if test else None
     if test_folder:
         images.refuse_other_classes(bank_folder, test_folder, "--labels")
+        figures.refuse_shared(bank_folder, test_folder, "--labels")
     exact = onnx_runner(float_file)
     sides = figures.sides({"float": (preprocessing, lambda batch: exact(batch)[1])}, bank_folder, test_folder, classes)
-    head = probes.fit_linear(sides.bank["float"], sides.labels, len(classes))
+    head = probes.fit_linear(sides.bank["float"], sides.labels, len(classes), groups=sides.groups)
 
     def accuracies(features: Tensor) -> dict[str, float]:
         nearest = probes.knn_predict(sides.bank["float"], sides.labels, features, len(classes))
@@ -88,7 +89,7 @@ def _labelled(float_file: Path, preprocessing: Preprocessing, labels: Path, test
     def judged(file: Path) -> dict[str, dict[str, float]]:
         run = onnx_runner(file)
         model = {"int8": (preprocessing, lambda batch: run(batch)[1])}
-        after = accuracies(embed.plain(model, sides.query_folder, sides.query_places, "embed test images")[0]["int8"])
+        after = accuracies(figures.again(model, sides.query_folder, sides.query_places, "embed test images")["int8"])
         return {name: {"float": before[name], "int8": after[name]} for name in before}
 
     return judged

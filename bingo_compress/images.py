@@ -5,20 +5,27 @@ import errno
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 from bingo_edge.image import ImageError, Pixels, load_image
+from numpy.typing import NDArray
 
+from bingo_compress import screen
 from bingo_compress.errors import BingoError
+from bingo_compress.made_of import file_digest
 from bingo_compress.run_dir import atomic
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+MANY = 20_000  # files whose reading is worth a bar
+UNREADABLE = "0" * 64
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 # Refused by name without a look inside: nobody means these to be images, and there may be millions of them.
@@ -50,6 +57,15 @@ NOT_IMAGES = frozenset(
 
 
 @dataclass(frozen=True)
+class Contents:
+    """What was in the N files of a folder when they were read. digests: (N, 32) uint8, sha256, zeros for a file that cannot be read;
+    stamps: (N, 3) int64 size, time of change of the contents, and of anything (ns), by which a later change is noticed."""
+
+    digests: NDArray[np.uint8]
+    stamps: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
 class Folder:
     """Files found under `root`: `files` to be tried as images (relative paths, sorted), `bad` as (relative path, reason).
 
@@ -61,21 +77,76 @@ class Folder:
     bad: tuple[tuple[str, str], ...]
     copies: tuple[tuple[str, str], ...] = ()
     max_bad: str = "100%"
+    read: Contents | None = field(default=None, repr=False, compare=False)  # use `contents`
 
     def path(self, index: int) -> Path:
         """Where image number `index` lies."""
         return self.root / self.files[index]
 
+    @property
+    def contents(self) -> Contents:
+        """Digests of all files, read when they are first asked for, once."""
+        if self.read is None:
+            object.__setattr__(self, "read", _read_contents(self))
+        assert self.read is not None and len(self.read.digests) == len(self.files)
+        return self.read
+
+    @property
+    def digests(self) -> list[str]:
+        """sha256 of each file's bytes, in hex; UNREADABLE where it cannot be read."""
+        return [bytes(row).hex() for row in self.contents.digests]
+
     def fingerprint(self) -> str:
-        """A hash of names, sizes and times of change: differs when the folder does."""
-        digest = hashlib.sha256()
-        for name in self.files:
-            try:
-                status = os.stat(self.root / name)
-                digest.update(os.fsencode(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0"))
-            except OSError:  # deleted since it was listed: whoever reads it will say so
-                digest.update(os.fsencode(f"{name}\0gone\0"))
+        """A hash of names and contents, wherever the folder lies: differs when any file does."""
+        digest = hashlib.sha256("\0".join(self.files).encode("utf-8", "surrogateescape"))
+        digest.update(self.contents.digests.tobytes())
         return digest.hexdigest()
+
+    def only(self, indices: Sequence[int]) -> "Folder":
+        """The folder with only these of its files; what was read of them is not read again."""
+        rows = np.asarray(indices, dtype=np.int64)
+        read = Contents(self.read.digests[rows], self.read.stamps[rows]) if self.read else None
+        return replace(self, files=tuple(self.files[index] for index in indices), read=read)
+
+    def refuse_changed(self, index: int) -> None:
+        """Raise BingoError if image number `index` is another one than when its contents were read; call it after reading the file."""
+        if self.read is None:
+            return
+        path = self.path(index)
+        if _stamp(path) == tuple(self.read.stamps[index].tolist()) or _digest(path) == bytes(self.read.digests[index]).hex():
+            return
+        raise BingoError(f"{path} changed while the command was running; start it again, with nothing else writing to {self.root}")
+
+
+def _read_contents(folder: Folder) -> Contents:
+    def one(index: int) -> tuple[str, tuple[int, ...]]:
+        # The stamp first: a change after it shows, one before it is in the digest.
+        stamp = _stamp(folder.path(index))
+        return _digest(folder.path(index)), stamp
+
+    count = len(folder.files)
+    digests, stamps = np.zeros((count, 32), np.uint8), np.zeros((count, 3), np.int64)
+    with screen.bar("read files", count) if count > MANY else nullcontext() as advance:
+        for index, (digest, stamp) in in_threads(one, range(count)):
+            digests[index], stamps[index] = np.frombuffer(bytes.fromhex(digest), np.uint8), stamp
+            if advance:
+                advance(1)
+    return Contents(digests, stamps)
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return -1, -1, -1
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _digest(path: Path) -> str:
+    try:
+        return file_digest(path)
+    except OSError:  # whoever reads it will say so
+        return UNREADABLE
 
 
 def list_folder(root: Path, option: str = "--data") -> Folder:
@@ -169,14 +240,17 @@ def decode_all(
 ) -> Iterator[tuple[int, Result | ImageError]]:
     """Decode the images `indices` of `folder` in threads, in order: (index, use(pixels)), or (index, ImageError) for a bad file.
 
-    at_least: as in `load_image`. pixels: uint8 (height, width, 3). A bounded number is in flight, so memory does not grow with the folder.
+    at_least: as in `load_image`. pixels: uint8 (height, width, 3). A bounded number is in flight, so memory does not grow with the folder. Raises BingoError
+    for a file that changed since the folder's contents were read.
     """
 
     def job(index: int) -> Result | ImageError:
         try:
-            return use(load_image(folder.path(index), at_least))
+            picture: Pixels | ImageError = load_image(folder.path(index), at_least)
         except ImageError as error:
-            return error
+            picture = error
+        folder.refuse_changed(index)
+        return picture if isinstance(picture, ImageError) else use(picture)
 
     yield from in_threads(job, indices)
 

@@ -191,6 +191,10 @@ def _proof(result: Mapping[str, Any]) -> list[str]:
         f"{', '.join(map(plain, classes[:CLASSES_SHOWN]))}{more}. In brackets: 95% interval.",
         _table(("", *(titles[key] for key in keys)), cells),
     ]
+    if protocol.get("test_images_trained_on"):
+        blocks.append(
+            f"{protocol['test_images_trained_on']:,} of the test images were also distilled on (the same contents), without their labels."
+        )
     (student,) = (row for row in rows if row["name"] == "student")
     if "gap_closed" in student:
         low, high = student["gap_closed_interval"]

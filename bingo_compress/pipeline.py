@@ -1,10 +1,8 @@
 """A whole run on one page: folder -> pixels -> teacher -> bags -> student. The stages are elsewhere; here is their order."""
 
-import hashlib
 import json
 import platform
 import time
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,27 +10,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bingo_compress import __version__, bagging, checkpoint, distributed, embed, images, neighbours, pixels, probes, run_dir, screen, speed
+from bingo_compress import (
+    __version__,
+    checkpoint,
+    distributed,
+    embed,
+    images,
+    neighbours,
+    pixels,
+    probes,
+    run_dir,
+    screen,
+    speed,
+    trained,
+)
 from bingo_compress.distill import Check, Plan, distill, loss_of, plan
-from bingo_compress.encoder import Encoder, build, has_pretrained, resolve_name
+from bingo_compress.encoder import Encoder, has_pretrained, resolve_name
 from bingo_compress.errors import BingoError
 from bingo_compress.intake import report, take
 from bingo_compress.losses import settled
-from bingo_compress.matrices import Rows
+from bingo_compress.made_of import MadeOf
+from bingo_compress.material import Material, bag_facts, make_bags, prepare, sources_of, step_memory, target_source
 from bingo_compress.recipe import RESUME_MAY_CHANGE, Recipe, load_recipe, recipe_text
+from bingo_compress.trained import Models, build_models
 
-HELD_OUT_AT_MOST = 1000
 GALLERY_AT_MOST = 20_000
 CHECK_GALLERY, CHECKS = 2000, 10  # images, times in a run
-
-
-@dataclass(frozen=True)
-class Models:
-    """The two encoders of a run, and the recipe with everything that was left open filled in."""
-
-    recipe: Recipe
-    teacher: Encoder
-    student: Encoder
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -75,32 +78,6 @@ def resolve_names(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update=names)
 
 
-def build_models(recipe: Recipe) -> Models:
-    """Teacher and student with their weights; input sizes left at 0 are filled in. Raises BingoError."""
-    torch.manual_seed(embed.hash_seed("teacher"))
-    teacher = build(recipe.teacher, recipe.teacher_size, recipe.teacher_weights, "--teacher-weights")
-    student = build_student(recipe, recipe.student_weights, "student")
-    sizes = {"teacher_size": teacher.preprocessing.size, "image_size": student.preprocessing.size}
-    return Models(recipe.model_copy(update=sizes), teacher, student)
-
-
-def build_student(recipe: Recipe, source: str, stream: str) -> Encoder:
-    """A student of the recipe's kind and size; `stream` names the random numbers of its random weights."""
-    torch.manual_seed(embed.hash_seed(recipe.seed, stream))
-    return build(recipe.student, recipe.image_size, source, "--student-weights")
-
-
-def load_student(recipe: Recipe, file: Path) -> Encoder:
-    """The student with weights from a safetensors file of a run. Raises BingoError."""
-    student = build_student(recipe, "random", "student")
-    tensors, _ = checkpoint.load(file)
-    try:
-        student.backbone.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise BingoError(f"{file} does not fit {recipe.student}: {error}") from None
-    return student
-
-
 def saved_recipe(run: run_dir.RunDir) -> Recipe:
     """The resolved recipe of a run folder. Raises BingoError."""
     return load_recipe(run.recipe, [], {})
@@ -115,6 +92,9 @@ def run_distill(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: b
     models = build_models(recipe)
     recipe = models.recipe.model_copy(update={"data": str(Path(recipe.data).resolve())})
     _refuse_other_recipe(before, recipe)
+    if resume:
+        start = {"start": embed.weights_digest(models.student)}
+        distributed.from_first(lambda: trained.refuse_other_inputs(run_dir.RunDir(out), sources_of(models, folder) | start))
     use_threads(recipe, models.student, device)
     step = step_memory(recipe, models.student, len(folder.files), device)
     side = pixels.store_side(recipe.image_size, recipe.teacher_size)
@@ -135,112 +115,40 @@ def run_distill(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: b
     planned = plan(recipe, len(material.training))
     screen.say(f"{len(material.training):,} images to train on, {len(material.held):,} held out; {planned.describe()}")
     _say_smaller(recipe, planned)
-    bags = make_bags(recipe, models.teacher, material)
+    bags = make_bags(recipe, models.teacher, material, device)
     files = [material.folder.files[index] for index in material.training.tolist()]
 
     def save() -> None:
         checkpoint.save(run.bags, {"bags": bags}, root=str(folder.root.resolve()), files=files)
-        if not run.start.exists():
-            save_student(models.student, run.start, recipe)
+        trained.save_start(models.student, run.start, recipe)
 
     distributed.from_first(save)
-    screen.say(describe_bags(recipe, facts := bag_facts(recipe, bags, material), len(material.training)))
-    train(models, material, bags, run.metrics, run.checkpoint, device)
-    distributed.from_first(lambda: save_student(models.student, run.student, recipe))
+    screen.say(describe_bags(recipe, facts := bag_facts(recipe, bags, material), len(material.training), device))
+    made = train(models, material, bags, run.metrics, run.checkpoint, device)
+    distributed.from_first(lambda: trained.save_student(models.student, run.student, recipe, made))
     recall = held_out_recall(run, models, material, device)
     distributed.from_first(lambda: _close(run, models, material, facts, recall, device))
     distributed.from_first(lambda: run_dir.drop_stale(run.work, "closing", set()))
     return run
 
 
-@dataclass(frozen=True)
-class Material:
-    """What stages before training give. store, folder and seen hold the same images in the same order; held and training are positions in them;
-    work: where later stages write."""
-
-    store: pixels.PixelStore
-    folder: images.Folder
-    held: Tensor
-    training: Tensor
-    seen: embed.TeacherPass
-    work: Path
-
-
-def prepare(models: Models, folder: images.Folder, side: int, work: Path, device: torch.device, step: int = 0) -> Material:
-    """Pixels, split and the teacher's pass for a recipe, under `work`; what is there already is not made again.
-
-    step: what `step_memory` gave, if it was asked before. Raises BingoError.
-    """
-    recipe = models.recipe
-    step = step or step_memory(recipe, models.student, len(folder.files), device)
-    store, folder = pixels.build(folder, side, work, device, recipe.pixels, pixels.parse_memory(recipe.memory), step)
-    held, training = split(len(store), recipe)
-    views = 0 if recipe.views == "online" or not loss_of(recipe).teacher else int(recipe.views)
-    features = loss_of(recipe).regression
-    seen = embed.teacher_pass(models.teacher, folder, store, views, recipe.crop_scale_min, work, device, of_features=features)
-    return Material(store, folder, held, training, seen, work)
-
-
-def make_bags(recipe: Recipe, teacher: Encoder, material: Material) -> Tensor:
-    """Bags (n, K) over the training images, by the teacher's plain features; (n, 0) for a method that does not use them. Raises BingoError."""
-    seen, training, loss = material.seen, material.training, loss_of(recipe)
-    if not (loss.mates and loss.teacher):  # two views of the anchor, or bags that the student makes for itself
-        return torch.empty(len(training), 0, dtype=torch.int64)
-    own = torch.empty(len(training), 0)
-    if recipe.bags == "adaptive" and teacher.projection is None and seen.views.shape[1]:
-        parts = training.split(embed.ROWS)
-        own = torch.cat([torch.einsum("nd,nvd->nv", seen.embeddings[rows].float(), seen.views[rows].float()) for rows in parts])
-    labels = None
-    if recipe.bags == "labels":
-        names, indices = images.labels_of(material.folder)
-        screen.say(f"warning: bags by {len(names)} folder names are an oracle for comparison; a real run has no labels")
-        labels = torch.tensor(indices)[training]
-    split_digest = hashlib.sha256(training.numpy().tobytes()).hexdigest()
-    # Arms of a comparison share one folder; what is stale is the bags of another teacher's pass.
-    run_dir.drop_stale(material.work, "bags", {path.name for path in material.work.glob(f"bags-{seen.key}-*")})
-    key = run_dir.stage_key(training=split_digest, bag_size=recipe.bag_size, search=recipe.search, layout=1)
-    search = neighbours.Search(recipe.search, choose_device(recipe.device), material.work / f"bags-{seen.key}-{key}")
-    features = Rows(seen.features, training)
-    looked = bagging.Seen(features, own, labels, recipe.clusters, embed.hash_seed(recipe.seed, "bags"), search)
-    return bagging.BAGGERS[recipe.bags](looked, recipe.bag_size)
-
-
-def bag_facts(recipe: Recipe, bags: Tensor, material: Material, labels: Tensor | None = None) -> dict[str, float]:
-    """`bagging.report` of the teacher's bags; nothing for a method that does not use them."""
-    loss = loss_of(recipe)
-    return bagging.report(bags, Rows(material.seen.features, material.training), labels) if loss.mates and loss.teacher else {}
-
-
-def describe_bags(recipe: Recipe, facts: dict[str, float], images: int) -> str:
+def describe_bags(recipe: Recipe, facts: dict[str, float], images: int, device: torch.device) -> str:
     """One line for the screen of what `bag_facts` found in a training set of `images`."""
     if not facts:
         return f"bags: {'rebuilt from the student' if loss_of(recipe).mates else 'none'} in method {recipe.method}"
-    by = neighbours.Search(recipe.search, choose_device(recipe.device)).describe(images)
+    by = neighbours.Search(recipe.search, device).describe(images)
     line = f"bags: {recipe.bags} by {by}, {facts['size_mean']:.1f} mates on average ({facts['size_least']:.0f}-{facts['size_most']:.0f})"
     line += f", {facts['empty']:.0%} empty" if facts["empty"] else ""
     return line + (f", mean cosine {facts['similarity']:.3f}, {facts['mutual']:.0%} mutual" if "similarity" in facts else "")
 
 
-def target_source(models: Models, material: Material, device: torch.device) -> tuple[embed.TargetOf | None, int]:
-    """(the teacher's targets, their width) for the recipe's method; None for a method without teacher."""
-    recipe, loss, seen = models.recipe, loss_of(models.recipe), material.seen
-    if not loss.teacher:
-        return None, recipe.target_dim
-    target = recipe.target
-    if target == "auto":
-        target = "raw" if loss.regression or models.teacher.projection is not None else "pca"
-    source = seen.features if loss.regression else seen.embeddings
-    space = embed.target_space(Rows(source, material.training), target, recipe.target_dim)
-    dim = space(source[:1]).shape[1]
-    if recipe.views == "online":
-        return embed.OnlineTargets(
-            models.teacher, material.store, space, recipe.crop_scale_min, device, dim, features=loss.regression, lengths=loss.lengths
-        ), dim
-    return embed.StoredTargets(seen.views, space, device, lengths=loss.lengths, mean=recipe.stored_views == "mean"), dim
+def train(
+    models: Models, material: Material, bags: Tensor, metrics: Path, saved: Path, device: torch.device, *, discard: bool = False
+) -> MadeOf:
+    """Distil models.student in place, with checks of neighbour recall where the recipe asks for them. Returns what it is made of.
 
-
-def train(models: Models, material: Material, bags: Tensor, metrics: Path, saved: Path, device: torch.device) -> None:
-    """Distil models.student in place, with checks of neighbour recall where the recipe asks for them."""
+    discard: a state in `saved` that is another run's is deleted instead of refused.
+    """
     recipe = models.recipe
     target_of, dim = target_source(models, material, device)
     check = None
@@ -250,7 +158,7 @@ def train(models: Models, material: Material, bags: Tensor, metrics: Path, saved
         recipe = recipe.model_copy(update={"check_every": recipe.check_every or max(1, recipe.epochs // CHECKS)})
         check = recall_check(material, device)
     loop = partial(distill, recipe, models.student, material.store, material.training, bags, target_of, dim, metrics, saved, device)
-    loop(check=check, names=material.folder.files)
+    return loop(check=check, sources=material.sources, names=material.folder.files, discard=discard)
 
 
 def recall_check(material: Material, device: torch.device) -> Check:
@@ -266,18 +174,6 @@ def recall_check(material: Material, device: torch.device) -> Check:
         return distributed.from_first(lambda: probes.neighbour_recall((truth[material.held], truth[gallery]), (found[:held], found[held:])))
 
     return check
-
-
-def split(count: int, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """(held out, training): positions of the images, each ascending, the same for every seed; the share is the recipe's, at most HELD_OUT_AT_MOST."""
-    keep = min(int(count * recipe.hold_out), HELD_OUT_AT_MOST)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(embed.hash_seed("hold-out")))
-    return order[:keep].sort().values, order[keep:].sort().values
-
-
-def save_student(student: Encoder, path: Path, recipe: Recipe) -> None:
-    """The backbone under timm's own keys, no head, with the facts needed to build it in the file's metadata."""
-    checkpoint.save(path, student.backbone.state_dict(), student=recipe.student, image_size=recipe.image_size, version=__version__)
 
 
 def header(models: Models, folder: images.Folder, device: torch.device, recipe: Recipe) -> None:
@@ -308,23 +204,6 @@ def use_threads(recipe: Recipe, student: Encoder, device: torch.device) -> None:
         torch.set_num_threads(speed.choose_threads(student, student.preprocessing.size))
 
 
-def step_memory(recipe: Recipe, student: Encoder, count: int, device: torch.device) -> int:
-    """Bytes of memory that this process needs for training on `count` images, beside what it holds and the pixels. Raises BingoError over recipe.memory."""
-    if device.type == "cuda":
-        return pixels.WORK
-    planned = plan(recipe, count)
-    views = planned.batch_size * planned.student_views // distributed.world()
-    step, limit, held = speed.step_bytes(student, student.preprocessing.size, views), pixels.parse_memory(recipe.memory), pixels.resident()
-    if limit and held + step > limit:
-        fits = int(planned.batch_size * (limit - held - speed.BESIDE) / (step - speed.BESIDE))
-        way = f"lower --batch-size to {fits}" if fits >= 2 else "lower --image-size"
-        raise BingoError(
-            f"--memory: expected room for a step of {planned.batch_size} anchors, about {screen.size(step)} beside the {screen.size(held)} in use, "
-            f"found {screen.size(limit)}; {way}, or raise --memory"
-        )
-    return step
-
-
 def _refuse_other_recipe(before: Recipe | None, now: Recipe) -> None:
     """--resume goes on with the run that is there; a changed setting would make it another one."""
     if before is None:
@@ -351,7 +230,7 @@ def held_out_recall(run: run_dir.RunDir, models: Models, material: Material, dev
             f"neighbour recall is not measured: {len(held):,} images held out, a gallery of {len(gallery):,} (at least {probes.RECALL_SHARE})"
         )
         return {}
-    encoders = {"start": load_student(models.recipe, run.start), "student": models.student}
+    encoders = {"start": trained.load_start(models.recipe, run), "student": models.student}
     key = run_dir.stage_key(images=material.folder.fingerprint(), **{name: embed.weights_digest(each) for name, each in encoders.items()})
     ready = {name: embed.as_embed(encoder, device) for name, encoder in encoders.items()}
     order, keep = torch.cat((held, gallery)).tolist(), run.work / f"closing-{key}"

@@ -20,6 +20,7 @@ from bingo_compress import augment, decoding, distributed, intake, meter, screen
 from bingo_compress.errors import BingoError
 from bingo_compress.images import Folder, decode_all, in_threads
 from bingo_compress.run_dir import atomic, drop_stale, need_space, stage_key, write_text
+from bingo_compress.transfer import sent
 
 SHARD = 512  # images in a file, more in a large folder: a build goes on after the last whole one
 SHARDS_AT_MOST = 200
@@ -78,7 +79,7 @@ class PixelStore:
         done, views = self._by_gpu(indices, boxes, size)
         left = (~done).nonzero()[:, 0]
         if len(left):
-            views[left.to(views.device)] = self._crops(indices[left], boxes[left], size)
+            views[sent(left, views.device)] = self._crops(indices[left], boxes[left], size)
         return views
 
     def _crops(self, indices: Tensor, boxes: Tensor, size: int) -> Tensor:
@@ -90,7 +91,7 @@ class PixelStore:
             pieces = (piece for _, piece in in_threads(lambda item: self._piece(*item), where))
         else:
             pieces = (self._piece(*item) for item in where)
-        return augment.resize(pieces, len(indices), size).to(self._device)
+        return sent(augment.resize(pieces, len(indices), size), self._device)
 
     def _piece(self, image: int, low: tuple[int, int], high: tuple[int, int]) -> Tensor:
         return self._read(image, low[1], high[1])[:, low[0] : high[0]]
@@ -153,7 +154,7 @@ def build(
         raise BingoError(
             f"--data: expected images, found none that can be decoded among {len(folder.files) + len(folder.bad)} files in {folder.root}"
         )
-    kept = replace(folder, files=tuple(folder.files[index] for index in good), bad=bad)
+    kept = replace(folder.only(good), bad=bad)
     height, width, aspect = ([value for facts in found for value in facts[name]] for name in ("height", "width", "aspect"))
     total = sum(high * wide for high, wide in zip(height, width, strict=True)) * 3
     where, why = ("stream", "the files are decoded again for every crop") if streamed else place(total, device, wanted, memory, step)

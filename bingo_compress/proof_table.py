@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bingo_compress import probes, run_dir, screen
-from bingo_compress.pipeline import Models, closing_table
+from bingo_compress.pipeline import closing_table
+from bingo_compress.trained import Models
 
 NAMES = {
     "teacher": "teacher",
@@ -26,6 +27,10 @@ def show(result: dict[str, Any], run: run_dir.RunDir, models: Models) -> None:
     closing_table(models, rows, result["protocol"]["bank_images"])
     _strengths(result["rows"])
     _gap(rows)
+    if result["protocol"].get("test_images_trained_on"):
+        screen.say(
+            f"{result['protocol']['test_images_trained_on']:,} of the test images were also distilled on (the same contents), without their labels"
+        )
     if "paired" in result:
         _paired(result["paired"], result["protocol"]["against"])
     if "bag_purity" in result:

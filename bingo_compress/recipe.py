@@ -123,6 +123,9 @@ KEYS = tuple(Recipe.model_fields)
 RESUME_MAY_CHANGE = frozenset(
     {"data", "threads", "device", "save_every_minutes", "save_every_steps", "compile", "profile", "pixels", "memory", "max_bad"}
 )
+WORDS = frozenset({"auto", "pretrained", "random"})  # weights that are no file
+# Names of files: what is in them is what counts, and has a digest of its own.
+FILES = frozenset({"teacher_weights", "student_weights"})
 RECIPES_DIR = next(
     (folder for folder in (Path(__file__).parent / "recipes", Path(__file__).parent.parent / "recipes") if folder.is_dir()),
     Path("recipes"),
@@ -169,6 +172,11 @@ def make_recipe(values: dict[str, Any], source: str) -> Recipe:
         raise BingoError(
             f"{source}: {key}: {first['msg']}, found {shortened(first['input'])[:200]}; {key} is {Recipe.model_fields[key].description}"
         ) from None
+
+
+def deciding(recipe: Recipe) -> dict[str, Any]:
+    """The settings on which a result depends, for what is made of them; files of weights have digests instead."""
+    return {key: value for key, value in recipe.model_dump().items() if key not in RESUME_MAY_CHANGE | FILES}
 
 
 def recipe_text(recipe: Recipe) -> str:

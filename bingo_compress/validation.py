@@ -11,14 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bingo_compress import distributed, embed, evidence, figures, finetune, images, model_card, pixels, probes, run_dir
-from bingo_compress.encoder import Encoder, Preprocessing, build
+from bingo_compress import distributed, embed, evidence, figures, finetune, images, model_card, pixels, probes, run_dir, trained
+from bingo_compress.encoder import Encoder, Preprocessing
 from bingo_compress.errors import BingoError
 from bingo_compress.exporters.onnx import input_size, onnx_runner
 from bingo_compress.figures import Sides
-from bingo_compress.pipeline import Models, build_student, choose_device, load_student, saved_recipe
+from bingo_compress.pipeline import choose_device, saved_recipe
 from bingo_compress.proof_table import NAMES as NAMES
 from bingo_compress.proof_table import show
+from bingo_compress.trained import Models, build_student, load_student
 
 REQUIRED = ("knn", "linear", "linear_balanced", "neighbour_recall")  # what a threshold may be set on
 
@@ -56,14 +57,14 @@ def validate(
     test_folder = images.list_folder(test, "--test") if test else None
     if test_folder:
         images.refuse_other_classes(bank_folder, test_folder, "--data")
+        figures.refuse_shared(bank_folder, test_folder, "--data")
     where = choose_device(device)
     distributed.from_first(lambda: run_dir.hold(run.path, "--run"))
-    torch.manual_seed(embed.hash_seed("teacher"))
-    teacher = build(recipe.teacher, recipe.teacher_size, recipe.teacher_weights, "--teacher-weights")
+    teacher = trained.load_teacher(recipe, run)
     student = load_student(recipe, run.student)
     trainable = {"student": student}
     if run.start.exists():
-        trainable["start"] = load_student(recipe, run.start)
+        trainable["start"] = trained.load_start(recipe, run)
     trainable["random"] = build_student(recipe, "random", "random row")
     encoders = {"teacher": teacher} | trainable
     models = {name: embed.as_embed(encoder, where) for name, encoder in encoders.items()}
@@ -91,7 +92,7 @@ def validate(
             # The file is judged with the student's own head, as the device will run it: a head fitted anew may end elsewhere. At another input size the
             # features are others, and the head that is saved for the device is fitted on those.
             own = name == "onnx" and models[name][0] == models["student"][0]
-            heads[name] = heads["student"] if own else probes.fit_linear(sides.bank[name], sides.labels, len(classes))
+            heads[name] = heads["student"] if own else probes.fit_linear(sides.bank[name], sides.labels, len(classes), groups=sides.groups)
             found, right[name] = figures.scores(name, sides, heads[name])
             if name in ("student", "onnx"):
                 found |= figures.by_class(heads[name].predict(sides.queries[name]), sides)
@@ -108,6 +109,7 @@ def validate(
             result["paired"] = {key: figures.compared(right["student"][key], right["against"][key]) for key in ("knn", "linear")}
         if run.bags.exists():
             result |= figures.bag_purity(run.bags, bank_folder)
+            result["protocol"]["test_images_trained_on"] = figures.trained_on(run.bags, sides.query_folder.only(sides.query_places))
         deployed = "onnx" if "onnx" in models else "student"
         paths = [bank_folder.files[place] for place in sides.places]
         save_heads(run.export, heads[deployed], sides.bank[deployed], sides.labels, classes, paths)
@@ -186,7 +188,7 @@ def _train_with_labels(
             predict = finetune.fine_tune(encoder, store, bank[chosen], sides.labels[chosen], classes, device, what=what)
             tuned[f"{spec}: {name}"] = encoder.preprocessing, predict
     if tuned:
-        for which, predicted in embed.plain(tuned, sides.query_folder, sides.query_places, "test the fine-tuned")[0].items():
+        for which, predicted in figures.again(tuned, sides.query_folder, sides.query_places, "test the fine-tuned").items():
             spec, name = which.split(": ")
             rows[name]["shots"][spec] |= figures.with_interval("fine_tuned", predicted == sides.query_labels)
 

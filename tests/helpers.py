@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bingo_compress import pipeline, run_dir
+from bingo_compress import embed, run_dir, trained
 from bingo_compress.cli import main
-from bingo_compress.embed import hash_seed
 from bingo_compress.encoder import Encoder, build
+from bingo_compress.made_of import made_of
 from bingo_compress.pixels import PixelStore, store_of
 from bingo_compress.recipe import Recipe, make_recipe, recipe_text
 from bingo_compress.run_dir import RunDir
@@ -116,7 +116,7 @@ def pixel_store(count: int, side: int = 40) -> PixelStore:
 
 def unit(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     """Random rows of length one, the last dimension being the vectors'."""
-    generator = torch.Generator().manual_seed(hash_seed("unit", seed, shape))
+    generator = torch.Generator().manual_seed(embed.hash_seed("unit", seed, shape))
     return torch.nn.functional.normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1).to(dtype)
 
 
@@ -195,5 +195,6 @@ def untrained_run(folder: Path, each: int) -> RunDir:
     settings = recipe(data=str(photos(folder / "photos", each)))
     run = run_dir.open_new(folder / "run", resume=False, overwrite=False)
     run_dir.write_text(run.recipe, recipe_text(settings))
-    pipeline.save_student(pipeline.build_student(settings, "random", "student"), run.student, settings)
+    made = made_of("training", teacher=embed.weights_digest(trained.build_teacher(settings)))
+    trained.save_student(trained.build_student(settings, "random", "student"), run.student, settings, made)
     return run

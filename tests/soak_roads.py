@@ -23,7 +23,7 @@ from bingo_compress import checkpoint, cli, compare, embed, exporting, pipeline,
 
 SAVE_EVERY = 5  # steps
 EPOCHS = 6
-NAMED = ("make_bags", "bag_facts", "save_student", "held_out_recall", "_close")  # of pipeline: stages without a bar of their own
+NAMED = ("make_bags", "bag_facts", "held_out_recall", "_close")  # of pipeline: stages without a bar of their own
 
 
 class Watch:

@@ -18,10 +18,11 @@ import safetensors.torch
 import torch
 from helpers import CPU, command, encoder, flags, photos, recipe
 
-from bingo_compress import checkpoint, compare, distill, embed, images, pipeline, probes
+from bingo_compress import checkpoint, compare, distill, embed, images, material, pipeline, probes
 from bingo_compress.chart import dots
 from bingo_compress.errors import BingoError
 from bingo_compress.recipe import Recipe
+from bingo_compress.trained import Models
 
 METHODS = "bingo,moco,bingo:variant=official:bag_size=1"
 OFFICIAL = "bingo:variant=official:bag_size=1"
@@ -148,7 +149,7 @@ def test_the_purity_of_bags_equals_brute_force(world: World) -> None:
     folder = images.list_folder(world.data)
     teacher = encoder("test_resnet", 32, seed=9)
     features, good = embed.plain({"teacher": embed.as_embed(teacher, CPU)}, folder, range(len(folder.files)), "test")
-    _, training = pipeline.split(len(good), world.base)
+    _, training = material.split(len(good), world.base)
     assert len(training) == TRAINING
     rows = features["teacher"].half().double().numpy()[training.numpy()]
     rows /= np.linalg.norm(rows, axis=1)[:, None]
@@ -234,14 +235,14 @@ def test_interrupted_in_training_and_started_again_gives_the_uninterrupted_figur
 ) -> None:
     real, calls = compare.train, list[int]()
 
-    def interrupted(models: pipeline.Models, *given: Any) -> None:
+    def interrupted(models: Models, *given: Any, **named: Any) -> None:
         calls.append(models.recipe.seed)
         if len(calls) == 2:
             with monkeypatch.context() as patch:
                 patch.setattr(pipeline, "distill", partial(distill.distill, stop_after=5))
-                real(models, *given)
+                real(models, *given, **named)
             raise KeyboardInterrupt
-        real(models, *given)
+        real(models, *given, **named)
 
     monkeypatch.setattr(compare, "train", interrupted)
     out, arguments = tmp_path / "out", (world.base, world.data, None, "bingo", [0, 1], tmp_path / "out")
@@ -264,8 +265,8 @@ def test_what_another_method_left_unfinished_is_not_gone_on_with(world: World, m
         file.unlink()
     with monkeypatch.context() as patch:
 
-        def stopped(*given: Any) -> None:
-            pipeline.train(*given)
+        def stopped(*given: Any, **named: Any) -> None:
+            pipeline.train(*given, **named)
             raise KeyboardInterrupt
 
         patch.setattr(pipeline, "distill", partial(distill.distill, stop_after=3))
@@ -306,7 +307,7 @@ def test_another_test_set_judges_again_without_training(world: World, tmp_path: 
 def test_other_settings_and_overwrite_train_anew(world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     trained: list[float] = []
 
-    def noted(models: pipeline.Models, *_: Any) -> None:
+    def noted(models: Models, *_: Any, **__: Any) -> None:
         trained.append(models.recipe.temperature)
         raise KeyboardInterrupt
 

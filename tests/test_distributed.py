@@ -17,8 +17,22 @@ from test_neighbours import clustered
 from torch.distributed.run import parse_args
 from two_processes import DISTILLED, HANDED_OVER, SIZES, STOP_AT, TUNED, command, distill, validate
 
-from bingo_compress import checkpoint, distributed, embed, finetune, images, neighbours, pipeline, pixels, run_dir, screen, stopping
+from bingo_compress import (
+    checkpoint,
+    distributed,
+    embed,
+    finetune,
+    images,
+    neighbours,
+    pipeline,
+    pixels,
+    run_dir,
+    screen,
+    stopping,
+    trained,
+)
 from bingo_compress.batches import own_share
+from bingo_compress.material import prepare
 
 Bingo = Callable[..., Ran]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -123,9 +137,9 @@ def test_two_processes_check_the_student_as_one_does(two: Path, folder: Path) ->
     assert first["checked"] == second["checked"]  # all have the same student
     run = run_dir.RunDir(two / "kept")
     recipe = pipeline.saved_recipe(run)
-    models = replace(pipeline.build_models(recipe), student=pipeline.load_student(recipe, run.student))
+    models = replace(trained.build_models(recipe), student=trained.load_student(recipe, run.student))
     side = pixels.store_side(recipe.image_size, recipe.teacher_size)
-    material = pipeline.prepare(models, images.list_folder(folder), side, run.work, CPU)
+    material = prepare(models, images.list_folder(folder), side, run.work, CPU)
     assert json.loads(run.summary.read_text())["neighbour_recall"] == pipeline.held_out_recall(run, models, material, CPU)
     checks = [line["neighbour_recall"] for line in lines(run.path) if "neighbour_recall" in line]
     assert len(checks) == 3

@@ -13,7 +13,7 @@ import torch
 from helpers import CPU, encoder, photo, photos, untrained_run
 from PIL import Image
 
-from bingo_compress import embed, exporting, images, pipeline, probes, run_dir, validation
+from bingo_compress import embed, exporting, images, pipeline, probes, run_dir, trained, validation
 from bingo_compress.errors import BingoError
 from bingo_compress.exporters import onnx as exporter
 from bingo_compress.exporters.onnx import Deployed, export_onnx, onnx_runner
@@ -220,7 +220,7 @@ def test_a_run_is_exported_and_its_file_embeds_its_photos_as_torch_does(finished
     (path,) = exporting.export(finished.path, tmp_path / "elsewhere")
     assert path == tmp_path / "elsewhere" / "student.onnx"
     settings = pipeline.saved_recipe(finished)
-    student = pipeline.load_student(settings, finished.student)
+    student = trained.load_student(settings, finished.student)
     folder = images.list_folder(Path(settings.data))
     expected = embed.plain({"s": embed.as_embed(student, CPU)}, folder, range(9), "test")[0]["s"]
     got = bingo_edge.Embedder(path).embed(settings.data)
@@ -320,4 +320,4 @@ def test_the_kit_classifies_as_the_probes_do(exported: tuple[Path, Any], tmp_pat
         assert named.tolist() == [classes[index] for index in indices.tolist()]
         assert len(set(named.tolist())) > 1
         if file == "linear.npz":
-            assert shares == pytest.approx(head.scores(asked).numpy(), abs=1e-3)
+            assert shares == pytest.approx(head.logits(asked).softmax(1).numpy(), abs=1e-3)

@@ -171,19 +171,61 @@ def test_an_unreadable_folder_is_named(tmp_path: Path, make_photo: MakePhoto) ->
     assert list_folder(tmp_path).bad == (("locked", "folder cannot be read"),)
 
 
-def test_the_fingerprint_follows_names_sizes_and_times(tmp_path: Path, make_photo: MakePhoto) -> None:
-    first, second = make_photo(tmp_path / "a.jpg"), make_photo(tmp_path / "b.jpg")
-    seen = [list_folder(tmp_path).fingerprint()]
-    assert list_folder(tmp_path).fingerprint() == seen[0]
+def test_the_fingerprint_is_of_names_and_contents_wherever_the_folder_lies(tmp_path: Path, make_photo: MakePhoto) -> None:
+    root = tmp_path / "one"
+    first, second = make_photo(root / "a.jpg"), make_photo(root / "b.jpg")
+    seen = [list_folder(root).fingerprint()]
     os.utime(first, ns=(0, 12345))
-    seen.append(list_folder(tmp_path).fingerprint())
-    status = first.stat()
-    first.write_bytes(first.read_bytes() + b"x")
-    os.utime(first, ns=(status.st_atime_ns, status.st_mtime_ns))
-    seen.append(list_folder(tmp_path).fingerprint())
-    second.rename(tmp_path / "c.jpg")
-    seen.append(list_folder(tmp_path).fingerprint())
-    assert len(set(seen)) == 4
+    assert list_folder(root).fingerprint() == seen[0]
+    root = root.rename(tmp_path / "two")
+    assert list_folder(root).fingerprint() == seen[0]
+    first, second = root / "a.jpg", root / "b.jpg"
+    overwrite_unseen(first, b"x")
+    seen.append(list_folder(root).fingerprint())
+    second.rename(root / "c.jpg")
+    seen.append(list_folder(root).fingerprint())
+    assert len(set(seen)) == 3
+
+
+def overwrite_unseen(file: Path, end: bytes) -> None:
+    """Another content of the same size and time of change."""
+    status = file.stat()
+    file.write_bytes(file.read_bytes()[: -len(end)] + end)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns)
+
+
+def test_two_folders_of_equal_names_sizes_and_times_are_two(tmp_path: Path, make_photo: MakePhoto) -> None:
+    for name in ("bank", "test"):
+        file = make_photo(tmp_path / name / "cats" / "1.jpg")
+        overwrite_unseen(file, name[:2].encode())
+        os.utime(file, ns=(5, 5))
+    assert list_folder(tmp_path / "bank").fingerprint() != list_folder(tmp_path / "test").fingerprint()
+
+
+def test_a_picture_that_changes_after_it_was_read_ends_the_command(photos: Path) -> None:
+    folder = list_folder(photos)
+    folder.fingerprint()
+    overwrite_unseen(folder.path(3), b"x")
+    with pytest.raises(BingoError, match=r"\.jpg changed while the command was running"):
+        list(decode_all(folder, range(len(folder.files)), np.shape))
+
+
+def test_a_picture_that_was_only_touched_goes_on(photos: Path) -> None:
+    folder = list_folder(photos)
+    folder.fingerprint()
+    folder.path(3).chmod(0o600)
+    os.utime(folder.path(2))
+    assert len(list(decode_all(folder, range(len(folder.files)), np.shape))) == len(folder.files)
+
+
+def test_a_part_of_a_folder_keeps_what_was_read(photos: Path) -> None:
+    folder = list_folder(photos)
+    part = folder.only([4, 1])
+    assert part.files == (folder.files[4], folder.files[1])
+    folder.fingerprint()
+    read = folder.only([4, 1])
+    assert read.read is not None and read.digests == [folder.digests[4], folder.digests[1]] == part.digests
 
 
 # ---------------------------------------------------------------- labels

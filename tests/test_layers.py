@@ -8,7 +8,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 # Lowest first; a module imports only from lower lines.
 LAYERS = (
-    "errors families distributed memory processor stopping",
+    "errors families distributed memory processor stopping transfer",
+    "made_of",
     "recipe run_dir layouts",
     "screen feature_queue losses schedule augment weights chart evidence logistic meter",
     "images encoder checkpoint frugal speed profiling matrices golden latency",
@@ -16,10 +17,11 @@ LAYERS = (
     "pixels neighbours",
     "bagging",
     "embed probes exporters.onnx",
-    "batches exporters.onnx_int8",
+    "batches exporters.onnx_int8 trained",
     "distill checking catalogue finetune",
+    "material",
     "pipeline figures",
-    "proof_table gate quantaware",
+    "proof_table gate quantaware compare_table",
     "model_card",
     "validation exporting estimate compare",
     "demo early",

@@ -18,7 +18,9 @@ from helpers import TINY, Ran, flags, photos, recipe, untrained_run
 
 from bingo_compress import checkpoint, distill, pipeline, run_dir, stopping
 from bingo_compress.errors import BingoError
+from bingo_compress.made_of import made_of
 
+MADE = made_of("training", images="ab")
 COMPARE = ("compare", *flags(data="photos"), "--labels", "photos", "--out", "compared")
 
 
@@ -176,7 +178,7 @@ def two_saves(tmp_path: Path) -> Path:
             "c": torch.ones(2, 3, dtype=torch.bfloat16),
             "d": torch.tensor(3.0),
         }
-        checkpoint.save_keeping(path, tensors | {"e": torch.empty(0, 5), "f": torch.tensor([True, False])}, step=step, name="naïve")
+        checkpoint.save_keeping(path, tensors | {"e": torch.empty(0, 5), "f": torch.tensor([True, False])}, MADE, step=step, name="naïve")
     return path
 
 
@@ -191,7 +193,7 @@ def test_two_are_kept_without_links_too(two_saves: Path, monkeypatch: pytest.Mon
         raise PermissionError(1, "Operation not permitted")  # FAT and exFAT
 
     monkeypatch.setattr(os, "link", refuse)
-    checkpoint.save_keeping(two_saves, {"a": torch.ones(2)}, step=4)
+    checkpoint.save_keeping(two_saves, {"a": torch.ones(2)}, MADE, step=4)
     assert checkpoint.load_newest(two_saves)[1]["step"] == 4
     assert checkpoint.load(checkpoint.before(two_saves), checked=True)[1]["step"] == 3
 
@@ -233,7 +235,7 @@ def test_saves_come_every_so_many_steps_and_every_epoch(
     steps: list[object] = []
     real = checkpoint.save_keeping
     monkeypatch.setattr(
-        checkpoint, "save_keeping", lambda path, tensors, **facts: (steps.append(facts["step"]), real(path, tensors, **facts))
+        checkpoint, "save_keeping", lambda path, tensors, made, **facts: (steps.append(facts["step"]), real(path, tensors, made, **facts))
     )
     data = photos(tmp_path / "photos", 12)
     pipeline.run_distill(recipe(data=str(data), **settings), tmp_path / "run")

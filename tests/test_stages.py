@@ -1,0 +1,110 @@
+"""What a stage computes, and its number in made_of.FORMATS: the one never changes without the other, or an artefact of the old code would be read as the new's.
+
+After a change that is meant: raise the stage's number, then `python tests/test_stages.py` records the new outputs in stages.json.
+"""
+
+import json
+import math
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import CPU, kind_targets, photos, recipe, unit
+from torch import Tensor
+
+from bingo_compress import bagging, checkpoint, distill, embed, images, pixels, probes, trained
+from bingo_compress.encoder import Encoder
+from bingo_compress.made_of import FORMATS
+from bingo_compress.material import prepare
+from bingo_compress.pipeline import settle
+
+RECORD = Path(__file__).with_name("stages.json")
+COMPOSED = {"student", "start", "arm"}  # the training's state under another name
+TOLERANCE = 0.02  # of processors and versions of torch; a change of the code is larger
+
+
+def by_formula(encoder: Encoder) -> Encoder:
+    """Weights that no version of torch or timm draws otherwise."""
+    with torch.no_grad():
+        for number, (name, parameter) in enumerate(sorted(encoder.backbone.named_parameters())):
+            wave = torch.sin(torch.arange(parameter.numel(), dtype=torch.float64) * (1.37 + number / 50)).view_as(parameter)
+            fan = max(1, parameter[0].numel()) if parameter.ndim > 1 else 1
+            parameter.copy_(wave * math.sqrt(2 / fan) if parameter.ndim > 1 else 1 + 0.1 * wave if name.endswith("weight") else 0.1 * wave)
+    return encoder
+
+
+def few(tensor: Tensor, count: int = 12) -> list[float]:
+    """Some of the numbers, and their mean and spread."""
+    flat = tensor.detach().double().flatten()
+    return [*flat[:: max(1, len(flat) // count)][:count].tolist(), float(flat.mean()), float(flat.std())]
+
+
+def told_apart(features: Tensor) -> Tensor:
+    """Features (N, D) without what all images share, at the scale of their spread."""
+    rows = features.double() - features.double().mean(0)
+    return rows / rows.std()
+
+
+def outputs(folder: Path) -> dict[str, list[float]]:
+    """What each stage gives on drawn pictures."""
+    found = {}
+    settings = settle(recipe(data=str(photos(folder / "photos", 8)), epochs=2))
+    models = trained.build_models(settings)
+    for encoder in (models.teacher, models.student):
+        by_formula(encoder).eval()
+    listed = images.list_folder(folder / "photos")
+    (folder / "work").mkdir()
+    material = prepare(models, listed, pixels.store_side(32, 32), folder / "work", CPU)
+    whole = material.store.crops(torch.arange(len(material.store)), torch.tensor([[0.1, 0.2, 0.8, 0.9]]).expand(len(material.store), 4), 16)
+    found["pixels"] = few(whole.float() / 255)
+    seen = material.seen
+    found["teacher"] = (
+        few(told_apart(seen.features[:]), 24) + few(told_apart(seen.embeddings[:]), 24) + few(told_apart(seen.views[:].flatten(1)), 24)
+    )
+    rows, labels = kind_targets(60, 1, 16)[:, 0], torch.arange(60) % 3
+    looked = bagging.Seen(rows, torch.ones(60, 1), labels, 4, seed=3)
+    found["bags"] = [value for how in ("knn", "adaptive", "labels") for value in few(bagging.BAGGERS[how](looked, 3).double(), 30)]
+    plain, _ = embed.plain({"student": embed.as_embed(models.student, CPU)}, listed, range(len(listed.files)), "plain")
+    found["embeddings"] = few(told_apart(plain["student"]), 40)
+    bags = bagging.knn(kind_targets(len(material.training), 1, 16)[:, 0], 3)[0]
+    source = embed.StoredTargets(kind_targets(len(material.store), 2, 16), embed.TargetSpace(None, None), CPU)
+    files = folder / "metrics.jsonl", folder / "state.safetensors"
+    distill.distill(settings, models.student, material.store, material.training, bags, source, 16, *files, CPU)
+    losses = [json.loads(line)["loss"] for line in files[0].read_text(encoding="utf-8").splitlines()]
+    state = checkpoint.load(files[1])[0]
+    found["training"] = [
+        *losses,
+        *few(torch.cat([value.double().flatten() for name, value in sorted(state.items()) if name.startswith("head.")])),
+    ]
+    noisy = rows + 0.8 * unit(60, 16, seed=7)
+    head = probes.fit_linear(noisy[:40], labels[:40], 3)
+    found["figures"] = [
+        *probes.knn_predict(noisy[:40], labels[:40], noisy[40:], 3).double().tolist(),
+        *head.predict(noisy[40:]).double().tolist(),
+        probes.neighbour_recall((rows[40:], rows[:40]), (noisy[40:], noisy[:40])),
+    ]
+    return found
+
+
+@pytest.mark.slow
+def test_no_stage_computes_something_else_under_its_old_number(tmp_path: Path) -> None:
+    recorded = json.loads(RECORD.read_text(encoding="utf-8"))
+    found = outputs(tmp_path)
+    assert set(recorded) == set(found) == set(FORMATS) - COMPOSED
+    for role, values in found.items():
+        same = values == pytest.approx(recorded[role]["values"], abs=TOLERANCE)
+        if FORMATS[role] != recorded[role]["format"]:
+            pytest.fail(f"FORMATS[{role!r}] was raised: record what the stage gives now, python tests/test_stages.py")
+        assert same, f"{role} gives something else than it did: raise FORMATS[{role!r}], then python tests/test_stages.py"
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as temporary:
+        made = {
+            role: {"format": FORMATS[role], "values": [round(value, 5) for value in values]}
+            for role, values in outputs(Path(temporary)).items()
+        }
+    RECORD.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+    sys.stdout.write(f"{RECORD}: {len(made)} stages\n")
