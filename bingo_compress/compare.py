@@ -116,13 +116,13 @@ def compare(
                     use_threads(recipe, models.student, device)
                 if not checkpoint.is_sound(student, made):
                     material = prepare(models, folder, store_side(models.recipe.image_size, models.recipe.teacher_size), work, device)
-                    facts = _train(models, material, work, bags, device)
+                    facts = _train(models, material, work, bags, made, device)
                     checkpoint.save(student, models.student.backbone.state_dict(), made, arm=arm.name, seed=seed, **facts)
                 tensors, found = checkpoint.load(student)
                 models.student.backbone.load_state_dict(tensors)
                 scores, right = judge(models.student, labelled(models), device)
                 told = {key: value for key, value in found.items() if key != "made_of"} | scores
-                purity = figures.bag_purity(bags, bank) if bags.exists() else {}
+                purity = figures.bag_purity(bags, bank) if bags.exists() and checkpoint.made_of(bags) == made else {}
                 checkpoint.save(judged, right, of_figures, **told, purity=purity)
             right, found = checkpoint.load(judged)
             results.append({**found, "tensors": right})
@@ -224,18 +224,17 @@ def _in_training(judged: Folder, folder: Folder) -> dict[str, Any]:
     return {"judged_images": len(judged.files), "judged_images_in_data": sum(digest in known for digest in judged.digests)}
 
 
-def _train(models: Models, material: Material, work: Path, bags_file: Path, device: torch.device) -> dict[str, Any]:
+def _train(models: Models, material: Material, work: Path, bags_file: Path, made: MadeOf, device: torch.device) -> dict[str, Any]:
     """Distil one arm with one seed, its bags in `bags_file` if it has some; says what it took."""
     recipe, loss = models.recipe, loss_of(models.recipe)
     bags = make_bags(recipe, models.teacher, material, device)
-    bags_file.unlink(missing_ok=True)
-    if bags.numel():
-        files = [material.folder.files[index] for index in material.training.tolist()]
-        checkpoint.save(bags_file, {"bags": bags.int()}, root=str(material.folder.root.resolve()), files=files)
     saved, metrics = _state(work), work / "metrics.jsonl"
     train(models, material, bags, metrics, saved, device, discard=True)
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     checkpoint.forget(saved)
+    if bags.numel():  # to be judged by whatever labels there will be
+        files = [material.folder.files[index] for index in material.training.tolist()]
+        checkpoint.save(bags_file, {"bags": bags.int()}, made, root=str(material.folder.root.resolve()), files=files)
     planned = plan(recipe, len(material.training))
     passes = planned.steps * planned.batch_size
     stored = len(material.store) * (1 + (0 if recipe.views == "online" else int(recipe.views)))

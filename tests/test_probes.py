@@ -106,6 +106,7 @@ def test_the_fit_equals_plain_gradient_descent(count: int, dim: int) -> None:
     assert found[:, -1].numpy() == pytest.approx(bias.numpy(), abs=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "dim"), [(240, 60), (50, 90)])
 def test_the_number_of_threads_changes_nothing(count: int, dim: int) -> None:
     features, labels = clusters(count, dim=dim, spread=2.0)
@@ -126,6 +127,7 @@ def test_the_number_of_threads_changes_nothing(count: int, dim: int) -> None:
     assert torch.equal(heads[0].predict(asked), heads[1].predict(asked))
 
 
+@pytest.mark.slow
 def test_the_strongest_penalty_within_a_standard_error_of_the_best_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """By hand: every strength on every fold, from nothing and to the end."""
     monkeypatch.setattr(logistic, "ROUGH", 1e-9)
@@ -157,7 +159,8 @@ def test_weaker_penalties_are_tried_until_two_have_gained_nothing(monkeypatch: p
 
     monkeypatch.setattr(logistic, "fit", recorded)
     head = fit_linear(*clusters(100, spread=0.1), 3)  # any penalty will do
-    assert tried == [(80, strength) for strength in (10.0, 1.0, 0.1) for _ in range(5)] + [(100, 10.0)]
+    assert [strength for _, strength in tried] == [10.0] * 5 + [1.0] * 5 + [0.1] * 5 + [10.0]
+    assert {size for size, _ in tried[:15]} <= {79, 80, 81} and tried[15][0] == 100  # a fifth held out, then all rows
     assert head.strength == 10 and probes.grid_end(10.0) == "strongest"
     assert (probes.grid_end(1e-5), probes.grid_end(0.1), probes.grid_end(0.0)) == ("weakest", "", "")
 
@@ -235,6 +238,15 @@ def test_auc_counts_pairs_with_ties_half() -> None:
         positive = torch.rand(40, generator=generator) < 0.4
         pairs = [(1.0 if p > n else 0.5 if p == n else 0.0) for p in scores[positive].tolist() for n in scores[~positive].tolist()]
         assert auc(scores, positive) == pytest.approx(sum(pairs) / len(pairs), abs=1e-12)
+
+
+def test_auc_of_logits_where_a_softmax_is_full() -> None:
+    """All these softmaxes are 1 in float32: their order is in the logits alone."""
+    logits, positive = torch.tensor([200.0, 150.0, 120.0, 60.0]), torch.tensor([True, True, False, False])
+    assert len(torch.stack((logits, torch.zeros(4)), 1).softmax(1)[:, 0].unique()) == 1
+    head = probes.LinearHead(torch.tensor([[1.0], [0.0]]), torch.zeros(2), 1.0)
+    found = head.logits(logits[:, None])
+    assert auc(found[:, 0] - found[:, 1], positive) == 1
 
 
 def test_auc_at_its_ends() -> None:
