@@ -8,7 +8,7 @@ LINE, LEFT, WIDTH, GAP, TOP = 26, 250, 220, 40, 50
 
 
 def dots(rows: Sequence[Mapping[str, Any]], figures: Sequence[str], titles: Mapping[str, str]) -> str:
-    """SVG text. rows: each with "name", and for every figure its mean and FIGURE_spread; one panel a figure, each with a scale of its own."""
+    """SVG text. rows: each with "name", and for every figure its mean and FIGURE_spread (None: one seed); one panel a figure, each with a scale of its own."""
     height = TOP + LINE * len(rows) + 30
     whole = LEFT + (WIDTH + GAP) * len(figures)
     parts = [
@@ -19,8 +19,8 @@ def dots(rows: Sequence[Mapping[str, Any]], figures: Sequence[str], titles: Mapp
         parts.append(f'<text x="{LEFT - 20}" y="{TOP + LINE * index + 17}" text-anchor="end">{escape(str(row["name"]))}</text>')
     for panel, figure in enumerate(figures):
         origin = LEFT + panel * (WIDTH + GAP)
-        low = min(row[figure] - row[f"{figure}_spread"] for row in rows)
-        high = max(row[figure] + row[f"{figure}_spread"] for row in rows)
+        low = min(row[figure] - (row[f"{figure}_spread"] or 0) for row in rows)
+        high = max(row[figure] + (row[f"{figure}_spread"] or 0) for row in rows)
         margin = 0.05 * (high - low) or 0.01
         low, high = low - margin, high + margin
         parts.append(f'<text x="{origin + WIDTH / 2}" y="20" text-anchor="middle" font-weight="bold">{escape(titles[figure])}</text>')
@@ -28,7 +28,7 @@ def dots(rows: Sequence[Mapping[str, Any]], figures: Sequence[str], titles: Mapp
         parts.append(f'<text x="{origin + WIDTH}" y="38" text-anchor="end" fill="#666">{high:.3f}</text>')
         for index, row in enumerate(rows):
             y = TOP + LINE * index + 13
-            ends = [origin + WIDTH * (row[figure] + sign * row[f"{figure}_spread"] - low) / (high - low) for sign in (-1, 0, 1)]
+            ends = [origin + WIDTH * (row[figure] + sign * (row[f"{figure}_spread"] or 0) - low) / (high - low) for sign in (-1, 0, 1)]
             colour = "#c0392b" if index == 0 else "#2c5f8a"
             parts.append(f'<line x1="{origin}" x2="{origin + WIDTH}" y1="{y}" y2="{y}" stroke="#eee"/>')
             parts.append(f'<line x1="{ends[0]:.1f}" x2="{ends[2]:.1f}" y1="{y}" y2="{y}" stroke="{colour}" stroke-width="3"/>')

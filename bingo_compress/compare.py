@@ -1,12 +1,6 @@
 """Several methods side by side on one folder: shared stages, equal student passes, several seeds, one table."""
 
-import csv
-import io
 import json
-import math
-import statistics
-import time
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -17,8 +11,9 @@ import timm
 import torch
 from torch import Tensor
 
-from bingo_compress import chart, checkpoint, embed, evidence, figures, images, intake, probes, run_dir, screen
+from bingo_compress import checkpoint, embed, figures, images, intake, meter, probes, run_dir, screen
 from bingo_compress.arms import make_arms, resolve_arms
+from bingo_compress.compare_table import summarise, write
 from bingo_compress.distill import loss_of, plan
 from bingo_compress.encoder import Encoder
 from bingo_compress.errors import BingoError
@@ -31,14 +26,13 @@ from bingo_compress.recipe import WORDS, Recipe, deciding
 from bingo_compress.resolving import resolve_names, use_threads
 from bingo_compress.trained import Models, build_models
 
-FIGURES = ("knn", "linear", "neighbour_recall")
-TITLES = {"knn": "kNN", "linear": "linear", "neighbour_recall": f"recall@{probes.RECALL_K}"}
 FOLDS = 5
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """Labelled images as every student is judged on them. bank, test: folders (test None: cross-validated over the bank); teacher: its features."""
+    """Labelled images as every student is judged on them. bank, test: folders (test None: cross-validated over the bank); teacher: its features;
+    groups: (N,) exact copies in the bank, as `figures.copies` tells them."""
 
     bank: Folder
     test: Folder | None
@@ -46,6 +40,7 @@ class Labelled:
     test_labels: Tensor
     classes: int
     teacher: dict[str, Tensor]
+    groups: Tensor
 
 
 def compare(
@@ -61,6 +56,7 @@ def compare(
     images.labels_of(bank)
     if tested:
         images.refuse_other_classes(bank, tested, "--labels")
+        figures.refuse_shared(bank, tested, "--labels")
     make_arms(methods, base)  # refused before anything is said
     device = choose_device(base.device)
     base = base.model_copy(update={"data": str(Path(base.data).resolve())})
@@ -85,7 +81,7 @@ def compare(
         for seed in seeds:
             recipe = arm.recipe.model_copy(update={"seed": seed})
             name = f"{_file_name(arm.name)}-seed{seed}"
-            student, judged = out / "runs" / f"{name}.student.safetensors", out / "runs" / f"{name}.figures.safetensors"
+            student, judged, bags = (out / "runs" / f"{name}.{kind}.safetensors" for kind in ("student", "figures", "bags"))
             made = _made_of(recipe, folder, device)
             of_figures = made_of("figures", arm=made.key, bank=bank.fingerprint(), test=tested.fingerprint() if tested else "")
             if not checkpoint.is_sound(judged, of_figures):
@@ -97,16 +93,18 @@ def compare(
                     run_dir.write_text(threads_file, json.dumps(threads) + "\n")
                 if not checkpoint.is_sound(student, made):
                     material = prepare(models, folder, store_side(models.recipe.image_size, models.recipe.teacher_size), work, device)
-                    facts = _train(models, material, bank, work, device)
+                    facts = _train(models, material, work, bags, made, device)
                     checkpoint.save(student, models.student.backbone.state_dict(), made, arm=arm.name, seed=seed, **facts)
                 tensors, found = checkpoint.load(student)
                 models.student.backbone.load_state_dict(tensors)
                 scores, right = judge(models.student, labelled(models), device)
-                found |= scores | {"digest": embed.weights_digest(models.student)}
-                checkpoint.save(judged, right, of_figures, **{key: value for key, value in found.items() if key != "made_of"})
+                told = {key: value for key, value in found.items() if key != "made_of"} | scores
+                purity = figures.bag_purity(bags, bank) if bags.exists() and checkpoint.made_of(bags) == made else {}
+                checkpoint.save(judged, right, of_figures, **told, purity=purity, digest=embed.weights_digest(models.student))
             right, found = checkpoint.load(judged)
             results.append({**found, "tensors": right})
     table = summarise(results, [arm.name for arm in arms], base, test)
+    table["protocol"] |= _in_training(tested or bank, folder)
     table["references"] = _references(base, bank, tested, out, labelled, device)
     write(table, out)
     return table
@@ -193,24 +191,31 @@ def _labelled(bank: Folder, test: Folder | None, teacher: Encoder, device: torch
             )
             features[role] = found["teacher"]
             kept[role] = folder.only(good)
-    return Labelled(kept["bank"], kept.get("test"), labels["bank"], labels.get("test", labels["bank"]), len(classes), features)
+    groups = figures.copies(kept["bank"])
+    return Labelled(kept["bank"], kept.get("test"), labels["bank"], labels.get("test", labels["bank"]), len(classes), features, groups)
 
 
-def _train(models: Models, material: Material, bank: Folder, work: Path, device: torch.device) -> dict[str, Any]:
-    """Distil one arm with one seed; says what it took."""
+def _in_training(judged: Folder, folder: Folder) -> dict[str, Any]:
+    """How many of the images that students are judged on are, by content, also in --data: without their labels, which is legitimate, but is to be known."""
+    known = set(folder.digests)
+    return {"judged_images": len(judged.files), "judged_images_in_data": sum(digest in known for digest in judged.digests)}
+
+
+def _train(models: Models, material: Material, work: Path, bags_file: Path, made: MadeOf, device: torch.device) -> dict[str, Any]:
+    """Distil one arm with one seed, its bags in `bags_file` if it has some; says what it took."""
     recipe, loss = models.recipe, loss_of(models.recipe)
     bags = make_bags(recipe, models.teacher, material, device)
     saved, metrics = _state(work), work / "metrics.jsonl"
-    began = time.monotonic()
     train(models, material, bags, metrics, saved, device, discard=True)
-    seconds = time.monotonic() - began
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     checkpoint.forget(saved)
+    if bags.numel():  # to be judged by whatever labels there will be
+        files = [material.folder.files[index] for index in material.training.tolist()]
+        checkpoint.save(bags_file, {"bags": bags.int()}, made, root=str(material.folder.root.resolve()), files=files)
     planned = plan(recipe, len(material.training))
     passes = planned.steps * planned.batch_size
     stored = len(material.store) * (1 + (0 if recipe.views == "online" else int(recipe.views)))
     online = passes * (2 if loss.both else 1) if recipe.views == "online" else 0
-    labels = _labels_of_training(material, bank)
     return {
         "student": recipe.student,
         "method": recipe.method,
@@ -218,51 +223,46 @@ def _train(models: Models, material: Material, bank: Folder, work: Path, device:
         "student_passes": passes * planned.student_views,
         "average_passes": passes * {"": 0, "views": 2, "fresh": 1}[loss.momentum],
         "teacher_passes": stored + online if loss.teacher else 0,
-        "train_seconds": seconds,
+        "train_seconds": meter.seconds_of(metrics),
         "memory_mb": _memory_mb(device),
-        "bags": bag_facts(recipe, bags, material, labels),
+        "bags": bag_facts(recipe, bags, material),
         "checks": [[line["epoch"] + 1, line["neighbour_recall"]] for line in lines if line.get("neighbour_recall") is not None],
     }
 
 
-def judge(student: Encoder, judged: Labelled, device: torch.device) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """kNN, linear and neighbour recall of a student, and per test image whether kNN and linear were right (uint8)."""
+def judge(student: Encoder, judged: Labelled, device: torch.device) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """kNN, linear and neighbour recall of a student, and per test image whether kNN and linear were right (uint8).
+
+    Raises BingoError where an image can no longer be read: rows would be told another image's label.
+    """
     student.eval()
     model = {"student": embed.as_embed(student, device)}
-    bank = embed.plain(model, judged.bank, range(len(judged.bank.files)), "embed labelled images")[0]["student"]
-    right: dict[str, Tensor] = {}
+    bank = figures.again(model, judged.bank, range(len(judged.bank.files)), "embed labelled images")["student"]
+    seen, parts = judged.teacher["bank"], []
     if judged.test is not None:
-        queries = embed.plain(model, judged.test, range(len(judged.test.files)), "embed test images")[0]["student"]
-        parts = [(torch.arange(len(bank)), bank, queries, torch.arange(len(queries)))]
-        recall = probes.neighbour_recall((judged.teacher["test"], judged.teacher["bank"]), (queries, bank))
+        queries = figures.again(model, judged.test, range(len(judged.test.files)), "embed test images")["student"]
+        parts.append((torch.arange(len(bank)), queries, judged.teacher["test"], torch.arange(len(queries))))
     else:
-        parts = []
-        recalls = []
-        fold = torch.randperm(len(bank), generator=torch.Generator().manual_seed(0)) % FOLDS
-        for number in range(FOLDS):
+        fold = probes.folds(judged.labels, FOLDS, judged.groups)
+        for number in fold.unique().tolist():
             inside, outside = (fold != number).nonzero()[:, 0], (fold == number).nonzero()[:, 0]
-            parts.append((inside, bank[inside], bank[outside], outside))
-            seen = judged.teacher["bank"]
-            recalls.append(probes.neighbour_recall((seen[outside], seen[inside]), (bank[outside], bank[inside])))
-        recall = statistics.fmean(recalls)
-    for name in ("knn", "linear"):
-        right[name] = torch.zeros(len(judged.test_labels), dtype=torch.uint8)
-    for inside, rows, queries, places in parts:
-        labels = judged.labels[inside]
-        predicted = {
-            "knn": probes.knn_predict(rows, labels, queries, judged.classes),
-            "linear": probes.fit_linear(rows, labels, judged.classes).predict(queries),
-        }
+            parts.append((inside, bank[outside], seen[outside], outside))
+    gallery = min(len(inside) for inside, *_ in parts)
+    k = probes.recall_k(gallery)
+    right = {name: torch.zeros(len(judged.test_labels), dtype=torch.uint8) for name in ("knn", "linear")}
+    recalls, strengths = torch.zeros(len(judged.test_labels), dtype=torch.float64), []
+    for inside, queries, wanted, places in parts:
+        rows, labels = bank[inside], judged.labels[inside]
+        head = probes.fit_linear(rows, labels, judged.classes, groups=judged.groups[inside])
+        strengths.append(head.strength)
+        predicted = {"knn": probes.knn_predict(rows, labels, queries, judged.classes), "linear": head.predict(queries)}
         for name, guess in predicted.items():
             right[name][places] = (guess == judged.test_labels[places]).to(torch.uint8)
-    return {name: float(values.double().mean()) for name, values in right.items()} | {"neighbour_recall": recall}, right
-
-
-def _labels_of_training(material: Material, bank: Folder) -> Tensor | None:
-    """Labels (n,) of the training images that are also in --labels, -1 for others; None where hardly any is."""
-    known = images.labels_by_path(bank)
-    labels = torch.tensor([known.get(material.folder.path(index).resolve(), -1) for index in material.training.tolist()])
-    return labels if int((labels >= 0).sum()) > 1 else None
+        if k:
+            recalls[places] = probes.neighbour_recalls((wanted, seen[inside]), (queries, rows), k)
+    found: dict[str, Any] = {name: float(values.double().mean()) for name, values in right.items()}
+    recall = {"neighbour_recall": float(recalls.mean())} if k else {}
+    return found | recall | {"gallery": gallery, "linear_strengths": strengths}, right
 
 
 def _memory_mb(device: torch.device) -> float:
@@ -272,103 +272,3 @@ def _memory_mb(device: torch.device) -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-
-
-def summarise(results: list[dict[str, Any]], arms: list[str], base: Recipe, test: Path | None) -> dict[str, Any]:
-    """Mean and spread (standard deviation over seeds) of every arm; its paired difference from the first arm; recall's rank correlation with labels."""
-    rows = []
-    first = [run for run in results if run["arm"] == arms[0]]
-    for arm in arms:
-        runs = [run for run in results if run["arm"] == arm]
-        row: dict[str, Any] = {
-            "name": arm,
-            "seeds": [run["seed"] for run in runs],
-            "student": runs[0]["student"],
-            "epochs": runs[0]["epochs"],
-        }
-        for figure in FIGURES:
-            row[figure], row[f"{figure}_spread"] = evidence.mean_and_spread([run[figure] for run in runs])
-        for count in ("student_passes", "average_passes", "teacher_passes"):
-            row[count] = runs[0][count]
-        row["train_seconds"] = statistics.fmean(run["train_seconds"] for run in runs)
-        row["memory_mb"] = max(run["memory_mb"] for run in runs)
-        row["bags"] = runs[0]["bags"]
-        for figure in ("knn", "linear"):
-            # Per test image, the share of seeds that were right: the pairing is over images, which both arms share.
-            mine, theirs = (torch.stack([run["tensors"][figure].double() for run in part]).mean(0) for part in (runs, first))
-            row[f"{figure}_minus_first"] = float((mine - theirs).mean())
-            row[f"{figure}_minus_first_interval"] = list(evidence.mean_interval(mine - theirs))
-        rows.append(row)
-    ranks = {
-        figure: evidence.spearman([run["neighbour_recall"] for run in results], [run[figure] for run in results])
-        for figure in ("knn", "linear")
-    }
-    return {
-        "protocol": {
-            "knn": f"weighted vote exp(cos/{probes.KNN_TEMPERATURE}), k = {probes.KNN_K} (DINO), plain view",
-            "linear": "logistic regression on frozen standardised features, strength chosen inside the bank",
-            "queries": f"all images of {test}" if test else f"every labelled image once, {FOLDS}-fold cross-validated",
-            "spread": "standard deviation over seeds (student's weights, order, augmentation and mates; teacher views and split are shared)",
-            "minus_first": "mean over test images of the difference from the first arm, 95% bootstrap over images",
-            "student_passes": "views through the student, forward and backward",
-            "memory_mb": "highest so far in this process: it also holds the arms before",
-        },
-        "settings": base.model_dump(),
-        "rank_correlation_of_recall": {
-            **{name: None if math.isnan(value) else value for name, value in ranks.items()},
-            "runs": len(results),
-        },
-        "rows": rows,
-        "runs": [{key: value for key, value in run.items() if key not in ("tensors", "key")} for run in results],
-    }
-
-
-def same_students(runs: list[dict[str, Any]]) -> list[str]:
-    """A line for each set of runs that ended with the very same weights: what tells them apart changed nothing."""
-    alike: defaultdict[str, list[str]] = defaultdict(list)
-    for run in runs:
-        alike[run["digest"]].append(f"{run['arm']} (seed {run['seed']})")
-    return [
-        f"the very same student, so what differs in the settings changed nothing: {', '.join(names)}"
-        for names in alike.values()
-        if names[1:]
-    ]
-
-
-def write(table: dict[str, Any], out: Path) -> None:
-    """table.json, table.csv, table.txt and table.svg, and the table on screen."""
-    rows = table["rows"]
-    run_dir.write_text(out / "table.json", json.dumps(table, indent=2) + "\n")
-    buffer = io.StringIO()
-    flat = [{key: value for key, value in row.items() if not isinstance(value, dict)} for row in rows]
-    writer = csv.DictWriter(buffer, list(flat[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({key: json.dumps(value) if isinstance(value, list) else value for key, value in row.items()} for row in flat)
-    run_dir.write_text(out / "table.csv", buffer.getvalue())
-    quality = [("", *TITLES.values(), "kNN - first", "linear - first")]
-    cost = [("", "epochs", "student passes", "teacher passes", "own average's", "time", "memory", "mates", "purity")]
-    for row in rows:
-        means = [f"{row[figure]:.3f} ± {row[f'{figure}_spread']:.3f}" for figure in FIGURES]
-        differences = [
-            "-"
-            if row is rows[0]
-            else "{:+.3f} [{:+.3f}, {:+.3f}]".format(row[f"{figure}_minus_first"], *row[f"{figure}_minus_first_interval"])
-            for figure in ("knn", "linear")
-        ]
-        quality.append((row["name"], *means, *differences))
-        passes = [f"{row[name]:,}" for name in ("epochs", "student_passes", "teacher_passes", "average_passes")]
-        bags = [f"{row['bags'][name]:.{digits}f}" if name in row["bags"] else "-" for name, digits in (("size_mean", 1), ("purity", 2))]
-        cost.append((row["name"], *passes, screen.duration(row["train_seconds"]), f"{row['memory_mb']:,.0f} MB", *bags))
-    for reference in table["references"]:
-        quality.append((str(reference["name"]), *(f"{reference[figure]:.3f}" for figure in FIGURES), "-", "-"))
-    ranks = table["rank_correlation_of_recall"]
-    correlation = "not defined" if ranks["linear"] is None else f"{ranks['linear']:.2f}"
-    closing = f"recall@{probes.RECALL_K} against linear over {ranks['runs']} runs: rank correlation {correlation}"
-    closing = "\n".join([closing, *same_students(table["runs"])])
-    text = "\n\n".join(screen.table_text(part[0], part[1:]) for part in (quality, cost))
-    run_dir.write_text(out / "table.txt", f"{text}\n\n{closing}\n")
-    run_dir.write_text(out / "table.svg", chart.dots(rows, FIGURES, TITLES))
-    for title, part in (("mean ± spread over seeds", quality), ("cost of one seed", cost)):
-        screen.table(title, part[0], part[1:])
-    screen.say(closing)
-    screen.say(f"the tables: {out / 'table.txt'}, .json, .csv, .svg")

@@ -1,9 +1,11 @@
-"""How sure a figure is: bootstrap intervals, a paired test of two models, confusion, spread over seeds, rank correlation."""
+"""How sure a figure is: intervals, a paired test of two models, differences over seeds, confusion, rank correlation."""
 
 import itertools
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -12,6 +14,8 @@ from bingo_compress.errors import BingoError
 
 DRAWS = 1000
 AT_ONCE = 4_000_000  # resampled values in memory
+FEW = 100  # queries under which a bootstrap is too narrow
+Z = statistics.NormalDist().inv_cdf(0.975)
 
 
 def interval(figure: Callable[[Tensor], float], count: int, draws: int = DRAWS, seed: int = 0) -> tuple[float, float]:
@@ -34,6 +38,56 @@ def mean_interval(values: Tensor, draws: int = DRAWS, seed: int = 0) -> tuple[fl
         for start in range(0, draws, rows)
     ]
     return _middle(torch.cat(means))
+
+
+def share_interval(values: Tensor, draws: int = DRAWS, seed: int = 0) -> tuple[float, float]:
+    """95% interval of a share, the mean of votes (M,) in 0-1: `mean_interval`, and Wilson's under FEW queries or where all agree, which a bootstrap takes for
+    certainty. Raises BingoError without queries."""
+    if len(values) >= FEW and bool((values != values[0]).any()):
+        return mean_interval(values, draws, seed)
+    return wilson(float(values.double().sum()), len(values))
+
+
+def wilson(found: float, count: int) -> tuple[float, float]:
+    """95% score interval of the share found / count (Wilson 1927). Raises BingoError for a count of 0."""
+    _generator(count, 0)
+    share, shrink = found / count, 1 + Z**2 / count
+    middle = (share + Z**2 / (2 * count)) / shrink
+    half = Z / shrink * math.sqrt(share * (1 - share) / count + Z**2 / (4 * count**2))
+    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
+
+
+def mean_share_interval(right: Tensor, labels: Tensor) -> tuple[float, float]:
+    """95% interval of the mean over classes of the share found, of right, labels (M,): `wilson` of each class, combined as MOVER does (Zou and Donner 2008)."""
+    low = high = mean = 0.0
+    classes = labels.unique()
+    for label in classes:
+        votes = right[labels == label].double()
+        share = float(votes.mean())
+        bottom, top = wilson(float(votes.sum()), len(votes))
+        mean, low, high = mean + share, low + (share - bottom) ** 2, high + (top - share) ** 2
+    count = len(classes)
+    return max(0.0, (mean - math.sqrt(low)) / count), min(1.0, (mean + math.sqrt(high)) / count)
+
+
+def area_interval(area: float, positives: int, negatives: int) -> tuple[float, float]:
+    """95% score interval of an area under the ROC curve (Newcombe 2006, method 5, on the variance of Hanley and McNeil 1982). NaN without both kinds."""
+    if not positives or not negatives:
+        return float("nan"), float("nan")
+
+    def error(truth: float) -> float:
+        pairs = (positives + negatives) / 2 - 1
+        variance = truth * (1 - truth) * (1 + pairs * ((1 - truth) / (2 - truth) + truth / (1 + truth))) / (positives * negatives)
+        return Z * math.sqrt(max(variance, 0.0))
+
+    def end(outer: float) -> float:
+        inner = area
+        for _ in range(60):  # the outermost area that would still allow the one found
+            middle = (inner + outer) / 2
+            inner, outer = (middle, outer) if abs(area - middle) <= error(middle) else (inner, middle)
+        return inner
+
+    return end(0.0), end(1.0)
 
 
 def _generator(count: int, seed: int) -> torch.Generator:
@@ -76,6 +130,37 @@ def _sign_test(one: int, other: int) -> float:
     count, fewer = one + other, min(one, other)
     terms = itertools.accumulate(range(fewer), lambda term, k: term * (count - k) // (k + 1), initial=1)
     return min(1.0, 2 * sum(terms) / (1 << count))
+
+
+def seeds_interval(differences: Tensor) -> tuple[float, float]:
+    """95% interval of the mean of differences (S, M) of S seeds on M test images, for other seeds and other images of their kind.
+
+    Seeds and images are two crossed random effects. The seeds' part of the mean's variance, which holds the chance of each single answer too, is known to
+    S - 1 degrees of freedom; what images add beyond that chance to M - 1: each has its own quantile of t, and their half widths add as squares do (the
+    modified large-sample interval of Graybill and Wang 1980). A bootstrap of three seeds would be too narrow, or too wide where seeds are alike. One seed:
+    `mean_interval` over images, which cannot know how far another seed would land. Raises BingoError without images.
+    """
+    seeds, images = differences.shape
+    values = differences.double()
+    if seeds == 1 or images < 2:
+        return mean_interval(values.mean(0))
+    mean = float(values.mean())
+    by_seed, by_image = values.mean(1) - mean, values.mean(0) - mean
+    chance = float((values - mean - by_seed[:, None] - by_image).square().sum()) / ((seeds - 1) * (images - 1))
+    of_seeds = images * float(by_seed.square().sum()) / (seeds - 1)
+    of_images = max(seeds * float(by_image.square().sum()) / (images - 1) - chance, 0.0)
+    half = math.sqrt((student(seeds - 1) ** 2 * of_seeds + student(images - 1) ** 2 * of_images) / (seeds * images))
+    return mean - half, mean + half
+
+
+@cache
+def student(freedom: int) -> float:
+    """The 97.5% quantile of Student's t: with t = sqrt(freedom) tan x, the share inside +-t is that of cos(x)^(freedom - 1) up to x."""
+    if freedom > 10_000:
+        return Z
+    x = torch.linspace(0, math.pi / 2, 100_001, dtype=torch.float64)
+    share = torch.cumulative_trapezoid(x.cos() ** (freedom - 1), x)
+    return math.sqrt(freedom) * math.tan(float(x[1:][torch.searchsorted(share, 0.95 * share[-1])]))
 
 
 def confusion(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:

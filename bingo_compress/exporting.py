@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bingo_compress import __version__, embed, exported, gate, images, latency, model_card, quantaware, run_dir, screen
+from bingo_compress import __version__, embed, exported, gate, images, latency, model_card, probes, quantaware, run_dir, screen
 from bingo_compress.encoder import Encoder
 from bingo_compress.errors import BingoError
 from bingo_compress.exporters.onnx import IMAGES, REFUSED, Form, export_onnx, form, onnx_runner, publish
@@ -210,13 +210,19 @@ def _int8(float_file: Path, calibration: Tensor, wanted: Form, work: Path, judge
 def _table(tried: list[dict[str, Any]], float_file: Path) -> None:
     """Every rung with what it gave."""
     names = [name for name in ("knn", "linear") if name in tried[0]]
-    header = ("int8", "mean cosine", f"recall@{tried[0]['recall_k']}", *(f"{name} lost" for name in names), "of float's size", "")
+    header = (
+        "int8",
+        "mean cosine",
+        probes.recall_title(tried[0]["images"] - 1),
+        *(f"{name} lost" for name in names),
+        "of float's size",
+        "",
+    )
     rows = []
     for row in tried:
         lost = [f"{100 * (row[name]['float'] - row[name]['int8']):+.2f}" for name in names]
         size = f"{row['bytes'] / float_file.stat().st_size:.2f}"
-        rows.append(
-            (row["rung"], f"{row['mean_cosine']:.4f}", f"{row['recall']:.3f}", *lost, size, "below the gate" if row["missed"] else "passes")
-        )
+        recall = f"{row['recall']:.3f}" if "recall" in row else "-"
+        rows.append((row["rung"], f"{row['mean_cosine']:.4f}", recall, *lost, size, "below the gate" if row["missed"] else "passes"))
     title = "int8 against the float file (lost: points of accuracy on the part of --labels that it is chosen by)"
     screen.table(title if names else "int8 against the float file", header, rows)

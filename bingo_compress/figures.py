@@ -1,6 +1,7 @@
 """What `validate` measures on features: every figure with its 95% interval, classes, few labels, two students, the bags' purity."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from bingo_compress import checkpoint, embed, evidence, finetune, probes, screen
 from bingo_compress.encoder import Preprocessing
 from bingo_compress.errors import BingoError
 from bingo_compress.images import Folder, labels_by_path, labels_of
+from bingo_compress.made_of import file_digest
 from bingo_compress.run_dir import made_by
 
 LEAST_GAP = 0.05
@@ -24,7 +26,7 @@ class Sides:
     """Bank and test images as every model sees them.
 
     bank, queries: features (N, D) and (M, D) by model; labels, query_labels: (N,) and (M,), positions in `classes`.
-    places, query_places: which files of bank_folder and query_folder the N and M rows are.
+    places, query_places: which files of bank_folder and query_folder the N and M rows are; groups: (N,) as `copies` tells them.
     """
 
     classes: list[str]
@@ -36,27 +38,32 @@ class Sides:
     query_labels: Tensor
     query_folder: Folder
     query_places: list[int]
+    groups: Tensor | None = None
 
 
 def scores(name: str, sides: Sides, head: probes.LinearHead) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(the figures of one model, whether kNN and linear were right on each query, bool (M,))."""
+    """(the figures of one model, whether kNN and linear were right on each query, bool (M,)); no recall where the bank is too small for one."""
     bank, queries, labels, classes = sides.bank[name], sides.queries[name], sides.query_labels, len(sides.classes)
     predicted = head.predict(queries)
     right = {"knn": probes.knn_predict(bank, sides.labels, queries, classes) == labels, "linear": predicted == labels}
     found = with_interval("knn", right["knn"]) | with_interval("linear", right["linear"])
     found["linear_balanced"] = probes.balanced_accuracy(predicted, labels)
-    found["linear_balanced_interval"] = evidence.interval(lambda drawn: _balanced(right["linear"][drawn], labels[drawn]), len(labels))
+    found["linear_balanced_interval"] = evidence.mean_share_interval(right["linear"], labels)
+    found["linear_strength"] = head.strength
     if classes == 2:
-        chance, positive = head.scores(queries)[:, 0], labels == 0
-        found["linear_auc"] = probes.auc(chance, positive)
-        found["linear_auc_interval"] = evidence.interval(lambda drawn: probes.auc(chance[drawn], positive[drawn]), len(labels))
-    found |= with_interval("neighbour_recall", probes.neighbour_recalls((sides.queries["teacher"], sides.bank["teacher"]), (queries, bank)))
+        # Not a softmax: where that rounds to 1, a sure answer and a surer one would be equal.
+        logits, positive = head.logits(queries), labels == 0
+        found["linear_auc"] = probes.auc(logits[:, 0] - logits[:, 1], positive)
+        found["linear_auc_interval"] = evidence.area_interval(found["linear_auc"], int(positive.sum()), int((~positive).sum()))
+    if probes.recall_k(len(bank)):
+        each = probes.neighbour_recalls((sides.queries["teacher"], sides.bank["teacher"]), (queries, bank))
+        found |= {"neighbour_recall": float(each.mean()), "neighbour_recall_interval": evidence.mean_interval(each)}
     return found, right
 
 
 def with_interval(key: str, values: Tensor) -> dict[str, Any]:
-    """The mean of per-query values (M,) as {key: mean, key_interval: (low, high)}."""
-    return {key: float(values.double().mean()), f"{key}_interval": evidence.mean_interval(values)}
+    """The mean of per-query votes (M,) in 0-1 as {key: share, key_interval: (low, high)}."""
+    return {key: float(values.double().mean()), f"{key}_interval": evidence.share_interval(values)}
 
 
 def embedded(
@@ -75,6 +82,17 @@ def embedded(
     return features, torch.tensor([classes.index(names[labels[index]]) for index in good]), good
 
 
+def again(models: Mapping[str, tuple[Preprocessing, embed.Embed]], folder: Folder, places: Sequence[int], what: str) -> dict[str, Tensor]:
+    """Features by model of images that could be decoded before. Raises BingoError where one cannot be now: all rows after it would have another's label."""
+    features, good = embed.plain(models, folder, places, what)
+    if len(good) < len(places):
+        lost = folder.files[next(index for index in places if index not in set(good))]
+        raise BingoError(
+            f"{folder.root / lost} could be read before and cannot be now; bring it back, or start the command again without it"
+        )
+    return features
+
+
 def sides(
     models: Mapping[str, tuple[Preprocessing, embed.Embed]],
     bank_folder: Folder,
@@ -82,34 +100,77 @@ def sides(
     classes: list[str],
     keep: embed.Keep | None = None,
 ) -> Sides:
-    """Every labelled image embedded by every model; without a test folder a quarter of each class of the bank is set aside. keep: as in `embedded`."""
+    """Every labelled image embedded by every model; without a test folder a quarter of each class of the bank is set aside, exact copies on one side.
+
+    keep: as in `embedded`.
+    """
     bank, labels, places = embedded(models, bank_folder, classes, "embed labelled images", keep)
+    groups = copies(bank_folder.only(places))
+    if len(groups.unique()) < len(groups):
+        screen.say(
+            f"{len(groups) - len(groups.unique()):,} labelled images are exact copies of others; copies stay on one side of every split"
+        )
     if test_folder:
         queries, query_labels, query_places = embedded(models, test_folder, classes, "embed test images", keep)
-        return Sides(classes, bank, labels, bank_folder, places, queries, query_labels, test_folder, query_places)
-    chosen = _quarter(labels)
+        return Sides(classes, bank, labels, bank_folder, places, queries, query_labels, test_folder, query_places, groups)
+    chosen = _quarter(labels, groups)
     queries, bank = ({name: rows[part] for name, rows in bank.items()} for part in (chosen, ~chosen))
     query_places, places = (torch.tensor(places)[part].tolist() for part in (chosen, ~chosen))
-    return Sides(classes, bank, labels[~chosen], bank_folder, places, queries, labels[chosen], bank_folder, query_places)
+    return Sides(classes, bank, labels[~chosen], bank_folder, places, queries, labels[chosen], bank_folder, query_places, groups[~chosen])
 
 
-def _quarter(labels: Tensor) -> Tensor:
-    """A quarter of each class, at random but always the same, as the test set. Returns bool (N,). Raises BingoError for a class of one."""
+def copies(folder: Folder) -> Tensor:
+    """A number (N,) for each image of a folder, the same for exact copies."""
+    numbers: dict[str, int] = {}
+    return torch.tensor([numbers.setdefault(digest, len(numbers)) for digest in folder.digests])
+
+
+def refuse_shared(bank: Folder, test: Folder, option: str) -> None:
+    """Raise BingoError if images of `test` (--test) are, by content, also in `bank` (given by `option`): they would be found, not recognised."""
+    names = dict(zip(bank.digests, bank.files, strict=True))
+    shared = [(name, names[digest]) for name, digest in zip(test.files, test.digests, strict=True) if digest in names]
+    if shared:
+        raise BingoError(
+            f"--test: expected images that are not in {option}, found {len(shared):,} of {len(test.files):,} in both "
+            f"({shared[0][0]} is {shared[0][1]}); take them out of one, or leave --test out"
+        )
+
+
+def trained_on(bags: Path, folder: Folder) -> int | None:
+    """How many images of a folder are, by content, among those that a run was trained on, without labels; None where those are gone. bags: the run's."""
+    facts = checkpoint.load(bags)[1]
+    with made_by("distill", bags):
+        assert isinstance(facts["files"], list)
+        files = [Path(str(facts["root"])) / name for name in facts["files"]]
+    wanted = set(folder.digests)
+    sizes = {folder.path(index).stat().st_size for index in range(len(folder.files))}
+    there = [file for file in files if file.is_file()]
+    same = {file_digest(file) for file in there if file.stat().st_size in sizes} & wanted
+    return sum(digest in same for digest in folder.digests) if there else None
+
+
+def _quarter(labels: Tensor, groups: Tensor) -> Tensor:
+    """A quarter of each class, at random but always the same, as the test set; exact copies (equal groups, (N,)) stay together.
+
+    Returns bool (N,). Raises BingoError for a class of which not one image can be tested on and another kept.
+    """
     generator = torch.Generator().manual_seed(0)
     chosen = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():
         rows = (labels == label).nonzero()[:, 0]
-        if len(rows) < 2:
-            raise BingoError("--data: expected at least two images in every class, so that one can be tested on; add images or give --test")
         take = max(1, int(len(rows) * TEST_SHARE))
-        chosen[rows[torch.randperm(len(rows), generator=generator)[:take]]] = True
+        sizes = Counter(groups[rows[torch.randperm(len(rows), generator=generator)]].tolist())
+        smallest = min(sizes.values())
+        for group, size in sizes.items():
+            held = int(chosen[rows].sum())
+            if held + size <= take or (not held and size == smallest):
+                chosen |= groups == group
+    for label in labels.unique():
+        if len(set(chosen[labels == label].tolist())) < 2:
+            raise BingoError(
+                "--data: expected at least two different images in every class, so that one can be tested on; add images or give --test"
+            )
     return chosen
-
-
-def _balanced(right: Tensor, labels: Tensor) -> float:
-    """`probes.balanced_accuracy`, a thousand times over."""
-    counts = torch.bincount(labels).double()
-    return float((torch.bincount(labels, right.double()) / counts)[counts > 0].mean())
 
 
 def by_class(predicted: Tensor, sides: Sides) -> dict[str, Any]:
@@ -120,7 +181,7 @@ def by_class(predicted: Tensor, sides: Sides) -> dict[str, Any]:
     for index, accuracy in enumerate(evidence.per_class(counts)):
         entry: dict[str, Any] = {"class": classes[index], "images": int(counts[index].sum()), "accuracy": accuracy, "mistaken_for": None}
         if accuracy is not None:
-            entry["accuracy_interval"] = evidence.mean_interval(predicted[labels == index] == index)
+            entry["accuracy_interval"] = evidence.share_interval(predicted[labels == index] == index)
         others = counts[index].clone()
         others[index] = 0
         if others.any():
@@ -145,7 +206,8 @@ def few_labels(name: str, sides: Sides, spec: str) -> dict[str, Any]:
     right = []
     for seed in range(SUBSETS):
         chosen = finetune.subset(sides.labels, spec, seed)
-        head = probes.fit_linear(sides.bank[name][chosen], sides.labels[chosen], len(sides.classes))
+        groups = None if sides.groups is None else sides.groups[chosen]
+        head = probes.fit_linear(sides.bank[name][chosen], sides.labels[chosen], len(sides.classes), groups=groups)
         right.append(head.predict(sides.queries[name]) == sides.query_labels)
     _, spread = evidence.mean_and_spread([float(each.double().mean()) for each in right])
     return {"images": len(chosen)} | with_interval("linear", torch.stack(right).double().mean(0)) | {"linear_spread": spread}

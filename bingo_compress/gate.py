@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from bingo_compress import embed, figures, images, probes, screen
+from bingo_compress import figures, images, probes, screen
 from bingo_compress.encoder import Preprocessing
 from bingo_compress.errors import BingoError
 from bingo_compress.exporters.onnx import onnx_runner
@@ -36,35 +36,37 @@ class Gate(NamedTuple):
 def make_gate(float_file: Path, gallery: Tensor, preprocessing: Preprocessing, labels: Labels | None, max_loss: float) -> Gate:
     """What compares a quantised file with `float_file`. gallery: uint8 (n, S, S, 3), images that no range was found on; labels: of `open_labelled`.
 
-    Figures of `choose`: mean and smallest cosine of the two embeddings of an image; share of an image's k nearest others in `gallery` that stay its nearest,
-    k at most a tenth of them; with `labels`, kNN and linear accuracy on a part of each of its classes. Of `report`, with `labels`: the same two
-    accuracies on the test images (without a folder of these: a quarter of each class, set aside from the start). Always with the float file's own bank and head, as
-    the int8 file is to take its place. They name those below the gate: LEAST_COSINE, LEAST_RECALL, `max_loss` points of accuracy. Raises BingoError.
+    Figures of `choose`: mean and smallest cosine of the two embeddings of an image; share of an image's k nearest others in `gallery` (`probes.recall_k`)
+    that stay its nearest, where the gallery is large enough; with `labels`, kNN and linear accuracy on a part of each of its classes. Of `report`, with
+    `labels`: the same two accuracies on the test images (without a folder of these: a quarter of each class, set aside from the start). Always with the
+    float file's own bank and head, as the int8 file is to take its place. They name those below the gate: LEAST_COSINE, LEAST_RECALL, `max_loss` points of
+    accuracy. Raises BingoError.
     """
     exact = onnx_runner(float_file)
     embedded = exact(gallery)[0]
-    k = max(1, min(probes.RECALL_K, len(gallery) // 10))
-    near = mates(embedded, k, Search("exact"))[0]
+    k = probes.recall_k(len(gallery) - 1)
+    near = mates(embedded, k, Search("exact"))[0] if k else None
+    if near is None:
+        screen.say(f"the int8 gate does not judge neighbours: {len(gallery)} images are too few (at least {probes.RECALL_SHARE + 1})")
     labelled = _labelled(float_file, preprocessing, labels) if labels else None
 
     def choose(file: Path) -> tuple[dict[str, Any], list[str]]:
         found = onnx_runner(file)(gallery)[0]
         cosines = cosine_similarity(found, embedded)
-        kept = (mates(found, k, Search("exact"))[0][:, :, None] == near[:, None, :]).any(2)
         told: dict[str, Any] = {
             "images": len(gallery),
             "mean_cosine": float(cosines.mean()),
             "min_cosine": float(cosines.min()),
-            "recall": float(kept.double().mean()),
-            "recall_k": k,
-            "recall_chance": k / (len(gallery) - 1),
         }
         missed = []
         # "not >=" and not "<", so that a NaN is refused too.
         if not told["mean_cosine"] >= LEAST_COSINE:
             missed.append(f"mean cosine {told['mean_cosine']:.4f} (at least {LEAST_COSINE})")
-        if not told["recall"] >= LEAST_RECALL:
-            missed.append(f"neighbour recall@{k} {told['recall']:.3f} (at least {LEAST_RECALL})")
+        if near is not None:
+            kept = (mates(found, k, Search("exact"))[0][:, :, None] == near[:, None, :]).any(2)
+            told |= {"recall": float(kept.double().mean()), "recall_k": k, "recall_chance": k / (len(gallery) - 1)}
+            if not told["recall"] >= LEAST_RECALL:
+                missed.append(f"neighbour recall@{k} {told['recall']:.3f} (at least {LEAST_RECALL}, by chance {told['recall_chance']:.3f})")
         if not labelled:
             return told, missed
         accuracies = labelled.choose(file)
@@ -104,6 +106,7 @@ def open_labelled(labels: Path, test: Path | None) -> Labels:
     test_folder = images.list_folder(test, "--test") if test else None
     if test_folder:
         images.refuse_other_classes(bank_folder, test_folder, "--labels")
+        figures.refuse_shared(bank_folder, test_folder, "--labels")
     return bank_folder, test_folder
 
 
@@ -126,7 +129,7 @@ def _labelled(float_file: Path, preprocessing: Preprocessing, labels: Labels) ->
     def compared(
         kept: Tensor, queries: Tensor, wanted: Tensor, folder: images.Folder, which: list[int], what: str
     ) -> Callable[[Path], Accuracies]:
-        head = probes.fit_linear(bank[kept], labelled_as[kept], len(classes))
+        head = probes.fit_linear(bank[kept], labelled_as[kept], len(classes), groups=None if sides.groups is None else sides.groups[kept])
 
         def accuracies(features: Tensor) -> dict[str, float]:
             nearest = probes.knn_predict(bank[kept], labelled_as[kept], features, len(classes))
@@ -138,7 +141,7 @@ def _labelled(float_file: Path, preprocessing: Preprocessing, labels: Labels) ->
         def judged(file: Path) -> Accuracies:
             run = onnx_runner(file)
             model = {"int8": (preprocessing, lambda batch: run(batch)[1])}
-            after = accuracies(embed.plain(model, folder, which, f"embed {what}")[0]["int8"])
+            after = accuracies(figures.again(model, folder, which, f"embed {what}")["int8"])
             return {name: {"float": before[name], "int8": after[name]} for name in before}
 
         return judged

@@ -21,7 +21,7 @@ FORMATS = {
     "student": 1,  # a trained student
     "start": 1,  # the student before training
     "arm": 2,  # a trained student of a comparison
-    "figures": 2,  # probes of a comparison's student
+    "figures": 3,  # probes of a comparison's student
 }
 
 

@@ -152,3 +152,15 @@ def _is_until(line: str, step: int) -> bool:
         return line.endswith("\n") and bool(json.loads(line)["step"] <= step)
     except (ValueError, TypeError, KeyError, RecursionError):
         return False
+
+
+def seconds_of(metrics: Path) -> float:
+    """Seconds that the loop ran for the steps that stand in `metrics`, over all its interruptions: each line tells those since the loop was started."""
+    total, began, last = 0.0, math.nan, 0.0
+    for line in metrics.read_text(encoding="utf-8").splitlines():
+        found = json.loads(line)
+        start = found["time"] - found["seconds"]
+        if not abs(start - began) < 1:
+            total, began = total + last, start
+        last = found["seconds"]
+    return float(total + last)

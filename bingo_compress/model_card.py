@@ -24,7 +24,7 @@ TITLES = {
     "linear": "linear",
     "linear_balanced": "balanced",
     "linear_auc": "AUC",
-    "neighbour_recall": f"recall@{probes.RECALL_K}",
+    "neighbour_recall": "recall",
     "literature": "linear, augmented",
 }
 CLASSES_SHOWN = 50
@@ -167,7 +167,7 @@ def _recall(summary: Mapping[str, Any]) -> list[str]:
         return []
     return [
         f"Without labels: of the teacher's {recall['k']:,} nearest neighbours of each held-out image, the student has {recall['student']:.3f}, before "
-        f"distillation {recall['start']:.3f} ({recall['queries']:,} images in a gallery of {recall['gallery']:,})."
+        f"distillation {recall['start']:.3f} ({recall['queries']:,} images in a gallery of {recall['gallery']:,}; by chance {recall['k'] / recall['gallery']:.3f})."
     ]
 
 
@@ -188,6 +188,7 @@ def _validation(run: RunDir, files: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _proof(protocol: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    titles = TITLES | {"neighbour_recall": probes.recall_title(protocol["bank_images"])}
     keys = [key for key in TITLES if any(key in row for row in rows)]
     explained = {*keys, *(str(row["name"]).partition("-")[0] for row in rows), "intervals", "gap_closed"}
     cells = [[plain(NAMES.get(row["name"], row["name"])), *(_figure(row, key) for key in keys)] for row in rows]
@@ -197,8 +198,12 @@ def _proof(protocol: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> li
     blocks = [
         f"{protocol['test_images']:,} test images ({'a quarter of each class, set aside' if aside else 'a folder of their own'}), bank of {protocol['bank_images']:,}, {len(classes):,} classes: "
         f"{', '.join(map(plain, classes[:CLASSES_SHOWN]))}{more}. In brackets: 95% interval.",
-        _table(("", *(TITLES[key] for key in keys)), cells),
+        _table(("", *(titles[key] for key in keys)), cells),
     ]
+    if protocol.get("test_images_trained_on"):
+        blocks.append(
+            f"{protocol['test_images_trained_on']:,} of the test images were also distilled on (the same contents), without their labels."
+        )
     (student,) = (row for row in rows if row["name"] == "student")
     if "gap_closed" in student:
         low, high = student["gap_closed_interval"]
@@ -260,7 +265,12 @@ def _files(files: Sequence[Mapping[str, Any]]) -> list[str]:
     for contract in whole:
         gate = contract["int8"]["gate"]
         probed = [f"{gate[key]['float']:.3f} to {gate[key]['int8']:.3f}" if key in gate else "-" for key in ("knn", "linear")]
-        figures = [f"{gate['images']:,}", f"{gate['mean_cosine']:.4f}", f"{gate['recall']:.3f} (k = {gate['recall_k']:,})"]
+        recall = (
+            f"{gate['recall']:.3f} (k = {gate['recall_k']:,}, chance {gate['recall_k'] / (gate['images'] - 1):.3f})"
+            if "recall" in gate
+            else "-"
+        )
+        figures = [f"{gate['images']:,}", f"{gate['mean_cosine']:.4f}", recall]
         rows.append([_name(contract), plain(contract["int8"]["rung"]), *figures, *probed])
     return [
         *blocks,

@@ -145,6 +145,8 @@ def train(
 def recall_check(material: Material, held: Tensor, device: torch.device) -> Check:
     """A student's neighbour recall on the images `held`, from the pixel store, in a gallery of at most CHECK_GALLERY; several processes share them."""
     gallery = material.training[:: -(-len(material.training) // CHECK_GALLERY)]
+    if not probes.recall_k(len(gallery)):
+        raise BingoError(f"--keep-best: expected {probes.RECALL_SHARE} images to train on, found {len(gallery)}; add images")
     truth = material.seen.features
 
     def check(student: Encoder) -> float:
@@ -174,9 +176,12 @@ def _say_smaller(recipe: Recipe, planned: Plan) -> None:
 def held_out_recall(run: run_dir.RunDir, models: Models, material: Material, device: torch.device) -> dict[str, float]:
     """Neighbour recall on the held-out images before and after ("start", "student"), its k and counts; nothing without such. Several processes share them."""
     held, training, truth = halves(material.held, models.recipe)[1], material.training, material.seen.features
-    if not len(held):
-        return {}
     gallery = training[:: -(-len(training) // GALLERY_AT_MOST)]
+    if not len(held) or not probes.recall_k(len(gallery)):
+        screen.say(
+            f"neighbour recall is not measured: {len(held):,} images held out, a gallery of {len(gallery):,} (at least {probes.RECALL_SHARE})"
+        )
+        return {}
     encoders = {"start": trained.load_start(models.recipe, run), "student": models.student}
     ready = {name: embed.as_embed(encoder, device) for name, encoder in encoders.items()}
     order = torch.cat((held, gallery)).tolist()
@@ -185,7 +190,7 @@ def held_out_recall(run: run_dir.RunDir, models: Models, material: Material, dev
     if len(good) < len(held) + len(gallery):
         raise BingoError(f"an image in {material.folder.root} changed during the run; start the command again with --resume")
     sides = {name: features.split((len(held), len(gallery))) for name, features in found.items()}
-    counts = {"k": probes.RECALL_K, "queries": len(held), "gallery": len(gallery)}
+    counts = probes.recall_facts(len(gallery)) | {"queries": len(held)}
     return distributed.from_first(
         lambda: counts | {name: probes.neighbour_recall((truth[held], truth[gallery]), side) for name, side in sides.items()}
     )
@@ -212,14 +217,15 @@ def _close(
     if recall:
         summary["neighbour_recall"] = recall
     run_dir.write_text(run.summary, json.dumps(summary, indent=2) + "\n")
-    closing_table(models, {name: {"neighbour_recall": value} for name, value in ({"teacher": 1.0} | recall).items()} if recall else {})
+    rows = {name: {"neighbour_recall": value} for name, value in ({"teacher": 1.0} | recall).items()} if recall else {}
+    closing_table(models, rows, int(recall.get("gallery", 0)))
     screen.say(f"weights: {run.student}   metrics: {run.metrics}   settings: {run.recipe}, as run: {run.resolved}")
     screen.say(f"next: bingo-compress export --run {run.path}")
     screen.say(f"      bingo-compress validate --run {run.path} --data LABELLED_FOLDER   (kNN and linear need a folder of labels)")
 
 
-def closing_table(models: Models, rows: dict[str, dict[str, float]]) -> None:
-    """Teacher, student before and after: recall, kNN, linear (a dash is not measured); parameters, size and ratio."""
+def closing_table(models: Models, rows: dict[str, dict[str, float]], gallery: int) -> None:
+    """Teacher, student before and after: recall in a gallery of so many images, kNN, linear (a dash is not measured); parameters, size and ratio."""
     labels = {"teacher": "teacher", "start": "student before", "student": "student after"}
     big, small = models.teacher.parameters_count(), models.student.parameters_count()
     cells = []
@@ -228,4 +234,4 @@ def closing_table(models: Models, rows: dict[str, dict[str, float]]) -> None:
         count = big if name == "teacher" else small
         scores = [f"{figures[key]:.3f}" if key in figures else "-" for key in ("neighbour_recall", "knn", "linear")]
         cells.append((label, *scores, f"{count / 1e6:.2f} M", f"{count * 4 / 1e6:.1f}", f"{big / count:.1f}x"))
-    screen.table("", ("", f"recall@{probes.RECALL_K}", "kNN", "linear", "parameters", "MB", "smaller"), cells)
+    screen.table("", ("", probes.recall_title(gallery), "kNN", "linear", "parameters", "MB", "smaller"), cells)

@@ -25,8 +25,13 @@ def show(result: dict[str, Any], run: run_dir.RunDir, models: Models) -> None:
     _main(result["protocol"], result["rows"])
     _few_labels(result["rows"])
     _classes(rows["student"]["per_class"])
-    closing_table(models, rows)
+    closing_table(models, rows, result["protocol"]["bank_images"])
+    _strengths(result["rows"])
     _gap(rows)
+    if result["protocol"].get("test_images_trained_on"):
+        screen.say(
+            f"{result['protocol']['test_images_trained_on']:,} of the test images were also distilled on (the same contents), without their labels"
+        )
     if "paired" in result:
         _paired(result["paired"], result["protocol"]["against"])
     if "bag_purity" in result:
@@ -48,11 +53,13 @@ def _figure(row: Mapping[str, Any], key: str) -> str:
 
 def _main(protocol: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
     augmented, areas = any("literature" in row for row in rows), "linear_auc" in rows[0]
-    header = ["", "kNN", "linear", "balanced", *(["AUC"] if areas else []), f"recall@{probes.RECALL_K}"]
+    header = ["", "kNN", "linear", "balanced", *(["AUC"] if areas else []), probes.recall_title(protocol["bank_images"])]
     cells = []
     for row in rows:
-        plain = [row["linear_balanced"], *([row["linear_auc"]] if areas else []), row["neighbour_recall"]]
-        cells.append([NAMES[row["name"]], _figure(row, "knn"), _figure(row, "linear"), *(f"{value:.3f}" for value in plain)])
+        plain = ["linear_balanced", *(["linear_auc"] if areas else []), "neighbour_recall"]
+        cells.append(
+            [NAMES[row["name"]], _figure(row, "knn"), _figure(row, "linear"), *(f"{row[key]:.3f}" if key in row else "-" for key in plain)]
+        )
         if augmented:
             cells[-1].append(_figure(row, "literature") if "literature" in row else "-")
     screen.table(
@@ -87,6 +94,16 @@ def _classes(found: Sequence[Mapping[str, Any]]) -> None:
     more = f", the weakest {len(shown)} of {len(known)}" if len(shown) < len(known) else ""
     cells = [(entry["class"], f"{entry['images']:,}", _figure(entry, "accuracy"), entry["mistaken_for"] or "-") for entry in shown]
     screen.table(f"{NAMES['student']}, linear probe by class{more}", ("", "images", "found", "most often taken for"), cells)
+
+
+def _strengths(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Where the linear probe would perhaps have taken a penalty beyond its grid."""
+    for row in rows:
+        end = probes.grid_end(row["linear_strength"])
+        if end:
+            screen.say(
+                f"linear probe of {NAMES[row['name']]}: L2 {row['linear_strength']:g}, the {end} of its grid; one beyond it may do better"
+            )
 
 
 def _gap(rows: Mapping[str, Mapping[str, Any]]) -> None:

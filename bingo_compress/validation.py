@@ -71,6 +71,7 @@ def validate(
     test_folder = images.list_folder(test, "--test") if test else None
     if test_folder:
         images.refuse_other_classes(bank_folder, test_folder, "--data")
+        figures.refuse_shared(bank_folder, test_folder, "--data")
     where = choose_device(device)
     distributed.from_first(lambda: run_dir.hold(run.path, "--run"))
     weights = {file.stem: exported.weights_digest(file) for file in (run.student, run.start) if file.exists()}
@@ -104,7 +105,7 @@ def validate(
             # The float file has the student's own head: one fitted anew on features that differ by rounding may end elsewhere. Where a file sees pictures
             # otherwise, and in int8, the features are others, and the head that the device will have is fitted on those.
             own = name == "onnx" and models[name][0] == models["student"][0]
-            heads[name] = heads["student"] if own else probes.fit_linear(sides.bank[name], sides.labels, len(classes))
+            heads[name] = heads["student"] if own else probes.fit_linear(sides.bank[name], sides.labels, len(classes), groups=sides.groups)
             found, right[name] = figures.scores(name, sides, heads[name])
             if name == "student" or name in contracts:
                 found |= figures.by_class(heads[name].predict(sides.queries[name]), sides)
@@ -124,6 +125,7 @@ def validate(
             result["paired"] = {key: figures.compared(right["student"][key], right["against"][key]) for key in ("knn", "linear")}
         if run.bags.exists():
             result |= figures.bag_purity(run.bags, bank_folder)
+            result["protocol"]["test_images_trained_on"] = figures.trained_on(run.bags, sides.query_folder.only(sides.query_places))
         paths = [bank_folder.files[place] for place in sides.places]
         for name, contract in contracts.items():
             save_heads(run.export / contract["file"], contract["sha256"], heads[name], sides.bank[name], sides.labels, classes, paths)
@@ -133,7 +135,7 @@ def validate(
         if contracts or (run.export / exported.CARD).exists():
             model_card.renew(run, run.export)
         show(result, run, Models(recipe, teacher, student))
-        _refuse_under(least, [by_name[name] for name in contracts or ("student",)])
+        _refuse_under(least, [by_name[name] for name in contracts or ("student",)], len(sides.labels))
         return result
 
     return distributed.from_first(judge)
@@ -153,19 +155,27 @@ def parse_required(words: Sequence[str]) -> dict[str, float]:
     return least
 
 
-def _refuse_under(least: dict[str, float], rows: Sequence[dict[str, Any]]) -> None:
-    """Of what goes to devices: every exported file, or the student where there is none yet."""
-    if least and rows[0]["name"] == "student":
+def _refuse_under(least: dict[str, float], rows: Sequence[dict[str, Any]], bank: int) -> None:
+    """Of what goes to devices: every exported file, or the student where there is none yet. bank: how many images recall's neighbours are found among."""
+    if not least:
+        return
+    if rows[0]["name"] == "student":
         screen.say("--require is asked of the student: there is no exported file yet; export, and validate again")
-    under = {
-        row.get("file", "the student"): [
-            f"{key} {row[key]:.4f} (at least {value:g})" for key, value in least.items() if not row[key] >= value
+    notes, chance = {"neighbour_recall": f"; {probes.recall_title(bank)}"}, probes.recall_facts(bank)["chance"]
+    under = []
+    for row in rows:
+        missed = [
+            f"{key} {row[key]:.4f} (at least {value:g}{notes.get(key, '')})"
+            if key in row
+            else f"{key} not measured (the bank of {bank:,} is too small)"
+            for key, value in least.items()
+            if not row.get(key, -1.0) >= value
         ]
-        for row in rows
-    }
-    if any(under.values()):
-        each = "; ".join(f"{file} with {', '.join(figures)}" for file, figures in under.items() if figures)
-        raise BingoError(f"--require: below what is asked for: {each}", 3)
+        under += [f"{row.get('file', 'the student')} with {', '.join(missed)}"] if missed else []
+    if not under and "neighbour_recall" in least and least["neighbour_recall"] <= chance:
+        under = [f"neighbour_recall={least['neighbour_recall']:g} asks for no more than what is found by chance, {chance:.3f}"]
+    if under:
+        raise BingoError(f"--require: below what is asked for: {'; '.join(under)}", 3)
 
 
 def _contract(file: Path, student: str) -> dict[str, Any]:
@@ -226,7 +236,7 @@ def _train_with_labels(
             predict = finetune.fine_tune(encoder, store, bank[chosen], sides.labels[chosen], classes, device, what=what)
             tuned[f"{spec}: {name}"] = encoder.preprocessing, predict
     if tuned:
-        for which, predicted in embed.plain(tuned, sides.query_folder, sides.query_places, "test the fine-tuned")[0].items():
+        for which, predicted in figures.again(tuned, sides.query_folder, sides.query_places, "test the fine-tuned").items():
             spec, name = which.split(": ")
             rows[name]["shots"][spec] |= figures.with_interval("fine_tuned", predicted == sides.query_labels)
 
@@ -242,13 +252,15 @@ def _protocol(
     root = sides.bank_folder.root
     said: dict[str, Any] = {
         "knn": f"weighted vote exp(cos/{probes.KNN_TEMPERATURE}), k = {probes.KNN_K} (DINO), plain view",
-        "linear": "logistic regression (L-BFGS) on frozen standardised features; L2 strength chosen on a fifth of the bank held out, never on the test set; refitted on the whole bank",
-        "neighbour_recall": f"share of the teacher's {probes.RECALL_K} nearest bank images of each test image that are also the model's; no labels used",
+        "linear": f"logistic regression (Newton, float64) on frozen standardised features; L2 strength of {min(probes.L2_STRENGTHS):g} to {max(probes.L2_STRENGTHS):g} by stratified "
+        f"{probes.FOLDS}-fold cross-validation in the bank, the strongest within one standard error of the best, never on the test set; refitted on the whole bank",
+        "neighbour_recall": _recall_text(len(sides.labels)),
+        "recall": probes.recall_facts(len(sides.labels)),
         "onnx": "an exported file: kNN with a bank of its own features; student.onnx with the student's linear head where both see pictures alike, else, and "
         "student-int8.onnx always, with a head fitted on the file's own features",
         "linear_balanced": "mean over classes of the linear probe's recall",
-        "intervals": f"95% percentile bootstrap over test images, {evidence.DRAWS} draws; bank, weights and heads stay as they are, so that a second run of distill may "
-        "land outside; no width where all test images agree",
+        "intervals": f"95%, over test images: percentile bootstrap, {evidence.DRAWS} draws; Wilson's for a share of under {evidence.FEW} images or where all agree (balanced: Wilson's "
+        "of each class combined, MOVER), Newcombe's for the AUC; bank, weights and heads stay as they are, so that a second run of distill may land outside",
         "per_class": "the linear probe's recall of each class; confusion: counts, rows the truth",
         "gap_closed": "(student - random) / (teacher - random) of the linear probe; left out where teacher - random is under "
         f"{figures.LEAST_GAP}",
@@ -282,6 +294,13 @@ def _protocol(
         said["against"] = f"the student of {against} on the same images, each student with its own input size"
         said["paired"] = "this student minus the other; 95% paired bootstrap over test images; exact two-sided McNemar test (p_value)"
     return said
+
+
+def _recall_text(bank: int) -> str:
+    k = probes.recall_k(bank)
+    if not k:
+        return f"not measured: a bank of {bank:,} is too small (at least {probes.RECALL_SHARE})"
+    return f"share of the teacher's {k} nearest bank images of each test image that are also the model's; by chance {k / bank:.3f}; no labels used"
 
 
 def save_heads(

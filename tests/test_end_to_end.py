@@ -100,7 +100,7 @@ def test_metrics_and_summary_add_up(world: dict[str, Any]) -> None:
     assert [line["step"] for line in found] == [8, 15]  # 60 and 120 anchors, 8 a step
     assert all(math.isfinite(line["loss"]) for line in found)
     recall = summary["neighbour_recall"]
-    assert (recall["k"], recall["queries"], recall["gallery"]) == (20, 6, 60)
+    assert (recall["k"], recall["queries"], recall["gallery"], recall["chance"]) == (6, 6, 60, 0.1)
     assert all(0 <= recall[name] <= 1 for name in ("start", "student"))
 
 

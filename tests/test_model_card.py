@@ -130,7 +130,7 @@ def test_a_bare_run_says_what_is_not_known_and_how_to_find_out(run: run_dir.RunD
     assert text.startswith("# test\\_efficientnet, distilled from test\\_resnet\n")
     proof = section(text, "Validation")
     assert "Not validated on labels yet" in proof and "bingo-compress validate --run RUN" in proof
-    assert "the student has 0.456, before distillation 0.123 (50 images in a gallery of 900)" in proof
+    assert "the student has 0.456, before distillation 0.123 (50 images in a gallery of 900; by chance 0.022)" in proof
     assert "Not exported yet" in section(text, "Files") and "Not measured" in section(text, "Latency")
     assert "950 images without labels to train on, 50 held out, 3 files" in section(text, "Data")
     assert "run abc123." in text and "run abc123, 2026-01-02." in card(run, [], None, (), "2026-01-02")
@@ -166,7 +166,7 @@ def test_validation_is_a_table_with_intervals_and_its_protocol(run: run_dir.RunD
     said = section(card(run, [], None), "Validation")
     low, high = student["linear_interval"]
     assert f"{student['linear']:.3f} [{low:.3f}, {high:.3f}]" in said
-    assert "|  | kNN | linear | balanced | AUC | recall@20 |" in said
+    assert "|  | kNN | linear | balanced | AUC | recall@6 (chance 0.100) |" in said
     assert "| student (distilled) |" in said and "| student, random weights |" in said
     assert "40 test images (a quarter of each class, set aside), bank of 60, 2 classes: cat, dog." in said
     assert "the student closed 80% [70%, 90%] of the gap" in said

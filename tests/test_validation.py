@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import encoder, photos, recipe, unit
 
-from bingo_compress import bagging, checkpoint, embed, figures, finetune, images, probes, proof_table, run_dir, validation
+from bingo_compress import bagging, checkpoint, embed, evidence, figures, finetune, images, probes, proof_table, run_dir, validation
 from bingo_compress.figures import Sides
 from bingo_compress.images import Folder
 from bingo_compress.recipe import recipe_text
@@ -45,7 +45,9 @@ def test_the_figures_are_those_of_the_probes_inside_their_intervals() -> None:
         assert found["knn"] == pytest.approx(probes.accuracy(probes.knn_predict(bank, both.labels, queries, 2), labels))
         assert found["linear"] == pytest.approx(probes.accuracy(predicted, labels))
         assert found["linear_balanced"] == pytest.approx(probes.balanced_accuracy(predicted, labels))
-        assert found["linear_auc"] == pytest.approx(probes.auc(head.scores(queries)[:, 0], labels == 0))
+        logits = head.logits(queries)
+        assert found["linear_auc"] == pytest.approx(probes.auc(logits[:, 0] - logits[:, 1], labels == 0))
+        assert found["linear_strength"] == head.strength
         recall = probes.neighbour_recall((both.queries["teacher"], both.bank["teacher"]), (queries, bank))
         assert found["neighbour_recall"] == pytest.approx(recall)
         assert right["linear"].tolist() == (predicted == labels).tolist()
@@ -56,16 +58,6 @@ def test_the_figures_are_those_of_the_probes_inside_their_intervals() -> None:
     assert figures.scores("teacher", both, head)[0]["neighbour_recall_interval"] == (1, 1)
 
 
-def test_the_quick_balanced_accuracy_is_the_probes_own_also_without_a_class() -> None:
-    generator = torch.Generator().manual_seed(1)
-    labels = torch.tensor([0] * 30 + [2] * 8 + [3] * 2)
-    predicted = torch.randint(4, (40,), generator=generator)
-    for _ in range(10):
-        drawn = torch.randint(40, (40,), generator=generator)
-        expected = probes.balanced_accuracy(predicted[drawn], labels[drawn])
-        assert figures._balanced((predicted == labels)[drawn], labels[drawn]) == pytest.approx(expected)
-
-
 def test_each_class_has_its_share_its_interval_and_its_double() -> None:
     both = sides()
     predicted = both.query_labels.clone()
@@ -73,7 +65,7 @@ def test_each_class_has_its_share_its_interval_and_its_double() -> None:
     found = figures.by_class(predicted, both)
     assert found["confusion"] == [[20, 0, 0], [3, 12, 5], [0, 0, 20]]
     first, second, _ = found["per_class"]
-    assert (first["accuracy"], first["accuracy_interval"], first["mistaken_for"]) == (1.0, (1, 1), None)
+    assert (first["accuracy"], first["accuracy_interval"], first["mistaken_for"]) == (1.0, evidence.wilson(20, 20), None)
     assert (second["class"], second["images"], second["accuracy"], second["mistaken_for"]) == ("class1", 20, 0.6, "class2")
     low, high = second["accuracy_interval"]
     assert (low, high) == pytest.approx((0.6 - 0.215, 0.6 + 0.215), abs=0.06)
