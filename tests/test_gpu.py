@@ -157,7 +157,9 @@ def test_a_distillation_has_the_cpus_losses(settings: dict[str, str], tmp_path: 
     # A line of metrics a step: it stops after each and goes on.
     losses = [[line["loss"] for line in train(tmp_path / kind.type, kind, (1, 2, 3, 4, 5, 6), **settings).lines] for kind in (CPU, GPU)]
     assert len(losses[1]) == 6
-    assert losses[1] == pytest.approx(losses[0], rel=0.05, abs=0.02)  # bf16 against fp32
+    # bf16 against fp32: a step is close, and six of them drift apart.
+    assert losses[1][0] == pytest.approx(losses[0][0], rel=0.02)
+    assert losses[1] == pytest.approx(losses[0], rel=0.1, abs=0.02)
 
 
 @pytest.mark.parametrize("method", ["bingo", "disco", "self"])
@@ -175,7 +177,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(method: str, tmp_path: Path, mon
 @pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224"])
 def test_too_little_memory_is_a_slower_step_with_the_same_result(name: str, tmp_path: Path, printed: io.StringIO) -> None:
     total, held = torch.cuda.get_device_properties(0).total_memory, 0
-    count, dim, size = 128, 16, 64 if name == "resnet18" else 128
+    # Of a ResNet recomputing saves less than half of the activations; they must be most of what is held.
+    count, dim, size = (256, 16, 160) if name == "resnet18" else (128, 16, 128)
     targets = kind_targets(count, 2, dim)
     bags, store = knn(targets[:, 0], 3)[0], pixel_store(count, size)
     chosen = settle(recipe(student=name, image_size=size, batch_size=count, device="cuda", compile="off"))
@@ -204,13 +207,16 @@ def test_too_little_memory_is_a_slower_step_with_the_same_result(name: str, tmp_
             printed.truncate(0)
             try:
                 found = losses(peak * percent / 100, tmp_path / str(percent))
-                outcomes.append((percent, printed.getvalue().count("out of memory:")))
+                text = printed.getvalue()
+                outcomes.append((percent, 2 if "micro-batches" in text else int("recomputed" in text)))
                 assert found == pytest.approx(plain, rel=0.02), percent
             except BingoError:
                 outcomes.append((percent, -1))
             except torch.OutOfMemoryError:  # not in a step: cli.py says it in a line
                 outcomes.append((percent, -2))
-        print(f"{name}: peak {peak / 1e6:.0f} MB; (percent of it, rungs climbed, -1 for the ladder's end, -2 elsewhere): {outcomes}")
+        print(
+            f"{name}: peak {peak / 1e6:.0f} MB; (percent of it; 1 recomputed, 2 in parts, -1 for the ladder's end, -2 elsewhere): {outcomes}"
+        )
         assert any(rungs > 0 for _, rungs in outcomes) and outcomes[-1][1] < 0
         if name.startswith("vit"):
             assert any(rungs > 1 for _, rungs in outcomes)

@@ -1,5 +1,6 @@
 """The GPU's kernels, run by Triton's interpreter on a CPU, against what `augment` computes there. On a GPU itself: test_gpu.py."""
 
+import io
 import os
 import subprocess
 import sys
@@ -22,7 +23,7 @@ inside = pytest.mark.skipif(not INTERPRETED, reason="the test below starts it, w
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it started")
 def test_in_a_process_with_the_interpreter() -> None:
     """Triton asks for it once, when it is imported first."""
-    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-cov", __file__]
+    words = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--no-cov", __file__]
     ran = subprocess.run(words, env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
     assert ran.returncode == 0 and "4 passed" in ran.stdout, ran.stdout + ran.stderr
 
@@ -62,3 +63,11 @@ def test_colours_and_blur(kernels: ModuleType) -> None:
     augment._fused(views, drawn, out)
     assert (drawn.order < 0).any() and drawn.grey.any() and drawn.flip.any() and (drawn.sigma > 0).any()
     torch.testing.assert_close(out, augment.apply(views, drawn), atol=1e-5, rtol=0)
+
+
+@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="here they can be used")
+def test_where_they_cannot_be_used_it_is_said_once(printed: io.StringIO) -> None:
+    augment.fused.cache_clear()
+    assert augment.fused() is None and augment.fused() is None
+    augment.fused.cache_clear()
+    assert printed.getvalue().count("warning: Triton cannot be used (") == 1
