@@ -162,7 +162,7 @@ def test_the_purity_of_bags_equals_brute_force(world: World) -> None:
     features, good = embed.plain({"teacher": embed.as_embed(teacher, CPU)}, folder, range(len(folder.files)), "test")
     _, training = held_out.split(len(good), world.base)
     assert len(training) == TRAINING
-    rows = features["teacher"].half().double().numpy()[training.numpy()]
+    rows = torch.nn.functional.normalize(features["teacher"], dim=1).half().double().numpy()[training.numpy()]
     rows /= np.linalg.norm(rows, axis=1)[:, None]
     kinds = [Path(folder.files[index]).parts[0] for index in training.tolist()]
     similar = rows @ rows.T
