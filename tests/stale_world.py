@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -313,6 +314,7 @@ def result(command: Command, ended: Ended, root: Path, world: World, there: Path
     if kind == "validate":
         proof = json.loads((run / "validation.json").read_text())
         found: dict[str, Any] = {"figures": _figures(proof | {"rows": {row["name"]: row for row in proof["rows"]}})}
+        found["named but not there"] = _lacking(run / "export")
         for file in sorted((run / "export").glob("*.npz")):
             with np.load(file) as held:
                 found[file.name] = {key: held[key].tolist() for key in held.files if not any(word in key for word in NOT_COMPARED)}
@@ -329,12 +331,19 @@ def result(command: Command, ended: Ended, root: Path, world: World, there: Path
                 "embeddings": json.loads(embedded.told)["embeddings"] if embedded.status == 0 else embedded.told,
                 "selftest": checked.status,
             }
-        return found
+        return found | {"named but not there": _lacking(folder)}
     if kind == "index":
         with np.load(f"{run}-index.npz") as held:
             return {"embeddings": held["embeddings"].tolist(), "paths": [_tail(path) for path in held["paths"].tolist()]}
     told = json.loads(ended.told)
     return {"answer": _figures(told), "paths": [_tail(path) for path in _paths(told)]}
+
+
+def _lacking(folder: Path) -> list[str]:
+    """Files that a model card names and that are not beside it; an index is the user's own."""
+    card = folder / "MODEL_CARD.md"
+    named = set(re.findall(r"[\w.-]+\.(?:onnx|npz)\b", card.read_text())) if card.exists() else set()
+    return sorted(name for name in named if not (folder / name).exists() and name != "index.npz")
 
 
 def _plain(name: str) -> str:
