@@ -315,9 +315,10 @@ def result(command: Command, ended: Ended, root: Path, world: World, there: Path
         proof = json.loads((run / "validation.json").read_text())
         found: dict[str, Any] = {"figures": _figures(proof | {"rows": {row["name"]: row for row in proof["rows"]}})}
         found["named but not there"] = _lacking(run / "export")
-        for file in sorted((run / "export").glob("*.npz")):
-            with np.load(file) as held:
-                found[file.name] = {key: held[key].tolist() for key in held.files if not any(word in key for word in NOT_COMPARED)}
+        for model in sorted((run / "export").glob("*.onnx")):  # heads of a file that was deleted serve no other
+            for file in sorted(model.parent.glob(f"{model.stem}.*.npz")):
+                with np.load(file) as held:
+                    found[file.name] = {key: held[key].tolist() for key in held.files if not any(word in key for word in NOT_COMPARED)}
         return found
     if kind == "export":
         folder = Path(f"{run}-files") if command.get("elsewhere") else run / "export"
@@ -349,7 +350,7 @@ def _lacking(folder: Path) -> list[str]:
 def _plain(name: str) -> str:
     """The file's stem of "ARM SEED"."""
     arm, _, seed = name.rpartition(" ")
-    return f"{''.join(letter if letter.isalnum() or letter in '=._' else '+' for letter in arm)}-seed{seed}"
+    return f"{re.sub(r'[^\w=.]', '+', arm)}-seed{seed}"
 
 
 def _tail(path: str) -> str:
