@@ -307,9 +307,9 @@ def result(command: Command, ended: Ended, root: Path, world: World, there: Path
         }
     if kind == "compare":
         table = json.loads((run / "table.json").read_text())
-        weights = {file.name: _tensors(file) for file in sorted((run / "runs").glob("*.student.safetensors"))}
         named = {f"{part['arm']} {part['seed']}": part for part in table["runs"]}
-        used = {name: value for name, value in weights.items() if any(name.startswith(f"{_plain(key)}.") for key in named)}
+        told = {file: checkpoint.load(file)[1] for file in (run / "runs").glob("*.student.safetensors")}
+        used = {name: _tensors(file) for file, facts in told.items() if (name := f"{facts['arm']} {facts['seed']}") in named}
         return {"rows": _figures(table["rows"]), "runs": _figures(named), "references": _figures(table["references"]), "weights": used}
     if kind == "validate":
         proof = json.loads((run / "validation.json").read_text())
@@ -345,12 +345,6 @@ def _lacking(folder: Path) -> list[str]:
     card = folder / "MODEL_CARD.md"
     named = set(re.findall(r"[\w.-]+\.(?:onnx|npz)\b", card.read_text())) if card.exists() else set()
     return sorted(name for name in named if not (folder / name).exists() and name != "index.npz")
-
-
-def _plain(name: str) -> str:
-    """The file's stem of "ARM SEED"."""
-    arm, _, seed = name.rpartition(" ")
-    return f"{re.sub(r'[^\w=.]', '+', arm)}-seed{seed}"
 
 
 def _tail(path: str) -> str:
