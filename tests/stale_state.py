@@ -81,7 +81,7 @@ class Fuzzer:
         put(world, self.live / "world")
         for step in range(length):
             if step:
-                for _ in range(int(random.choice([0, 1, 2], p=[0.3, 0.5, 0.2]))):
+                for _ in range(int(random.choice([0, 1, 2], p=[0.2, 0.5, 0.3]))):
                     what, world = self.change(random, world, held)
                     history.append(f"  {what}")
                 put(world, self.live / "world")
@@ -112,7 +112,7 @@ class Fuzzer:
             f"{two}/export replaced by that of {one}": lambda: "export" in held[two].steps and _copied(here / "export", other / "export"),
             f"{two}'s linear head replaced by that of {one}": lambda: _copied(*(it / "export" / HEAD for it in (here, other))),
         }
-        if random.random() < 0.35:
+        if random.random() < 0.4:
             for what in random.permutation(list(kinds)):
                 if kinds[what]():
                     if what.endswith(f"a copy of {one}"):

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -306,16 +307,18 @@ def result(command: Command, ended: Ended, root: Path, world: World, there: Path
         }
     if kind == "compare":
         table = json.loads((run / "table.json").read_text())
-        weights = {file.name: _tensors(file) for file in sorted((run / "runs").glob("*.student.safetensors"))}
         named = {f"{part['arm']} {part['seed']}": part for part in table["runs"]}
-        used = {name: value for name, value in weights.items() if any(name.startswith(f"{_plain(key)}.") for key in named)}
+        told = {file: checkpoint.load(file)[1] for file in (run / "runs").glob("*.student.safetensors")}
+        used = {name: _tensors(file) for file, facts in told.items() if (name := f"{facts['arm']} {facts['seed']}") in named}
         return {"rows": _figures(table["rows"]), "runs": _figures(named), "references": _figures(table["references"]), "weights": used}
     if kind == "validate":
         proof = json.loads((run / "validation.json").read_text())
         found: dict[str, Any] = {"figures": _figures(proof | {"rows": {row["name"]: row for row in proof["rows"]}})}
-        for file in sorted((run / "export").glob("*.npz")):
-            with np.load(file) as held:
-                found[file.name] = {key: held[key].tolist() for key in held.files if not any(word in key for word in NOT_COMPARED)}
+        found["named but not there"] = _lacking(run / "export")
+        for model in sorted((run / "export").glob("*.onnx")):  # heads of a file that was deleted serve no other
+            for file in sorted(model.parent.glob(f"{model.stem}.*.npz")):
+                with np.load(file) as held:
+                    found[file.name] = {key: held[key].tolist() for key in held.files if not any(word in key for word in NOT_COMPARED)}
         return found
     if kind == "export":
         folder = Path(f"{run}-files") if command.get("elsewhere") else run / "export"
@@ -329,7 +332,7 @@ def result(command: Command, ended: Ended, root: Path, world: World, there: Path
                 "embeddings": json.loads(embedded.told)["embeddings"] if embedded.status == 0 else embedded.told,
                 "selftest": checked.status,
             }
-        return found
+        return found | {"named but not there": _lacking(folder)}
     if kind == "index":
         with np.load(f"{run}-index.npz") as held:
             return {"embeddings": held["embeddings"].tolist(), "paths": [_tail(path) for path in held["paths"].tolist()]}
@@ -337,10 +340,11 @@ def result(command: Command, ended: Ended, root: Path, world: World, there: Path
     return {"answer": _figures(told), "paths": [_tail(path) for path in _paths(told)]}
 
 
-def _plain(name: str) -> str:
-    """The file's stem of "ARM SEED"."""
-    arm, _, seed = name.rpartition(" ")
-    return f"{''.join(letter if letter.isalnum() or letter in '=._' else '+' for letter in arm)}-seed{seed}"
+def _lacking(folder: Path) -> list[str]:
+    """Files that a model card names and that are not beside it; an index is the user's own."""
+    card = folder / "MODEL_CARD.md"
+    named = set(re.findall(r"[\w.-]+\.(?:onnx|npz)\b", card.read_text())) if card.exists() else set()
+    return sorted(name for name in named if not (folder / name).exists() and name != "index.npz")
 
 
 def _tail(path: str) -> str:
