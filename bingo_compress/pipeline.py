@@ -30,7 +30,7 @@ from bingo_compress.header import header
 from bingo_compress.held_out import halves
 from bingo_compress.intake import report, take
 from bingo_compress.made_of import MadeOf
-from bingo_compress.material import Material, bag_facts, make_bags, prepare, sources_of, step_memory, target_source
+from bingo_compress.material import Material, bag_facts, make_bags, prepare, sources_of, step_memory, target_source, views_stored
 from bingo_compress.recipe import RESUME_MAY_CHANGE, Recipe, deciding, load_recipe, recipe_text
 from bingo_compress.resolving import resolve, use_threads
 from bingo_compress.trained import Models, build_models
@@ -75,7 +75,7 @@ def run_distill(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: b
     if not out.exists():  # refused before anything is written
         embed.pixels_of(models.student.preprocessing, folder, range(len(folder.files)), 1)
         above = next(parent for parent in out.resolve().parents if parent.is_dir())
-        views = 0 if recipe.views == "online" else int(recipe.views)
+        views = views_stored(recipe)
         run_dir.need_space(above, 2 * models.teacher.width * (views + 2) * len(folder.files), "the teacher's embeddings")
         if recipe.pixels not in ("auto", "stream"):  # auto streams where the store does not fit
             run_dir.need_space(above, pixels.guess(len(folder.files), side), "the pixel store")

@@ -69,7 +69,7 @@ def run(
     shards = work / f"{stem}-{key}"
     distributed.from_first(lambda: drop_stale(work, stem, {shards.name}))
     shards.mkdir(exist_ok=True)
-    count, width = len(folder.files), _embedding_width(teacher)
+    count, width = len(folder.files), embedding_width(teacher)
     features, embeddings = Stored(shards / "features.f16", teacher.width), Stored(shards / "embeddings.f16", width)
     # View by view, so that more views go on at the end: (V, N, width).
     viewed = Stored(shards / "views.f16", teacher.width if of_features else width)
@@ -132,7 +132,8 @@ def _say_alike(embeddings: Tensor) -> None:
 
 
 @torch.inference_mode()
-def _embedding_width(teacher: Encoder) -> int:
+def embedding_width(teacher: Encoder) -> int:
+    """Dimensions of the embedding that targets are made of."""
     if teacher.projection is None:
         return teacher.width
     size, device = teacher.preprocessing.size, next(teacher.parameters()).device

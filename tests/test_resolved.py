@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from helpers import CPU, Ran, command, encoder, interrupted_at, photos, recipe
+from helpers import CPU, Ran, command, encoder, interrupted_at, kind_targets, photos, pixel_store, recipe
 
-from bingo_compress import compare, distill, pipeline, resolving, run_dir, speed
+from bingo_compress import augment, compare, distill, embed, pipeline, resolving, run_dir, speed
 from bingo_compress.errors import BingoError
 from bingo_compress.recipe import load_recipe
 from bingo_compress.resolving import resolve, use_threads
 
+RAW = embed.TargetSpace(None, None)
 OPEN = {"threads": 0, "image_size": 0, "epochs": 2}
 
 
@@ -138,6 +139,23 @@ def test_fewer_cores_than_the_run_began_with_are_said(
     for asked, kept in ((1, 1), (1, 0), (0, 1)):
         assert use_threads(recipe(threads=asked), student, CPU, kept=kept).threads == 1
         assert "threads" not in capsys.readouterr().out
+    torch.set_num_threads(before)
+
+
+def test_a_batch_is_the_same_whatever_the_threads_it_is_made_with() -> None:
+    """So it does not matter whether a thread of one core makes it beside the student, or the trainer's own threads."""
+    before, count = torch.get_num_threads(), 40
+    targets, images = kind_targets(count, 3, 64), torch.arange(count)
+    space, pixels = embed.target_space(targets[:, 0].half(), "pca", 16), pixel_store(count, 72)
+    sources = embed.StoredTargets(targets.half(), space, CPU), embed.OnlineTargets(encoder("test_resnet", 64), pixels, RAW, 0.2, CPU, 16)
+    for source in sources:
+        made = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            generator = torch.Generator().manual_seed(0)
+            drawn = augment.draw(pixels.aspect, generator, 0.2)
+            made.append((augment.apply(pixels.crops(images, drawn.box, 64), drawn), source(images, generator, images)))
+        assert all(torch.equal(*pair) for other in made[1:] for pair in zip(made[0], other, strict=True))
     torch.set_num_threads(before)
 
 

@@ -117,7 +117,7 @@ def test_the_gate_names_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     data, test = photos(tmp_path / "data", 4), photos(tmp_path / "test", 2, start=50)
     run = by_model()["student"][1]
     monkeypatch.setattr(gate, "onnx_runner", lambda _: lambda batch: (run(batch), run(batch)))
-    judged = gate._labelled(tmp_path / "float.onnx", encoder("test_efficientnet").preprocessing, data, test)
+    judged = gate._labelled(tmp_path / "float.onnx", encoder("test_efficientnet").preprocessing, gate.open_labelled(data, test)).report
     (test / "kind2" / "050.png").write_bytes(b"broken")
     with pytest.raises(BingoError, match=r"kind2/050\.png could be read before and cannot be now"):
         judged(tmp_path / "int8.onnx")
@@ -148,7 +148,7 @@ def test_what_is_required_of_recall_is_told_with_its_k_and_chance(bingo: Bingo, 
     assert "recall@3 (chance 0.100)" in ran.out and "recall@20" not in ran.out
     ran = bingo(*words, "--require", "neighbour_recall=0.01")
     assert ran.status == 3 and "neighbour_recall=0.01 asks for no more than what is found by chance, 0.100" in ran.err
-    validation._refuse_under({"neighbour_recall": 0.2}, {"neighbour_recall": 0.3}, "student", 30)
+    validation._refuse_under({"neighbour_recall": 0.2}, [{"name": "student", "neighbour_recall": 0.3}], 30)
 
 
 def test_a_comparison_on_few_images_measures_no_recall(tmp_path: Path) -> None:
@@ -177,7 +177,16 @@ def a_run_of(arm: str, seed: int, **changes: Any) -> dict[str, Any]:
         "bags": {},
         "purity": {},
     }
-    own = {"arm": arm, "seed": seed, "student": "s", "epochs": 1, "gallery": 32, "linear_strengths": [10.0, 0.1], "tensors": tensors}
+    own = {
+        "arm": arm,
+        "seed": seed,
+        "digest": f"{arm} {seed}",
+        "student": "s",
+        "epochs": 1,
+        "gallery": 32,
+        "linear_strengths": [10.0, 0.1],
+        "tensors": tensors,
+    }
     return own | facts | shares | {"neighbour_recall": 0.5 + seed / 10} | changes
 
 
