@@ -253,7 +253,7 @@ def distill(
     log = Log(metrics if first else None, device, meter)
 
     def learn(ready: Ready, keys: Targets | None, masked: Tensor | None, epoch: int) -> dict[str, Tensor]:
-        """One forward and backward pass and the optimiser's step; the loss and its terms, detached."""
+        """One forward and backward pass; the loss and its terms, detached."""
         optimizer.zero_grad(set_to_none=True)
         with meter("student"), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             embedded = frugal(ready.views).float()
@@ -270,7 +270,6 @@ def distill(
         with meter("student"):
             with frugal.backward():
                 loss.backward()
-            optimizer.step()
         return {name: value.detach() for name, value in {"loss": loss, **terms}.items()}
 
     last_save = time.monotonic()
@@ -306,6 +305,8 @@ def distill(
                     group["lr"] = rate
                 masked = queue.holding(ready.known) if recipe.mask_mates else None
                 losses = frugal.step(learn, ready, keys, masked, epoch)
+                with meter("student"):
+                    optimizer.step()  # not part of what is tried again: what it had updated would be updated twice
                 pushed = keys or ready.targets
                 assert pushed is not None
                 queue.push(distributed.rows(pushed.anchor.float()), ready.anchors)
