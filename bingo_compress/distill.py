@@ -267,9 +267,8 @@ def distill(
             queries = Queries(*parts, share=ready.share)  # type: ignore[misc, arg-type]
             terms = loss_function(Batch(queries, targets, keys, queue.negatives(), masked, epoch))
             loss = torch.stack(list(terms.values())).sum()
-        with meter("student"):
-            with frugal.backward():
-                loss.backward()
+        with meter("student"), frugal.backward():
+            loss.backward()
         return {name: value.detach() for name, value in {"loss": loss, **terms}.items()}
 
     last_save = time.monotonic()
