@@ -157,7 +157,7 @@ def _program(device: torch.device) -> dict[str, str]:
 
 
 def _file_name(arm: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in "=._" else "+" for letter in arm)
+    return "".join(letter if letter.isalnum() or letter in "=._-" else "+" if letter == ":" else f"+{ord(letter):x}" for letter in arm)
 
 
 def _open(out: Path, base: Recipe, overwrite: bool) -> Path:
@@ -167,12 +167,16 @@ def _open(out: Path, base: Recipe, overwrite: bool) -> Path:
         raise BingoError(f"--out: {out} holds something else than a comparison; name another folder")
     (out / "work").mkdir(parents=True, exist_ok=True)
     run_dir.hold(out, "--out")
+    said = json.dumps({"base": base.model_dump()}, indent=2) + "\n"
+    if not marker.is_file() or marker.read_text(encoding="utf-8") != said:  # the tables are of other settings
+        for path in out.glob("table.*"):
+            path.unlink()
     if overwrite:
         for path in (out / "runs").glob("*"):
             path.unlink()
         checkpoint.forget(_state(out / "work"))
     (out / "runs").mkdir(exist_ok=True)
-    run_dir.write_text(marker, json.dumps({"base": base.model_dump()}, indent=2) + "\n")
+    run_dir.write_text(marker, said)
     return out / "work"
 
 
@@ -210,8 +214,8 @@ def _train(models: Models, material: Material, work: Path, bags_file: Path, made
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     checkpoint.forget(saved)
     if bags.numel():  # to be judged by whatever labels there will be
-        files = [material.folder.files[index] for index in material.training.tolist()]
-        checkpoint.save(bags_file, {"bags": bags.int()}, made, root=str(material.folder.root.resolve()), files=files)
+        trained_on = material.folder.only(material.training.tolist())
+        checkpoint.save(bags_file, {"bags": bags.int()}, made, digests=trained_on.digests)
     planned = plan(recipe, len(material.training))
     passes = planned.steps * planned.batch_size
     stored = len(material.store) * (1 + (0 if recipe.views == "online" else int(recipe.views)))

@@ -223,11 +223,6 @@ def labels_of(folder: Folder) -> tuple[list[str], list[int]]:
     return classes, [classes.index(name) for name in names]
 
 
-def labels_by_path(folder: Folder) -> dict[Path, int]:
-    """The class index of every image by its real path, so that another folder's files can be looked up. Raises BingoError as `labels_of` does."""
-    return {folder.path(index).resolve(): label for index, label in enumerate(labels_of(folder)[1])}
-
-
 def refuse_other_classes(bank: Folder, test: Folder, option: str) -> None:
     """Raise BingoError if `test` (--test) has classes that `bank` (given by `option`) does not have."""
     known, unknown = labels_of(bank)[0], sorted(set(labels_of(test)[0]) - set(labels_of(bank)[0]))

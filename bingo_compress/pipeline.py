@@ -66,8 +66,8 @@ def run_distill(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: b
     _refuse_other_recipe(before, models.recipe)
     distributed.refuse_unshared(models.student)
     if resume:
-        start = {"start": embed.weights_digest(models.student)}
-        distributed.from_first(lambda: trained.refuse_other_inputs(run_dir.RunDir(out), sources_of(models, folder) | start))
+        now = sources_of(models, folder) | {"start": embed.weights_digest(models.student), "settings": deciding(models.recipe)}
+        distributed.from_first(lambda: trained.refuse_other_inputs(run_dir.RunDir(out), now))
     models = replace(models, recipe=use_threads(models.recipe, models.student, device, before.threads if before else 0))
     recipe = models.recipe
     step = step_memory(recipe, models.student, len(folder.files), device)
@@ -91,10 +91,10 @@ def run_distill(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: b
     screen.say(f"{len(material.training):,} images to train on, {len(material.held):,} held out; {planned.describe()}")
     _say_smaller(recipe, planned)
     bags = make_bags(recipe, models.teacher, material, device)
-    files = [material.folder.files[index] for index in material.training.tolist()]
+    trained_on = material.folder.only(material.training.tolist())
 
     def save() -> None:
-        checkpoint.save(run.bags, {"bags": bags}, root=str(folder.root.resolve()), files=files)
+        checkpoint.save(run.bags, {"bags": bags}, files=trained_on.files, digests=trained_on.digests)
         trained.save_start(models.student, run.start, recipe)
 
     distributed.from_first(save)

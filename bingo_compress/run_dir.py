@@ -157,6 +157,8 @@ def _clear(run: RunDir) -> None:
         run.bags,
         run.checkpoint,
         run.before,
+        run.metrics.with_name("not_finite.json"),
+        run.metrics.with_name("trace.json"),
     ):
         path.unlink(missing_ok=True)
     shutil.rmtree(run.export, ignore_errors=True)

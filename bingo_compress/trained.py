@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -110,14 +111,18 @@ def _refuse_other(run: RunDir, name: str, encoder: Encoder, message: str) -> Non
         raise BingoError(message)
 
 
-def refuse_other_inputs(run: RunDir, now: Mapping[str, str]) -> None:
-    """Raise BingoError if a run's state (without one: its student) was made from other inputs than `now`, digests by name. Nothing is written before this."""
+def refuse_other_inputs(run: RunDir, now: Mapping[str, Any]) -> None:
+    """Raise BingoError if a run's state (without one: its student) was made from other inputs than `now`, by name. Nothing is written before this."""
     for file in filter(Path.exists, (run.checkpoint, run.before, run.student)):
         try:
             made = checkpoint.made_of(file)
         except BingoError:
             continue  # damaged: whoever loads it will say so
-        others = [name for name in now if made.inputs.get(name) != now[name]] if made else ["the version of this program"]
+        others = (
+            MadeOf(made.role, FORMATS.get(made.role, 0), {**made.inputs, **now}).differences(made)
+            if made
+            else ["the version of this program"]
+        )
         if others:
             raise checkpoint.of_another_run(file, others)
         return

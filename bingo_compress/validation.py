@@ -132,8 +132,10 @@ def validate(
         for file in filter(None, (run.validation, json_file)):
             run_dir.write_text(file, _json(result))
         run_dir.drop_stale(run.work, "proof", set())
-        if contracts or (run.export / exported.CARD).exists():
+        if contracts:
             model_card.renew(run, run.export)
+        else:  # it would say how to use files that are not there
+            (run.export / exported.CARD).unlink(missing_ok=True)
         show(result, run, Models(recipe, teacher, student))
         _refuse_under(least, [by_name[name] for name in contracts or ("student",)], len(sides.labels))
         return result

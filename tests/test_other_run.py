@@ -105,8 +105,6 @@ def test_resume_refuses_the_state_of_another_run_and_leaves_it(
     with pytest.raises(BingoError, match=rf"--resume: .* is of another run; what differs: .*{named}"):
         pipeline.run_distill(now, tmp_path / "run", resume=True)
     after = contents(tmp_path / "run")
-    if change is another_methods_work:  # what was copied in can be told only once bags and targets are made
-        before.pop("work/bags.safetensors"), after.pop("work/bags.safetensors")
     assert after == before
 
 

@@ -31,8 +31,8 @@ def a_run(path: Path, data: Path) -> Path:
     run.work.mkdir(parents=True)
     run.recipe.write_text(recipe_text(recipe(data=str(data))))
     checkpoint.save(run.student, encoder("test_efficientnet", seed=1).backbone.state_dict())
-    files = images.list_folder(data).files
-    checkpoint.save(run.bags, {"bags": torch.zeros(len(files), 1, dtype=torch.int64)}, root=str(data), files=list(files))
+    digests = images.list_folder(data).digests
+    checkpoint.save(run.bags, {"bags": torch.zeros(len(digests), 1, dtype=torch.int64)}, digests=digests)
     return path
 
 
@@ -95,7 +95,9 @@ def test_test_images_that_were_distilled_on_are_counted(bingo: Bingo, tmp_path: 
     assert ran.status == 0, ran.err
     assert json.loads((tmp_path / "v.json").read_text())["protocol"]["test_images_trained_on"] == 2
     assert "2 of the test images were also distilled on" in ran.out
-    shutil.rmtree(trained)
+    shutil.rmtree(trained)  # it goes by contents
+    assert figures.trained_on(run_dir.RunDir(run).bags, images.list_folder(test)) == 2
+    checkpoint.save(run_dir.RunDir(run).bags, {"bags": torch.zeros(1, 1)}, root="of an earlier version", files=[])
     assert figures.trained_on(run_dir.RunDir(run).bags, images.list_folder(test)) is None
 
 
@@ -119,7 +121,7 @@ def test_the_gate_names_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(gate, "onnx_runner", lambda _: lambda batch: (run(batch), run(batch)))
     judged = gate._labelled(tmp_path / "float.onnx", encoder("test_efficientnet").preprocessing, gate.open_labelled(data, test)).report
     (test / "kind2" / "050.png").write_bytes(b"broken")
-    with pytest.raises(BingoError, match=r"kind2/050\.png could be read before and cannot be now"):
+    with pytest.raises(BingoError, match=r"kind2/050\.png changed while the command was running"):
         judged(tmp_path / "int8.onnx")
 
 
