@@ -6,7 +6,7 @@ from itertools import combinations
 
 from bingo_compress.distill import loss_of
 from bingo_compress.errors import BingoError
-from bingo_compress.recipe import Recipe, make_recipe, parse_setting
+from bingo_compress.recipe import Recipe, make_recipe, parse_setting, repeated
 from bingo_compress.resolving import resolve
 from bingo_compress.unread import refuse_unread
 
@@ -38,7 +38,10 @@ def make_arms(methods: str, base: Recipe) -> list[Arm]:
     arms = []
     for name in filter(None, (part.strip() for part in methods.split(","))):
         method, *changes = name.split(":")
-        values = dict(parse_setting(change, f"--methods {name}") for change in changes)
+        pairs = [parse_setting(change, f"--methods {name}") for change in changes]
+        values = dict(pairs)
+        if twice := repeated([key for key, _ in pairs]):
+            raise BingoError(f"--methods {name}: expected each setting once, found {twice} more often; leave one of them")
         if shared := [key for key in values if key in SHARED]:
             raise BingoError(f"--methods {name}: expected settings of one method, found {shared[0]}; {SHARED[shared[0]]}")
         recipe = make_recipe(base.model_dump() | {"method": method} | values, "--methods")

@@ -95,6 +95,8 @@ def distill(
     from bingo_compress.recipe import KEYS, given_keys, load_recipe, recipe_file
 
     flags = {key: value for key, value in given.items() if key in KEYS}
+    if resume and overwrite:
+        raise BingoError("--overwrite: expected --resume (go on) or --overwrite (start anew), found both; leave one out")
     saved = out / "recipe.yaml"
     file = recipe_file(recipe) if recipe else saved if resume and saved.is_file() else None
     chosen = load_recipe(file, settings or [], flags)

@@ -67,7 +67,8 @@ def compare(
     work = _open(out, base, overwrite)
     judging: dict[str, Labelled] = {}
     threads_file = out / "runs" / "threads.json"
-    threads: dict[str, int] = {} if base.threads else run_dir.read_json("compare", threads_file)
+    with run_dir.made_by("compare", threads_file):
+        threads = {} if base.threads else {name: int(count) for name, count in run_dir.read_json("compare", threads_file).items()}
 
     def labelled(models: Models) -> Labelled:
         """The labelled images as this teacher sees them, embedded once."""

@@ -1,5 +1,6 @@
 """Every setting of a run, once: the same word is the command-line flag, the YAML key and the attribute."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from reprlib import repr as shortened
 from typing import Annotated, Any, Literal
@@ -198,7 +199,8 @@ def recipe_text(recipe: Recipe) -> str:
 
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        values, node = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise BingoError(f"{file}: cannot be read ({error})") from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
@@ -207,7 +209,15 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise BingoError(f"{file}: expected lines of 'key: value', found a {type(values).__name__}")
+    assert node is not None
+    if twice := repeated([key.value for key, _ in node.value]):  # YAML takes the last one without a word
+        raise BingoError(f"{file}: expected each setting once, found {twice!r} more often; leave one of them")
     return values
+
+
+def repeated(names: Sequence[str]) -> str:
+    """The first name that was there before, or "" where each is there once."""
+    return next((name for place, name in enumerate(names) if name in names[:place]), "")
 
 
 def _yaml_scalar(text: str, key: str) -> Any:

@@ -128,6 +128,7 @@ def test_an_out_folder_that_is_not_empty_offers_both_ways(bingo: Any, data: Path
     assert files(tmp_path / "run") == {"mine.txt": b"mine"}
     one_error(bingo("distill", *flags(data=data), "--out", "run/mine.txt"), "--out", "found the file")
     one_error(bingo("distill", *flags(data=data), "--out", "none", "--resume"), "--resume", "found none")
+    one_error(bingo("distill", *flags(data=data), "--out", "none", "--resume", "--overwrite"), "--overwrite", "found both")
     assert not (tmp_path / "none").exists()
 
 

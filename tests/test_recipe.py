@@ -170,6 +170,11 @@ def test_a_file_that_is_no_recipe_is_one_line(tmp_path: Path, content: bytes, wo
     assert str(tmp_path) in message
 
 
+def test_a_key_that_stands_in_a_file_twice_is_refused(tmp_path: Path) -> None:
+    """On 4500913 the last one was taken without a word."""
+    assert "found 'epochs' more often" in refusal(written(tmp_path, "epochs: 3\nlr: 0.1\nepochs: 5\n"))
+
+
 def test_a_folder_or_a_missing_file_as_recipe(tmp_path: Path) -> None:
     assert "cannot be read" in refusal(tmp_path)
     assert "cannot be read" in refusal(tmp_path / "none.yaml")

@@ -172,6 +172,11 @@ def test_what_an_interrupted_run_may_change_is_no_arms_business() -> None:
     assert set(SHARED) | {"compile"} >= RESUME_MAY_CHANGE
 
 
+def test_a_setting_that_an_arm_names_twice_is_refused() -> None:
+    with pytest.raises(BingoError, match="found bag_size more often"):
+        make_arms("bingo:bag_size=1:bag_size=2", recipe())
+
+
 def test_an_arms_setting_must_be_read_by_that_arm() -> None:
     with pytest.raises(BingoError, match=r"--methods bingo:variant=paper:inter_weight=0.3: .*read only by bingo with variant=soft"):
         make_arms("bingo,bingo:variant=paper:inter_weight=0.3", recipe())
