@@ -82,7 +82,9 @@ def int8(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 def refuse(monkeypatch: pytest.MonkeyPatch) -> None:
     def quantise(*_: Any) -> Any:
-        raise LadderEnds([{"rung": "first", "missed": ["mean cosine"], "mean_cosine": 0.5, "recall": 0.5, "recall_k": 2, "bytes": 1}])
+        raise LadderEnds(
+            [{"rung": "first", "missed": ["mean cosine"], "images": 30, "mean_cosine": 0.5, "recall": 0.5, "recall_k": 2, "bytes": 1}]
+        )
 
     monkeypatch.setattr(exporting, "quantise", quantise)
 
