@@ -148,7 +148,7 @@ def _refuse_under(least: dict[str, float], row: dict[str, Any], name: str, bank:
         for key, value in least.items()
         if not row.get(key, -1.0) >= value
     ]
-    if not under and least.get("neighbour_recall", 1.0) <= chance:
+    if not under and "neighbour_recall" in least and least["neighbour_recall"] <= chance:
         under = [f"neighbour_recall={least['neighbour_recall']:g} asks for no more than what is found by chance, {chance:.3f}"]
     if under:
         raise BingoError(f"--require: the {'exported file' if name == 'onnx' else name} is below what is asked for: {', '.join(under)}", 3)
