@@ -43,19 +43,34 @@ PYTHON
 if [ -n "${QUICK:-}" ]; then
     students=test_resnet batches=8 size=64 step=(--steps 2 --rounds 1 --images 32) epochs=1 seeds=0 million=(--queries-share 0.0005)
 else
-    students="resnet18 mobilenetv3_large_100 vit_tiny_patch16_224" batches="256 1024" size=224 step=(--seconds 1.2 --rounds 2 --images 512 --queue 65536)
-    epochs=20 seeds="0 1 2" million=()
+    students="resnet18 mobilenetv3_large_100 vit_tiny_patch16_224" batches="256 1024" size=224 step=(--seconds 1 --rounds 2 --images 512 --queue 65536)
+    epochs=100 seeds="0 1 2" million=()
 fi
 
-distilled() { # seed: the quick recipe on the photos of the pack, and its proof
-    local run=$work/run-$1
-    "$python" -m bingo_compress distill --recipe quick_cpu --set "epochs=$epochs" --data "$pack/clothing/train" --teacher-weights "$weights" --seed "$1" \
+distilled() { # name, seed, program: the quick recipe on the photos of the pack, and its proof
+    local run=$work/$1
+    "$python" $3 distill --recipe quick_cpu --set "epochs=$epochs" --data "$pack/clothing/train" --teacher-weights "$weights" --seed "$2" \
         --overwrite --out "$run" &&
-        "$python" -m bingo_compress validate --run "$run" --data "$pack/clothing/train" --test "$pack/clothing/test" --json "$work/validation-$1.json"
+        "$python" $3 validate --run "$run" --data "$pack/clothing/train" --test "$pack/clothing/test" --json "$work/validation-$1.json"
     tail -n 1 "$run/metrics.jsonl"
 }
-export -f distilled
-export python pack weights work epochs
+
+side_by_side() { # all seeds, as it is and with every product in float32
+    export OMP_NUM_THREADS=2
+    for seed in $seeds; do
+        distilled "bf16-$seed" "$seed" "-m bingo_compress" > "$work/log-bf16-$seed" 2>&1 &
+        distilled "float32-$seed" "$seed" benchmarks/gpu_float32.py > "$work/log-float32-$seed" 2>&1 &
+    done
+    wait
+    cat "$work"/log-*
+    for log in "$work"/log-*; do
+        echo "$(basename "$log" | cut -c5-): $(grep "distil: .* in " "$log" | tail -n 1 | cut -c1-130)"
+        grep "student (distilled)  *│ .*\[.*\].*│.*│.*│" "$log"
+        tail -n 1 "$log"
+    done
+}
+export -f distilled side_by_side
+export python pack weights work epochs seeds
 
 machine() {
     nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv
@@ -63,19 +78,16 @@ machine() {
     nproc
 }
 
-for wanted in ${*:-machine steps correctness distil million official}; do
+for wanted in ${*:-machine correctness steps distil million official}; do
     case $wanted in
         machine) machine 2>&1 | tee -a "$out/report.txt" ;;
+        # An earlier commit beside this one: mkdir gpu-pack/before; git archive COMMIT bingo_compress export | tar x -C gpu-pack/before
         # shellcheck disable=SC2086
-        before) part before 60 20 env "PYTHONPATH=$pack/before:$pack/before/export:$PYTHONPATH" "$python" benchmarks/step.py --student ${BEFORE_STUDENT:-resnet18} --batch $batches --size "$size" "${step[@]}" --json "$work/before.json" ;;
+        before) part before 60 20 env "PYTHONPATH=$pack/before:$pack/before/export:$PYTHONPATH" "$python" benchmarks/step.py --student resnet18 --batch 256 --size "$size" "${step[@]}" --json "$work/before.json" ;;
         # shellcheck disable=SC2086
-        steps) part steps 130 20 "$python" benchmarks/step.py --student $students --batch $batches --size "$size" "${step[@]}" --json "$work/steps.json" ;;
-        correctness) part correctness 110 60 "$python" -m pytest -q -p no:cacheprovider --durations=5 -rPfE tests/test_gpu.py tests/test_decoding.py ;;
-        distil)
-            for seed in $seeds; do
-                part "distil-$seed" 120 32 bash -c "distilled $seed"
-            done
-            ;;
+        steps) part steps 150 20 "$python" benchmarks/step.py --student $students --batch $batches --size "$size" "${step[@]}" --json "$work/steps.json" ;;
+        correctness) part correctness 100 30 "$python" -m pytest -q -p no:cacheprovider --durations=5 -rPfE tests/test_gpu.py tests/test_decoding.py ;;
+        distil) part distil 170 24 bash -c side_by_side ;;
         million) part million 120 6 "$python" benchmarks/bagging.py --million --dim 256 "${million[@]}" --json "$work/million.json" ;;
         official) part official 60 8 "$python" benchmarks/official_step.py --batch 128 --steps 10 --rounds 1 --json "$work/official.json" ;;
     esac

@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from itertools import permutations
+from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from bingo_compress import screen
 from bingo_compress.transfer import sent
 
 ORDERS = tuple(permutations(range(4)))
@@ -97,7 +99,47 @@ def _boxes(aspect: Tensor, generator: torch.Generator, scale_min: float) -> Tens
 def apply(views: Tensor, drawn: Draw) -> Tensor:
     """All but the crop. views: uint8 (B, 3, size, size), cropped to drawn.box. Returns float32 of the same shape in 0..1 on the same device, channels last."""
     out = torch.empty(views.shape, dtype=torch.float32, device=views.device, memory_format=torch.channels_last)
-    return (_step_by_step if views.is_cuda else _image_by_image)(views, drawn, out)
+    if not views.is_cuda:
+        return _image_by_image(views, drawn, out)
+    return (_step_by_step if fused() is None else _fused)(views, drawn, out)
+
+
+@lru_cache
+def fused() -> ModuleType | None:
+    """The kernels of a GPU, or, said once, None where Triton is missing or has no compiler."""
+    try:
+        from bingo_compress import kernels
+
+        drawn = draw(torch.ones(2), torch.Generator().manual_seed(0))
+        device, corners = torch.device("cuda"), torch.tensor([[0, 0], [8, 8]])
+        flat, places = torch.zeros(8 * 8 * 3, dtype=torch.uint8, device=device), torch.zeros(2, dtype=torch.int64)
+        views = kernels.crop(flat, places, places + 8, corners[[0, 0]], corners[[1, 1]], 8)
+        kernels.colours(views, torch.tensor(ORDERS)[:2], torch.stack(drawn.factors, 1), drawn.flip, drawn.grey, views.float())
+        return kernels
+    except Exception as error:  # Whatever the compiler raises.
+        screen.say(
+            f"warning: Triton cannot be used ({(str(error).splitlines() or [''])[0][:120]}); views are made step by step, which takes longer"
+        )
+        return None
+
+
+def _fused(views: Tensor, drawn: Draw, out: Tensor) -> Tensor:
+    """For a GPU: all steps in one reading of the pixels. The same result."""
+    from bingo_compress import kernels
+
+    size = views.shape[-1]
+    orders = _orders(drawn)
+    kernels.colours(views, orders, torch.stack(drawn.factors, 1).gather(1, orders.clamp(min=0)), drawn.flip, drawn.grey, out)
+    which = (drawn.sigma > 0).nonzero()[:, 0]
+    if len(which):
+        sigma = drawn.sigma[which] * (size / BLUR_SIZE)
+        kernels.blur(out, which, sigma, (3 * sigma).ceil().clamp(max=size - 1))
+    return out
+
+
+def _orders(drawn: Draw) -> Tensor:
+    """The steps of the jitter of each view in their order, (B, 4), -1 where there is none."""
+    return torch.where(drawn.order[:, None] < 0, -1, torch.tensor(ORDERS)[drawn.order])
 
 
 def _image_by_image(views: Tensor, drawn: Draw, out: Tensor) -> Tensor:
@@ -123,11 +165,10 @@ def _image_by_image(views: Tensor, drawn: Draw, out: Tensor) -> Tensor:
 
 
 def _step_by_step(views: Tensor, drawn: Draw, out: Tensor) -> Tensor:
-    """For a GPU: one step of all images that take it next, so that few and large kernels are launched. The same result."""
+    """For a GPU without Triton: one step of all images that take it next, so that few and large kernels are launched. The same result."""
     size = views.shape[-1]
     out.copy_(torch.where(_column(drawn.flip, views), views.flip(-1), views)).div_(255)
-    orders = torch.where(drawn.order[:, None] < 0, -1, torch.tensor(ORDERS)[drawn.order])
-    for now in orders.unbind(1):
+    for now in _orders(drawn).unbind(1):
         for step, work in enumerate(STEPS):
             _some(out, now == step, lambda batch, which, work=work, step=step: work(batch, _column(drawn.factors[step][which], batch)))  # type: ignore[misc]
     _some(out, drawn.grey, lambda batch, which: _saturation(batch, torch.zeros(1, device=batch.device)))
@@ -172,6 +213,10 @@ def crop_flat(flat: Tensor, offset: Tensor, width: Tensor, low: Tensor, high: Te
     offset, width: (B,) start in `flat` and width of each picture; low, high: (B, 2) of `window`. All but `flat` are on the CPU, so that the sizes
     of the tensors are known without waiting for the device. Returns uint8 (B, 3, size, size) on the device of `flat`.
     """
+    if flat.is_cuda and fused() is not None:
+        from bingo_compress import kernels
+
+        return kernels.crop(flat, offset, width, low, high, size)
     views = []
     for rows in torch.arange(len(offset)).split(FLAT_ROWS):
         wide, high_ = (int(side) for side in (high[rows] - low[rows]).amax(0))

@@ -307,6 +307,10 @@ def _told(error: BaseException) -> int:
     if isinstance(error, BingoError):
         screen.complain(f"{other}error: {error}")
         return error.exit_status
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU; where a step ran out of it, frugal.py has tried less
+        found = str(error).partition(". ")[0]
+        screen.complain(f"{other}error: out of the GPU's memory ({found}); lower --batch-size or --image-size, or end what else runs on it")
+        return 2
     if is_full(error):
         where = getattr(error, "filename", None) or "the run"
         print(f"error: no space: the disk is full, {where} could not be written; free some, then {AGAIN}", file=sys.stderr)

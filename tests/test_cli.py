@@ -288,3 +288,12 @@ def test_an_out_folder_that_cannot_be_made(bingo: Any, data: Path, tmp_path: Pat
     with monkeypatch.context() as patch:
         patch.setattr(run_dir.Path, "mkdir", denied)
         one_error(bingo("distill", *flags(data=data), "--out", "run"), "--out", "Permission denied")
+
+
+def test_a_full_gpu_is_one_clear_line(bingo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 139.80 GiB")
+
+    monkeypatch.setattr(embed, "teacher_pass", full)
+    found = bingo("distill", *flags(data=photos(tmp_path / "photos", 6)), "--out", "run")
+    one_error(found, "out of the GPU's memory (CUDA out of memory)", "--batch-size")

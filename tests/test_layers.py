@@ -10,9 +10,9 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     "errors families distributed memory processor stopping transfer",
     "made_of",
-    "recipe run_dir layouts",
-    "screen feature_queue losses schedule augment weights chart evidence logistic meter",
-    "images encoder checkpoint frugal speed profiling matrices golden latency",
+    "recipe run_dir layouts kernels",
+    "screen feature_queue losses schedule weights chart evidence logistic meter",
+    "augment images encoder checkpoint frugal speed profiling matrices golden latency",
     "decoding intake",
     "pixels neighbours",
     "bagging",
