@@ -164,7 +164,7 @@ def test_files_and_int8_with_what_it_costs(run: run_dir.RunDir) -> None:
     assert (
         "| student-int8.onnx | 1.4 MB | 1,234,567 | 64 | 18, IR 10, dynamic | - |" in files
     )  # the parity in its contract is the float file's
-    assert "| student-int8.onnx | weights by channel | 200 | 0.9912 | 0.943 (k = 20) | 0.810 to 0.802 | - |" in files
+    assert "| student-int8.onnx | weights by channel | 200 | 0.9912 | 0.943 (k = 20, chance 0.101) | 0.810 to 0.802 | - |" in files
     assert "int8" not in section(card(run, [FLOAT], None), "Files")
     assert "student.onnx" not in card(run, [INT8], None) and "bingo-edge embed    student-int8.onnx" in card(run, [INT8], None)
 
