@@ -6,10 +6,8 @@ import torch
 from torch import Tensor
 
 NEWTON, CONJUGATE = 100, 500  # steps at most
-EXACT, ROUGH = (
-    1e-12,
-    0.01,
-)  # largest entry of the gradient: of a head that is kept; of one that only votes on its penalty, a share of the first
+EXACT = 1e-12  # largest entry of the gradient of a head that is kept
+ROUGH = 0.01  # the same of one that only votes on its penalty, as a share of that at its start
 
 
 @dataclass(frozen=True)
