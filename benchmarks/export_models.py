@@ -58,7 +58,15 @@ def exported(name: str, profile: str) -> dict[str, Any]:
     except BingoError as error:
         return {"student": name, "profile": profile, "refused": str(error)}
     seconds = time.perf_counter() - began
-    return {"student": name, "profile": profile, "size": size, "seconds": seconds, **contract["onnx"], **contract["parity"]}
+    return {
+        "student": name,
+        "profile": profile,
+        "size": size,
+        "seconds": seconds,
+        "bytes": contract["bytes"],
+        **contract["onnx"],
+        **contract["parity"],
+    }
 
 
 if __name__ == "__main__":

@@ -171,7 +171,6 @@ def making(case: Case, steps: int) -> dict[str, float]:
         pixels=case.store,
         training=case.training,
         batch=case.recipe.batch_size,
-        steps_per_epoch=SHOWN // case.recipe.batch_size,
         size=case.recipe.image_size,
         scale_min=case.recipe.crop_scale_min,
         target_of=case.source(),
@@ -189,7 +188,7 @@ def making(case: Case, steps: int) -> dict[str, float]:
 
 def distill_recipe(settings: dict[str, object]) -> distill.Recipe:
     """A default recipe of these settings, its open ends filled in."""
-    from bingo_compress.pipeline import settle
+    from bingo_compress.resolving import settle
 
     return settle(make_recipe({"queue_size": 1024, "compile": "off", **settings, "save_every_minutes": 1000.0}, "benchmark"))
 

@@ -47,7 +47,6 @@ class Maker:
     pixels: PixelStore
     training: Tensor
     batch: int
-    steps_per_epoch: int
     size: int
     scale_min: float
     target_of: TargetOf | None
@@ -56,9 +55,8 @@ class Maker:
 
     def __call__(self, step: int, bags: Tensor) -> Ready:
         """The material of step `step` with these bags (n, K). Every process draws for the whole batch and makes its own share."""
-        epoch, within = divmod(step, self.steps_per_epoch)
         generator = torch.Generator().manual_seed(hash_seed(self.seed, "step", step))
-        anchors = order_of(self.seed, epoch, len(self.training))[within * self.batch : (within + 1) * self.batch]
+        anchors = anchors_of(self.seed, step, self.batch, len(self.training))
         mates = pick_mates(bags, anchors, generator) if self.loss.mates else anchors
         images, shown = self.training[anchors], self.training[mates]
         mine = own_share(self.batch)
@@ -83,6 +81,17 @@ class Maker:
             crops = self.pixels.crops(images[mine], drawn.box, self.size)
         with self.meter("augment"):
             return augment.apply(crops, drawn).contiguous(memory_format=torch.channels_last)
+
+
+def anchors_of(seed: int, step: int, batch: int, count: int) -> Tensor:
+    """The anchors (batch,) of step `step`, from 0: the orders of all epochs are one row, and each step takes its next `batch`. batch: at most `count`.
+
+    So every batch is full and every image an anchor once an epoch. Where an epoch ends within a batch an image may be in it twice, as two anchors: no loss
+    sets the rows of a batch against one another, for the negatives are of earlier steps.
+    """
+    epoch, within = divmod(step * batch, count)
+    anchors = order_of(seed, epoch, count)[within : within + batch]
+    return anchors if len(anchors) == batch else torch.cat((anchors, order_of(seed, epoch + 1, count)[: batch - len(anchors)]))
 
 
 @lru_cache(maxsize=2)

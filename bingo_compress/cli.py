@@ -92,16 +92,20 @@ def distill(
     """Distil a teacher into a student on a folder of images."""
     given = dict(locals())
     from bingo_compress.early import refuse_early
-    from bingo_compress.recipe import KEYS, load_recipe, recipe_file
+    from bingo_compress.recipe import KEYS, given_keys, load_recipe, recipe_file
 
     flags = {key: value for key, value in given.items() if key in KEYS}
+    if resume and overwrite:
+        raise BingoError("--overwrite: expected --resume (go on) or --overwrite (start anew), found both; leave one out")
     saved = out / "recipe.yaml"
     file = recipe_file(recipe) if recipe else saved if resume and saved.is_file() else None
     chosen = load_recipe(file, settings or [], flags)
     refuse_early(chosen, out, resume, overwrite, dry_run)
 
-    from bingo_compress import estimate, pipeline
+    from bingo_compress import estimate, pipeline, unread
 
+    named = {key: getattr(chosen, key) for key in given_keys(settings or [], flags)}
+    unread.refuse_unread([chosen], named, "the command line")
     if dry_run:
         estimate.dry_run(chosen, out)
     else:
@@ -147,18 +151,21 @@ def compare(
     """Several methods, or variants of one, side by side: equal student passes, several seeds, one table."""
     given = dict(locals())
     from bingo_compress.early import refuse_early
-    from bingo_compress.recipe import KEYS, load_recipe, recipe_file
+    from bingo_compress.recipe import KEYS, given_keys, load_recipe, recipe_file
 
-    chosen = load_recipe(
-        recipe_file(recipe) if recipe else None, settings or [], {key: value for key, value in given.items() if key in KEYS}
-    )
+    flags = {key: value for key, value in given.items() if key in KEYS}
+    chosen = load_recipe(recipe_file(recipe) if recipe else None, settings or [], flags)
     numbers = [part.strip() for part in seeds.split(",")]
     if not all(number.isdecimal() for number in numbers):
         raise BingoError(f"--seeds: expected numbers with commas between, for example 0,1,2; found {seeds!r}")
     refuse_early(chosen, out, resume=True, overwrite=overwrite, dry_run=False)
 
+    from bingo_compress.arms import make_arms
     from bingo_compress.compare import compare as run
+    from bingo_compress.unread import refuse_unread
 
+    named = {key: getattr(chosen, key) for key in given_keys(settings or [], flags)}
+    refuse_unread([arm.recipe for arm in make_arms(methods, chosen)], named, "the command line")
     run(chosen, labels, test, methods, list(dict.fromkeys(map(int, numbers))), out, overwrite=overwrite)
 
 
@@ -184,7 +191,7 @@ def validate(
         list[str] | None,
         typer.Option(
             metavar="KEY=VALUE",
-            help="end with status 3 where the exported file (or the student) is below; knn=0.58, linear=0.60; may be repeated",
+            help="end with status 3 where an exported file (without one: the student) is below; knn=0.58, linear=0.60; may be repeated",
         ),
     ] = None,
     device: Device = "auto",

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bingo_compress import checkpoint, embed, figures, images, intake, meter, probes, run_dir, screen
+from bingo_compress.arms import make_arms, resolve_arms
 from bingo_compress.compare_table import summarise, write
 from bingo_compress.distill import loss_of, plan
 from bingo_compress.encoder import Encoder
@@ -18,20 +20,13 @@ from bingo_compress.errors import BingoError
 from bingo_compress.images import Folder
 from bingo_compress.made_of import FORMATS, MadeOf, file_digest, made_of
 from bingo_compress.material import Material, bag_facts, make_bags, prepare
-from bingo_compress.pipeline import choose_device, resolve_names, settle, train, use_threads
+from bingo_compress.pipeline import choose_device, train
 from bingo_compress.pixels import store_side
-from bingo_compress.recipe import WORDS, Recipe, deciding, make_recipe, parse_setting
+from bingo_compress.recipe import WORDS, Recipe, deciding
+from bingo_compress.resolving import resolve_names, use_threads
 from bingo_compress.trained import Models, build_models
 
 FOLDS = 5
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One line of the table: its name as typed (bingo, seed, bingo:bag_size=1) and the recipe it stands for."""
-
-    name: str
-    recipe: Recipe
 
 
 @dataclass(frozen=True)
@@ -46,27 +41,6 @@ class Labelled:
     classes: int
     teacher: dict[str, Tensor]
     groups: Tensor
-
-
-def make_arms(methods: str, base: Recipe) -> list[Arm]:
-    """Arms of a comma-separated list; each may change settings after colons. Epochs follow from the base recipe: student passes are equal.
-
-    Raises BingoError for an unknown method or setting.
-    """
-    arms = []
-    for name in filter(None, (part.strip() for part in methods.split(","))):
-        method, *changes = name.split(":")
-        values: dict[str, Any] = {"method": method} | dict(parse_setting(change, f"--methods {name}") for change in changes)
-        recipe = make_recipe(base.model_dump() | values, "--methods")
-        if "epochs" not in values:
-            views = 3 if loss_of(recipe).official else 2
-            recipe = recipe.model_copy(update={"epochs": max(1, round(base.epochs * 2 / views))})
-        arms.append(Arm(name, recipe))
-    if not arms:
-        raise BingoError("--methods: expected names such as bingo,seed or bingo:bag_size=1, found none")
-    if len({arm.name for arm in arms}) < len(arms):
-        raise BingoError(f"--methods: expected different names, found one twice in {methods!r}")
-    return arms
 
 
 def compare(
@@ -85,13 +59,16 @@ def compare(
         figures.refuse_shared(bank, tested, "--labels")
     make_arms(methods, base)  # refused before anything is said
     device = choose_device(base.device)
-    base = resolve_names(base.model_copy(update={"data": str(Path(base.data).resolve())}))
-    arms = make_arms(methods, base)
+    base = base.model_copy(update={"data": str(Path(base.data).resolve())})
+    say = cache(screen.say)  # what several arms share is said once
+    arms, base = resolve_arms(make_arms(methods, base), say), resolve_names(base, say)
     for arm in arms:
         plan(arm.recipe, len(folder.files))
     work = _open(out, base, overwrite)
     judging: dict[str, Labelled] = {}
-    calibrated: set[str] = set()
+    threads_file = out / "runs" / "threads.json"
+    with run_dir.made_by("compare", threads_file):
+        threads = {} if base.threads else {name: int(count) for name, count in run_dir.read_json("compare", threads_file).items()}
 
     def labelled(models: Models) -> Labelled:
         """The labelled images as this teacher sees them, embedded once."""
@@ -103,7 +80,7 @@ def compare(
     results: list[dict[str, Any]] = []
     for arm in arms:
         for seed in seeds:
-            recipe = settle(arm.recipe.model_copy(update={"seed": seed}))
+            recipe = arm.recipe.model_copy(update={"seed": seed})
             name = f"{_file_name(arm.name)}-seed{seed}"
             student, judged, bags = (out / "runs" / f"{name}.{kind}.safetensors" for kind in ("student", "figures", "bags"))
             made = _made_of(recipe, folder, device)
@@ -111,9 +88,10 @@ def compare(
             if not checkpoint.is_sound(judged, of_figures):
                 screen.say(f"== {arm.name}, seed {seed} ({len(results) + 1} of {len(arms) * len(seeds)})")
                 models = build_models(recipe)
-                if recipe.student not in calibrated:  # once a student: its runs are then alike to the last bit
-                    calibrated.add(recipe.student)
-                    use_threads(recipe, models.student, device)
+                settled = use_threads(recipe, models.student, device, threads.get(recipe.student, 0)).threads
+                if recipe.student not in threads and not base.threads:  # once a student: its runs are then alike to the last bit
+                    threads[recipe.student] = settled
+                    run_dir.write_text(threads_file, json.dumps(threads) + "\n")
                 if not checkpoint.is_sound(student, made):
                     material = prepare(models, folder, store_side(models.recipe.image_size, models.recipe.teacher_size), work, device)
                     facts = _train(models, material, work, bags, made, device)
@@ -123,7 +101,7 @@ def compare(
                 scores, right = judge(models.student, labelled(models), device)
                 told = {key: value for key, value in found.items() if key != "made_of"} | scores
                 purity = figures.bag_purity(bags, bank) if bags.exists() and checkpoint.made_of(bags) == made else {}
-                checkpoint.save(judged, right, of_figures, **told, purity=purity)
+                checkpoint.save(judged, right, of_figures, **told, purity=purity, digest=embed.weights_digest(models.student))
             right, found = checkpoint.load(judged)
             results.append({**found, "tensors": right})
     table = summarise(results, [arm.name for arm in arms], base, test)
@@ -180,7 +158,7 @@ def _program(device: torch.device) -> dict[str, str]:
 
 
 def _file_name(arm: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in "=._" else "+" for letter in arm)
+    return "".join(letter if letter.isalnum() or letter in "=._-" else "+" if letter == ":" else f"+{ord(letter):x}" for letter in arm)
 
 
 def _open(out: Path, base: Recipe, overwrite: bool) -> Path:
@@ -190,12 +168,16 @@ def _open(out: Path, base: Recipe, overwrite: bool) -> Path:
         raise BingoError(f"--out: {out} holds something else than a comparison; name another folder")
     (out / "work").mkdir(parents=True, exist_ok=True)
     run_dir.hold(out, "--out")
+    said = json.dumps({"base": base.model_dump()}, indent=2) + "\n"
+    if not marker.is_file() or marker.read_text(encoding="utf-8") != said:  # the tables are of other settings
+        for path in out.glob("table.*"):
+            path.unlink()
     if overwrite:
         for path in (out / "runs").glob("*"):
             path.unlink()
         checkpoint.forget(_state(out / "work"))
     (out / "runs").mkdir(exist_ok=True)
-    run_dir.write_text(marker, json.dumps({"base": base.model_dump()}, indent=2) + "\n")
+    run_dir.write_text(marker, said)
     return out / "work"
 
 
@@ -233,8 +215,8 @@ def _train(models: Models, material: Material, work: Path, bags_file: Path, made
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     checkpoint.forget(saved)
     if bags.numel():  # to be judged by whatever labels there will be
-        files = [material.folder.files[index] for index in material.training.tolist()]
-        checkpoint.save(bags_file, {"bags": bags.int()}, made, root=str(material.folder.root.resolve()), files=files)
+        trained_on = material.folder.only(material.training.tolist())
+        checkpoint.save(bags_file, {"bags": bags.int()}, made, digests=trained_on.digests)
     planned = plan(recipe, len(material.training))
     passes = planned.steps * planned.batch_size
     stored = len(material.store) * (1 + (0 if recipe.views == "online" else int(recipe.views)))
@@ -242,7 +224,7 @@ def _train(models: Models, material: Material, work: Path, bags_file: Path, made
     return {
         "student": recipe.student,
         "method": recipe.method,
-        "epochs": recipe.epochs,
+        "epochs": round(recipe.epochs, 2),
         "student_passes": passes * planned.student_views,
         "average_passes": passes * {"": 0, "views": 2, "fresh": 1}[loss.momentum],
         "teacher_passes": stored + online if loss.teacher else 0,

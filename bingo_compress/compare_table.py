@@ -5,7 +5,8 @@ import io
 import json
 import math
 import statistics
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,8 +146,21 @@ def _closing(table: Mapping[str, Any], headed: Mapping[str, str]) -> list[str]:
         lines.append(
             f"linear probe: {ends} of {protocol['linear_fits']} fits took an L2 penalty at the end of the grid; one beyond it may do better"
         )
+    lines += same_students(table["runs"])
     if protocol["judged_images_in_data"]:
         lines.append(
             f"{protocol['judged_images_in_data']:,} of the {protocol['judged_images']:,} images that students are judged on are also in --data, without labels"
         )
     return lines
+
+
+def same_students(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each set of runs that ended with the very same weights: what tells them apart changed nothing."""
+    alike: defaultdict[str, list[str]] = defaultdict(list)
+    for run in runs:
+        alike[run["digest"]].append(f"{run['arm']} (seed {run['seed']})")
+    return [
+        f"the very same student, so what differs in the settings changed nothing: {', '.join(names)}"
+        for names in alike.values()
+        if names[1:]
+    ]

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from bingo_compress import probes, screen
+from bingo_compress import exported, probes, screen
 from bingo_compress.errors import BingoError
 from bingo_compress.exporting import export
 from bingo_compress.pipeline import run_distill
-from bingo_compress.recipe import load_recipe, recipe_file, recipe_text
+from bingo_compress.recipe import RECIPES_DIR, load_recipe, recipe_text
 from bingo_compress.run_dir import open_new, write_text
 from bingo_compress.validation import NAMES, validate
 
@@ -31,15 +31,14 @@ def demo(out: Path, flags: dict[str, Any], *, overwrite: bool) -> None:
         "2,624 electroluminescence photos of solar cells (elpv-dataset, CC BY-NC-SA 4.0); the labels are used at the end, to measure"
     )
     screen.say("teacher: EfficientNet-Lite2 trained on ImageNet; student: from random weights, so that all it knows it learned here")
-    recipe = load_recipe(recipe_file("demo"), [], {**flags, "data": str(train), "teacher_weights": str(next(weights.glob("*.pth")))})
+    recipe = load_recipe(RECIPES_DIR / "demo.yaml", [], {**flags, "data": str(train), "teacher_weights": str(next(weights.glob("*.pth")))})
     write_text(run.recipe, recipe_text(recipe))  # --overwrite clears only what it knows for a run
     run_distill(recipe, out, overwrite=True)
     export(out)
     result = validate(out, train, test, out / "validation.json", device=recipe.device)
     _closing(result, time.monotonic() - began)
-    screen.say(
-        f"the file for the device: {run.export / 'student.onnx'}; try it: bingo-edge classify {run.export / 'student.onnx'} --head {run.export / 'linear.npz'} {test}"
-    )
+    file = exported.files(run.export)["onnx"]
+    screen.say(f"the file for the device: {file}; try it: bingo-edge classify {file} --head {file.with_suffix(exported.LINEAR)} {test}")
 
 
 def _package(name: str) -> Path:

@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 
 from bingo_compress import checkpoint, distributed, screen, speed, stopping
 from bingo_compress.bagging import knn
-from bingo_compress.batches import Maker, Ready, ahead, order_of
+from bingo_compress.batches import Maker, Ready, ahead, anchors_of
 from bingo_compress.embed import TargetOf, hash_seed, store_features, weights_digest
 from bingo_compress.encoder import Encoder, ProjectionHead, RegressionHead
 from bingo_compress.errors import BingoError
@@ -28,20 +28,26 @@ from bingo_compress.profiling import profiled
 from bingo_compress.recipe import Recipe, deciding
 from bingo_compress.run_dir import write_text
 from bingo_compress.schedule import learning_rate
+from bingo_compress.unread import unread
 
 ADAMW_BELOW = 50_000
 EPOCH_SAVES_APART = 30.0  # seconds: of a short epoch a save would be a good part
 COMPILE_FROM = 5_000  # steps that pay for the minute or two that the compiler takes
+CHECKS = 10  # in a run
 SLOW_AVERAGE, QUICK_AVERAGE = 0.999, 0.99
 Check = Callable[[Encoder], float]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe means for a folder of a given size: nothing in it is a setting, all of it follows."""
+    """What a recipe means for a folder of a given size: nothing in it is a setting, all of it follows.
 
+    Every batch is full (`anchors_of`): an epoch may end within one, and the run's last one is filled up with images of the epoch that would come next.
+    A smaller last batch would let BatchNorm learn from a few views, and could not be shared among processes.
+    """
+
+    images: int
     batch_size: int
-    steps_per_epoch: int
     steps: int
     warmup: int
     optimizer: str
@@ -49,6 +55,14 @@ class Plan:
     queue_size: int
     student_views: int
     average: float
+
+    def steps_of(self, epochs: float) -> int:
+        """Steps after which so many epochs are complete."""
+        return steps_of(epochs, self.images, self.batch_size)
+
+    def epochs_after(self, steps: int) -> int:
+        """Epochs that are complete after so many steps: also the number, from 0, of the epoch that the next step's first anchor belongs to."""
+        return steps * self.batch_size // self.images
 
     def describe(self) -> str:
         """One line for the screen."""
@@ -58,23 +72,36 @@ class Plan:
         )
 
 
+def steps_of(epochs: float, images: int, batch: int) -> int:
+    """Batches that hold each of the images an anchor `epochs` times, the last one filled up."""
+    return -(-round(epochs * images) // batch)
+
+
 def plan(recipe: Recipe, images: int) -> Plan:
     """The plan for a training set of `images`. Raises BingoError when there are too few for the bags."""
-    if images < recipe.bag_size + 1 or images < 2:
+    if "bag_size" not in unread(recipe) and images <= recipe.bag_size:
         raise BingoError(
             f"--data: expected more images than a bag holds ({recipe.bag_size}), found {images} to train on; add images or lower --bag-size"
         )
+    if images < 2:
+        raise BingoError(f"--data: expected images, found {images} to train on; add some")
     batch = min(recipe.batch_size, images)
     if batch % distributed.world():
         raise BingoError(f"--batch-size: expected a multiple of the {distributed.world()} processes, found {batch}")
-    each = images // batch
-    steps = each * recipe.epochs
+    steps = steps_of(recipe.epochs, images, batch)
     optimizer = recipe.optimizer if recipe.optimizer != "auto" else "adamw" if steps < ADAMW_BELOW else "sgd"
     peak = recipe.lr or (0.03 * batch / 256 if optimizer == "sgd" else 0.003 * math.sqrt(batch / 128))
-    warmup = round(recipe.warmup_epochs * each) if recipe.warmup_epochs >= 0 else 0 if optimizer == "sgd" else round(0.05 * steps)
+    warmup = round(recipe.warmup_epochs * images / batch) if recipe.warmup_epochs >= 0 else 0 if optimizer == "sgd" else round(0.05 * steps)
     average = recipe.average or (SLOW_AVERAGE if steps >= ADAMW_BELOW else QUICK_AVERAGE)
     views = 3 if loss_of(recipe).official else 2
-    return Plan(batch, each, steps, warmup, optimizer, peak, min(recipe.queue_size, images), views, average)
+    return Plan(images, batch, steps, warmup, optimizer, peak, min(recipe.queue_size, images), views, average)
+
+
+def due(epoch: int, recipe: Recipe) -> bool:
+    """Whether the student is checked after an epoch (counted from 1): every recipe.check_every, without that CHECKS times, evenly spread."""
+    if recipe.check_every:
+        return epoch % recipe.check_every == 0
+    return epoch * CHECKS // recipe.epochs > (epoch - 1) * CHECKS // recipe.epochs
 
 
 def loss_of(recipe: Recipe) -> Loss:
@@ -146,7 +173,7 @@ def distill(
     """Train `student` in place on the images `training` (n,) of `pixels`; go on from the checkpoint `saved` if it is there and was made from just this.
 
     bags: (n, K) positions in `training`, -1 for an empty place. target_of: the teacher's embedding (B, dim) of images, None for methods without
-    teacher. metrics: appended to, one JSON object a line. check: scores the student every recipe.check_every epochs; with recipe.keep_best
+    teacher. metrics: appended to, one JSON object a line. check: scores the student after the epochs that are `due`; with recipe.keep_best
     the best-scored student is what is left. names: of the images of `pixels`, for
     messages. sources: digests of what `pixels` and `target_of` were made from, by name. stop_after: leave after this many steps, as an interruption would
     (tests). discard: the checkpoint of another run is deleted instead of refused. Returns what the student is made of.
@@ -206,7 +233,6 @@ def distill(
         pixels=pixels,
         training=training,
         batch=planned.batch_size,
-        steps_per_epoch=planned.steps_per_epoch,
         size=student.preprocessing.size,
         scale_min=recipe.crop_scale_min,
         target_of=target_of,
@@ -220,14 +246,14 @@ def distill(
     # DistributedDataParallel goes around everything else: it is what sees the gradients.
     frugal = Frugal(model, student.backbone, distributed.shared(model, device) if distributed.world() > 1 else run)
     rebags = average is not None and loss_function.mates and recipe.bags != "none"
-    period = recipe.rebag_epochs * planned.steps_per_epoch if rebags else planned.steps
+    period = recipe.rebag_epochs if rebags else math.ceil(recipe.epochs)
     last = planned.steps if stop_after is None else min(stop_after, planned.steps)
     shown = planned.batch_size * planned.student_views
     thread = speed.free_cores() > torch.get_num_threads() * distributed.world()
     log = Log(metrics if first else None, device, meter)
 
     def learn(ready: Ready, keys: Targets | None, masked: Tensor | None, epoch: int) -> dict[str, Tensor]:
-        """One forward and backward pass and the optimiser's step; the loss and its terms, detached."""
+        """One forward and backward pass; the loss and its terms, detached."""
         optimizer.zero_grad(set_to_none=True)
         with meter("student"), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             embedded = frugal(ready.views).float()
@@ -241,10 +267,8 @@ def distill(
             queries = Queries(*parts, share=ready.share)  # type: ignore[misc, arg-type]
             terms = loss_function(Batch(queries, targets, keys, queue.negatives(), masked, epoch))
             loss = torch.stack(list(terms.values())).sum()
-        with meter("student"):
-            with frugal.backward():
-                loss.backward()
-            optimizer.step()
+        with meter("student"), frugal.backward():
+            loss.backward()
         return {name: value.detach() for name, value in {"loss": loss, **terms}.items()}
 
     last_save = time.monotonic()
@@ -257,19 +281,20 @@ def distill(
     ):
         advance(step * shown)
         while step < last:
-            if rebags and step % period == 0:
+            periods = planned.epochs_after(step) // period
+            if rebags and step == planned.steps_of(periods * period):
                 assert average is not None
                 found = store_features(average.student, pixels, training, device)
                 bags = distributed.from_first(lambda: knn(found, recipe.bag_size)[0])  # noqa: B023 - called at once
-            span = range(step, min(step - step % period + period, last))
+            span = range(step, min(planned.steps_of((periods + 1) * period), last))
             batches = ahead(lambda number: make(number, bags), span, device, thread=thread)  # noqa: B023 - used up before bags change
             while True:
                 with meter("wait"):
                     ready = next(batches, None)
                 if ready is None:
                     break
-                epoch = step // planned.steps_per_epoch
-                torch.manual_seed(hash_seed(recipe.seed, "step", step))  # for students with dropout
+                epoch = planned.epochs_after(step)
+                torch.manual_seed(hash_seed(recipe.seed, "dropout", step, distributed.rank()))
                 keys = None
                 if average is not None:
                     with meter("teacher"), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -279,6 +304,8 @@ def distill(
                     group["lr"] = rate
                 masked = queue.holding(ready.known) if recipe.mask_mates else None
                 losses = frugal.step(learn, ready, keys, masked, epoch)
+                with meter("student"):
+                    optimizer.step()  # not part of what is tried again: what it had updated would be updated twice
                 pushed = keys or ready.targets
                 assert pushed is not None
                 queue.push(distributed.rows(pushed.anchor.float()), ready.anchors)
@@ -291,9 +318,9 @@ def distill(
                 poisoned = torch.where((poisoned < 0) & ~losses["loss"].isfinite(), step, poisoned)
                 advance(shown)
                 tick()
-                end_of_epoch = step % planned.steps_per_epoch == 0
+                end_of_epoch = planned.epochs_after(step) > epoch or step == planned.steps
                 scored: dict[str, float] = {}
-                if check is not None and end_of_epoch and ((epoch + 1) % recipe.check_every == 0 or step == planned.steps):
+                if check is not None and end_of_epoch and (due(epoch + 1, recipe) or step == planned.steps):
                     scored["neighbour_recall"] = check(student)
                     student.train()
                     if recipe.keep_best and scored["neighbour_recall"] > best_score:
@@ -308,7 +335,7 @@ def distill(
                 if log.due() or end_of_epoch or saving:
                     mean, shares = log.write(step=step, epoch=epoch, lr=rate, **scored)
                     note = ", ".join(f"{part} {shares[part]:.0%}" for part in ("student", "loss", "wait"))
-                    advance(0, note=f"epoch {epoch + 1}/{recipe.epochs}, loss {mean:.3f}; time: {note}")
+                    advance(0, note=f"epoch {epoch + 1}/{math.ceil(recipe.epochs)}, loss {mean:.3f}; time: {note}")
                     if not math.isfinite(mean):
                         raise BingoError(_not_finite(int(poisoned), planned, recipe, training, names, metrics, saved))
                 if saving:
@@ -347,9 +374,8 @@ def _own_state(saved: Path, metrics: Path, made: MadeOf, discard: bool) -> tuple
 
 def _not_finite(step: int, planned: Plan, recipe: Recipe, training: Tensor, names: Sequence[str], metrics: Path, saved: Path) -> str:
     """What to say of a step (counted from 1) whose loss was not finite; the names of its images go into a file beside the metrics."""
-    epoch, within = divmod(step - 1, planned.steps_per_epoch)
-    anchors = order_of(recipe.seed, epoch, len(training))[within * planned.batch_size : (within + 1) * planned.batch_size]
-    images = training[anchors].tolist()
+    epoch = planned.epochs_after(step - 1)
+    images = training[anchors_of(recipe.seed, step - 1, planned.batch_size, len(training))].tolist()
     batch = [names[image] if names else str(image) for image in images]
     file = metrics.with_name("not_finite.json")
     write_text(file, json.dumps({"step": step, "epoch": epoch + 1, "images": batch}, indent=1) + "\n")

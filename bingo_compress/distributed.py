@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from bingo_compress.errors import BingoError
+
 Item = TypeVar("Item")
 GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connect timeout")  # of gloo
 
@@ -191,6 +193,20 @@ class _Sum(torch.autograd.Function):
 def _sum(tensor: Tensor) -> Tensor:
     total: Tensor = _Sum.apply(tensor)
     return total
+
+
+def refuse_unshared(student: nn.Module) -> None:
+    """Several processes: raises BingoError for a student with running statistics that `shared` does not share; each process would keep its own."""
+    others = {
+        type(module).__name__
+        for module in student.modules()
+        if not isinstance(module, _BatchNorm) and any(name.startswith("running_") for name, _ in module.named_buffers(recurse=False))
+    }
+    if others and world() > 1:
+        raise BingoError(
+            f"--student: expected BatchNorm or norms without running statistics, found {', '.join(sorted(others))} and {world()} processes; "
+            "start one process, or choose another student"
+        )
 
 
 def shared(model: nn.Module, device: torch.device) -> nn.Module:

@@ -29,10 +29,9 @@ def refuse_early(recipe: Recipe, out: Path, resume: bool, overwrite: bool, dry_r
         raise BingoError("--keep-best: expected images held out, found none; raise --set hold_out=0.05")
     refuse_taken(out, may_hold_files=resume or overwrite or dry_run)
     folder = list_folder(Path(recipe.data))
-    if len(folder.files) <= recipe.bag_size:
+    if len(folder.files) < 2:  # how many more it takes is the method's to say
         raise BingoError(
-            f"--data: expected more images than a bag holds ({recipe.bag_size}), found {len(folder.files)} that may be images among "
-            f"{len(folder.files) + len(folder.bad)} files in {folder.root}; add images or lower --bag-size"
+            f"--data: expected images, found {len(folder.files)} that may be one among {len(folder.files) + len(folder.bad)} files in {folder.root}"
         )
     for role in ("teacher", "student"):
         _refuse_unknown(getattr(recipe, role), f"--{role}")

@@ -1,7 +1,8 @@
-"""Encoders over images: the teacher's one resumable pass, and plain embeddings for bags and validation."""
+"""Encoders over images: plain embeddings for the proof, and the targets that a student is trained towards."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -13,18 +14,16 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from bingo_compress import augment, checkpoint, distributed, screen
-from bingo_compress.encoder import Encoder, Preprocessing
+from bingo_compress.encoder import Encoder, Preprocessing, evaluating
 from bingo_compress.errors import BingoError
 from bingo_compress.images import Folder, decode_all
-from bingo_compress.matrices import Matrix, Stored, blocks
+from bingo_compress.made_of import made_of
+from bingo_compress.matrices import Matrix, blocks
 from bingo_compress.pixels import PixelStore
-from bingo_compress.run_dir import drop_stale, need_space, stage_key
 from bingo_compress.transfer import sent
 
-SHARD = 1024
 BATCH = 64
 PART = 8  # batches of plain embeddings in a file
-LARGE = 512  # images that the teacher is given at once on a GPU; halved until they fit
 ROWS = 8192  # rows of a stored pass held in memory at once
 
 # A batch of one model's input, uint8 (B, S, S, 3), to features (B, width).
@@ -37,12 +36,28 @@ def as_embed(encoder: Encoder, device: torch.device) -> tuple[Preprocessing, Emb
     """An encoder as a function of uint8 batches, in inference mode on `device`."""
     encoder.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    @torch.inference_mode()
     def run(batch: Tensor) -> Tensor:
-        features: Tensor = encoder(to_float(batch.to(device)))
-        return features.float().cpu()
+        with torch.inference_mode(), evaluating(encoder), exact(device):
+            features: Tensor = encoder(to_float(batch.to(device)))
+            return features.float().cpu()
 
     return encoder.preprocessing, run
+
+
+@contextmanager
+def exact(device: torch.device) -> Iterator[None]:
+    """No TF32 on a GPU: figures are those of the numbers that a device would compute with, not of a tenth of their digits."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def to_float(pixels: Tensor) -> Tensor:
@@ -50,14 +65,28 @@ def to_float(pixels: Tensor) -> Tensor:
     return pixels.permute(0, 3, 1, 2).float().div_(255)
 
 
+@dataclass(frozen=True)
+class Keep:
+    """Where `plain` keeps finished parts of a stage `stem`. models: digests of the models' weights or files, by the names that `plain` has for them."""
+
+    work: Path
+    stem: str
+    models: Mapping[str, str]
+
+    @property
+    def folder(self) -> Path:
+        """Of these models alone, whatever the images."""
+        return self.work / f"{self.stem}-{made_of('embeddings', models=dict(self.models)).key}"
+
+
 def plain(
-    models: Mapping[str, tuple[Preprocessing, Embed]], folder: Folder, indices: Sequence[int], what: str, keep: Path | None = None
+    models: Mapping[str, tuple[Preprocessing, Embed]], folder: Folder, indices: Sequence[int], what: str, keep: Keep | None = None
 ) -> tuple[dict[str, Tensor], list[int]]:
     """Plain-view features of several models from one decoding of each image, with the device's own preprocessing.
 
     Returns (features (n, width) by model, the n indices that could be decoded, in their order). Several processes share the images and each gets all.
-    keep: a folder for finished parts, of these models and images alone: interrupted, the same call goes on after the last. Raises BingoError where no image
-    can be decoded.
+    keep: for finished parts, of these models and images alone: interrupted, the same call goes on after the last. Raises BingoError where no image can be
+    decoded, and for an image that a model makes no finite numbers of.
     """
     geometries = {name: model[0].geometry() for name, model in models.items()}
     distinct = [dict(items) for items in {tuple(geometry.items()) for geometry in geometries.values()}]
@@ -75,25 +104,36 @@ def plain(
             good = [(index, result) for index, result in islice(decoded, len(spans[start])) if not isinstance(result, ImageError)]
             if good:
                 stacks = [torch.from_numpy(np.stack(seen)) for seen in zip(*(result for _, result in good), strict=True)]
-                features = [run(stacks[distinct.index(geometries[name])]) for name, (_, run) in models.items()]
-                yield [torch.tensor([index for index, _ in good]), *features]
+                places = [index for index, _ in good]
+                features = {name: run(stacks[distinct.index(geometries[name])]) for name, (_, run) in models.items()}
+                for name, rows in features.items():
+                    _refuse_no_numbers(rows, name, folder, places)
+                yield [torch.tensor(places), *features.values()]
             advance(len(spans[start]))
+
+    def can_be_used_now(mine: Sequence[int], kept: list[int]) -> bool:
+        """Whether an image that could not be decoded when a part was kept can be now."""
+        bad = sorted({index for start in mine for index in spans[start]} - set(kept))
+        return any(not isinstance(result, ImageError) for _, result in decode_all(folder, bad, lambda pixels: None))
 
     def parts() -> Iterator[list[Tensor]]:
         with screen.bar(what, sum(map(len, spans.values()))) as advance:
             if keep is None or len(starts) <= PART:
                 yield from batches(starts, advance)
                 return
-            keep.mkdir(parents=True, exist_ok=True)
+            looks = {name: [keep.models[name], asdict(preprocessing)] for name, (preprocessing, _) in models.items()}
+            whole = made_of("embeddings", models=looks, images=folder.fingerprint(), places=str(hash_seed(*indices)))
+            home = keep.folder / whole.key
+            home.mkdir(parents=True, exist_ok=True)
             for mine in (starts[first : first + PART] for first in range(0, len(starts), PART)):
-                file = keep / f"{mine[0]:012d}-{mine[-1]:012d}.safetensors"
-                if checkpoint.is_sound(file):
-                    kinds = checkpoint.load(file)[0]
+                file = home / f"{mine[0]:012d}-{mine[-1]:012d}.safetensors"
+                kinds = checkpoint.load(file)[0] if checkpoint.is_sound(file, whole) else None
+                if kinds is not None and not can_be_used_now(mine, kinds["0"].tolist() if kinds else []):
                     made = [kinds[str(number)] for number in range(len(kinds))]
                     advance(sum(len(spans[start]) for start in mine))
                 else:
                     made = [torch.cat(kind) for kind in zip(*batches(mine, advance), strict=True)]
-                    checkpoint.save(file, {str(number): kind for number, kind in enumerate(made)})
+                    checkpoint.save(file, {str(number): kind for number, kind in enumerate(made)}, whole)
                 if made:
                     yield made
 
@@ -103,6 +143,15 @@ def plain(
             f"expected images in {folder.root}, found none that can be decoded; `bingo-compress check --data {folder.root}` says why"
         )
     return dict(zip(models, found[1:], strict=True)), found[0].tolist()
+
+
+def _refuse_no_numbers(rows: Tensor, name: str, folder: Folder, places: Sequence[int]) -> None:
+    """Raise BingoError if a row of `rows` (n, ...), what a model makes of the images `places`, is not finite."""
+    bad = rows.reshape(len(rows), -1).isfinite().all(1).logical_not().nonzero()[:, 0].tolist()
+    if bad:
+        raise BingoError(
+            f"{name}: expected finite features, found infinite ones or NaN for {folder.path(places[bad[0]])}; are the model's weights whole?"
+        )
 
 
 def pixels_of(preprocessing: Preprocessing, folder: Folder, order: Sequence[int], count: int) -> Tensor:
@@ -119,151 +168,6 @@ def pixels_of(preprocessing: Preprocessing, folder: Folder, order: Sequence[int]
             f"expected images in {folder.root}, found none that can be decoded; `bingo-compress check --data {folder.root}` says why"
         )
     return torch.stack(found)
-
-
-@dataclass(frozen=True)
-class TeacherPass:
-    """What one pass of the teacher gave. features: (N, width) plain view, float16; embeddings: (N, D) plain view; views: (N, V, D), V may be 0.
-
-    All are read from disk as they are used. key: of what the pass was made from.
-    """
-
-    features: Tensor
-    embeddings: Tensor
-    views: Tensor
-    key: str
-
-
-def teacher_pass(
-    teacher: Encoder,
-    folder: Folder,
-    pixels: PixelStore,
-    views: int,
-    scale_min: float,
-    work: Path,
-    device: torch.device,
-    *,
-    of_features: bool = False,
-) -> TeacherPass:
-    """Embed the plain view and `views` augmented views of every image of `folder`, by shards of rows in work/teacher-KEY that are never made twice.
-
-    Several processes share the shards.
-    folder and pixels hold the same images in the same order. View v of an image is the same whatever `views` and the run's seed are, so that runs
-    share them. of_features: views are backbone features, not embeddings. Raises BingoError when the disk is too small.
-    """
-    key = stage_key(
-        images=folder.fingerprint(),
-        teacher=weights_digest(teacher),
-        preprocessing=asdict(teacher.preprocessing),
-        scale_min=scale_min,
-        of_features=of_features and teacher.projection is not None,
-        layout=3,
-    )
-    stem = "teacher_features" if of_features and teacher.projection is not None else "teacher"
-    shards = work / f"{stem}-{key}"
-    distributed.from_first(lambda: drop_stale(work, stem, {shards.name}))
-    shards.mkdir(exist_ok=True)
-    count, width = len(folder.files), _embedding_width(teacher)
-    features, embeddings = Stored(shards / "features.f16", teacher.width), Stored(shards / "embeddings.f16", width)
-    # View by view, so that more views go on at the end: (V, N, width).
-    viewed = Stored(shards / "views.f16", teacher.width if of_features else width)
-
-    def sound(rows: range, view: int) -> bool:
-        if view < 0:
-            return features.sound(rows.start, len(rows)) and embeddings.sound(rows.start, len(rows))
-        return viewed.sound(view * count + rows.start, len(rows))
-
-    ranges = [range(start, min(start + SHARD, count)) for start in range(0, count, SHARD)]
-    wanted = [(rows, view) for view in range(-1, views) for rows in ranges]
-    lacking = set(chain(*distributed.exchange([shard for shard in distributed.mine(wanted) if not sound(*shard)])))
-    missing = [shard for shard in wanted if shard in lacking]
-    if missing:
-        size = sum(len(rows) * 2 * (teacher.width + width if view < 0 else viewed.width) for rows, view in missing)
-        distributed.from_first(lambda: need_space(work, size, "the teacher's embeddings"))
-        for part, high in ((features, count), (embeddings, count), (viewed, views * count)):
-            part.reserve(high)
-        teacher.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        fit = _Fit(LARGE if device.type == "cuda" else BATCH)
-        mine = distributed.mine(missing)
-        with screen.bar(f"teacher, {views + 1} views", sum(len(rows) for rows, _ in mine)) as advance:
-            for rows, view in mine:
-                if view < 0:
-                    batches = _plain_shard(teacher, folder, rows, device)
-                    for part, made in zip((features, embeddings), _embedded(teacher, batches, fit, advance), strict=True):
-                        part.write(rows.start, made.half())
-                else:
-                    batches = _view_shard(teacher, pixels, rows, view, scale_min)
-                    found = _embedded(teacher, batches, fit, advance)
-                    viewed.write(view * count + rows.start, normalize(found[0], dim=1) if of_features else found[1])
-    distributed.barrier()
-    views_seen = viewed.read(views, count, viewed.width).transpose(0, 1) if views else torch.empty(count, 0, width, dtype=torch.float16)
-    return TeacherPass(features.read(count, teacher.width), embeddings.read(count, width), views_seen, key)
-
-
-@torch.inference_mode()
-def _embedding_width(teacher: Encoder) -> int:
-    if teacher.projection is None:
-        return teacher.width
-    size, device = teacher.preprocessing.size, next(teacher.parameters()).device
-    return teacher.embed(torch.zeros(1, 3, size, size, device=device))[1].shape[1]
-
-
-def _plain_shard(teacher: Encoder, folder: Folder, rows: range, device: torch.device) -> Iterator[Tensor]:
-    """The plain view of the images `rows`, BATCH at a time: (B, 3, S, S)."""
-    geometry = teacher.preprocessing.geometry()
-    decoded = decode_all(folder, rows, lambda picture: preprocess(picture, **geometry))
-    for start in range(rows.start, rows.stop, BATCH):
-        batch = []
-        for index in range(start, min(start + BATCH, rows.stop)):
-            result = next(decoded)[1]
-            if isinstance(result, ImageError):
-                raise BingoError(f"{folder.path(index)} changed while the run was reading it ({result}); start the command again")
-            batch.append(torch.from_numpy(result))
-        yield to_float(torch.stack(batch).to(device))
-
-
-def _view_shard(teacher: Encoder, pixels: PixelStore, rows: range, view: int, scale_min: float) -> Iterator[Tensor]:
-    """An augmented view of the images `rows`, BATCH at a time: (B, 3, S, S)."""
-    for start in range(rows.start, rows.stop, BATCH):
-        indices = torch.arange(start, min(start + BATCH, rows.stop))
-        # One generator a batch and view: the views do not depend on where the pass was interrupted, nor on what the teacher takes at once.
-        generator = torch.Generator().manual_seed(hash_seed("view", view, start))
-        drawn = augment.draw(pixels.aspect[indices], generator, scale_min)
-        yield augment.apply(pixels.crops(indices, drawn.box, teacher.preprocessing.size), drawn)
-
-
-@torch.inference_mode()
-def _embedded(teacher: Encoder, batches: Iterator[Tensor], fit: "_Fit", advance: screen.Advance) -> tuple[Tensor, Tensor]:
-    """(features (n, width) float32, embeddings (n, D) float16 of length one) of all images in `batches`, on the CPU."""
-    found = []
-    while group := list(islice(batches, max(fit.images // BATCH, 1))):
-        found.append(fit(teacher, torch.cat(group)))
-        advance(len(found[-1][0]))
-    return torch.cat([features for features, _ in found]), torch.cat([embeddings for _, embeddings in found])
-
-
-@dataclass
-class _Fit:
-    """How many images the teacher takes at once; halved whenever a GPU's memory does not suffice for them."""
-
-    images: int
-
-    def __call__(self, teacher: Encoder, images: Tensor) -> tuple[Tensor, Tensor]:
-        while True:
-            try:
-                found = [_both(teacher, part) for part in images.split(self.images)]
-                return torch.cat([features for features, _ in found]), torch.cat([embeddings for _, embeddings in found])
-            except torch.cuda.OutOfMemoryError:
-                if self.images == 1:
-                    raise
-                self.images //= 2
-            torch.cuda.empty_cache()
-
-
-def _both(teacher: Encoder, batch: Tensor) -> tuple[Tensor, Tensor]:
-    """(features float32, embeddings float16 of length one), on the CPU."""
-    features, embeddings = teacher.embed(batch.contiguous(memory_format=torch.channels_last))
-    return features.float().cpu(), normalize(embeddings.float(), dim=1).half().cpu()
 
 
 @dataclass(frozen=True)
@@ -363,26 +267,27 @@ class OnlineTargets:
 
 @torch.inference_mode()
 def store_features(encoder: Encoder, pixels: PixelStore, indices: Tensor, device: torch.device) -> Tensor:
-    """Features (n, width), on the CPU, of whole images of the pixel store, resized without crop: close to the plain view, and nothing is decoded.
+    """Features (n, width), on the CPU, of `plain_views` of the pixel store: close to those of the plain view, and nothing is decoded.
 
     Several processes share the images and each gets all.
     """
-    was_training = encoder.training
-    encoder.eval()
 
     def features(rows: Tensor) -> Tensor:
-        views = whole_images(pixels, rows, encoder.preprocessing.size).float().div_(255)
+        views = plain_views(pixels, rows, encoder.preprocessing).float().div_(255)
         found: Tensor = encoder(views.contiguous(memory_format=torch.channels_last))
         return found.float().cpu()
 
-    (found,) = distributed.joined([features(rows)] for rows in distributed.stretch(indices.split(BATCH)))
-    encoder.train(was_training)
+    with evaluating(encoder):
+        (found,) = distributed.joined([features(rows)] for rows in distributed.stretch(indices.split(BATCH)))
     return found
 
 
-def whole_images(pixels: PixelStore, indices: Tensor, size: int) -> Tensor:
-    """Whole images (B,) of the pixel store, resized without crop: uint8 (B, 3, size, size)."""
-    return pixels.crops(indices, torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(indices), 4), size)
+def plain_views(pixels: PixelStore, indices: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """What a model sees of images (B,), cut from the pixel store with its own crop: uint8 (B, 3, size, size)."""
+    aspect = pixels.aspect[indices]
+    share = torch.stack((1 / aspect, aspect), dim=1).clamp(max=1) * preprocessing.crop_pct  # of width and height
+    share = torch.ones_like(share) if preprocessing.crop_mode == "squash" else share.clamp(max=1)
+    return pixels.crops(indices, torch.cat((1 - share, 1 + share), dim=1) / 2, preprocessing.size)
 
 
 def hash_seed(*parts: object) -> int:
@@ -391,8 +296,8 @@ def hash_seed(*parts: object) -> int:
 
 
 def weights_digest(encoder: Encoder) -> str:
-    """A hash of the encoder's name and weights."""
-    digest = hashlib.sha256(encoder.name.encode())
+    """A hash of the encoder's name, normalisation and weights."""
+    digest = hashlib.sha256(f"{encoder.name} {encoder.preprocessing.mean} {encoder.preprocessing.std}".encode())
     for name, tensor in sorted(encoder.state_dict().items()):
         digest.update(f"{name} {checkpoint.tensor_digest(tensor)}".encode())
     return digest.hexdigest()

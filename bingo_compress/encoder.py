@@ -12,7 +12,6 @@ from urllib.parse import urlparse
 
 import timm
 import torch
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from bingo_compress import weights
@@ -36,6 +35,12 @@ class Preprocessing:
     def geometry(self) -> dict[str, Any]:
         """The keyword arguments of bingo_edge.image.preprocess."""
         return {"size": self.size, "crop_pct": self.crop_pct, "interpolation": self.interpolation, "crop_mode": self.crop_mode}
+
+    def describe(self) -> str:
+        """One line for the screen."""
+        part = "the whole picture, squashed" if self.crop_mode == "squash" else f"the centred {self.crop_pct:g} of the short side"
+        mean, std = (" ".join(f"{value:.3f}" for value in values) for values in (self.mean, self.std))
+        return f"{part}, {self.interpolation} to {self.size} px, less mean {mean}, by std {std}"
 
 
 class Encoder(nn.Module):
@@ -66,26 +71,40 @@ class Encoder(nn.Module):
         features = self(images)
         return features, features if self.projection is None else self.projection(features)
 
+    def normalised_by(self, mean: tuple[float, ...], std: tuple[float, ...]) -> "Encoder":
+        """The same backbone behind another normalisation, without projection."""
+        return Encoder(self.name, self.backbone, replace(self.preprocessing, mean=mean, std=std)).train(self.training)
+
     def parameters_count(self) -> int:
         """Parameters of the backbone: what is exported."""
         return sum(parameter.numel() for parameter in self.backbone.parameters())
 
     def _measured_width(self) -> int:
-        size, was_training = self.preprocessing.size, self.training
-        self.eval()
+        size = self.preprocessing.size
         try:
-            with torch.inference_mode():
+            with evaluating(self), torch.inference_mode():
                 features = self(torch.zeros(1, 3, size, size))
         except Exception as error:  # Whatever a model raises for a size it cannot take.
             raise BingoError(
                 f"{self.name} cannot take images of {size} x {size} pixels ({_first_line(error)}); choose another size"
             ) from None
-        self.train(was_training)
         if features.ndim != 2:
             raise BingoError(
                 f"{self.name} gives features of shape {tuple(features.shape)}, expected (batch, width); it cannot be used as an encoder"
             )
         return int(features.shape[1])
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Every layer in eval mode; afterwards each as it was, frozen ones among others that train included."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
 
 
 class ProjectionHead(nn.Sequential):
@@ -165,11 +184,9 @@ def build(name: str, size: int, source: str, option: str) -> Encoder:
         ),
     )
     if source not in ("pretrained", "random"):
-        projection = weights.load_into(encoder.backbone, name, Path(source), option)
-        if (
-            projection is not None
-        ):  # MoCo, SwAV and DINO all normalised with ImageNet's mean and std, whatever timm's model of that name does
-            encoder = Encoder(name, encoder.backbone, replace(encoder.preprocessing, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD))
+        layout, projection = weights.load_into(encoder.backbone, name, Path(source), option)
+        if layout is not None:
+            encoder = encoder.normalised_by(layout.mean, layout.std)
             encoder.projection = projection
     return encoder.eval()
 

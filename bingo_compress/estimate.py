@@ -6,14 +6,17 @@ from pathlib import Path
 
 import torch
 
-from bingo_compress import images, intake, screen
-from bingo_compress.distill import make_head, plan
+from bingo_compress import images, intake, screen, teacher_pass
+from bingo_compress.distill import loss_of, make_head, plan
 from bingo_compress.encoder import Encoder
 from bingo_compress.errors import BingoError
-from bingo_compress.material import split, step_memory
-from bingo_compress.pipeline import choose_device, header, resolve, use_threads
+from bingo_compress.header import header
+from bingo_compress.held_out import split
+from bingo_compress.material import step_memory, target_width, views_stored
+from bingo_compress.pipeline import choose_device
 from bingo_compress.pixels import guess, store_side
 from bingo_compress.recipe import Recipe, recipe_text
+from bingo_compress.resolving import resolve, use_threads
 from bingo_compress.speed import saved_bytes
 from bingo_compress.trained import build_models
 
@@ -27,33 +30,35 @@ def dry_run(recipe: Recipe, out: Path) -> None:
     plan(recipe, len(folder.files))
     device = choose_device(recipe.device)
     models = build_models(resolve(recipe))
-    recipe = models.recipe
-    use_threads(recipe, models.student, device)
+    recipe = use_threads(models.recipe, models.student, device)
     step_memory(recipe, models.student, len(folder.files), device)
-    header(models, folder, device, recipe)
+    header(recipe, models.teacher, models.student, folder, device)
     screen.say(recipe_text(recipe).rstrip())
     held, training = split(len(folder.files), recipe)
     planned = plan(recipe, len(training))
     screen.say(f"{len(training):,} images to train on, {len(held):,} held out; {planned.describe()}")
 
     side, count = store_side(recipe.image_size, recipe.teacher_size), len(folder.files)
-    views = 0 if recipe.views == "online" else int(recipe.views)
+    views = views_stored(recipe)
     decode = _decode_seconds(folder)
     teacher = _teacher_seconds(models.teacher, device)
-    dim = recipe.target_dim if models.teacher.projection is None and recipe.target in ("auto", "pca") else models.teacher.width
+    dim, loss = target_width(recipe, models.teacher, len(training)), loss_of(recipe)
+    stored = (views + 1) * teacher_pass.embedding_width(models.teacher) + models.teacher.width  # numbers an image
     step, activations = _step_cost(models.student, recipe, planned.batch_size * planned.student_views, dim, device)
-    online = planned.batch_size * teacher * (planned.student_views - 1) if recipe.views == "online" else 0.0
+    online = planned.batch_size * teacher * (2 if loss.both else 1) if loss.teacher and recipe.views == "online" else 0.0
 
-    parameters = models.student.parameters_count() + (models.student.width + dim) * recipe.head_hidden
+    head = sum(parameter.numel() for parameter in make_head(recipe, models.student.width, dim).parameters())
+    parameters = models.student.parameters_count() + head
     memory = {
         "student, head, gradients and optimiser": 4 * parameters * (4 if planned.optimizer == "adamw" else 3),
+        **({"the student's moving average": 4 * parameters} if loss.momentum else {}),
         "activations of a step": activations,
         "teacher": 4 * models.teacher.parameters_count(),
         "queue": 4 * dim * planned.queue_size,
         "stored targets": 2 * dim * views * count,
-        "teacher's features and views while bags are made": 2 * models.teacher.width * (views + 2) * count,
+        "teacher's features and views while bags are made": 2 * stored * count,
     }
-    disk = {"pixel store": guess(count, side), "teacher's embeddings": 2 * models.teacher.width * (views + 2) * count}
+    disk = {"pixel store": guess(count, side), "teacher's embeddings": 2 * stored * count}
     screen.table(
         "memory",
         ("", "estimate"),

@@ -2,17 +2,18 @@
 
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bingo_compress import __version__, embed, gate, images, latency, model_card, probes, quantaware, run_dir, screen
+from bingo_compress import __version__, embed, exported, gate, images, latency, model_card, probes, quantaware, run_dir, screen
 from bingo_compress.encoder import Encoder
 from bingo_compress.errors import BingoError
 from bingo_compress.exporters.onnx import IMAGES, REFUSED, Form, export_onnx, form, onnx_runner, publish
-from bingo_compress.exporters.onnx_int8 import CALIBRATION, LadderEnds, Rung, quantise
+from bingo_compress.exporters.onnx_int8 import CALIBRATION, LadderEnds, quantise
 from bingo_compress.golden import write_golden
 from bingo_compress.pipeline import saved_recipe
 from bingo_compress.trained import load_student
@@ -20,6 +21,7 @@ from bingo_compress.trained import load_student
 FORMATS = ("onnx", "onnx-int8", "all")
 GALLERY = 512  # images that an int8 file is judged on
 GALLERY_LEAST = 256
+LEAST_INT8 = 12  # images, calibration and gallery together
 COPIES, COPIES_INT8 = 3, 8  # of the weights that are on the disk at once, at most
 TIMED = 100  # runs of each file, for the model card
 WAYS = "try --finetune, a larger --image-size, or a student that quantises well (EfficientNet-Lite, MobileNetV4-conv, ResNet)"
@@ -43,7 +45,9 @@ def export(
     """Export the student of a run: student.onnx, proven on IMAGES of the user's own images, and student-int8.onnx, judged on GALLERY others. Returns the files.
 
     out: folder, default RUN/export; data: where the images are now, default where they were; labels, test: labelled folders on which int8 may lose at most
-    `max_loss` points against float. Raises BingoError; with exit status 3 where a file is not the same model, and then it is not there.
+    `max_loss` points against float. What is in the folder of another export is removed: a file with what belongs to it, and an int8 file that was made
+    of another float file than the one that is there, or is refused. Raises BingoError; with exit status 3 where a file is not the same model, and then
+    it is not there.
     """
     wanted = form(profile, batch, opset)
     if fmt not in FORMATS:
@@ -52,16 +56,25 @@ def export(
         raise BingoError(f"{'--labels' if labels else '--finetune'}: expected --format onnx-int8 or all beside it, found onnx")
     if test and not labels:
         raise BingoError("--test: expected --labels beside it, found none")
+    labelled = gate.open_labelled(labels, test) if labels else None
     run = run_dir.open_finished(run_path)
-    if out is None:
+    if out is None or out.resolve() == run.export.resolve():
         run_dir.hold(run.path, "--run")
     recipe = saved_recipe(run)
     recipe = recipe.model_copy(update={"image_size": image_size or recipe.image_size})
     student = load_student(recipe, run.student)
     folder = images.list_folder(data or Path(recipe.data))
     order = torch.randperm(len(folder.files), generator=torch.Generator().manual_seed(0)).tolist()
+    if finetune:  # at least half of the images are left to train on
+        order = order[: min(CALIBRATION + GALLERY, len(order) // 2)]
     pixels = embed.pixels_of(student.preprocessing, folder, order, IMAGES if fmt == "onnx" else CALIBRATION + GALLERY)
-    target = (out or run.export) / "student.onnx"
+    if fmt != "onnx" and len(pixels) < LEAST_INT8:
+        more = " (half of the folder, the other is for --finetune)" if finetune else ""
+        raise BingoError(
+            f"--format {fmt}: expected at least {LEAST_INT8} images to quantise and judge by, found {len(pixels)}{more}; add images"
+        )
+    target = (out or run.export) / exported.NAMES["onnx"]
+    int8_target = target.with_name(exported.NAMES["onnx-int8"])
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -70,59 +83,70 @@ def export(
     run_dir.need_space(target.parent, (COPIES if fmt == "onnx" else COPIES_INT8) * weights, "the export with its working files")
     summary = run_dir.read_json("distill", run.summary)
     facts = {"version": __version__, "run_id": summary.get("run_id", ""), "student": recipe.student, "teacher": recipe.teacher}
-    files = []
+    facts["student_weights"] = exported.weights_digest(run.student)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as folder_name:
         work = Path(folder_name)
-        float_file = target if fmt != "onnx-int8" else work / "student.onnx"
-        _export_float(student, pixels[:IMAGES], float_file, facts, wanted)
+        float_file = _export_float(student, pixels[:IMAGES], work / target.name, facts, wanted)
         if fmt != "onnx-int8":
-            files.append(_with_golden(target))
+            float_file = _put(float_file, target)
         if fmt != "onnx":
-            judge = gate.make_judge(float_file, _gallery(pixels), student.preprocessing, labels, test, max_loss)
+            judges = gate.make_gate(float_file, _gallery(pixels), student.preprocessing, labelled, max_loss)
+
+            def tuned() -> Path:
+                apart = {*folder.only(order).digests, *judges.labelled}
+                better = quantaware.finetune(recipe, student, folder, _folder(work, "finetune"), apart)
+                export_onnx(better, pixels[:IMAGES], work / "tuned.onnx", facts, wanted)
+                return work / "tuned.onnx"
+
             try:
-                found = quantise(float_file, _calibrating(pixels), wanted, _folder(work, "ladder"), judge)
-            except LadderEnds as error:
-                _table(error.tried, float_file)
-                if not finetune:
-                    raise BingoError(f"{error}; {WAYS}", REFUSED) from None
-                tuned = quantaware.finetune(recipe, student, folder, _folder(work, "finetune"))
-                tuned_file = work / "tuned.onnx"
-                export_onnx(tuned, pixels[:IMAGES], tuned_file, facts, wanted)
-                try:
-                    found = quantise(tuned_file, _calibrating(pixels), wanted, _folder(work, "tuned"), judge, "fine-tuned, ")
-                except LadderEnds as again:
-                    _table(again.tried, float_file)
-                    raise BingoError(f"{again}; {WAYS}", REFUSED) from None
-            files.append(_with_golden(_publish_int8(found, float_file, target.with_name("student-int8.onnx"), wanted)))
-    latency.latency(files, [1], TIMED, TIMED // 10, target.with_name("latency.json"))
-    screen.say(f"{model_card.renew(run, target.parent)} says what it is and how to use it")
+                _put(_int8(float_file, _calibrating(pixels), wanted, work, judges, tuned if finetune else None), int8_target)
+            except BingoError as error:
+                if error.exit_status == REFUSED:
+                    exported.drop(int8_target, "what was to take its place is refused")
+                _close(run, target.parent)
+                raise
+    _close(run, target.parent)
+    files = {"onnx": [target], "onnx-int8": [int8_target], "all": [target, int8_target]}[fmt]
     screen.say(
         f"next: bingo-edge selftest {files[-1]}; bingo-edge embed {files[-1]} PHOTOS   (or bingo-compress validate --run {run.path} --data LABELLED_FOLDER)"
     )
     return files
 
 
-def _export_float(student: Encoder, pixels: Tensor, target: Path, facts: dict[str, Any], wanted: Form) -> None:
+def _close(run: run_dir.RunDir, folder: Path) -> None:
+    """Time all files in the folder of an export, and say in a card what they are."""
+    files = list(exported.files(folder).values())
+    if files:
+        latency.latency(files, [1], TIMED, TIMED // 10, folder / exported.LATENCY)
+        screen.say(f"{model_card.renew(run, folder)} says what it is and how to use it")
+
+
+def _export_float(student: Encoder, pixels: Tensor, target: Path, facts: dict[str, Any], wanted: Form) -> Path:
     if len(pixels) < IMAGES:
         screen.say(f"parity is checked on {len(pixels)} images: there are no more")
     screen.say(f"exporting {facts['student']} ({student.preprocessing.size} px) to ONNX ...")
-    contract = export_onnx(student, pixels, target, facts, wanted)
-    parity, onnx = contract["parity"], contract["onnx"]
+    parity = export_onnx(student, pixels, target, facts, wanted)["parity"]
     screen.say(
         f"onnxruntime equals torch on {parity['images']} of your images: largest difference {parity['max_difference']:.1g}, smallest cosine {parity['min_cosine']:.6f}"
     )
-    _say_file(target, onnx)
+    return target
 
 
-def _with_golden(file: Path) -> Path:
-    write_golden(file, json.loads(file.with_suffix(".json").read_text(encoding="utf-8")), onnx_runner(file))
-    return file
+def _put(made: Path, target: Path) -> Path:
+    """Publish a file with its golden pictures, in place of an older one. Returns `target`."""
+    contract = json.loads(made.with_suffix(exported.CONTRACT).read_text(encoding="utf-8"))
+    write_golden(made, contract, onnx_runner(made))
+    exported.keep_pair(exported.put(made, target))
+    _say_file(target, contract)
+    return target
 
 
-def _say_file(target: Path, onnx: dict[str, Any]) -> None:
+def _say_file(target: Path, contract: dict[str, Any]) -> None:
+    onnx = contract["onnx"]
     batch = "dynamic batch" if onnx["batch"] == "dynamic" else f"batch {onnx['batch']}"
     screen.say(
-        f"{target}: {screen.size(onnx['bytes'])}, opset {onnx['opset']}, IR {onnx['ir_version']}, {batch}, uint8 in; {target.with_suffix('.json')} says the rest"
+        f"{target}: {screen.size(contract['bytes'])}, opset {onnx['opset']}, IR {onnx['ir_version']}, {batch}, uint8 in; "
+        f"{target.with_suffix(exported.CONTRACT)} says the rest"
     )
 
 
@@ -135,7 +159,7 @@ def _gallery(pixels: Tensor) -> Tensor:
     """The images that an int8 file is judged on: none that its ranges are found on."""
     rest = pixels[len(_calibrating(pixels)) :]
     if len(rest) < GALLERY_LEAST:
-        screen.say(f"int8 is judged on {len(rest)} images: there are no more (expected {GALLERY_LEAST} or more)")
+        screen.say(f"int8 is judged on {len(rest)} images (expected {GALLERY_LEAST} or more): there are no more to spare")
     return rest
 
 
@@ -144,21 +168,42 @@ def _folder(work: Path, name: str) -> Path:
     return work / name
 
 
-def _publish_int8(found: tuple[Path, Rung, list[dict[str, Any]]], float_file: Path, target: Path, wanted: Form) -> Path:
-    file, rung, tried = found
+def _int8(float_file: Path, calibration: Tensor, wanted: Form, work: Path, judges: gate.Gate, tuned: Callable[[], Path] | None) -> Path:
+    """The first int8 file on the ladder that passes the gate, in `work`; with `tuned`, then on the ladder of the float file that it makes.
+
+    A file that was chosen is asked once more, by the test images, which have chosen nothing. Below the gate there it is refused and no further one is
+    tried: that one would be chosen on them. Raises BingoError (exit status 3).
+    """
+    try:
+        file, rung, tried = quantise(float_file, calibration, wanted, _folder(work, "ladder"), judges.choose)
+    except LadderEnds as error:
+        _table(error.tried, float_file)
+        if tuned is None:
+            raise BingoError(f"{error}; {WAYS}", REFUSED) from None
+        try:
+            file, rung, tried = quantise(tuned(), calibration, wanted, _folder(work, "tuned"), judges.choose, "fine-tuned, ")
+        except LadderEnds as again:
+            _table(again.tried, float_file)
+            raise BingoError(f"{again}; {WAYS}", REFUSED) from None
     _table(tried, float_file)
-    contract = json.loads(float_file.with_suffix(".json").read_text(encoding="utf-8"))
+    reported, missed = judges.report(file)
+    if missed:
+        raise BingoError(
+            f"export refused, no int8 file written: {rung.name} passed where it was chosen, but on the test images misses {', '.join(missed)}; {WAYS}",
+            REFUSED,
+        )
+    chosen = {key: value for key, value in tried[-1].items() if key not in ("rung", "missed", "bytes", "knn", "linear")}
+    contract = json.loads(float_file.with_suffix(exported.CONTRACT).read_text(encoding="utf-8"))
     contract["precision"] = "int8"
     contract["int8"] = {
         "rung": rung.name,
         "left_in_float": list(rung.left),
-        "gate": {key: value for key, value in tried[-1].items() if key not in ("rung", "missed", "bytes")},
-        "float_sha256": contract.pop("sha256"),
-        "float_bytes": float_file.stat().st_size,
+        "gate": chosen | reported,
+        **{f"float_{key}": contract.pop(key) for key in ("sha256", "bytes", "parity")},
     }
+    target = work / exported.NAMES["onnx-int8"]
     contract = publish(file, target, contract, wanted)
-    _say_file(target, contract["onnx"])
-    screen.say(f"{target.name}: {contract['onnx']['bytes'] / float_file.stat().st_size:.2f} of the float file's size; rung: {rung.name}")
+    screen.say(f"{target.name}: {contract['bytes'] / float_file.stat().st_size:.2f} of the float file's size; rung: {rung.name}")
     return target
 
 
@@ -179,4 +224,5 @@ def _table(tried: list[dict[str, Any]], float_file: Path) -> None:
         size = f"{row['bytes'] / float_file.stat().st_size:.2f}"
         recall = f"{row['recall']:.3f}" if "recall" in row else "-"
         rows.append((row["rung"], f"{row['mean_cosine']:.4f}", recall, *lost, size, "below the gate" if row["missed"] else "passes"))
-    screen.table("int8 against the float file (lost: points of accuracy)" if names else "int8 against the float file", header, rows)
+    title = "int8 against the float file (lost: points of accuracy on the part of --labels that it is chosen by)"
+    screen.table(title if names else "int8 against the float file", header, rows)

@@ -12,8 +12,7 @@ from torch import Tensor
 from bingo_compress import checkpoint, embed, evidence, finetune, probes, screen
 from bingo_compress.encoder import Preprocessing
 from bingo_compress.errors import BingoError
-from bingo_compress.images import Folder, labels_by_path, labels_of
-from bingo_compress.made_of import file_digest
+from bingo_compress.images import Folder, labels_of
 from bingo_compress.run_dir import made_by
 
 LEAST_GAP = 0.05
@@ -67,13 +66,13 @@ def with_interval(key: str, values: Tensor) -> dict[str, Any]:
 
 
 def embedded(
-    models: Mapping[str, tuple[Preprocessing, embed.Embed]], folder: Folder, classes: list[str], what: str, keep: Path | None = None
+    models: Mapping[str, tuple[Preprocessing, embed.Embed]], folder: Folder, classes: list[str], what: str, keep: embed.Keep | None = None
 ) -> tuple[dict[str, Tensor], Tensor, list[int]]:
     """(features by model, labels as positions in `classes`, which files) of the images of a labelled folder that can be decoded; says how many cannot.
 
-    keep: as in `embed.plain`, of these models alone.
+    keep: as in `embed.plain`.
     """
-    features, good = embed.plain(models, folder, range(len(folder.files)), what, keep / folder.fingerprint()[:16] if keep else None)
+    features, good = embed.plain(models, folder, range(len(folder.files)), what, keep)
     if len(good) < len(folder.files) or folder.bad:
         screen.say(
             f"{len(folder.files) - len(good) + len(folder.bad):,} files in {folder.root} cannot be used and are left out; `bingo-compress check` names them"
@@ -98,7 +97,7 @@ def sides(
     bank_folder: Folder,
     test_folder: Folder | None,
     classes: list[str],
-    keep: Path | None = None,
+    keep: embed.Keep | None = None,
 ) -> Sides:
     """Every labelled image embedded by every model; without a test folder a quarter of each class of the bank is set aside, exact copies on one side.
 
@@ -137,16 +136,15 @@ def refuse_shared(bank: Folder, test: Folder, option: str) -> None:
 
 
 def trained_on(bags: Path, folder: Folder) -> int | None:
-    """How many images of a folder are, by content, among those that a run was trained on, without labels; None where those are gone. bags: the run's."""
+    """How many images of a folder are, by content, among those that a run was trained on, without labels; None where the run does not say. bags: the run's."""
     facts = checkpoint.load(bags)[1]
     with made_by("distill", bags):
-        assert isinstance(facts["files"], list)
-        files = [Path(str(facts["root"])) / name for name in facts["files"]]
-    wanted = set(folder.digests)
-    sizes = {folder.path(index).stat().st_size for index in range(len(folder.files))}
-    there = [file for file in files if file.is_file()]
-    same = {file_digest(file) for file in there if file.stat().st_size in sizes} & wanted
-    return sum(digest in same for digest in folder.digests) if there else None
+        listed = facts.get("digests")  # earlier versions kept paths
+        assert listed is None or isinstance(listed, list)
+    if listed is None:
+        return None
+    trained = set(listed)
+    return sum(digest in trained for digest in folder.digests)
 
 
 def _quarter(labels: Tensor, groups: Tensor) -> Tensor:
@@ -228,11 +226,11 @@ def compared(a: Tensor, b: Tensor) -> dict[str, Any]:
 def bag_purity(file: Path, labelled: Folder) -> dict[str, Any]:
     """Share of (anchor, mate) pairs of a run's bags with the same label, of those that `labelled` has both labels for; nothing where it has none."""
     tensors, facts = checkpoint.load(file)
-    known = labels_by_path(labelled)
+    known = dict(zip(labelled.digests, labels_of(labelled)[1], strict=True))
     with made_by("distill", file):
-        names, root = facts["files"], Path(str(facts["root"]))
-        assert isinstance(names, list)
-        labels = torch.tensor([known.get((root / name).resolve(), -1) for name in names])
+        digests = facts.get("digests", [])  # earlier versions kept paths: what lies there now may be something else
+        assert isinstance(digests, list)
+        labels = torch.tensor([known.get(str(digest), -1) for digest in digests] or [-1] * len(tensors["bags"]))
         mates = torch.where(tensors["bags"] >= 0, labels[tensors["bags"].clamp(min=0)], -1)
     pairs = (mates >= 0) & (labels >= 0)[:, None]
     anchors = pairs.any(1)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from bingo_compress import augment, screen
-from bingo_compress.embed import Embed, hash_seed, to_float, whole_images
+from bingo_compress.embed import Embed, hash_seed, plain_views, to_float
 from bingo_compress.encoder import Encoder
 from bingo_compress.errors import BingoError
 from bingo_compress.pixels import PixelStore
@@ -165,7 +165,7 @@ def _best_lr(
         words = f"{what}, learning rate {lr}"
         predict = fine_tune(encoder, store, rows[kept], labels[kept], classes, device, epochs=epochs, lr=lr, seed=seed, what=words)
         for part in held.split(TUNE_BATCH):
-            plain = whole_images(store, rows[part], encoder.preprocessing.size)
+            plain = plain_views(store, rows[part], encoder.preprocessing)
             right[number] += int((predict(plain.permute(0, 2, 3, 1)) == labels[part]).sum())
     return TUNE_LRS[right.index(max(right))]
 

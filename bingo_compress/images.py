@@ -144,7 +144,7 @@ def _stamp(path: Path) -> tuple[int, ...]:
 
 def _digest(path: Path) -> str:
     try:
-        return file_digest(path)
+        return file_digest(path) if path.is_file() else UNREADABLE  # a pipe would be waited for
     except OSError:  # whoever reads it will say so
         return UNREADABLE
 
@@ -221,11 +221,6 @@ def labels_of(folder: Folder) -> tuple[list[str], list[int]]:
         )
     classes = sorted(set(names))
     return classes, [classes.index(name) for name in names]
-
-
-def labels_by_path(folder: Folder) -> dict[Path, int]:
-    """The class index of every image by its real path, so that another folder's files can be looked up. Raises BingoError as `labels_of` does."""
-    return {folder.path(index).resolve(): label for index, label in enumerate(labels_of(folder)[1])}
 
 
 def refuse_other_classes(bank: Folder, test: Folder, option: str) -> None:

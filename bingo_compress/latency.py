@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from bingo_compress import screen
 from bingo_compress.errors import BingoError
+from bingo_compress.made_of import file_digest
 from bingo_compress.processor import processor
 from bingo_compress.run_dir import write_text
 
@@ -58,11 +59,12 @@ print(json.dumps({"load_ms": load_ms, "baseline_bytes": before, "peak_bytes": pe
 
 @dataclass(frozen=True)
 class Model:
-    """A file to be timed: its name on screen, bytes on disk, and pictures (its batch, ...) under the name of the graph's input."""
+    """A file to be timed: its name on screen, bytes on disk, their digest, and pictures (its batch, ...) under the name of the graph's input."""
 
     path: Path
     label: str
     bytes: int
+    sha256: str
     input: str
     pictures: NDArray[Any]
 
@@ -77,8 +79,8 @@ def latency(
     """Time files that take pictures, whoever made them, in onnxruntime on the CPU; print a table and what each is of the first.
 
     threads: counts for the inside of an operator, default 1 and all cores. runs, warm_up: of each file with each count, on one picture or a fixed batch.
-    With json_file writes {"protocol": ..., "rows": ...}. Returns the rows, the files in order for each count of threads: file, bytes, input, batch,
-    threads, runs, p50_ms, p90_ms, p99_ms; p50_ratio and bytes_ratio to the first file, p50_ratio_range: least and most over PARTS parts of the runs;
+    With json_file writes {"protocol": ..., "rows": ...}. Returns the rows, the files in order for each count of threads: file, sha256, bytes, input,
+    batch, threads, runs, p50_ms, p90_ms, p99_ms; p50_ratio and bytes_ratio to the first file, p50_ratio_range: least and most over PARTS parts of the runs;
     load_ms, peak_bytes and baseline_bytes (before the file is loaded) of a fresh process; machine. Raises BingoError before anything is timed.
     """
     machine = _machine()
@@ -101,7 +103,7 @@ def latency(
             runners = [partial(session.run, None, {model.input: model.pictures}) for session, model in zip(sessions, files, strict=True)]
             times = interleaved(runners, runs, warm_up, advance)
             for index, model in enumerate(files):
-                of_file = {"file": model.label, "bytes": model.bytes, "bytes_ratio": model.bytes / files[0].bytes}
+                of_file = {"file": model.label, "sha256": model.sha256, "bytes": model.bytes, "bytes_ratio": model.bytes / files[0].bytes}
                 of_file |= {"input": f"{model.input}: {model.pictures.dtype} {list(model.pictures.shape)}", "batch": len(model.pictures)}
                 of_runs = {"threads": count, "runs": runs} | figures(times[index], times[0])
                 rows.append(of_file | of_runs | fresh[index] | {"machine": machine})
@@ -230,7 +232,7 @@ def _opened(path: Path, label: str) -> Model:
         session.run(None, {given.name: fitting})
     except Exception as error:  # onnxruntime's own exceptions share no base class below Exception
         raise BingoError(f"{path}: expected a file that runs, found {_first_line(error)}; export it again") from None
-    return Model(path, label, _bytes(path), given.name, fitting)
+    return Model(path, label, _bytes(path), file_digest(path), given.name, fitting)
 
 
 def _session(path: Path, threads: int) -> Any:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from bingo_compress.errors import BingoError
@@ -18,6 +19,7 @@ class Layout:
 
     trunk: the backbone under timm's names ("": what is in no other part). head: the projection, at one of these places.
     forms: the heads that the method trains, a letter a layer (LETTERS). unneeded: known and left out.
+    mean, std: what the method's training normalised pixels with, whatever timm's model of that name does.
     """
 
     method: str
@@ -26,6 +28,8 @@ class Layout:
     forms: tuple[str, ...]
     unneeded: tuple[str, ...]
     activation: type[nn.Module] = nn.ReLU
+    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
+    std: tuple[float, ...] = IMAGENET_DEFAULT_STD
 
 
 DINO_FORMS = ("L.L.L", "LN.LN.L")  # to the bottleneck, which is what meets the prototypes in `last_layer`

@@ -2,11 +2,12 @@
 
 What a method needs from the loop stands beside its equation: `mates` (its second view shows a bag mate, else the anchor again), `teacher`, `momentum`
 (embeddings of the student's own moving average: "views" of both student views, "fresh" of one more view of the anchor), `lengths` (embeddings come as
-they are, not of length one), `regression` (a deeper head onto the teacher's own features), `whole` (an equation over the rows of a batch together: several
-processes bring theirs). Its fields are settings of the recipe.
+they are, not of length one), `negatives` (the queue), `regression` (a deeper head onto the teacher's own features), `whole` (an equation over the rows of a
+batch together: several processes bring theirs). Its fields are the settings of the recipe that its equation reads; `variant` in a field's metadata: in that
+variant alone.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -60,12 +61,9 @@ class Loss(Protocol):
     teacher: ClassVar[bool]
     momentum: ClassVar[str]
     lengths: ClassVar[bool]
+    negatives: ClassVar[bool]
     regression: ClassVar[bool]
     whole: ClassVar[bool]
-
-    @property
-    def temperature(self) -> float:
-        """tau of the student's side."""
 
     @property
     def official(self) -> bool:
@@ -126,16 +124,24 @@ def soft_nce(query: Tensor, target: Tensor, energy: Tensor, expected: Tensor, te
 class _Method:
     """What most methods share: a teacher, both views of the anchor, embeddings of length one."""
 
-    temperature: float = 0.2
     mates: ClassVar[bool] = False
     teacher: ClassVar[bool] = True
     momentum: ClassVar[str] = ""
     lengths: ClassVar[bool] = False
+    negatives: ClassVar[bool] = False
     regression: ClassVar[bool] = False
     whole: ClassVar[bool] = False
     official: ClassVar[bool] = False
     both: ClassVar[bool] = True
     averaged: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class _Contrast(_Method):
+    """A softmax over similarities to the queue."""
+
+    temperature: float = 0.2
+    negatives: ClassVar[bool] = True
 
     def _contrast(self, query: Tensor, key: Tensor, batch: Batch) -> Tensor:
         energy = negatives_energy(query, batch.negatives, batch.masked, self.temperature)
@@ -143,15 +149,15 @@ class _Method:
 
 
 @dataclass(frozen=True)
-class Bingo(_Method):
+class Bingo(_Contrast):
     """BINGO (arXiv 2107.01691). variant "paper": its equations; "official": what the published code computes (CutMix, two targets);
     "soft": ours, both views against both images' targets, each target as the teacher's distribution over [target; queue] (SEED's) in place of the one
     right answer; inter_weight weighs a view against the other image's target."""
 
     variant: str = "soft"
-    switch_epoch: int = 11
-    teacher_temperature: float = 0.1
-    inter_weight: float = 0.5
+    switch_epoch: int = field(default=11, metadata={"variant": "official"})
+    teacher_temperature: float = field(default=0.1, metadata={"variant": "soft"})
+    inter_weight: float = field(default=0.5, metadata={"variant": "soft"})
     mates: ClassVar[bool] = True
 
     @property
@@ -202,7 +208,7 @@ class Bingo(_Method):
 
 
 @dataclass(frozen=True)
-class Itself(_Method):
+class Itself(_Contrast):
     """BINGO's equations with the student's own moving average as teacher (the paper's future work); bags are rebuilt from it every few epochs."""
 
     mates: ClassVar[bool] = True
@@ -218,7 +224,7 @@ class Itself(_Method):
 
 
 @dataclass(frozen=True)
-class Moco(_Method):
+class Moco(_Contrast):
     """MoCo-v2 (arXiv 2003.04297), no teacher: InfoNCE of each view against the other's key by the moving average, mean of both directions."""
 
     teacher: ClassVar[bool] = False
@@ -232,7 +238,7 @@ class Moco(_Method):
 
 
 @dataclass(frozen=True)
-class Disco(_Method):
+class Disco(_Contrast):
     """DisCo (arXiv 2104.09124): MoCo-v2's loss and, for each view, the squared distance of the normalised embeddings of student and teacher."""
 
     momentum: ClassVar[str] = "views"
@@ -244,7 +250,7 @@ class Disco(_Method):
 
 
 @dataclass(frozen=True)
-class Seed(_Method):
+class Seed(_Contrast):
     """SEED (arXiv 2101.04731): cross-entropy between teacher's and student's softmax over [own target; queue]. temperature is the student's."""
 
     teacher_temperature: float = 0.01
@@ -259,7 +265,7 @@ class Seed(_Method):
 
 
 @dataclass(frozen=True)
-class Compress(_Method):
+class Compress(_Contrast):
     """CompRess, 1q (arXiv 2010.14713): KL between the teacher's and the student's softmax over one queue of teacher embeddings."""
 
     temperature: float = 0.04
@@ -327,3 +333,12 @@ def settled(method: str, settings: dict[str, Any]) -> dict[str, Any]:
     """The method's fields with their values as `make_loss` takes them."""
     made = make_loss(method, settings)
     return {field.name: getattr(made, field.name) for field in fields(LOSSES[method])}
+
+
+def readers() -> dict[str, dict[str, str]]:
+    """Each setting that an equation reads: the methods that do, and the variant in which alone they do, "" for any."""
+    found: dict[str, dict[str, str]] = {}
+    for method, kind in LOSSES.items():
+        for each in fields(kind):
+            found.setdefault(each.name, {})[method] = each.metadata.get("variant", "")
+    return found

@@ -7,15 +7,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bingo_compress import bagging, distributed, embed, images, neighbours, pixels, run_dir, screen, speed
+from bingo_compress import bagging, distributed, embed, images, neighbours, pixels, run_dir, screen, speed, teacher_pass
 from bingo_compress.distill import loss_of, plan
 from bingo_compress.encoder import Encoder
 from bingo_compress.errors import BingoError
+from bingo_compress.held_out import split
 from bingo_compress.matrices import Rows
 from bingo_compress.recipe import Recipe
 from bingo_compress.trained import Models
-
-HELD_OUT_AT_MOST = 1000
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Material:
     folder: images.Folder
     held: Tensor
     training: Tensor
-    seen: embed.TeacherPass
+    seen: teacher_pass.TeacherPass
     work: Path
     sources: dict[str, str]
 
@@ -47,17 +46,10 @@ def prepare(models: Models, folder: images.Folder, side: int, work: Path, device
     sources = sources_of(models, folder)
     store, folder = pixels.build(folder, side, work, device, recipe.pixels, pixels.parse_memory(recipe.memory), step)
     held, training = split(len(store), recipe)
-    views = 0 if recipe.views == "online" or not loss_of(recipe).teacher else int(recipe.views)
+    views = views_stored(recipe)
     features = loss_of(recipe).regression
-    seen = embed.teacher_pass(models.teacher, folder, store, views, recipe.crop_scale_min, work, device, of_features=features)
+    seen = teacher_pass.run(models.teacher, folder, store, views, recipe.crop_scale_min, work, device, of_features=features)
     return Material(store, folder, held, training, seen, work, sources | {"teacher's embeddings": seen.key})
-
-
-def split(count: int, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """(held out, training): positions of the images, each ascending, the same for every seed; the share is the recipe's, at most HELD_OUT_AT_MOST."""
-    keep = min(int(count * recipe.hold_out), HELD_OUT_AT_MOST)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(embed.hash_seed("hold-out")))
-    return order[:keep].sort().values, order[keep:].sort().values
 
 
 def step_memory(recipe: Recipe, student: Encoder, count: int, device: torch.device) -> int:
@@ -107,17 +99,35 @@ def bag_facts(recipe: Recipe, bags: Tensor, material: Material, labels: Tensor |
     return bagging.report(bags, Rows(material.seen.features, material.training), labels) if loss.mates and loss.teacher else {}
 
 
+def views_stored(recipe: Recipe) -> int:
+    """Teacher views that are stored an image."""
+    return 0 if recipe.views == "online" or not loss_of(recipe).teacher else int(recipe.views)
+
+
+def target_kind(recipe: Recipe, teacher: Encoder) -> str:
+    """What `embed.target_space` makes of the teacher's embeddings."""
+    if recipe.target != "auto":
+        return recipe.target
+    return "raw" if loss_of(recipe).regression or teacher.projection is not None else "pca"
+
+
+def target_width(recipe: Recipe, teacher: Encoder, count: int) -> int:
+    """Dimensions of a target, and of the student's head, for a training set of `count` images."""
+    loss = loss_of(recipe)
+    if not loss.teacher:
+        return recipe.target_dim
+    width = teacher.width if loss.regression else teacher_pass.embedding_width(teacher)
+    return min(recipe.target_dim, width, count - 1) if target_kind(recipe, teacher) in ("pca", "whitened") else width
+
+
 def target_source(models: Models, material: Material, device: torch.device) -> tuple[embed.TargetOf | None, int]:
     """(the teacher's targets, their width) for the recipe's method; None for a method without teacher."""
     recipe, loss, seen = models.recipe, loss_of(models.recipe), material.seen
+    dim = target_width(recipe, models.teacher, len(material.training))
     if not loss.teacher:
-        return None, recipe.target_dim
-    target = recipe.target
-    if target == "auto":
-        target = "raw" if loss.regression or models.teacher.projection is not None else "pca"
+        return None, dim
     source = seen.features if loss.regression else seen.embeddings
-    space = embed.target_space(Rows(source, material.training), target, recipe.target_dim)
-    dim = space(source[:1]).shape[1]
+    space = embed.target_space(Rows(source, material.training), target_kind(recipe, models.teacher), recipe.target_dim)
     if recipe.views == "online":
         return embed.OnlineTargets(
             models.teacher, material.store, space, recipe.crop_scale_min, device, dim, features=loss.regression, lengths=loss.lengths

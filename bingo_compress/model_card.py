@@ -8,7 +8,7 @@ from typing import Any
 
 import timm
 
-from bingo_compress import __version__, checkpoint, probes, screen
+from bingo_compress import __version__, checkpoint, exported, probes, screen
 from bingo_compress import latency as timing
 from bingo_compress.distill import loss_of
 from bingo_compress.pipeline import saved_recipe
@@ -16,7 +16,6 @@ from bingo_compress.proof_table import NAMES
 from bingo_compress.recipe import RESUME_MAY_CHANGE, Recipe
 from bingo_compress.run_dir import RunDir, made_by, read_json, write_text
 
-NAME = "MODEL_CARD.md"
 ELSEWHERE = {"teacher", "student", "teacher_weights", "student_weights", "teacher_size", "image_size"}
 # What of a validation's protocol is shown; its other entries name folders.
 PROTOCOL = ("knn", "linear", "linear_balanced", "neighbour_recall", "onnx", "intervals", "gap_closed", "literature")
@@ -34,33 +33,35 @@ MARKUP = re.compile(r"[!#$&*+:<=>@\[\\\]^_`{|}~]|(?<=www)\.", re.IGNORECASE)
 ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
 
-def write_card(
-    run: RunDir, folder: Path, files: Sequence[Mapping[str, Any]], latency: Sequence[dict[str, Any]] | None = None, date: str = ""
-) -> Path:
-    """Write `card` to MODEL_CARD.md in `folder`, whole or not at all. Returns the file. Raises BingoError."""
-    write_text(folder / NAME, card(run, files, latency, date))
-    return folder / NAME
-
-
 def renew(run: RunDir, folder: Path) -> Path:
-    """`write_card` of the exported files that are in `folder`, with the latency.json beside them."""
-    files = [read_json("export", path) for path in (folder / "student.json", folder / "student-int8.json") if path.exists()]
-    return write_card(run, folder, files, read_json("export", folder / "latency.json").get("rows"))
+    """Write `card` of the exported files that are in `folder` to MODEL_CARD.md there, whole or not at all. Returns the file. Raises BingoError."""
+    files = [exported.contract(path) for path in exported.files(folder).values()]
+    heads = [head.name for file in files for head in exported.heads(folder / file["file"], file["sha256"])]
+    latency = read_json("export", folder / exported.LATENCY).get("rows")
+    write_text(folder / exported.CARD, card(run, files, latency, heads))
+    return folder / exported.CARD
 
 
-def card(run: RunDir, files: Sequence[Mapping[str, Any]], latency: Sequence[dict[str, Any]] | None = None, date: str = "") -> str:
+def card(
+    run: RunDir,
+    files: Sequence[Mapping[str, Any]],
+    latency: Sequence[dict[str, Any]] | None = None,
+    heads: Sequence[str] = (),
+    date: str = "",
+) -> str:
     """The model card of a finished run as Markdown; the same for the same run and arguments.
 
-    files: the contracts (dicts of student*.json) of what was exported; latency: the rows of `latency.latency`; date: printed as it is given. A
-    validation's figures are those of RUN/validation.json. Raises BingoError where one of these is not what we write.
+    files: of what was exported, as `exported.contract` tells it; latency: the rows of `latency.latency`; heads: the names of the files' heads; date: printed
+    as it is given. A validation's figures are those of RUN/validation.json. Of it and of `latency` only the rows of the run's student and of `files` are
+    shown, told by their sha256. Raises BingoError where one of these is not what we write.
     """
     recipe = saved_recipe(run)
     summary = read_json("distill", run.summary)
     with made_by("distill", run.summary):
         known = [_data(run, summary), _recall(summary)]
-    with made_by("export", run.export / "student.json"):
-        exported = [_files(files), _use(run, files)]
-    with made_by("export", run.export / "latency.json"):
+    with made_by("export", run.export / exported.NAMES["onnx"]):
+        told = [_files(files), _use(files, heads)]
+    with made_by("export", run.export / exported.LATENCY):
         timed = _latency(latency, files)
     when = f", {plain(date)}" if date else ""
     blocks = [
@@ -72,10 +73,10 @@ def card(run: RunDir, files: Sequence[Mapping[str, Any]], latency: Sequence[dict
         *_method(recipe),
         "## Validation",
         *known[1],
-        *_validation(run),
-        *exported[0],
+        *_validation(run, files),
+        *told[0],
         *timed,
-        *exported[1],
+        *told[1],
     ]
     return "\n\n".join(blocks) + "\n"
 
@@ -170,18 +171,26 @@ def _recall(summary: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _validation(run: RunDir) -> list[str]:
+def _validation(run: RunDir, files: Sequence[Mapping[str, Any]]) -> list[str]:
+    command = "    bingo-compress validate --run RUN --data LABELLED_FOLDER"
     if not run.validation.exists():
-        return ["Not validated on labels yet:", "    bingo-compress validate --run RUN --data LABELLED_FOLDER"]
+        return ["Not validated on labels yet:", command]
     with made_by("validate", run.validation):
-        return _proof(read_json("validate", run.validation))
+        result = read_json("validate", run.validation)
+        (student,) = (row for row in result["rows"] if row["name"] == "student")
+        if not run.student.is_file() or student.get("weights") != exported.weights_digest(run.student):
+            return ["Not validated on labels since the student was trained again:", command]
+        there = {file["sha256"] for file in files}
+        rows = [row for row in result["rows"] if row["name"] not in exported.NAMES or row.get("sha256") in there]
+        blocks = _proof(result["protocol"], rows)
+        unproven = [_name(file) for file in files if file["sha256"] not in {row.get("sha256") for row in rows}]
+        return [*blocks, *([f"Not proven: {', '.join(unproven)}. Run validate:", command] if unproven else [])]
 
 
-def _proof(result: Mapping[str, Any]) -> list[str]:
-    protocol, rows = result["protocol"], result["rows"]
+def _proof(protocol: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
     titles = TITLES | {"neighbour_recall": probes.recall_title(protocol["bank_images"])}
     keys = [key for key in TITLES if any(key in row for row in rows)]
-    explained = {*keys, *(row["name"] for row in rows), "intervals", "gap_closed"}
+    explained = {*keys, *(str(row["name"]).partition("-")[0] for row in rows), "intervals", "gap_closed"}
     cells = [[plain(NAMES.get(row["name"], row["name"])), *(_figure(row, key) for key in keys)] for row in rows]
     classes = protocol["classes"]
     more = f" and {len(classes) - CLASSES_SHOWN:,} more" if len(classes) > CLASSES_SHOWN else ""
@@ -234,12 +243,12 @@ def _files(files: Sequence[Mapping[str, Any]]) -> list[str]:
     for contract in files:
         onnx, parity = contract["onnx"], contract.get("parity")
         checked = "-"
-        if parity and "int8" not in contract:  # an int8 file's contract brings the parity of the float file that it was made of
+        if parity:
             checked = f"{parity['images']:,} images: largest difference {parity['max_difference']:.1g}, smallest cosine {parity['min_cosine']:.6f}"
         rows.append(
             [
                 _name(contract),
-                screen.size(onnx["bytes"]),
+                screen.size(contract["bytes"]),
                 f"{contract['parameters']:,}",
                 f"{contract['embedding_dim']:,}",
                 plain(f"{onnx['opset']}, IR {onnx['ir_version']}, {onnx['batch']}"),
@@ -250,6 +259,8 @@ def _files(files: Sequence[Mapping[str, Any]]) -> list[str]:
     whole = [contract for contract in files if "int8" in contract]
     if not whole:
         return blocks
+    there = {contract["sha256"] for contract in files if contract not in whole}
+    absent = any(there and contract["int8"].get("float_sha256") not in there for contract in whole)
     rows = []
     for contract in whole:
         gate = contract["int8"]["gate"]
@@ -263,17 +274,21 @@ def _files(files: Sequence[Mapping[str, Any]]) -> list[str]:
         rows.append([_name(contract), plain(contract["int8"]["rung"]), *figures, *probed])
     return [
         *blocks,
-        "What int8 costs against the float file, on the images of the gate that it had to pass:",
+        f"What int8 costs against the float file{' that it was made of, which is not the one above' if absent else ''}, on the images of the gate that it "
+        "had to pass; kNN and linear on test images that chose nothing:",
         _table(("", "how", "images", "mean cosine", "neighbour recall", "kNN, float to int8", "linear, float to int8"), rows),
     ]
 
 
 def _latency(rows: Sequence[dict[str, Any]] | None, files: Sequence[Mapping[str, Any]]) -> list[str]:
     names = " ".join(_names(files))
+    there = {contract["sha256"] for contract in files}
+    timed = rows or []
+    rows = [row for row in timed if row.get("sha256") in there]
     if not rows:
         return ["## Latency", "Not measured:", f"    bingo-compress latency {names}"]
     named = [row | {"file": Path(row["file"]).name} for row in rows]
-    said = timing.said(named)
+    said = timing.said(named) if len(rows) == len(timed) else []  # ratios are to the first that was timed
     return [
         "## Latency",
         f"On {plain(timing.describe(rows[0]['machine']))}; {plain(timing.caption(rows))}.",
@@ -283,13 +298,12 @@ def _latency(rows: Sequence[dict[str, Any]] | None, files: Sequence[Mapping[str,
     ]
 
 
-def _use(run: RunDir, files: Sequence[Mapping[str, Any]]) -> list[str]:
+def _use(files: Sequence[Mapping[str, Any]], heads: Sequence[str]) -> list[str]:
     names = _names(files)
-    heads = [head for head in ("linear.npz", "bank.npz") if (run.export / head).exists()]
     commands = [
         f"    bingo-edge embed    {names[0]} photos/ --out index.npz",
         f"    bingo-edge nearest  {names[0]} photo.jpg --index index.npz",
-        *(f"    bingo-edge classify {names[0]} --head {head} photo.jpg" for head in heads),
+        *(f"    bingo-edge classify {head.partition('.')[0]}.onnx --head {head} photo.jpg" for head in heads),
     ]
     blocks = [
         "## Use",
@@ -301,7 +315,9 @@ def _use(run: RunDir, files: Sequence[Mapping[str, Any]]) -> list[str]:
         "    found.embeddings  # float32 (n, D), length one: row i belongs to found.names[i]",
     ]
     if len(names) > 1:
-        blocks.append(f"{', '.join(names[1:])} can stand in the same places; make an index with the file that is asked later.")
+        blocks.append(
+            f"{', '.join(names[1:])} can stand in the same places, each file with its own index and heads: another's are refused."
+        )
     if files and "input" in files[0]:
         blocks.append(_contract(files[0]))
     return blocks

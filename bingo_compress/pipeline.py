@@ -3,6 +3,7 @@
 import json
 import platform
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,27 +16,28 @@ from bingo_compress import (
     checkpoint,
     distributed,
     embed,
-    images,
     neighbours,
     pixels,
     probes,
     run_dir,
     screen,
-    speed,
     trained,
 )
-from bingo_compress.distill import Check, Plan, distill, loss_of, plan
-from bingo_compress.encoder import Encoder, has_pretrained, resolve_name
+from bingo_compress.distill import Check, Plan, distill, plan
+from bingo_compress.encoder import Encoder
 from bingo_compress.errors import BingoError
+from bingo_compress.header import header
+from bingo_compress.held_out import halves
 from bingo_compress.intake import report, take
-from bingo_compress.losses import settled
 from bingo_compress.made_of import MadeOf
-from bingo_compress.material import Material, bag_facts, make_bags, prepare, sources_of, step_memory, target_source
-from bingo_compress.recipe import RESUME_MAY_CHANGE, Recipe, load_recipe, recipe_text
+from bingo_compress.material import Material, bag_facts, make_bags, prepare, sources_of, step_memory, target_source, views_stored
+from bingo_compress.recipe import RESUME_MAY_CHANGE, Recipe, deciding, load_recipe, recipe_text
+from bingo_compress.resolving import resolve, use_threads
 from bingo_compress.trained import Models, build_models
+from bingo_compress.unread import unread
 
 GALLERY_AT_MOST = 20_000
-CHECK_GALLERY, CHECKS = 2000, 10  # images, times in a run
+CHECK_GALLERY = 2000
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -48,67 +50,40 @@ def choose_device(wanted: str) -> torch.device:
     return device
 
 
-def resolve(recipe: Recipe) -> Recipe:
-    """`resolve_names` and `settle`."""
-    return settle(resolve_names(recipe))
-
-
-def settle(recipe: Recipe) -> Recipe:
-    """What was left to the method is filled in: temperatures, and what a target is. Raises BingoError."""
-    chosen = recipe.stored_views
-    if chosen == "auto":
-        chosen = "mean" if loss_of(recipe).averaged and recipe.views != "online" else "drawn"
-    if chosen == "mean" and recipe.views == "online":
-        raise BingoError("--set stored_views=mean: expected stored views to take the mean of, found --views online; give --views 4")
-    return recipe.model_copy(update=settled(recipe.method, recipe.model_dump()) | {"stored_views": chosen})
-
-
-def resolve_names(recipe: Recipe) -> Recipe:
-    """Family names to models and `auto` student weights to what they mean; says on screen what it chose. Raises BingoError."""
-    names: dict[str, Any] = {}
-    for role in ("teacher", "student"):
-        names[role] = resolve_name(getattr(recipe, role), f"--{role}")
-        if names[role] != getattr(recipe, role):
-            screen.say(f"{role}: {getattr(recipe, role)} means {names[role]}")
-    if recipe.student_weights == "auto":
-        names["student_weights"] = "pretrained" if has_pretrained(names["student"]) else "random"
-        screen.say(
-            f"student weights: {names['student_weights']} (timm {'has' if names['student_weights'] == 'pretrained' else 'has no'} weights for {names['student']})"
-        )
-    return recipe.model_copy(update=names)
-
-
 def saved_recipe(run: run_dir.RunDir) -> Recipe:
-    """The resolved recipe of a run folder. Raises BingoError."""
-    return load_recipe(run.recipe, [], {})
+    """A run's recipe as it was run, nothing in it left open; of an earlier version that is its recipe.yaml. Raises BingoError."""
+    return load_recipe(run.resolved if run.resolved.is_file() else run.recipe, [], {})
 
 
 def run_distill(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = False) -> run_dir.RunDir:
     """Distil recipe.teacher into recipe.student on recipe.data; everything lands in `out`. Raises BingoError."""
     device = choose_device(recipe.device)
     plan(recipe, len((folder := take(recipe)).files))
-    recipe = resolve(recipe)
+    asked = recipe.model_copy(update={"data": str(Path(recipe.data).resolve())})
+    recipe = resolve(asked)
     before = saved_recipe(run_dir.RunDir(out)) if resume and (out / "recipe.yaml").is_file() else None
     models = build_models(recipe)
-    recipe = models.recipe.model_copy(update={"data": str(Path(recipe.data).resolve())})
-    _refuse_other_recipe(before, recipe)
+    _refuse_other_recipe(before, models.recipe)
+    distributed.refuse_unshared(models.student)
     if resume:
-        start = {"start": embed.weights_digest(models.student)}
-        distributed.from_first(lambda: trained.refuse_other_inputs(run_dir.RunDir(out), sources_of(models, folder) | start))
-    use_threads(recipe, models.student, device)
+        now = sources_of(models, folder) | {"start": embed.weights_digest(models.student), "settings": deciding(models.recipe)}
+        distributed.from_first(lambda: trained.refuse_other_inputs(run_dir.RunDir(out), now))
+    models = replace(models, recipe=use_threads(models.recipe, models.student, device, before.threads if before else 0))
+    recipe = models.recipe
     step = step_memory(recipe, models.student, len(folder.files), device)
     side = pixels.store_side(recipe.image_size, recipe.teacher_size)
     if not out.exists():  # refused before anything is written
         embed.pixels_of(models.student.preprocessing, folder, range(len(folder.files)), 1)
         above = next(parent for parent in out.resolve().parents if parent.is_dir())
-        views = 0 if recipe.views == "online" else int(recipe.views)
+        views = views_stored(recipe)
         run_dir.need_space(above, 2 * models.teacher.width * (views + 2) * len(folder.files), "the teacher's embeddings")
         if recipe.pixels not in ("auto", "stream"):  # auto streams where the store does not fit
             run_dir.need_space(above, pixels.guess(len(folder.files), side), "the pixel store")
     distributed.barrier()  # no process looks at --out after the first has made it
     run = distributed.from_first(lambda: run_dir.open_new(out, resume=resume, overwrite=overwrite))
-    distributed.from_first(lambda: run_dir.write_text(run.recipe, recipe_text(recipe)))
-    header(models, folder, device, recipe)
+    distributed.from_first(lambda: run_dir.write_text(run.resolved, recipe_text(recipe)))
+    distributed.from_first(lambda: run_dir.write_text(run.recipe, recipe_text(asked)))  # last: with it the folder is a run
+    header(recipe, models.teacher, models.student, folder, device)
 
     material = prepare(models, folder, side, run.work, device, step)
     distributed.from_first(lambda: report(material.folder, run.quarantine))
@@ -116,10 +91,10 @@ def run_distill(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: b
     screen.say(f"{len(material.training):,} images to train on, {len(material.held):,} held out; {planned.describe()}")
     _say_smaller(recipe, planned)
     bags = make_bags(recipe, models.teacher, material, device)
-    files = [material.folder.files[index] for index in material.training.tolist()]
+    trained_on = material.folder.only(material.training.tolist())
 
     def save() -> None:
-        checkpoint.save(run.bags, {"bags": bags}, root=str(folder.root.resolve()), files=files)
+        checkpoint.save(run.bags, {"bags": bags}, files=trained_on.files, digests=trained_on.digests)
         trained.save_start(models.student, run.start, recipe)
 
     distributed.from_first(save)
@@ -135,7 +110,7 @@ def run_distill(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: b
 def describe_bags(recipe: Recipe, facts: dict[str, float], images: int, device: torch.device) -> str:
     """One line for the screen of what `bag_facts` found in a training set of `images`."""
     if not facts:
-        return f"bags: {'rebuilt from the student' if loss_of(recipe).mates else 'none'} in method {recipe.method}"
+        return f"bags: {'none' if 'bag_size' in unread(recipe) else 'rebuilt from the student'} in method {recipe.method}"
     by = neighbours.Search(recipe.search, device).describe(images)
     line = f"bags: {recipe.bags} by {by}, {facts['size_mean']:.1f} mates on average ({facts['size_least']:.0f}-{facts['size_most']:.0f})"
     line += f", {facts['empty']:.0%} empty" if facts["empty"] else ""
@@ -153,55 +128,32 @@ def train(
     target_of, dim = target_source(models, material, device)
     check = None
     if recipe.keep_best or recipe.check_every:
-        if not len(material.held):
-            raise BingoError("--keep-best: expected images held out, found none; add images or raise --set hold_out=0.05")
-        recipe = recipe.model_copy(update={"check_every": recipe.check_every or max(1, recipe.epochs // CHECKS)})
-        check = recall_check(material, device)
+        choosing, reporting = halves(material.held, recipe)
+        if not len(reporting):
+            raise BingoError(
+                f"--keep-best: expected 2 or more images held out, found {len(material.held)}; add images or raise --set hold_out=0.05"
+            )
+        if recipe.keep_best:
+            screen.say(
+                f"--keep-best chooses by {len(choosing):,} of the images held out; the closing figure is of the other {len(reporting):,}"
+            )
+        check = recall_check(material, choosing, device)
     loop = partial(distill, recipe, models.student, material.store, material.training, bags, target_of, dim, metrics, saved, device)
     return loop(check=check, sources=material.sources, names=material.folder.files, discard=discard)
 
 
-def recall_check(material: Material, device: torch.device) -> Check:
-    """A student's neighbour recall on the held-out images, from the pixel store, in a gallery of at most CHECK_GALLERY; several processes share them."""
+def recall_check(material: Material, held: Tensor, device: torch.device) -> Check:
+    """A student's neighbour recall on the images `held`, from the pixel store, in a gallery of at most CHECK_GALLERY; several processes share them."""
     gallery = material.training[:: -(-len(material.training) // CHECK_GALLERY)]
     if not probes.recall_k(len(gallery)):
         raise BingoError(f"--keep-best: expected {probes.RECALL_SHARE} images to train on, found {len(gallery)}; add images")
     truth = material.seen.features
 
     def check(student: Encoder) -> float:
-        found = embed.store_features(student, material.store, torch.cat((material.held, gallery)), device)
-        held = len(material.held)
-        return distributed.from_first(lambda: probes.neighbour_recall((truth[material.held], truth[gallery]), (found[:held], found[held:])))
+        found = embed.store_features(student, material.store, torch.cat((held, gallery)), device).split((len(held), len(gallery)))
+        return distributed.from_first(lambda: probes.neighbour_recall((truth[held], truth[gallery]), found))
 
     return check
-
-
-def header(models: Models, folder: images.Folder, device: torch.device, recipe: Recipe) -> None:
-    """Who is distilled into whom, on what, where."""
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
-    rows = [
-        (role, encoder.name, f"{encoder.parameters_count() / 1e6:.2f} M", f"{encoder.preprocessing.size} px", str(encoder.width), source)
-        for role, encoder, source in (
-            ("teacher", models.teacher, recipe.teacher_weights),
-            ("student", models.student, recipe.student_weights),
-        )
-    ]
-    screen.table(f"bingo-compress {__version__}", ("", "model", "parameters", "input", "width", "weights"), rows)
-    screen.say(f"images: {len(folder.files):,} files in {folder.root}; device: {where}")
-    targets = "an online teacher" if recipe.views == "online" else f"{recipe.views} stored views an image"
-    method = f"bingo ({recipe.variant})" if recipe.method == "bingo" else recipe.method
-    source = targets if loss_of(recipe).teacher else "the student's own moving average"
-    screen.say(
-        f"method: {method}, bags: {recipe.bags} of {recipe.bag_size}, temperature {recipe.temperature}, targets from {source}, {recipe.epochs} epochs"
-    )
-
-
-def use_threads(recipe: Recipe, student: Encoder, device: torch.device) -> None:
-    """The recipe's threads; without, those with which a step of `student` is fastest here (one process on a CPU), or what torchrun set."""
-    if recipe.threads:
-        torch.set_num_threads(recipe.threads)
-    elif device.type == "cpu" and distributed.world() == 1:
-        torch.set_num_threads(speed.choose_threads(student, student.preprocessing.size))
 
 
 def _refuse_other_recipe(before: Recipe | None, now: Recipe) -> None:
@@ -223,7 +175,7 @@ def _say_smaller(recipe: Recipe, planned: Plan) -> None:
 
 def held_out_recall(run: run_dir.RunDir, models: Models, material: Material, device: torch.device) -> dict[str, float]:
     """Neighbour recall on the held-out images before and after ("start", "student"), its k and counts; nothing without such. Several processes share them."""
-    held, training, truth = material.held, material.training, material.seen.features
+    held, training, truth = halves(material.held, models.recipe)[1], material.training, material.seen.features
     gallery = training[:: -(-len(training) // GALLERY_AT_MOST)]
     if not len(held) or not probes.recall_k(len(gallery)):
         screen.say(
@@ -231,9 +183,9 @@ def held_out_recall(run: run_dir.RunDir, models: Models, material: Material, dev
         )
         return {}
     encoders = {"start": trained.load_start(models.recipe, run), "student": models.student}
-    key = run_dir.stage_key(images=material.folder.fingerprint(), **{name: embed.weights_digest(each) for name, each in encoders.items()})
     ready = {name: embed.as_embed(encoder, device) for name, encoder in encoders.items()}
-    order, keep = torch.cat((held, gallery)).tolist(), run.work / f"closing-{key}"
+    order = torch.cat((held, gallery)).tolist()
+    keep = embed.Keep(run.work, "closing", {name: embed.weights_digest(each) for name, each in encoders.items()})
     found, good = embed.plain(ready, material.folder, order, "check held-out images", keep)
     if len(good) < len(held) + len(gallery):
         raise BingoError(f"an image in {material.folder.root} changed during the run; start the command again with --resume")
@@ -251,7 +203,7 @@ def _close(
     recipe, student = models.recipe, models.student
     summary: dict[str, Any] = {
         "version": __version__,
-        "run_id": run_dir.stage_key(recipe=recipe.model_dump(), student=embed.weights_digest(student)),
+        "run_id": run_dir.stage_key(recipe=deciding(recipe), student=embed.weights_digest(student)),
         "images": {"training": len(material.training), "held_out": len(material.held), "unusable": len(material.folder.bad)},
         "bags": facts,
         "machine": {
@@ -267,9 +219,9 @@ def _close(
     run_dir.write_text(run.summary, json.dumps(summary, indent=2) + "\n")
     rows = {name: {"neighbour_recall": value} for name, value in ({"teacher": 1.0} | recall).items()} if recall else {}
     closing_table(models, rows, int(recall.get("gallery", 0)))
-    screen.say(f"weights: {run.student}   metrics: {run.metrics}   settings: {run.recipe}")
-    screen.say(f"next: bingo-compress validate --run {run.path} --data LABELLED_FOLDER   (kNN and linear need a folder of labels)")
-    screen.say(f"      bingo-compress export --run {run.path}")
+    screen.say(f"weights: {run.student}   metrics: {run.metrics}   settings: {run.recipe}, as run: {run.resolved}")
+    screen.say(f"next: bingo-compress export --run {run.path}")
+    screen.say(f"      bingo-compress validate --run {run.path} --data LABELLED_FOLDER   (kNN and linear need a folder of labels)")
 
 
 def closing_table(models: Models, rows: dict[str, dict[str, float]], gallery: int) -> None:

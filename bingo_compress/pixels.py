@@ -19,7 +19,8 @@ from torch.nn.functional import interpolate
 from bingo_compress import augment, decoding, distributed, intake, meter, screen
 from bingo_compress.errors import BingoError
 from bingo_compress.images import Folder, decode_all, in_threads
-from bingo_compress.run_dir import atomic, drop_stale, need_space, stage_key, write_text
+from bingo_compress.made_of import made_of
+from bingo_compress.run_dir import atomic, drop_stale, need_space, write_text
 from bingo_compress.transfer import sent
 
 SHARD = 512  # images in a file, more in a large folder: a build goes on after the last whole one
@@ -36,7 +37,8 @@ Read = Callable[[int, int, int], Tensor]  # (image, top, bottom) to its rows, ui
 class PixelStore:
     """N images in their own proportions. height, width: (N,) as kept; aspect: (N,) width / height of the original.
 
-    Crops are shares of the whole original image, so no corner of it is out of reach. where: one of PLACES. by_gpu: crops what it can before `read` is asked.
+    Crops are shares of the whole original image, so no corner of it is out of reach. where: one of PLACES; the crops are the same in each, bit for bit on a CPU.
+    by_gpu: crops what it can before `read` is asked. made_of: a name for all that the pictures depend on, for what is made from them.
     """
 
     def __init__(
@@ -48,9 +50,10 @@ class PixelStore:
         device: torch.device,
         where: str = "memory",
         by_gpu: decoding.Crops | None = None,
+        made_of: str = "",
     ) -> None:
         self.height, self.width, self.aspect = height, width, aspect
-        self.where = where
+        self.where, self.made_of = where, made_of
         self._read = read
         self._by_gpu = by_gpu
         self._device = device
@@ -72,7 +75,7 @@ class PixelStore:
     def crops(self, indices: Tensor, boxes: Tensor, size: int) -> Tensor:
         """Antialiased bilinear crops of the images `indices` (B,): uint8 (B, 3, size, size) on the run's device.
 
-        boxes: (B, 4) left, top, right, bottom as shares of the image; a box is rounded to whole pixels, as stored or, by nvJPEG, of the file.
+        boxes: (B, 4) left, top, right, bottom as shares of the image; a box is rounded to whole pixels of the picture as it is kept.
         """
         if self._by_gpu is None:
             return self._crops(indices, boxes, size)
@@ -104,7 +107,11 @@ def store_of(pictures: Sequence[Pixels], aspect: Tensor, device: torch.device) -
 
 
 def store_side(image_size: int, teacher_size: int) -> int:
-    """Pixels of the short side of the store: a little over the largest crop, a multiple of 8."""
+    """Pixels of the short side of the store: a little over the largest crop, a multiple of 8.
+
+    Crops are cut from pictures of this size wherever they are kept, never from the file: a crop of 20-40% of the area is enlarged and has 57% of the
+    gradient energy of one from the file, a crop of all but the edges 87% (measured 2026-11-26). A larger side keeps more and costs memory and time.
+    """
     return -(-max(image_size, teacher_size) * 9 // 64) * 8
 
 
@@ -120,21 +127,22 @@ def build(
     """Decode `folder` into work/pixels-KEY (or find it there). Returns the store and the folder without the files that could not be decoded.
 
     wanted: auto or one of PLACES; memory: bytes that this process may hold at most, 0 for 80% of what is free; step: bytes of them that are not for pixels.
-    Shards are written as they finish, shared out among the processes; an interrupted build goes on after the last. Raises BingoError when the disk is
-    too small, and as soon as more files are bad than folder.max_bad allows; quarantine.csv beside `work` names them then.
+    Shards are written as they finish, shared out among the processes; an interrupted build goes on after the last. Files that could not be decoded are tried
+    again each time: what was missing (a permission, a decoder) may be there now. Raises BingoError when the disk is too small, and as soon as more files are bad than folder.max_bad allows; quarantine.csv beside `work` names them then.
     """
     streamed = wanted == "stream" or (wanted == "auto" and not _fits_the_disk(folder, side, work))
     stem = "sizes" if streamed else "pixels"
-    shards = work / f"{stem}-{stage_key(images=folder.fingerprint(), side=side, layout=3)}"
+    made = made_of("pixels", images=folder.fingerprint(), side=side)
+    shards = work / f"{stem}-{made.key}"
     each = max(SHARD, -(-len(folder.files) // SHARDS_AT_MOST))
     ranges = [range(start, min(start + each, len(folder.files))) for start in range(0, len(folder.files), each)]
     if distributed.rank() == 0:
         drop_stale(work, stem, {shards.name})
         shards.mkdir(exist_ok=True)
     distributed.barrier()
-    missing = [rows for rows in distributed.mine(ranges) if not _is_whole(shards, rows, streamed)]
+    standing = [(rows, _standing(folder, rows, side, shards, streamed)) for rows in distributed.mine(ranges)]
+    missing, done = [rows for rows, facts in standing if facts is None], [facts for _, facts in standing if facts is not None]
     count = sum(map(len, missing))
-    done = [_read_facts(shards, rows) for rows in distributed.mine(ranges) if rows not in missing]
     quarantine = work.parent / "quarantine.csv"
     intake.refuse_bad(folder, _bad(folder, done), quarantine)
     if missing:
@@ -161,15 +169,17 @@ def build(
     by_gpu = None
     if streamed and decoding.on_gpu(device):
         jpegs = [size for facts in found for size in facts["jpeg"]]
-        by_gpu = decoding.crops_of(kept, jpegs, device)
+        by_gpu = decoding.crops_of(kept, jpegs, list(zip(height, width, strict=True)), side, device)
         why += f", {sum(map(bool, jpegs)):,} of them by nvJPEG"
-    screen.say(f"pixels: {screen.size(total)} of {len(good):,} images, {where} ({why})")
+    screen.say(
+        f"pixels: {screen.size(total)} of {len(good):,} images, {where} ({why}); views are cut from pictures shrunk to a short side of {side} px"
+    )
     read = (
         _from_files(kept, side, list(zip(height, width, strict=True)))
         if streamed
         else _from_shards(shards, ranges, found, mapped=where != "disk")
     )
-    return PixelStore(torch.tensor(height), torch.tensor(width), torch.tensor(aspect), read, device, where, by_gpu), kept
+    return PixelStore(torch.tensor(height), torch.tensor(width), torch.tensor(aspect), read, device, where, by_gpu, made.key), kept
 
 
 def place(total: int, device: torch.device, wanted: str, memory: int, step: int = WORK) -> tuple[str, str]:
@@ -246,6 +256,24 @@ def _read_facts(shards: Path, rows: range) -> dict[str, Any]:
 def _bad(folder: Folder, found: list[dict[str, Any]]) -> tuple[tuple[str, str], ...]:
     """All that is known to be bad once the shards of `found` were made."""
     return folder.bad + tuple((folder.files[index], why) for facts in found for index, why in facts["bad"])
+
+
+def _standing(folder: Folder, rows: range, side: int, shards: Path, streamed: bool) -> dict[str, Any] | None:
+    """The facts of a whole shard, its bad files with today's reasons; None for a shard to be made: it is not whole, or a bad file can be decoded now."""
+    if not _is_whole(shards, rows, streamed):
+        return None
+    facts = _read_facts(shards, rows)
+    again = list(decode_all(folder, [index for index, _ in facts["bad"]], lambda pixels: None, at_least=side))
+    mended = [folder.files[index] for index, result in again if result is None]
+    if mended:
+        screen.say(
+            f"{len(mended):,} files that could not be used can be now, for example {mended[0]}: {len(rows):,} images are decoded again"
+        )
+        return None
+    reasons = [[index, str(result)] for index, result in again]
+    if reasons != facts["bad"]:
+        write_text(_facts(shards, rows), json.dumps(facts := facts | {"bad": reasons}))
+    return facts
 
 
 def _is_whole(shards: Path, rows: range, streamed: bool) -> bool:
@@ -359,7 +387,9 @@ def _from_files(folder: Folder, side: int, sizes: list[tuple[int, int]]) -> Read
         try:
             pixels = _shrink(load_image(folder.path(image), at_least=side), side)[0]
         except ImageError as error:
+            folder.refuse_changed(image)
             raise decoding.changed(folder.path(image), str(error)) from None
+        folder.refuse_changed(image)
         if pixels.shape[:2] != sizes[image]:
             raise decoding.changed(folder.path(image), "it is another picture")
         return torch.from_numpy(pixels)[top:bottom]

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bingo_compress import probes, run_dir, screen
+from bingo_compress import exported, probes, run_dir, screen
 from bingo_compress.pipeline import closing_table
 from bingo_compress.trained import Models
 
@@ -13,6 +13,7 @@ NAMES = {
     "start": "student before",
     "random": "student, random weights",
     "onnx": "exported ONNX file",
+    "onnx-int8": "exported int8 file",
     "against": "student of --against",
 }
 CLASSES_SHOWN = 20
@@ -37,10 +38,11 @@ def show(result: dict[str, Any], run: run_dir.RunDir, models: Models) -> None:
         screen.say(
             f"bags: {_figure(result, 'bag_purity')} of the pairs (anchor, mate) with labels share one; by chance {result['bag_purity_chance']:.3f}"
         )
-    if "onnx" not in rows:
-        screen.say(f"no exported file yet. next: bingo-compress export --run {run.path}")
-    else:
-        screen.say(f"next: bingo-edge classify {run.export / 'student.onnx'} --head {run.export / 'linear.npz'} PHOTOS")
+    made = exported.files(run.export)
+    if not made:
+        screen.say(f"no exported file yet, so no head for one. next: bingo-compress export --run {run.path}, then validate again")
+    for file in made.values():
+        screen.say(f"next: bingo-edge classify {file} --head {file.with_suffix(exported.LINEAR)} PHOTOS")
 
 
 def _figure(row: Mapping[str, Any], key: str) -> str:

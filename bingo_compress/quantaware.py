@@ -1,9 +1,8 @@
 """Quantisation-aware fine-tuning without labels: a student whose numbers are rounded as int8 will round them learns to give what it gives in float."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,12 @@ from torch.nn.utils import parametrize
 
 from bingo_compress import pixels
 from bingo_compress.encoder import Encoder
+from bingo_compress.errors import BingoError
 from bingo_compress.finetune import crops_and_flips
 from bingo_compress.images import Folder
-from bingo_compress.pipeline import choose_device, use_threads
+from bingo_compress.pipeline import choose_device
 from bingo_compress.recipe import Recipe
+from bingo_compress.resolving import use_threads
 from bingo_compress.schedule import learning_rate
 
 IMAGES = 20_000  # of the folder, at most
@@ -32,15 +33,20 @@ WEIGHTED = (nn.Conv2d, nn.Linear)
 ROUNDED = (*WEIGHTED, nn.Hardswish, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Hardsigmoid)
 
 
-def finetune(recipe: Recipe, student: Encoder, folder: Folder, work: Path) -> Encoder:
-    """Train `student`, rounded, in place, on images of `folder`; `work`: an empty folder for their pixels.
+def finetune(recipe: Recipe, student: Encoder, folder: Folder, work: Path, apart: Set[str]) -> Encoder:
+    """Train `student`, rounded, in place, on images of `folder` without those that it is judged by; `work`: an empty folder for their pixels.
+
+    apart: sha256 of the files that it must not see, which keeps copies of them out too. Raises BingoError where no other is left.
 
     The loss is one minus the cosine to the float student's embedding of the same crop: the float file is what the int8 file is judged against. The teacher's
     targets led away from it (docs/log.md). BatchNorm keeps its statistics, as in the file it is folded away.
     """
     device = choose_device(recipe.device)
-    use_threads(recipe, student, device)
-    chosen = replace(folder, files=folder.files[:: -(-len(folder.files) // IMAGES)])
+    use_threads(recipe.model_copy(update={"threads": 0}), student, device, recipe.threads)
+    some = folder.only(range(0, len(folder.files), -(-len(folder.files) // IMAGES)))
+    chosen = some.only([index for index, digest in enumerate(some.digests) if digest not in apart])
+    if not chosen.files:
+        raise BingoError(f"--finetune: expected images in {folder.root} beside those that int8 is judged by, found none; add images")
     size = student.preprocessing.size
     store, _ = pixels.build(chosen, pixels.store_side(size, size), work, device)
     rows = torch.arange(len(store))

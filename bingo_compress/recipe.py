@@ -1,11 +1,12 @@
 """Every setting of a run, once: the same word is the command-line flag, the YAML key and the attribute."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from reprlib import repr as shortened
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from bingo_compress.errors import BingoError, nearest
 
@@ -14,8 +15,12 @@ def _number_as_text(value: Any) -> Any:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+def _whole(value: float) -> float:
+    return int(value) if value.is_integer() else value
+
+
 class Recipe(BaseModel):
-    """A run's settings. Frozen: what is on screen, in recipe.yaml and in the code is one and the same."""
+    """A run's settings. Frozen: what is on screen, in resolved.yaml and in the code is one and the same."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -78,7 +83,9 @@ class Recipe(BaseModel):
     target_dim: int = Field(256, ge=1, description="pca, whitened: dimensions kept of the centred teacher embedding")
     head_hidden: int = Field(2048, ge=1, description="hidden width of the student's projection head (paper: 2048)")
 
-    epochs: int = Field(100, ge=1, description="passes over the folder, each image an anchor once")
+    epochs: Annotated[float, AfterValidator(_whole)] = Field(
+        100, gt=0, description="passes over the folder, each image an anchor once; 2.5: half of the images once more"
+    )
     batch_size: int = Field(128, ge=2, description="anchors a step; the student sees two views an anchor (official: three)")
     optimizer: Literal["auto", "sgd", "adamw"] = Field("auto", description="auto: adamw under 50,000 steps, else sgd as in the paper")
     lr: float = Field(0.0, ge=0, description="peak learning rate; 0: sgd 0.03 x batch/256, adamw 0.003 x sqrt(batch/128)")
@@ -93,13 +100,14 @@ class Recipe(BaseModel):
         0, ge=0, description="epochs between two checks of neighbour recall on the held-out images; 0: only at the end"
     )
     keep_best: bool = Field(
-        False, description="leave the student of the best check instead of the last one (10 checks where check_every is 0)"
+        False,
+        description="leave the student of the best check (10 where check_every is 0): of one half of the held-out images, the closing figure of the other",
     )
     save_every_minutes: float = Field(
         2.0, gt=0, description="a checkpoint is written this often, after an epoch if the last one is half a minute old, and at the end"
     )
     save_every_steps: int = Field(0, ge=0, description="and after so many steps; 0: by time alone")
-    threads: int = Field(0, ge=0, description="CPU threads of torch; 0: a short calibration picks")
+    threads: int = Field(0, ge=0, description="CPU threads of torch; 0: a short calibration picks, once a run")
     pixels: Literal["auto", "gpu", "memory", "disk", "stream"] = Field(
         "auto",
         description="where decoded images are kept; disk: read by the crop; stream: nowhere, files are decoded for every crop; auto: the first that fits",
@@ -119,7 +127,7 @@ class Recipe(BaseModel):
 
 
 KEYS = tuple(Recipe.model_fields)
-# A run's result does not depend on these, so --resume may change them.
+# A run's result depends on these in its last bits at most (threads, device, compile; it is said), so --resume may change them.
 RESUME_MAY_CHANGE = frozenset(
     {"data", "threads", "device", "save_every_minutes", "save_every_steps", "compile", "profile", "pixels", "memory", "max_bad"}
 )
@@ -149,6 +157,11 @@ def load_recipe(file: Path | None, settings: list[str], flags: dict[str, Any]) -
     values.update(parse_setting(setting, "--set") for setting in settings)
     values.update({key: value for key, value in flags.items() if value is not None})
     return make_recipe(values, str(file) if file else "the command line")
+
+
+def given_keys(settings: list[str], flags: dict[str, Any]) -> list[str]:
+    """The keys that a command's words name: what `load_recipe` takes from elsewhere than a file."""
+    return [*(parse_setting(setting, "--set")[0] for setting in settings), *(key for key, value in flags.items() if value is not None)]
 
 
 def parse_setting(setting: str, option: str) -> tuple[str, Any]:
@@ -186,7 +199,8 @@ def recipe_text(recipe: Recipe) -> str:
 
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        values, node = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise BingoError(f"{file}: cannot be read ({error})") from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
@@ -195,7 +209,15 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise BingoError(f"{file}: expected lines of 'key: value', found a {type(values).__name__}")
+    assert node is not None
+    if twice := repeated([key.value for key, _ in node.value]):  # YAML takes the last one without a word
+        raise BingoError(f"{file}: expected each setting once, found {twice!r} more often; leave one of them")
     return values
+
+
+def repeated(names: Sequence[str]) -> str:
+    """The first name that was there before, or "" where each is there once."""
+    return next((name for place, name in enumerate(names) if name in names[:place]), "")
 
 
 def _yaml_scalar(text: str, key: str) -> Any:

@@ -24,7 +24,8 @@ class RunDir:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.recipe = path / "recipe.yaml"
+        self.recipe = path / "recipe.yaml"  # as it was asked for
+        self.resolved = path / "resolved.yaml"  # as it was run
         self.student = path / "student.safetensors"
         self.metrics = path / "metrics.jsonl"
         self.quarantine = path / "quarantine.csv"
@@ -146,6 +147,7 @@ def open_finished(path: Path) -> RunDir:
 def _clear(run: RunDir) -> None:
     for path in (
         run.recipe,
+        run.resolved,
         run.student,
         run.metrics,
         run.quarantine,
@@ -155,6 +157,8 @@ def _clear(run: RunDir) -> None:
         run.bags,
         run.checkpoint,
         run.before,
+        run.metrics.with_name("not_finite.json"),
+        run.metrics.with_name("trace.json"),
     ):
         path.unlink(missing_ok=True)
     shutil.rmtree(run.export, ignore_errors=True)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,7 +12,7 @@ from bingo_compress.encoder import Encoder, build
 from bingo_compress.errors import BingoError
 from bingo_compress.made_of import FORMATS, MadeOf, made_of
 from bingo_compress.recipe import Recipe
-from bingo_compress.run_dir import RunDir
+from bingo_compress.run_dir import RunDir, made_by
 
 
 @dataclass(frozen=True)
@@ -45,25 +46,31 @@ def build_models(recipe: Recipe) -> Models:
 
 def save_student(student: Encoder, path: Path, recipe: Recipe, made: MadeOf) -> None:
     """The backbone under timm's own keys, no head, with the facts needed to build it in the file's metadata. made: what `distill.distill` gave."""
-    of = MadeOf("student", FORMATS["student"], made.inputs)
-    checkpoint.save(path, student.backbone.state_dict(), of, student=recipe.student, image_size=recipe.image_size, version=__version__)
+    _save(student, path, recipe, MadeOf("student", FORMATS["student"], made.inputs))
 
 
 def save_start(student: Encoder, path: Path, recipe: Recipe) -> None:
     """The same of a student before training."""
-    of = made_of("start", start=embed.weights_digest(student))
-    checkpoint.save(path, student.backbone.state_dict(), of, student=recipe.student, image_size=recipe.image_size, version=__version__)
+    _save(student, path, recipe, made_of("start", start=embed.weights_digest(student)))
+
+
+def _save(student: Encoder, path: Path, recipe: Recipe, made: MadeOf) -> None:
+    sees = {"image_size": recipe.image_size, "mean": student.preprocessing.mean, "std": student.preprocessing.std}
+    checkpoint.save(path, student.backbone.state_dict(), made, student=recipe.student, version=__version__, **sees)
 
 
 def load_student(recipe: Recipe, file: Path) -> Encoder:
     """The student with weights from a safetensors file of a run. Raises BingoError."""
     student = build_student(recipe, "random", "student")
-    tensors, _ = checkpoint.load(file)
+    tensors, facts = checkpoint.load(file)
     try:
         student.backbone.load_state_dict(tensors)
     except RuntimeError as error:
         raise BingoError(f"{file} does not fit {recipe.student}: {error}") from None
-    return student
+    # A method's file as start brings its own; files of versions before 0.3 do not say it, and were taken for timm's.
+    own = student.preprocessing
+    mean, std = (tuple(map(float, facts.get(name, getattr(own, name)))) for name in ("mean", "std"))  # type: ignore[call-overload]
+    return student.normalised_by(mean, std)
 
 
 def load_start(recipe: Recipe, run: RunDir) -> Encoder:
@@ -88,6 +95,15 @@ def load_teacher(recipe: Recipe, run: RunDir) -> Encoder:
     return teacher
 
 
+def refuse_other_bags(run: RunDir) -> None:
+    """Raise BingoError where work/ holds other bags than those that a run was distilled with."""
+    made = checkpoint.made_of(run.student)
+    with made_by("distill", run.bags):
+        digest = checkpoint.tensor_digest(checkpoint.load(run.bags)[0]["bags"])
+    if made and made.inputs.get("bags", digest) != digest:
+        raise BingoError(f"{run.bags} is not what this run was distilled with; delete {run.work} (it is not needed) or bring its own back")
+
+
 def _refuse_other(run: RunDir, name: str, encoder: Encoder, message: str) -> None:
     """Raise BingoError with `message` unless the run's student was made with just this encoder; those of earlier versions do not say."""
     made = checkpoint.made_of(run.student)
@@ -95,14 +111,18 @@ def _refuse_other(run: RunDir, name: str, encoder: Encoder, message: str) -> Non
         raise BingoError(message)
 
 
-def refuse_other_inputs(run: RunDir, now: Mapping[str, str]) -> None:
-    """Raise BingoError if a run's state (without one: its student) was made from other inputs than `now`, digests by name. Nothing is written before this."""
-    for file in filter(Path.exists, (run.checkpoint, run.before, run.student)):
+def refuse_other_inputs(run: RunDir, now: Mapping[str, Any]) -> None:
+    """Raise BingoError if a run's state (without one: its student) was made from other inputs than `now`, by name. Nothing is written before this."""
+    for file in filter(Path.is_file, (run.checkpoint, run.before, run.student)):
         try:
             made = checkpoint.made_of(file)
         except BingoError:
             continue  # damaged: whoever loads it will say so
-        others = [name for name in now if made.inputs.get(name) != now[name]] if made else ["the version of this program"]
+        others = (
+            MadeOf(made.role, FORMATS.get(made.role, 0), {**made.inputs, **now}).differences(made)
+            if made
+            else ["the version of this program"]
+        )
         if others:
             raise checkpoint.of_another_run(file, others)
         return

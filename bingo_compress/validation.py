@@ -1,6 +1,5 @@
 """The proof of a finished run: teacher, student, its start, random weights and the exported file, on a folder of labelled images."""
 
-import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -11,10 +10,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bingo_compress import distributed, embed, evidence, figures, finetune, images, model_card, pixels, probes, run_dir, trained
+from bingo_compress import (
+    distributed,
+    embed,
+    evidence,
+    exported,
+    figures,
+    finetune,
+    images,
+    model_card,
+    pixels,
+    probes,
+    run_dir,
+    screen,
+    trained,
+)
 from bingo_compress.encoder import Encoder, Preprocessing
 from bingo_compress.errors import BingoError
-from bingo_compress.exporters.onnx import input_size, onnx_runner
+from bingo_compress.exporters.onnx import onnx_runner
 from bingo_compress.figures import Sides
 from bingo_compress.pipeline import choose_device, saved_recipe
 from bingo_compress.proof_table import NAMES as NAMES
@@ -41,9 +54,10 @@ def validate(
 
     shots: parts of the labels, such as "1%,10%,5", to probe with as well and, with fine_tune, to fine-tune on; literature: the linear probe with
     augmentation too; against: another finished run, whose student is compared on the same images; require: "linear=0.6" and the like. Returns and
-    writes to RUN/validation.json and json_file {"protocol": ..., "rows": ...}, every figure with a 95% interval. Saves linear.npz and bank.npz for the
-    edge kit. Of several processes each embeds its share of the images; the first does the rest. Raises BingoError, with exit status 3, when all is
-    written, where the exported file (without one: the student) is below a figure that `require` names.
+    writes to RUN/validation.json and json_file {"protocol": ..., "rows": ...}, every figure with a 95% interval; the row of a file names its sha256. Saves
+    a linear head and a bank beside each exported file for the edge kit. Of several processes each embeds its share of the images; the first does the
+    rest. Raises BingoError, with exit status 3, when all is written, where an exported file (without any: the student) is below a figure that `require`
+    names; before anything is embedded, where one was exported from another student than the run's.
     """
     least = parse_required(require)
     specs = finetune.parse_shots(shots) if shots else []
@@ -60,28 +74,27 @@ def validate(
         figures.refuse_shared(bank_folder, test_folder, "--data")
     where = choose_device(device)
     distributed.from_first(lambda: run_dir.hold(run.path, "--run"))
+    weights = {file.stem: exported.weights_digest(file) for file in (run.student, run.start) if file.exists()}
+    contracts = {name: _contract(file, weights["student"]) for name, file in exported.files(run.export).items()}
     teacher = trained.load_teacher(recipe, run)
     student = load_student(recipe, run.student)
     trainable = {"student": student}
     if run.start.exists():
         trainable["start"] = trained.load_start(recipe, run)
+    if run.bags.exists():
+        trained.refuse_other_bags(run)
     trainable["random"] = build_student(recipe, "random", "random row")
     encoders = {"teacher": teacher} | trainable
     models = {name: embed.as_embed(encoder, where) for name, encoder in encoders.items()}
-    onnx_file = run.export / "student.onnx"
-    if onnx_file.exists():
-        session = onnx_runner(onnx_file)
-        as_exported = load_student(recipe.model_copy(update={"image_size": input_size(onnx_file)}), run.student)
-        models["onnx"] = (as_exported.preprocessing, lambda batch: session(batch)[1])
+    for name, contract in contracts.items():
+        file = run.export / contract["file"]
+        models[name] = _preprocessing(file, contract), _features_of(file)
     if other:
         encoders["against"] = load_student(saved_recipe(other), other.student)
         models["against"] = embed.as_embed(encoders["against"], where)
-    made_from: dict[str, Any] = {
-        name: [embed.weights_digest(encoder), encoder.preprocessing.geometry()] for name, encoder in encoders.items()
-    }
-    made_from["file"] = hashlib.sha256(onnx_file.read_bytes()).hexdigest() if onnx_file.exists() else ""
-    keep = run.work / f"proof-{run_dir.stage_key(**made_from)}"
-    distributed.from_first(lambda: run_dir.drop_stale(run.work, "proof", {keep.name}))
+    made_from = {name: embed.weights_digest(encoder) for name, encoder in encoders.items()}
+    keep = embed.Keep(run.work, "proof", made_from | {name: contract["sha256"] for name, contract in contracts.items()})
+    distributed.from_first(lambda: run_dir.drop_stale(run.work, "proof", {keep.folder.name}))
     sides = figures.sides(models, bank_folder, test_folder, classes, keep)
 
     def judge() -> dict[str, Any]:
@@ -89,16 +102,19 @@ def validate(
         heads: dict[str, probes.LinearHead] = {}
         right: dict[str, dict[str, Tensor]] = {}
         for name in models:
-            # The file is judged with the student's own head, as the device will run it: a head fitted anew may end elsewhere. At another input size the
-            # features are others, and the head that is saved for the device is fitted on those.
+            # The float file has the student's own head: one fitted anew on features that differ by rounding may end elsewhere. Where a file sees pictures
+            # otherwise, and in int8, the features are others, and the head that the device will have is fitted on those.
             own = name == "onnx" and models[name][0] == models["student"][0]
             heads[name] = heads["student"] if own else probes.fit_linear(sides.bank[name], sides.labels, len(classes), groups=sides.groups)
             found, right[name] = figures.scores(name, sides, heads[name])
-            if name in ("student", "onnx"):
+            if name == "student" or name in contracts:
                 found |= figures.by_class(heads[name].predict(sides.queries[name]), sides)
-            if specs and name != "onnx":
+            if specs and name not in contracts:
                 found["shots"] = {spec: figures.few_labels(name, sides, spec) for spec in specs}
-            rows.append({"name": name, **found})
+            source = {"weights": weights[name]} if name in weights else {}
+            if name in contracts:
+                source = {key: contracts[name][key] for key in ("file", "sha256")}
+            rows.append({"name": name, **source, **found})
         by_name = {row["name"]: row for row in rows}
         by_name["student"] |= figures.gap_closed(right["random"]["linear"], right["student"]["linear"], right["teacher"]["linear"])
         if fine_tune or literature:
@@ -110,16 +126,18 @@ def validate(
         if run.bags.exists():
             result |= figures.bag_purity(run.bags, bank_folder)
             result["protocol"]["test_images_trained_on"] = figures.trained_on(run.bags, sides.query_folder.only(sides.query_places))
-        deployed = "onnx" if "onnx" in models else "student"
         paths = [bank_folder.files[place] for place in sides.places]
-        save_heads(run.export, heads[deployed], sides.bank[deployed], sides.labels, classes, paths)
+        for name, contract in contracts.items():
+            save_heads(run.export / contract["file"], contract["sha256"], heads[name], sides.bank[name], sides.labels, classes, paths)
         for file in filter(None, (run.validation, json_file)):
             run_dir.write_text(file, _json(result))
         run_dir.drop_stale(run.work, "proof", set())
-        if (run.export / model_card.NAME).exists():
+        if contracts:
             model_card.renew(run, run.export)
+        else:  # it would say how to use files that are not there
+            (run.export / exported.CARD).unlink(missing_ok=True)
         show(result, run, Models(recipe, teacher, student))
-        _refuse_under(least, by_name[deployed], deployed, len(sides.labels))
+        _refuse_under(least, [by_name[name] for name in contracts or ("student",)], len(sides.labels))
         return result
 
     return distributed.from_first(judge)
@@ -139,19 +157,51 @@ def parse_required(words: Sequence[str]) -> dict[str, float]:
     return least
 
 
-def _refuse_under(least: dict[str, float], row: dict[str, Any], name: str, bank: int) -> None:
+def _refuse_under(least: dict[str, float], rows: Sequence[dict[str, Any]], bank: int) -> None:
+    """Of what goes to devices: every exported file, or the student where there is none yet. bank: how many images recall's neighbours are found among."""
+    if not least:
+        return
+    if rows[0]["name"] == "student":
+        screen.say("--require is asked of the student: there is no exported file yet; export, and validate again")
     notes, chance = {"neighbour_recall": f"; {probes.recall_title(bank)}"}, probes.recall_facts(bank)["chance"]
-    under = [
-        f"{key} {row[key]:.4f} (at least {value:g}{notes.get(key, '')})"
-        if key in row
-        else f"{key} not measured (the bank of {bank:,} is too small)"
-        for key, value in least.items()
-        if not row.get(key, -1.0) >= value
-    ]
+    under = []
+    for row in rows:
+        missed = [
+            f"{key} {row[key]:.4f} (at least {value:g}{notes.get(key, '')})"
+            if key in row
+            else f"{key} not measured (the bank of {bank:,} is too small)"
+            for key, value in least.items()
+            if not row.get(key, -1.0) >= value
+        ]
+        under += [f"{row.get('file', 'the student')} with {', '.join(missed)}"] if missed else []
     if not under and "neighbour_recall" in least and least["neighbour_recall"] <= chance:
         under = [f"neighbour_recall={least['neighbour_recall']:g} asks for no more than what is found by chance, {chance:.3f}"]
     if under:
-        raise BingoError(f"--require: the {'exported file' if name == 'onnx' else name} is below what is asked for: {', '.join(under)}", 3)
+        raise BingoError(f"--require: below what is asked for: {'; '.join(under)}", 3)
+
+
+def _contract(file: Path, student: str) -> dict[str, Any]:
+    """What an exported file says of itself. student: digest of the run's student's weights, of which the file must be. Raises BingoError."""
+    contract = exported.contract(file)
+    if contract.get("student_weights") != student:
+        found = str(contract.get("student_weights", "one that does not say of which, as earlier versions wrote"))[:80]
+        raise BingoError(
+            f"{file}: expected a file exported from the run's student (weights {student}), found {found}; export again, or delete the file"
+        )
+    return contract
+
+
+def _preprocessing(file: Path, contract: dict[str, Any]) -> Preprocessing:
+    """How an exported file's pictures are to be prepared, by its own word. Raises BingoError."""
+    with run_dir.made_by("export", file):
+        rule, values = contract["preprocess"], contract["normalization"]
+        size, mean, std = contract["input"]["size"], tuple(values["mean"]), tuple(values["std"])
+        return Preprocessing(size, rule["crop_pct"], rule["interpolation"], rule.get("crop_mode", "center"), mean, std)
+
+
+def _features_of(file: Path) -> embed.Embed:
+    run = onnx_runner(file)
+    return lambda batch: run(batch)[1]
 
 
 def _open_against(path: Path) -> run_dir.RunDir:
@@ -208,7 +258,8 @@ def _protocol(
         f"{probes.FOLDS}-fold cross-validation in the bank, the strongest within one standard error of the best, never on the test set; refitted on the whole bank",
         "neighbour_recall": _recall_text(len(sides.labels)),
         "recall": probes.recall_facts(len(sides.labels)),
-        "onnx": "the student's linear head on the features that the exported file gives",
+        "onnx": "an exported file: kNN with a bank of its own features; student.onnx with the student's linear head where both see pictures alike, else, and "
+        "student-int8.onnx always, with a head fitted on the file's own features",
         "linear_balanced": "mean over classes of the linear probe's recall",
         "intervals": f"95%, over test images: percentile bootstrap, {evidence.DRAWS} draws; Wilson's for a share of under {evidence.FEW} images or where all agree (balanced: Wilson's "
         "of each class combined, MOVER), Newcombe's for the AUC; bank, weights and heads stay as they are, so that a second run of distill may land outside",
@@ -254,13 +305,15 @@ def _recall_text(bank: int) -> str:
     return f"share of the teacher's {k} nearest bank images of each test image that are also the model's; by chance {k / bank:.3f}; no labels used"
 
 
-def save_heads(folder: Path, head: probes.LinearHead, bank: Tensor, labels: Tensor, classes: list[str], paths: list[str]) -> None:
-    """linear.npz and bank.npz beside the ONNX file, for `bingo-edge classify`: arrays only, no pickle."""
-    folder.mkdir(parents=True, exist_ok=True)
-    names = np.array(classes)
+def save_heads(
+    file: Path, sha256: str, head: probes.LinearHead, bank: Tensor, labels: Tensor, classes: list[str], paths: list[str]
+) -> None:
+    """STEM.linear.npz and STEM.bank.npz beside the exported file of that sha256, for `bingo-edge classify`: arrays only, no pickle."""
+    names, whose = np.array(classes), np.array(sha256)
     contents = {
-        "linear.npz": {"weight": head.weight.numpy(), "bias": head.bias.numpy(), "classes": names},
-        "bank.npz": {
+        exported.LINEAR: {"model_sha256": whose, "weight": head.weight.numpy(), "bias": head.bias.numpy(), "classes": names},
+        exported.BANK: {
+            "model_sha256": whose,
             "embeddings": probes.normalised(bank).half().numpy(),
             "labels": labels.int().numpy(),
             "classes": names,
@@ -269,6 +322,6 @@ def save_heads(folder: Path, head: probes.LinearHead, bank: Tensor, labels: Tens
             "temperature": np.array(probes.KNN_TEMPERATURE),
         },
     }
-    for file, arrays in contents.items():
-        with run_dir.atomic(folder / file) as temporary, temporary.open("wb") as handle:
+    for end, arrays in contents.items():
+        with run_dir.atomic(file.with_suffix(end)) as temporary, temporary.open("wb") as handle:
             np.savez(handle, **arrays)  # type: ignore[arg-type]

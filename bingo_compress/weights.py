@@ -13,14 +13,14 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from bingo_compress import layouts
+from bingo_compress import layouts, screen
 from bingo_compress.errors import BingoError
-from bingo_compress.layouts import Tensors, misshapen, names, unchunked
+from bingo_compress.layouts import Layout, Tensors, misshapen, names, unchunked
 
-WRAPPERS = ("teacher", "state_dict", "state_dict_ema", "model")  # the first that is there holds the weights
+# The first that is there holds the weights: the average before what was averaged, as timm's loader has it.
+WRAPPERS = ("teacher", "state_dict_ema", "model_ema", "state_dict", "model")
 BESIDE = {
     *WRAPPERS,
-    "model_ema",
     "student",
     "dino_loss",
     "optimizer",
@@ -33,8 +33,8 @@ BESIDE = {
 }
 
 
-def load_into(backbone: nn.Module, name: str, file: Path, option: str) -> nn.Module | None:
-    """Load `file` into `backbone` (a timm model without classifier). Returns the checkpoint's projection head, if it brings one.
+def load_into(backbone: nn.Module, name: str, file: Path, option: str) -> tuple[Layout | None, nn.Module | None]:
+    """Load `file` into `backbone` (a timm model without classifier). Returns (the layout of a method's file, its projection head if it brings one).
 
     The projection is in eval mode, (B, width) -> (B, D), not normalised. Layouts, with or without `module.` before every key:
     - timm's and torchvision's names (.safetensors, .pth, .pt), also the public backbones of DINO and DINOv2;
@@ -59,17 +59,18 @@ def load_into(backbone: nn.Module, name: str, file: Path, option: str) -> nn.Mod
         if head:
             width: Any = getattr(backbone, "head_hidden_size", None) or backbone.num_features
             projection = layouts.build_head(layout, head, int(width), where)
+            _refuse_no_numbers(projection.state_dict(), projection.state_dict(), where)
     else:
         wanted = backbone.state_dict()
         if name.startswith("tf_efficientnet_lite") and not set(wanted) & set(tensors):
             tensors = _in_order(tensors, wanted, name, file, option)
         tensors = _fitted(backbone, name, tensors, where, left_out=_classifier(backbone))
     backbone.load_state_dict(tensors, strict=False)  # BatchNorm's counters may be missing
-    return projection
+    return layout, projection
 
 
 def read_tensors(file: Path, option: str) -> Tensors:
-    """The tensors of a .safetensors or torch file by name; wrappers such as state_dict, model and teacher are opened. Raises BingoError."""
+    """The tensors of a .safetensors or torch file by name; wrappers such as state_dict, model and teacher are opened, and a choice is said. Raises BingoError."""
     if not file.is_file():
         raise BingoError(f"{option}: expected pretrained, random or a weights file; found no file {file}")
     try:
@@ -101,6 +102,9 @@ def read_tensors(file: Path, option: str) -> Tensors:
             )
         if wrapper is None:
             break
+        others = [key for key in (*WRAPPERS, "student") if key != wrapper and _holds_weights(content.get(key), inside=False)]
+        if others:
+            screen.say(f"{option}: {file} holds weights under {wrapper} and {' and '.join(others)}; those under {wrapper} are taken")
         content = content[wrapper]
     if not isinstance(content, Mapping):
         raise BingoError(f"{option}: expected tensors by name in {file}, found a {type(content).__name__}")
@@ -135,7 +139,7 @@ def _fitted(backbone: nn.Module, name: str, tensors: Tensors, where: str, left_o
     # timm's own conversion of upstream names and of position embeddings to this input size, where the model brings one.
     convert = getattr(__import__(type(backbone).__module__, fromlist=["x"]), "checkpoint_filter_fn", None)
     wanted = backbone.state_dict()
-    tensors = unchunked(tensors)
+    given = tensors = unchunked(tensors)
     if convert is not None and (set(tensors) != set(wanted) or misshapen(tensors, wanted)):
         with contextlib.suppress(Exception):  # not what it converts: the keys that do not fit are named below
             tensors = dict(convert(dict(tensors), backbone))
@@ -150,7 +154,45 @@ def _fitted(backbone: nn.Module, name: str, tensors: Tensors, where: str, left_o
     wrong = misshapen(tensors, wanted)
     if wrong:
         raise BingoError(f"{where} does not fit {name}: {len(wrong)} tensors of another shape ({names(wrong)}); is it another model's?")
+    _refuse_no_numbers(tensors, wanted, where)
+    _refuse_other_patches(given, wanted, name, where)
+    resized = [
+        f"{key} {tuple(given[key].shape)} to {tuple(value.shape)}" for key, value in wanted.items() if _resized(given.get(key), value)
+    ]
+    if resized:
+        screen.say(f"{where}: resized by timm for this input size: {names(resized)}; the size that the file was trained at may do better")
     return tensors
+
+
+def _resized(before: Tensor | None, after: Tensor) -> bool:
+    return before is not None and before.numel() != after.numel()
+
+
+def _refuse_other_patches(given: Tensors, wanted: Mapping[str, Tensor], name: str, where: str) -> None:
+    """timm's conversion would make patch embeddings of 16 pixels of those of 32: all weights fit then, and the features are wrong."""
+    patches = wanted.get("patch_embed.proj.weight")
+    if patches is not None and not any(
+        len(value) == len(patches) and value.numel() == patches.numel() for value in given.values() if value.ndim > 1
+    ):
+        theirs = given.get("patch_embed.proj.weight")
+        found = f"patches of {theirs.shape[-2]} x {theirs.shape[-1]}" if theirs is not None else "others"
+        raise BingoError(
+            f"{where}: {name} has patches of {patches.shape[-2]} x {patches.shape[-1]} pixels, found {found}: another model's weights"
+        )
+
+
+def _refuse_no_numbers(tensors: Tensors, wanted: Mapping[str, Tensor], where: str) -> None:
+    """Integers in place of floats are a quantised model's and mean nothing without their scales; NaN is left of a training that broke down."""
+    kinds = [f"{key} {value.dtype}" for key, value in tensors.items() if wanted[key].is_floating_point() and not value.is_floating_point()]
+    if kinds:
+        raise BingoError(
+            f"{where}: expected floating-point weights, found {len(kinds)} tensors of another type ({names(kinds)}); is it quantised?"
+        )
+    broken = [key for key, value in tensors.items() if not value.isfinite().all()]
+    if broken:
+        raise BingoError(
+            f"{where}: expected finite weights, found infinite ones or NaN in {len(broken)} tensors ({names(broken)}); is it damaged?"
+        )
 
 
 def _classifier(backbone: nn.Module) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds the images and runs each for real, without network, as another user than root, on pictures that it draws:
 #
-#     containers/build.sh                       both: distil, validate and export in the one, embed in the other
+#     containers/build.sh                       both: distil, export and validate in the one, embed in the other
 #     containers/build.sh edge [STUDENT.onnx]   the small one alone; with a model file, its self-test and embeddings
 #
 # With a Docker engine: on BASE (python:3.11-slim), and the images stay, as bingo-compress and bingo-edge. Without one: as root, with buildah and podman, on a base
@@ -104,8 +104,8 @@ for name in ("round", "square"):
     small=(--data /data --teacher test_resnet --teacher-weights random --student test_efficientnet --student-weights random
         --image-size 64 --teacher-size 64 --batch-size 16 --bag-size 2)
     bingo distill "${small[@]}" --epochs 1 --out runs/first
-    bingo validate --run runs/first --data /data --json runs/proof.json
     bingo export --run runs/first
+    bingo validate --run runs/first --data /data --json runs/proof.json
     test -s "$scratch/runs/proof.json"
     step "stop bingo-compress while it trains, and go on"
     offline --name bingo-stopped -e OMP_NUM_THREADS=1 -v "$scratch/photos:/data:ro" -v "$scratch/runs:/work/runs" bingo-compress \

@@ -146,10 +146,12 @@ def npz_target(home: Path) -> Callable[[np.random.Generator], None]:
     """Index and heads: an npz file damaged, or whole with arrays that are not what they should be."""
     rows = np.eye(DIM, dtype=np.float32)
     names = np.array([f"{number}.jpg" for number in range(DIM)])
+    model: Any = SimpleNamespace(path="student.onnx", sha256="x")
+    digest = {"model_sha256": np.array("x")}
     files: list[dict[str, Any]] = [
-        {"paths": names, "embeddings": rows, "run_id": np.array("x")},
-        {"weight": rows, "bias": rows[0], "classes": names},
-        {"embeddings": rows, "labels": np.arange(DIM), "classes": names, "k": np.array(3), "temperature": np.array(0.1)},
+        {"paths": names, "embeddings": rows, **digest},
+        {"weight": rows, "bias": rows[0], "classes": names, **digest},
+        {"embeddings": rows, "labels": np.arange(DIM), "classes": names, "k": np.array(3), "temperature": np.array(0.1), **digest},
     ]
     odd = [
         np.array([]),
@@ -180,7 +182,7 @@ def npz_target(home: Path) -> Callable[[np.random.Generator], None]:
         np.savez(buffer, **held)
         raw = buffer.getvalue()
         file.write_bytes(mutated(raw, random) if random.integers(0, 2) else raw)
-        for read in (lambda: load_index(file, "x"), lambda: classify(load_head(file), rows, rows)):
+        for read in (lambda: load_index(file, model), lambda: classify(load_head(file, model), rows, rows)):
             try:
                 read()
             except EdgeError as error:
@@ -218,17 +220,16 @@ def golden_target(home: Path) -> Callable[[np.random.Generator], None]:
     """golden.json and the files that it names."""
     import hashlib
 
-    model = home / "x.onnx"
-    model.write_bytes(b"model")
     picture, raw = corpus.encoded(corpus.plain(corpus.RED, size=(4, 4)), "PNG"), bytes(corpus.RED) * 16
     (home / "0.png").write_bytes(picture)
     (home / "0.rgb").write_bytes(raw)
     row = [1.0] + [0.0] * (DIM - 1)
     digests = [hashlib.sha256(part).hexdigest() for part in (b"model", picture, raw)]
+    told = {"path": str(home / "x.onnx"), "sha256": digests[0], "dim": DIM, "contract": CONTRACT}
     entry = {"file": "0.png", "sha256": digests[1], "rgb": "0.rgb", "rgb_sha256": digests[2], "embedding": row}
     whole = {"format": 1, "sha256": digests[0], "images": [entry]}
     answer = np.array([row], np.float32)
-    embedder: Any = SimpleNamespace(path=str(model), dim=DIM, contract=CONTRACT, infer=lambda batch: (answer, answer))
+    embedder: Any = SimpleNamespace(**told, infer=lambda batch: (answer, answer))
     (home / "golden.json").write_text(json.dumps(whole))
     assert not selftest(embedder, home)[0].failed
 

@@ -22,6 +22,7 @@ from bingo_compress.made_of import made_of
 from bingo_compress.pixels import PixelStore, store_of
 from bingo_compress.recipe import Recipe, make_recipe, recipe_text
 from bingo_compress.run_dir import RunDir
+from bingo_compress.unread import unread
 
 CPU = torch.device("cpu")
 TINY = {
@@ -72,6 +73,15 @@ def encoder(name: str = "test_resnet", size: int = 32, seed: int = 0) -> Encoder
     return made
 
 
+def dropping(student: Encoder, share: float = 0.3) -> Encoder:
+    """The student with a dropout after each layer of its trunk, so that every block draws masks."""
+    for name, module in list(student.named_modules()):
+        for child, layer in list(module.named_children()):
+            if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d) and name:
+                setattr(module, child, torch.nn.Sequential(layer, torch.nn.Dropout(share)))
+    return student
+
+
 def photo(kind: int, seed: int, height: int = 40, width: int = 56) -> np.ndarray:
     """uint8 (height, width, 3): stripes, dots or blobs by `kind`, each in its own colour, with noise of `seed`."""
     random = np.random.default_rng([kind, seed])
@@ -112,6 +122,11 @@ def pixel_store(count: int, side: int = 40) -> PixelStore:
     """`count` pictures of three kinds in turn, in memory."""
     pictures = np.stack([photo(number % 3, number, side, side) for number in range(count)])
     return store_of(list(pictures), torch.ones(count), CPU)
+
+
+def whole_images(store: PixelStore, indices: Tensor, size: int) -> Tensor:
+    """Whole images (B,) of a store, resized without crop: uint8 (B, 3, size, size)."""
+    return store.crops(indices, torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(indices), 4), size)
 
 
 def unit(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -181,11 +196,12 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 
 
 def flags(**changes: Any) -> list[str]:
-    """TINY as the words of the command line, with `changes`; settings without a flag of their own go through --set."""
+    """TINY as the words of the command line, with `changes` and without what their method does not read; settings without a flag of their own go through --set."""
     own = ("teacher", "student", "teacher_weights", "student_weights", "teacher_size", "image_size", "batch_size", "bag_size", "views")
     own += ("epochs", "device", "seed", "data", "queue_size", "temperature")
     words: list[str] = []
-    for key, value in {**TINY, **changes}.items():
+    idle = unread(recipe(method=changes.get("method", "bingo")))
+    for key, value in {**{key: value for key, value in TINY.items() if key not in idle}, **changes}.items():
         words += [f"--{key.replace('_', '-')}", str(value)] if key in own else ["--set", f"{key}={value}"]
     return words
 

@@ -99,8 +99,8 @@ def road(data: Path, out: Path, log: Path, *, exports: bool = True, processes: i
     if second or processes == 1:
         WATCH.ready()
     sets = flags(data=data, epochs=EPOCHS, save_every_steps=SAVE_EVERY)
-    commands = [["distill", *sets, "--out", str(out), *resume], ["validate", "--run", str(out), "--data", str(data)]]
-    status = _walk(commands + [["export", "--run", str(out)]] * exports, ports, first=bool(second) or processes == 1)
+    commands = [["distill", *sets, "--out", str(out), *resume], *[["export", "--run", str(out)]] * exports]
+    status = _walk([*commands, ["validate", "--run", str(out), "--data", str(data)]], ports, first=bool(second) or processes == 1)
     try:
         if second:
             status = status or os.waitstatus_to_exitcode(os.waitpid(second, 0)[1])

@@ -11,7 +11,7 @@ import torch
 from helpers import Ran, bad_files, command, encoder, flags, photos
 from PIL import Image
 
-from bingo_compress import __version__, cli, embed, run_dir
+from bingo_compress import __version__, cli, run_dir, teacher_pass
 
 
 @pytest.fixture
@@ -128,6 +128,7 @@ def test_an_out_folder_that_is_not_empty_offers_both_ways(bingo: Any, data: Path
     assert files(tmp_path / "run") == {"mine.txt": b"mine"}
     one_error(bingo("distill", *flags(data=data), "--out", "run/mine.txt"), "--out", "found the file")
     one_error(bingo("distill", *flags(data=data), "--out", "none", "--resume"), "--resume", "found none")
+    one_error(bingo("distill", *flags(data=data), "--out", "none", "--resume", "--overwrite"), "--overwrite", "found both")
     assert not (tmp_path / "none").exists()
 
 
@@ -149,7 +150,7 @@ def test_a_disk_that_fills_up_while_writing(bingo: Any, data: Path, monkeypatch:
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device", "run/work/pixels")
 
-    monkeypatch.setattr(embed, "teacher_pass", full)
+    monkeypatch.setattr(teacher_pass, "run", full)
     one_error(bingo("distill", *flags(data=data), "--out", "run"), "no space: the disk is full", "run/work/pixels", "--resume")
 
 
@@ -226,7 +227,7 @@ def test_a_dry_run_prints_all_and_writes_nothing(bingo: Any, data: Path, tmp_pat
     ran = bingo("distill", *flags(data=data, epochs=3), "--out", "run", "--dry-run")
     assert ran.status == 0, ran.err
     assert sorted(tmp_path.rglob("*")) == before
-    for text in ("test_resnet", "test_efficientnet", "epochs: 3", "temperature: 0.2", "3 steps of 8 anchors", "memory", "disk", "time"):
+    for text in ("test_resnet", "test_efficientnet", "epochs: 3", "temperature: 0.2", "5 steps of 8 anchors", "memory", "disk", "time"):
         assert text in ran.out
     one_error(bingo("distill", *flags(data=data, bag_size=40), "--out", "run", "--dry-run"), "found 12")
 
@@ -266,7 +267,7 @@ def test_ctrl_c_says_how_to_go_on(bingo: Any, data: Path, monkeypatch: pytest.Mo
     def stopped(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(embed, "teacher_pass", stopped)
+    monkeypatch.setattr(teacher_pass, "run", stopped)
     ran = bingo("distill", *flags(data=data), "--out", "run")
     assert ran.status == cli.INTERRUPTED == 130
     assert "--resume" in ran.err and "Traceback" not in ran.err
@@ -294,6 +295,6 @@ def test_a_full_gpu_is_one_clear_line(bingo: Any, tmp_path: Path, monkeypatch: p
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 139.80 GiB")
 
-    monkeypatch.setattr(embed, "teacher_pass", full)
+    monkeypatch.setattr(teacher_pass, "run", full)
     found = bingo("distill", *flags(data=photos(tmp_path / "photos", 6)), "--out", "run")
     one_error(found, "out of the GPU's memory (CUDA out of memory)", "--batch-size")

@@ -88,7 +88,7 @@ def test_no_host_and_no_floating_tag_is_named(file: Path) -> None:
 def test_the_jobs_in_the_docs_use_commands_and_options_that_exist(text: str) -> None:
     known = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
     lines = list(commands(yaml.safe_load(text)))
-    assert [line[1] for line in lines] == ["distill", "validate", "export"]
+    assert [line[1] for line in lines] == ["distill", "export", "validate"]  # the file is judged, not the student before it
     for line in lines:
         options = {option for parameter in known[line[1]].params for option in parameter.opts}
         assert {word for word in line if word.startswith("--")} <= options, line

@@ -226,5 +226,5 @@ def test_a_file_that_changes_while_it_is_streamed_ends_the_run_by_name(tmp_path:
         path.write_bytes(corpus.encoded(corpus.plain(corpus.RED, size=(10, 10)), "PNG"))
     elif change == "a pipe":
         os.mkfifo(path)
-    with pytest.raises(BingoError, match=rf"{path.name} changed while the run was reading it"):
+    with pytest.raises(BingoError, match=rf"{path.name} changed while the command was running"):
         store.crops(torch.tensor([0, 1]), torch.tensor([[0.0, 0.0, 1.0, 1.0]] * 2), 16)

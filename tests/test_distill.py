@@ -1,5 +1,6 @@
 """The training loop on a problem small enough to know its answers."""
 
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -8,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CPU, Trained, encoder, kind_targets, pixel_store, recipe
+from helpers import CPU, Trained, dropping, encoder, kind_targets, pixel_store, recipe, whole_images
 
 from bingo_compress import augment, checkpoint, distill, meter
 from bingo_compress.bagging import knn
 from bingo_compress.batches import AHEAD
-from bingo_compress.embed import OnlineTargets, StoredTargets, TargetSpace, target_space, whole_images
+from bingo_compress.embed import OnlineTargets, StoredTargets, TargetSpace, target_space
 from bingo_compress.errors import BingoError
+from bingo_compress.frugal import Frugal
 from bingo_compress.losses import Batch, Bingo
 from bingo_compress.recipe import Recipe
 
@@ -27,9 +29,15 @@ TARGETS = kind_targets(IMAGES, VIEWS, DIM)
 BAGS = knn(TARGETS[:, 0], 3)[0]
 
 
-def train(folder: Path, settings: Recipe, target_of: TargetOf | None = None, dim: int = DIM, stop_after: int | None = None) -> Trained:
+def train(
+    folder: Path, settings: Recipe, target_of: TargetOf | None = None, dim: int = DIM, stop_after: int | None = None, drop: float = 0.0
+) -> Trained:
     folder.mkdir(exist_ok=True)
-    run = Trained(encoder("test_resnet", 32, seed=5), folder / "metrics.jsonl", folder / "checkpoint.safetensors")
+    run = Trained(
+        dropping(encoder("test_resnet", 32, seed=5), drop) if drop else encoder("test_resnet", 32, seed=5),
+        folder / "metrics.jsonl",
+        folder / "checkpoint.safetensors",
+    )
     source = target_of or StoredTargets(TARGETS, TargetSpace(None, None), CPU)
     everything = torch.arange(IMAGES)
     distill.distill(settings, run.student, STORE, everything, BAGS, source, dim, run.metrics, run.saved, CPU, stop_after=stop_after)
@@ -45,20 +53,20 @@ def equal(one: Trained, two: Trained) -> bool:
 
 def test_a_plan_is_arithmetic() -> None:
     made = distill.plan(recipe(batch_size=8, epochs=7, queue_size=30, optimizer="sgd"), 43)
-    assert (made.batch_size, made.steps_per_epoch, made.steps, made.warmup) == (8, 5, 35, 0)
+    assert (made.batch_size, made.steps, made.warmup) == (8, 38, 0)  # 301 anchors
     assert made.peak_lr == pytest.approx(0.03 * 8 / 256)
     assert (made.optimizer, made.queue_size, made.student_views) == ("sgd", 30, 2)
 
 
 def test_the_paper_at_its_own_size_gets_its_own_constants() -> None:
     made = distill.plan(recipe(batch_size=256, epochs=200, queue_size=65536), 1_281_167)
-    assert (made.optimizer, made.warmup, made.queue_size, made.steps) == ("sgd", 0, 65536, 5004 * 200)
+    assert (made.optimizer, made.warmup, made.queue_size, made.steps) == ("sgd", 0, 65536, 1_000_912)
     assert made.peak_lr == pytest.approx(0.03)
 
 
 def test_few_steps_get_adamw_with_a_warm_up() -> None:
     made = distill.plan(recipe(batch_size=128, epochs=100), 3000)
-    assert (made.optimizer, made.steps, made.warmup) == ("adamw", 2300, 115)
+    assert (made.optimizer, made.steps, made.warmup) == ("adamw", 2344, 117)
     assert made.peak_lr == pytest.approx(0.003)
     assert distill.plan(recipe(batch_size=32, epochs=1), 3000).peak_lr == pytest.approx(0.0015)
 
@@ -70,13 +78,13 @@ def test_settings_win_over_what_follows() -> None:
 
 def test_batch_and_queue_never_exceed_the_images() -> None:
     made = distill.plan(recipe(batch_size=500, queue_size=65536, epochs=3), 20)
-    assert (made.batch_size, made.steps_per_epoch, made.steps, made.queue_size) == (20, 1, 3, 20)
+    assert (made.batch_size, made.steps, made.queue_size) == (20, 3, 20)
 
 
 def test_the_plan_refuses_fewer_images_than_a_bag_needs() -> None:
     with pytest.raises(BingoError, match=r"expected more images than a bag holds \(3\), found 3"):
         distill.plan(recipe(bag_size=3), 3)
-    assert distill.plan(recipe(bag_size=3), 4).steps == 2
+    assert distill.plan(recipe(bag_size=3, epochs=2), 4).steps == 2
     with pytest.raises(BingoError, match="found 0"):
         distill.plan(recipe(), 0)
 
@@ -145,9 +153,9 @@ def test_negatives_are_earlier_anchors_and_the_mask_is_the_anchor_with_its_bag(t
     source = StoredTargets(torch.eye(IMAGES)[:, None], TargetSpace(None, None), CPU)
     files = (tmp_path / "metrics.jsonl", tmp_path / "checkpoint.safetensors")
     distill.distill(recipe(queue_size=20, epochs=4), encoder(), STORE, training, bags, source, IMAGES, *files, CPU)
-    assert len(earlier) == 4 * 3 * 8
+    assert len(earlier) == 4 * 30
     assert masks > 50
-    assert all(len(set(earlier[start : start + 24])) == 24 for start in range(0, 96, 24))  # an epoch shows no image twice
+    assert all(len(set(earlier[start : start + 30])) == 30 for start in range(0, 120, 30))  # an epoch shows every image once
 
 
 def test_stored_and_online_targets_both_work_and_the_teacher_never_changes(tmp_path: Path) -> None:
@@ -210,7 +218,10 @@ def test_the_same_seed_gives_the_same_weights_bit_for_bit_and_another_seed_other
 
 
 @pytest.mark.parametrize("stop", [3, 5, 8])
-@pytest.mark.parametrize("changes", [{"optimizer": "adamw"}, {"optimizer": "sgd", "lr": 0.05}, {"variant": "official", "switch_epoch": 1}])
+@pytest.mark.parametrize(
+    "changes",
+    [{"optimizer": "adamw"}, {"optimizer": "sgd", "lr": 0.05}, {"variant": "official", "switch_epoch": 1, "batch_size": 12, "epochs": 3}],
+)
 def test_a_run_stopped_and_gone_on_with_equals_the_whole_bit_for_bit(stop: int, changes: dict[str, Any], tmp_path: Path) -> None:
     settings = recipe(**changes)
     whole = train(tmp_path / "whole", settings)
@@ -258,6 +269,24 @@ def test_a_finished_run_is_not_trained_further(tmp_path: Path) -> None:
     again = train(tmp_path, recipe(), lambda indices, generator, mine: pytest.fail("a step was made"))
     assert equal(first, again)
     assert len(again.lines) == 2
+
+
+def test_a_student_with_dropout_draws_the_same_masks_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = train(tmp_path / "whole", recipe(), drop=0.2)
+    assert not equal(whole, train(tmp_path / "none", recipe()))
+    train(tmp_path / "parts", recipe(), stop_after=4, drop=0.2)
+    assert equal(whole, train(tmp_path / "parts", recipe(), drop=0.2))
+    real, calls = Frugal.__call__, itertools.count()
+
+    def short(frugal: Frugal, views: torch.Tensor) -> torch.Tensor:
+        found = real(frugal, views)
+        if next(calls) == 3:
+            raise torch.OutOfMemoryError("tried to allocate 20.00 GiB")
+        return found
+
+    monkeypatch.setattr(Frugal, "__call__", short)
+    assert equal(whole, train(tmp_path / "short", recipe(), drop=0.2))
+    assert next(calls) == 11  # ten steps, one of them twice
 
 
 # ---------------------------------------------------------------- going wrong

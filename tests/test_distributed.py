@@ -14,8 +14,10 @@ import pytest
 import torch
 from helpers import CPU, Ran, encoder, photos
 from test_neighbours import clustered
+from timm.layers import EvoNorm2dB0
+from torch import nn
 from torch.distributed.run import parse_args
-from two_processes import DISTILLED, HANDED_OVER, SIZES, STOP_AT, TUNED, command, distill, validate
+from two_processes import BATCHES, DISTILLED, HANDED_OVER, SHARDS, STOP_AT, TUNED, command, distill, validate
 
 from bingo_compress import (
     checkpoint,
@@ -29,9 +31,12 @@ from bingo_compress import (
     run_dir,
     screen,
     stopping,
+    teacher_pass,
     trained,
 )
 from bingo_compress.batches import own_share
+from bingo_compress.errors import BingoError
+from bingo_compress.held_out import halves
 from bingo_compress.material import prepare
 
 Bingo = Callable[..., Ran]
@@ -59,7 +64,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def two(folder: Path, labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which two processes left every case of two_processes.py; one process began the run that they take over."""
     out = tmp_path_factory.mktemp("two")
-    with mock.patch.multiple(embed, **SIZES):
+    with mock.patch.multiple(embed, **BATCHES), mock.patch.multiple(teacher_pass, **SHARDS):
         (out / "began.json").write_text(json.dumps(command(*distill(folder, out / "taken", **HANDED_OVER), stop_at=STOP_AT)))
     run_dir._HELD.pop((out / "taken" / "work" / "writer.json").resolve()).close()  # as the end of a process does
     done = torchrun(Path(__file__).with_name("two_processes.py"), folder, labelled, out)
@@ -73,7 +78,7 @@ def two(folder: Path, labelled: Path, tmp_path_factory: pytest.TempPathFactory) 
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """One process with the sizes of two_processes.py."""
     torch.set_num_threads(1)
-    for owner, sizes in ((embed, SIZES), (finetune, TUNED)):
+    for owner, sizes in ((embed, BATCHES), (teacher_pass, SHARDS), (finetune, TUNED)):
         for name, size in sizes.items():
             monkeypatch.setattr(owner, name, size)
 
@@ -107,7 +112,7 @@ def same_training(one: Path, two: Path) -> None:
 
 @pytest.mark.slow
 def test_the_command_under_torchrun_trains_what_it_trains_alone(folder: Path, tmp_path: Path, bingo: Bingo) -> None:
-    one, shared = ([*distill(folder, tmp_path / name, method="bingo", student="test_efficientnet")] for name in ("one", "two"))
+    one, shared = ([*distill(folder, tmp_path / name, method="bingo", student="test_efficientnet", lr=0.02)] for name in ("one", "two"))
     done = torchrun("-m", "bingo_compress", *shared)
     assert done.returncode == 0, done.stderr[-3000:]
     ran = bingo(*one)
@@ -143,7 +148,9 @@ def test_two_processes_check_the_student_as_one_does(two: Path, folder: Path) ->
     assert json.loads(run.summary.read_text())["neighbour_recall"] == pipeline.held_out_recall(run, models, material, CPU)
     checks = [line["neighbour_recall"] for line in lines(run.path) if "neighbour_recall" in line]
     assert len(checks) == 3
-    assert max(checks) == pytest.approx(pipeline.recall_check(material, CPU)(models.student), abs=1e-6)  # the log rounds
+    choosing, reporting = halves(material.held, recipe)
+    assert max(checks) == pytest.approx(pipeline.recall_check(material, choosing, CPU)(models.student), abs=1e-6)  # the log rounds
+    assert json.loads(run.summary.read_text())["neighbour_recall"]["queries"] == len(reporting) == len(material.held) - len(choosing)
 
 
 @pytest.mark.slow
@@ -169,6 +176,10 @@ def test_another_number_of_processes_goes_on_and_shows_each_image_once_an_epoch(
             for step, anchors in part["shown"].items():
                 shown[int(step) // 6] += anchors
         assert all(sorted(images) == list(range(36)) for images in shown.values())
+    first, second = (part["seeds"] for part in did(two, "stopped"))
+    whole = {int(step): seed for step, seed in alone["seeds"].items()}
+    assert all(whole[int(step)] == seed for part in (first, did(two, "taken")[0]["seeds"]) for step, seed in part.items())
+    assert not set(second.values()) & set(whole.values())  # each process has masks of its own
     for name in ("taken", "stopped"):
         assert lines(two / name)[-1]["loss"] == pytest.approx(lines(tmp_path / "alone")[-1]["loss"], rel=2e-3)
 
@@ -210,7 +221,7 @@ def test_torchrun_does_not_take_run_for_an_option_of_its_own(tmp_path: Path, bin
 @pytest.mark.usefixtures("small")
 def test_two_processes_share_the_pass_and_get_the_same(two: Path, folder: Path, tmp_path: Path) -> None:
     listed = images.list_folder(folder)
-    whole = embed.teacher_pass(encoder(), listed, pixels.build(listed, 40, tmp_path, CPU)[0], 2, 0.2, tmp_path, CPU)
+    whole = teacher_pass.run(encoder(), listed, pixels.build(listed, 40, tmp_path, CPU)[0], 2, 0.2, tmp_path, CPU)
     for rank in (0, 1):
         found = checkpoint.load(two / f"pass.{rank}.safetensors")[0]
         assert torch.allclose(found["features"].float(), whole.features.float(), rtol=2e-3, atol=1e-3)
@@ -274,6 +285,16 @@ def test_a_lost_process_is_told_in_one_line_and_other_errors_are_not_taken_for_o
         monkeypatch.setattr(module, name, lambda: None)
     ran = bingo("check", "--data", tmp_path)
     assert ran.status == 1 and ran.err.startswith("process 1: error: another process of this run has ended") and ran.err.count("\n") == 1
+
+
+def test_a_norm_whose_statistics_processes_do_not_share_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    students = [nn.Sequential(nn.Conv2d(3, 4, 3), norm(4)) for norm in (nn.BatchNorm2d, EvoNorm2dB0)]
+    for student in students:
+        distributed.refuse_unshared(student)
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    distributed.refuse_unshared(students[0])
+    with pytest.raises(BingoError, match="found EvoNorm2dB0 and 2 processes"):
+        distributed.refuse_unshared(students[1])
 
 
 def test_processes_share_a_batch_and_a_list(monkeypatch: pytest.MonkeyPatch) -> None:

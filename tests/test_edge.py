@@ -1,6 +1,7 @@
 """The edge kit's network, heads and commands, against numbers worked out here and not by the code under test."""
 
 import ast
+import hashlib
 import io
 import json
 import os
@@ -165,27 +166,29 @@ def units(rows: np.ndarray) -> np.ndarray:
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
-def write_heads(folder: Path, rng: np.random.Generator, dim: int = 3, **changes: object) -> tuple[str, str, dict[str, np.ndarray]]:
+def write_heads(
+    folder: Path, sha256: str, rng: np.random.Generator, dim: int = 3, **changes: object
+) -> tuple[str, str, dict[str, np.ndarray]]:
     classes = np.array(["ant", "bee", "cow", "dog"])
     linear = {"weight": rng.normal(size=(4, dim)).astype("f4"), "bias": rng.normal(size=4).astype("f4"), "classes": classes}
     bank = {"embeddings": units(rng.normal(size=(50, dim))).astype("f2"), "labels": rng.integers(0, 4, 50, np.int32), "classes": classes}
     bank |= {"paths": np.array([f"p{i}" for i in range(50)]), "k": np.array(7), "temperature": np.array(0.07), **changes}
-    np.savez(folder / "linear.npz", **linear)
-    np.savez(folder / "bank.npz", **bank)
+    np.savez(folder / "linear.npz", **linear, model_sha256=np.array(sha256))
+    np.savez(folder / "bank.npz", **bank, model_sha256=np.array(sha256))
     return str(folder / "linear.npz"), str(folder / "bank.npz"), linear | bank
 
 
-def test_heads_match_float64_loops(tmp_path: Path) -> None:
-    rng = np.random.default_rng(3)
-    linear, bank, held = write_heads(tmp_path, rng, dim=16)
+def test_heads_match_float64_loops(tmp_path: Path, model: str) -> None:
+    embedder, rng = Embedder(model), np.random.default_rng(3)
+    linear, bank, held = write_heads(tmp_path, embedder.sha256, rng, dim=16)
     features = rng.normal(size=(9, 16)).astype("f4")
     embeddings = units(features).astype("f4")
-    names, shares = classify(load_head(linear), embeddings, features)
+    names, shares = classify(load_head(linear, embedder), embeddings, features)
     for row, name, share in zip(features.astype(float), names, shares, strict=True):
         odds = np.exp(held["weight"].astype(float) @ row + held["bias"])
         np.testing.assert_allclose(share, odds / odds.sum(), rtol=1e-5)
         assert name == held["classes"][odds.argmax()]
-    names, shares = classify(load_head(bank), embeddings, features)
+    names, shares = classify(load_head(bank, embedder), embeddings, features)
     for row, name, share in zip(embeddings.astype(float), names, shares, strict=True):
         cosines = held["embeddings"].astype(float) @ row
         votes = np.zeros(4)
@@ -196,9 +199,10 @@ def test_heads_match_float64_loops(tmp_path: Path) -> None:
     assert len({*names}) > 1
 
 
-def test_bank_extremes(tmp_path: Path) -> None:
-    _, bank, held = write_heads(tmp_path, np.random.default_rng(4), k=np.array(500), temperature=np.array(1e-4))  # exp(10,000) overflows
-    names, shares = classify(load_head(bank), held["embeddings"][:5], held["embeddings"][:5])
+def test_bank_extremes(tmp_path: Path, model: str) -> None:
+    embedder, huge = Embedder(model), {"k": np.array(500), "temperature": np.array(1e-4)}  # exp(10,000) overflows
+    _, bank, held = write_heads(tmp_path, embedder.sha256, np.random.default_rng(4), **huge)
+    names, shares = classify(load_head(bank, embedder), held["embeddings"][:5], held["embeddings"][:5])
     assert list(names) == [held["classes"][label] for label in held["labels"][:5]]
     np.testing.assert_allclose(shares.sum(axis=1), 1)
     places, cosines = nearest(np.array([[1.0, 0.0]]), np.array([[0, 1], [1, 0], [-1, 0], [1, 0]], np.float32), 3)
@@ -218,17 +222,17 @@ class Trap:
         return os.mkdir, (self.mark,)
 
 
-def test_unsound_heads_are_refused(tmp_path: Path) -> None:
-    rng = np.random.default_rng(5)
+def test_unsound_heads_are_refused(tmp_path: Path, model: str) -> None:
+    embedder, rng = Embedder(model), np.random.default_rng(5)
     nan = units(rng.normal(size=(50, 3)))
     nan[7] = np.nan
     bad = [{"labels": np.full(50, 4)}, {"k": np.array(0)}, {"temperature": np.array(0.0)}, {"embeddings": np.ones((50, 3))}]
     bad += [{"embeddings": nan}, {"classes": np.array([Trap(str(tmp_path / "mark"))], object)}, {"k": np.array("x")}]
     for change in bad:
         with pytest.raises(EdgeError, match="found"):
-            load_head(write_heads(tmp_path, rng, **change)[1])
+            load_head(write_heads(tmp_path, embedder.sha256, rng, **change)[1], embedder)
     assert not (tmp_path / "mark").exists()  # nothing was unpickled
-    head = load_head(write_heads(tmp_path, rng)[0])
+    head = load_head(write_heads(tmp_path, embedder.sha256, rng)[0], embedder)
     assert isinstance(head, LinearHead)
     with pytest.raises(EdgeError, match="rows of 3 values"):
         classify(head, np.ones((2, 5)), np.ones((2, 5)))
@@ -268,8 +272,9 @@ def test_embed_and_nearest(capfd: pytest.CaptureFixture[str], model: str, photos
 
 
 def test_classify_time_info(capfd: pytest.CaptureFixture[str], model: str, photos: Path, tmp_path: Path) -> None:
-    head = tmp_path / "linear.npz"
-    np.savez(head, weight=np.eye(3, dtype="f4") / 255, bias=np.zeros(3, "f4"), classes=np.array(["red", "green", "blue"]))
+    head, digest = tmp_path / "linear.npz", np.array(Embedder(model).sha256)
+    classes = np.array(["red", "green", "blue"])
+    np.savez(head, weight=np.eye(3, dtype="f4") / 255, bias=np.zeros(3, "f4"), classes=classes, model_sha256=digest)
     code, text, err = run(capfd, "classify", model, "--head", head, photos / "b.png", photos / "notes.jpg")
     sure = np.e / (np.e + 2)
     assert code == 0 and text == f"{photos}/b.png\tgreen\t{sure:.4f}\n" and err.startswith("skipped ")
@@ -281,15 +286,17 @@ def test_classify_time_info(capfd: pytest.CaptureFixture[str], model: str, photo
     assert latency_ms(Embedder(model), 5).shape == (5,)
     assert times["runs"] == 30 and times["preprocessing_included"] is False
     assert "preprocessing not included" in run(capfd, "time", model, "--runs", 3)[1]
-    assert json.loads(run(capfd, "info", model, "--json")[1]).items() >= contract().items()
+    info = json.loads(run(capfd, "info", model, "--json")[1])
+    assert info.items() >= contract().items()
+    assert info["sha256"] == hashlib.sha256(Path(model).read_bytes()).hexdigest() and info["bytes"] == Path(model).stat().st_size
     assert "run_id: run-a" in run(capfd, "info", model)[1].splitlines()
 
 
 def test_every_user_error_is_one_line_and_status_2(capfd: pytest.CaptureFixture[str], model: str, photos: Path, tmp_path: Path) -> None:
     good, junk, other = photos / "a.png", tmp_path / "junk", tmp_path / "other.npz"
     junk.write_bytes(b"PK\x03\x04 not really")
-    write_npz(other, paths=np.array(["x"]), embeddings=np.eye(3, dtype="f4")[:1], run_id=np.array("run-b"))
-    wide = write_heads(tmp_path, np.random.default_rng(0), dim=5)[1]
+    write_npz(other, paths=np.array(["x"]), embeddings=np.eye(3, dtype="f4")[:1], model_sha256=np.array("0" * 64))
+    wide = write_heads(tmp_path, Embedder(model).sha256, np.random.default_rng(0), dim=5)[1]
     bare = make_model(tmp_path / "bare.onnx", meta=False)
     (tmp_path / "none").mkdir()
     cases: list[list[object]] = [[], ["fly"], ["embed"], ["embed", model], ["info", model, "--wings"], ["time", model, "--threads", "two"]]
@@ -306,17 +313,18 @@ def test_every_user_error_is_one_line_and_status_2(capfd: pytest.CaptureFixture[
         assert err.startswith("error: expected ") and ", found " in err and "; " in err and "Traceback" not in err, err
 
 
-def test_an_npz_file_that_unpacks_to_far_more_than_it_is_is_not_unpacked(tmp_path: Path) -> None:
-    bomb, packed = tmp_path / "bomb.npz", tmp_path / "packed.npz"
-    np.savez_compressed(bomb, paths=np.array(["x"]), embeddings=np.zeros((1 << 16, 256), "f4"), run_id=np.array("x"))
+def test_an_npz_file_that_unpacks_to_far_more_than_it_is_is_not_unpacked(tmp_path: Path, model: str) -> None:
+    bomb, packed, embedder = tmp_path / "bomb.npz", tmp_path / "packed.npz", Embedder(model)
+    digest = np.array(embedder.sha256)
+    np.savez_compressed(bomb, paths=np.array(["x"]), embeddings=np.zeros((1 << 16, 256), "f4"), model_sha256=digest)
     assert bomb.stat().st_size < 100_000
     with pytest.raises(EdgeError, match=r"67,\d+,\d+ bytes when unpacked"):
-        load_index(bomb, "x")
+        load_index(bomb, embedder)
     rows = np.random.default_rng(0).normal(size=(3, 8)).astype("f4")
     np.savez_compressed(
-        packed, paths=np.array(["a", "b", "c"]), embeddings=rows / np.linalg.norm(rows, axis=1, keepdims=True), run_id=np.array("x")
+        packed, paths=np.array(["a", "b", "c"]), embeddings=rows / np.linalg.norm(rows, axis=1, keepdims=True), model_sha256=digest
     )
-    load_index(packed, "x")
+    load_index(packed, embedder)
 
 
 def test_out_is_written_whole_or_not_at_all(

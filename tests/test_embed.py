@@ -1,12 +1,14 @@
 """Embeddings: plain features, target spaces and the two sources of targets."""
 
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from bingo_edge.image import load_image, preprocess
+from bingo_edge.image import ImageError, load_image, preprocess
 from helpers import CPU, bad_files, encoder, photos, unit
 from PIL import Image
 from torch.nn.functional import normalize
@@ -37,7 +39,6 @@ def teacher() -> Encoder:
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embed, "SHARD", 8)
     monkeypatch.setattr(embed, "BATCH", 4)
 
 
@@ -97,10 +98,10 @@ def test_plain_goes_on_after_the_last_finished_part(
         return run(batch)
 
     expected = embed.plain({"a": (preprocessing, run)}, folder, range(COUNT), "test")
-    keep = tmp_path / "keep"
+    keep = embed.Keep(tmp_path, "keep", {"a": embed.weights_digest(teacher)})
     with pytest.raises(KeyboardInterrupt):
         embed.plain({"a": (preprocessing, counted)}, folder, range(COUNT), "test", keep)
-    whole = sorted(keep.glob("*"))
+    whole = sorted(keep.folder.glob("*/*"))
     assert len(whole) == (stop - 1) // 2
     if whole:
         whole.pop().write_bytes(b"damaged")
@@ -108,6 +109,96 @@ def test_plain_goes_on_after_the_last_finished_part(
     found = embed.plain({"a": (preprocessing, counted)}, folder, range(COUNT), "test", keep)
     assert found[1] == expected[1] and torch.equal(found[0]["a"], expected[0]["a"])
     assert len(runs) == COUNT // 2 - 2 * len(whole)
+
+
+def test_parts_of_other_models_images_or_preprocessing_are_not_taken(
+    teacher: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embed, "BATCH", 2)
+    monkeypatch.setattr(embed, "PART", 1)
+    root = photos(tmp_path / "photos", 2)
+
+    def embedded(model: Encoder, order: list[int]) -> tuple[torch.Tensor, list[int]]:
+        keep = embed.Keep(tmp_path, "keep", {"a": embed.weights_digest(model)})
+        found, good = embed.plain({"a": embed.as_embed(model, CPU)}, images.list_folder(root), order, "test", keep)
+        expected, _ = embed.plain({"a": embed.as_embed(model, CPU)}, images.list_folder(root), order, "test")
+        assert torch.equal(found["a"], expected["a"])
+        return found["a"], good
+
+    first, _ = embedded(teacher, [0, 1, 2, 3])
+    embedded(encoder(seed=4), [0, 1, 2, 3])
+    embedded(encoder(size=48), [0, 1, 2, 3])
+    embedded(teacher.normalised_by((0.1, 0.2, 0.3), teacher.preprocessing.std), [0, 1, 2, 3])
+    assert embedded(teacher, [3, 2, 1, 0])[1] == [3, 2, 1, 0]
+    one, other = (images.list_folder(root).path(place) for place in (0, 5))
+    status = one.stat()
+    one.write_bytes(other.read_bytes())
+    os.utime(one, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert not torch.equal(embedded(teacher, [0, 1, 2, 3])[0][0], first[0])
+
+
+def test_a_kept_part_is_made_again_when_what_it_left_out_can_be_used(
+    teacher: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embed, "BATCH", 2)
+    monkeypatch.setattr(embed, "PART", 1)
+    listed = images.list_folder(photos(tmp_path / "photos", 2))
+    keep = embed.Keep(tmp_path, "keep", {"a": ""})
+    real = images.load_image
+
+    def refused(path: Path, at_least: int = 0) -> Any:
+        if path == listed.path(2):
+            raise ImageError("Permission denied")
+        return real(path, at_least)
+
+    preprocessing, run = embed.as_embed(teacher, CPU)
+    with monkeypatch.context() as patch:
+        patch.setattr(images, "load_image", refused)
+        assert embed.plain({"a": (preprocessing, run)}, listed, range(6), "test", keep)[1] == [0, 1, 3, 4, 5]
+    runs: list[int] = []
+
+    def counted(batch: torch.Tensor) -> torch.Tensor:
+        runs.append(len(batch))
+        return run(batch)
+
+    found, good = embed.plain({"a": (preprocessing, counted)}, listed, range(6), "test", keep)
+    assert good == [0, 1, 2, 3, 4, 5] and runs == [2]
+    assert torch.equal(found["a"], embed.plain({"a": (preprocessing, run)}, listed, range(6), "test")[0]["a"])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_image_that_a_model_makes_no_numbers_of_is_named(value: float, folder: images.Folder, teacher: Encoder) -> None:
+    preprocessing, run = embed.as_embed(teacher, CPU)
+
+    def broken(batch: torch.Tensor) -> torch.Tensor:
+        features = run(batch).clone()
+        features[1, 3] = value
+        return features
+
+    with pytest.raises(BingoError, match=rf"^student: expected finite features, found .* for .*{Path(folder.files[9]).name}; are"):
+        embed.plain({"student": (preprocessing, broken)}, folder, [4, 9, 1], "test")
+
+
+def test_a_model_in_training_is_judged_in_eval_mode_and_goes_on_training(folder: images.Folder) -> None:
+    model = encoder()
+    expected, _ = embed.plain({"a": embed.as_embed(model, CPU)}, folder, [0, 1, 2], "test")
+    found, _ = embed.plain({"a": embed.as_embed(model.train(), CPU)}, folder, [0, 1, 2], "test")
+    assert torch.equal(found["a"], expected["a"]) and all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("changes", [{"crop_pct": 1.0}, {"crop_pct": 0.875}, {"crop_mode": "squash"}])
+def test_views_of_the_store_are_close_to_the_plain_view_in_any_shape(changes: dict[str, Any], tmp_path: Path, teacher: Encoder) -> None:
+    (tmp_path / "photos").mkdir()
+    rows, columns = np.mgrid[:160, :160]
+    picture = np.stack((rows, columns, (rows + columns) // 2), axis=2).astype(np.uint8)
+    for number, (height, width) in enumerate(((160, 60), (60, 160), (90, 91), (160, 40))):
+        Image.fromarray(picture[:height, :width]).save(tmp_path / "photos" / f"{number}.png")
+    listed = images.list_folder(tmp_path / "photos")
+    store = pixels.build(listed, 40, tmp_path, CPU)[0]
+    preprocessing = replace(teacher.preprocessing, **changes)
+    found = embed.plain_views(store, torch.arange(4), preprocessing).permute(0, 2, 3, 1).int()
+    wanted = embed.pixels_of(preprocessing, listed, range(4), 4).int()
+    assert (found - wanted).abs().float().mean((1, 2, 3)).max() < 2
 
 
 def test_plain_leaves_out_what_cannot_be_decoded(tmp_path: Path, teacher: Encoder) -> None:

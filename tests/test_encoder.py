@@ -3,6 +3,7 @@
 import os
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,29 @@ def test_geometry_is_the_models_own() -> None:
     assert own.geometry() == {"size": 160, "crop_pct": 0.95, "interpolation": "bicubic", "crop_mode": "center"}
     assert build("test_resnet", 0, "random", "--teacher").preprocessing.interpolation == "bilinear"
     assert build("test_vit", 96, "random", "--teacher").preprocessing.geometry() == {**own.geometry(), "size": 96}
+
+
+def test_evaluating_gives_every_layer_back_its_own_mode() -> None:
+    encoder = build("test_resnet", 32, "random", "--student").train()
+    encoder.backbone.bn1.eval()  # frozen among layers that train
+    before = [module.training for module in encoder.modules()]
+    during = []
+
+    def fail() -> None:
+        with module.evaluating(encoder):
+            during.extend(each.training for each in encoder.modules())
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert during and not any(during)
+    assert [each.training for each in encoder.modules()] == before and len(set(before)) == 2
+
+
+def test_a_models_preprocessing_in_words() -> None:
+    own = build("test_vit", 96, "random", "--teacher").preprocessing
+    assert own.describe() == "the centred 0.95 of the short side, bicubic to 96 px, less mean 0.500 0.500 0.500, by std 0.500 0.500 0.500"
+    assert "squashed" in replace(own, crop_mode="squash").describe()
 
 
 def test_without_a_projection_the_features_are_the_embedding() -> None:

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from helpers import Ran, bad_files, encoder, flags, interrupted_at, photos
+from helpers import Ran, bad_files, encoder, flags, interrupted_at, photos, recipe
 
-from bingo_compress import demo, distill, embed, pixels, speed
+from bingo_compress import demo, distill, embed, pixels, speed, teacher_pass
 from bingo_compress.bagging import knn
 from bingo_compress.cli import main
+from bingo_compress.material import split
 from bingo_compress.recipe import load_recipe
 
 pytestmark = pytest.mark.slow
@@ -61,7 +63,7 @@ def equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
 def test_a_run_leaves_the_files_that_it_promises(world: dict[str, Any]) -> None:
     run = world["run"]
     names = {path.name for path in run.iterdir()}
-    assert names == {"recipe.yaml", "student.safetensors", "metrics.jsonl", "quarantine.csv", "summary.json", "work"}
+    assert names == {"recipe.yaml", "resolved.yaml", "student.safetensors", "metrics.jsonl", "quarantine.csv", "summary.json", "work"}
     assert not list(run.rglob("*.tmp"))
     settings = load_recipe(run / "recipe.yaml", [], {})
     assert (settings.teacher, settings.student, settings.epochs, settings.image_size) == ("test_resnet", "test_efficientnet", 2, 32)
@@ -94,9 +96,8 @@ def test_every_bad_file_is_quarantined_with_its_reason(world: dict[str, Any]) ->
 def test_metrics_and_summary_add_up(world: dict[str, Any]) -> None:
     found = lines(world["run"])
     summary = json.loads((world["run"] / "summary.json").read_text())
-    training = summary["images"]["training"]
     assert summary["images"] == {"training": 60, "held_out": 6, "unusable": 5}
-    assert [line["step"] for line in found] == [training // 8, 2 * (training // 8)]
+    assert [line["step"] for line in found] == [8, 15]  # 60 and 120 anchors, 8 a step
     assert all(math.isfinite(line["loss"]) for line in found)
     recall = summary["neighbour_recall"]
     assert (recall["k"], recall["queries"], recall["gallery"], recall["chance"]) == (6, 6, 60, 0.1)
@@ -140,10 +141,11 @@ def test_export_then_validate_with_a_test_folder(bingo: Any, world: dict[str, An
     for key in ("knn", "linear", "neighbour_recall"):
         assert rows["onnx"][key] == pytest.approx(rows["student"][key], abs=0.06)
 
-    embedded = bingo_edge.Embedder(run / "export" / "student.onnx").embed(str(world["test"]))
+    kit = bingo_edge.Embedder(run / "export" / "student.onnx")
+    embedded = kit.embed(str(world["test"]))
     truth = np.array([Path(name).parent.name for name in embedded.names])
-    for head, figure in (("linear.npz", "linear"), ("bank.npz", "knn")):
-        named, _ = bingo_edge.classify(bingo_edge.load_head(run / "export" / head), embedded.embeddings, embedded.features)
+    for head, figure in (("student.linear.npz", "linear"), ("student.bank.npz", "knn")):
+        named, _ = bingo_edge.classify(bingo_edge.load_head(run / "export" / head, kit), embedded.embeddings, embedded.features)
         assert float((named == truth).mean()) == pytest.approx(rows["onnx"][figure], abs=1e-6)
 
 
@@ -154,7 +156,7 @@ def test_validate_without_a_test_folder_sets_a_quarter_aside(bingo: Any, world: 
     assert (result["protocol"]["bank_images"], result["protocol"]["test_images"]) == (15, 3)  # one of the six of each kind
     assert "set aside" in result["protocol"]["test"]
     assert [row["name"] for row in result["rows"]] == ROWS
-    assert len(np.load(run / "export" / "bank.npz")["labels"]) == 15
+    assert not (run / "export").exists()  # no file, so no head for one
     assert "export --run" in ran.out
 
 
@@ -165,7 +167,7 @@ def test_a_file_of_another_input_size_is_proven_at_its_own(bingo: Any, world: di
     rows = {row["name"]: row for row in json.loads((run / "validation.json").read_text())["rows"]}
     kit = bingo_edge.Embedder(run / "export" / "student.onnx")
     found = kit.embed(world["test"])
-    classes, _ = bingo_edge.classify(bingo_edge.load_head(run / "export" / "linear.npz"), found.embeddings, found.features)
+    classes, _ = bingo_edge.classify(bingo_edge.load_head(run / "export" / "student.linear.npz", kit), found.embeddings, found.features)
     right = np.mean([f"/{kind}/" in name for name, kind in zip(found.names, classes, strict=True)])
     assert kit.contract["input"]["size"] == 48
     # Of the photos that the device's head saw all but a few, and of the others what the proof says.
@@ -174,10 +176,11 @@ def test_a_file_of_another_input_size_is_proven_at_its_own(bingo: Any, world: di
 
 def test_the_test_images_never_reach_the_heads(bingo: Any, world: dict[str, Any], run: Path, tmp_path: Path) -> None:
     heads = []
+    assert bingo("export", "--run", run).status == 0
     for number in (300, 400):
         test = photos(tmp_path / f"test{number}", 3, start=number)
         assert bingo("validate", "--run", run, "--data", world["test"], "--test", test).status == 0
-        heads.append({name: dict(np.load(run / "export" / name)) for name in ("linear.npz", "bank.npz")})
+        heads.append({name: dict(np.load(run / "export" / name)) for name in ("student.linear.npz", "student.bank.npz")})
     for name, arrays in heads[0].items():
         assert all(np.array_equal(array, heads[1][name][key]) for key, array in arrays.items())
 
@@ -220,7 +223,7 @@ def test_a_run_cut_off_and_resumed_equals_the_uninterrupted_one(
     assert again.status == 0, again.err
     assert equal(weights(out), weights(world["run"]))
     steps = [line["step"] for line in lines(out)]
-    assert steps == sorted(set(steps)) and steps[-1] == 14
+    assert steps == sorted(set(steps)) and steps[-1] == 15
     ours, theirs = (json.loads((folder / "summary.json").read_text())["neighbour_recall"] for folder in (out, world["run"]))
     assert ours == theirs
 
@@ -245,7 +248,7 @@ def test_resume_refuses_other_settings_and_names_them(bingo: Any, run: Path) -> 
     assert ran.status == 2 and len(ran.err.splitlines()) == 1
     assert "temperature: 0.2 -> 0.1" in ran.err and "head_hidden: 32 -> 64" in ran.err
     assert equal(weights(run), before)
-    assert load_recipe(run / "recipe.yaml", [], {}).temperature == 0.2
+    assert load_recipe(run / "resolved.yaml", [], {}).temperature == 0.2
 
 
 def test_resume_of_a_finished_run_changes_nothing(bingo: Any, run: Path, world: dict[str, Any]) -> None:
@@ -267,12 +270,12 @@ def test_overwrite_uses_stored_pixels_and_embeddings_again(
 ) -> None:
     monkeypatch.setattr(pixels, "_fill", lambda *_: pytest.fail("decoded again"))
     for shard in ("_plain_shard", "_view_shard"):
-        monkeypatch.setattr(embed, shard, lambda *_: pytest.fail("embedded again"))
+        monkeypatch.setattr(teacher_pass, shard, lambda *_: pytest.fail("embedded again"))
     (run / "export").mkdir()
     (run / "export" / "student.onnx").write_bytes(b"of the old run")
     ran = bingo("distill", *flags(data=world["data"], epochs=1), "--out", run, "--overwrite")
     assert ran.status == 0, ran.err
-    assert [line["step"] for line in lines(run)] == [7]
+    assert [line["step"] for line in lines(run)] == [8]
     assert not equal(weights(run), weights(world["run"]))
     assert not (run / "export").exists()
     again = bingo("distill", *flags(data=world["data"], epochs=2), "--out", run, "--overwrite")
@@ -331,7 +334,17 @@ def test_the_demo_without_its_packages_says_how_to_get_them(bingo: Any, tmp_path
     assert not (tmp_path / "demo").exists()
 
 
-def test_keep_best_leaves_the_student_of_the_best_check(bingo: Any, world: dict[str, Any], tmp_path: Path) -> None:
+def test_keep_best_leaves_the_student_of_the_best_check_and_judges_it_on_other_images(
+    bingo: Any, world: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, set[int]] = {"store_features": set(), "plain": set()}
+
+    def noted(name: str, real: Any, *given: Any) -> Any:
+        seen[name] |= set(torch.as_tensor(given[2]).tolist())  # the images
+        return real(*given)
+
+    for name in seen:
+        monkeypatch.setattr(embed, name, partial(noted, name, getattr(embed, name)))
     more = ("--set", "check_every=1", "--set", "hold_out=0.3", "--keep-best", "--bags", "adaptive")
     ran = bingo("distill", *flags(data=world["data"], epochs=4), *more, "--out", tmp_path / "run")
     assert ran.status == 0, ran.err
@@ -342,11 +355,16 @@ def test_keep_best_leaves_the_student_of_the_best_check(bingo: Any, world: dict[
     assert equal(weights(tmp_path / "run"), best)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert 0 <= summary["bags"]["size_mean"] <= 3
+    held = set(split(66, recipe(hold_out=0.3))[0].tolist())
+    choosing, judging = (positions & held for positions in seen.values())
+    assert not choosing & judging and choosing | judging == held
+    assert (len(choosing), summary["neighbour_recall"]["queries"]) == (10, 9) == (len(choosing), len(judging))
+    assert "chooses by 10 of the images held out; the closing figure is of the other 9" in ran.out
 
 
 @pytest.mark.parametrize("method", ["moco", "self", "simreg"])
 def test_another_method_runs_to_the_end(method: str, bingo: Any, world: dict[str, Any], tmp_path: Path) -> None:
-    ran = bingo("distill", *flags(data=world["data"], epochs=1), "--method", method, "--out", tmp_path / "run")
+    ran = bingo("distill", *flags(data=world["data"], epochs=1, method=method), "--out", tmp_path / "run")
     assert ran.status == 0, ran.err
     assert ("moving average" in ran.out) == (method != "simreg")
     assert not equal(weights(tmp_path / "run"), weights(world["run"]))

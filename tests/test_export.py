@@ -98,11 +98,12 @@ def test_the_graph_takes_uint8_of_any_batch_at_opset_21(exported: tuple[Path, An
     assert [path.name for path in sorted(exported[0].parent.iterdir())] == ["student.json", "student.onnx"]
 
 
-def test_the_metadata_is_student_json_without_its_digest(exported: tuple[Path, Any]) -> None:
+def test_the_metadata_is_student_json_without_its_digest_and_size(exported: tuple[Path, Any]) -> None:
     path, student = exported
     contract = json.loads(path.with_suffix(".json").read_text())
     inside = {entry.key: entry.value for entry in onnx.load(path).metadata_props}["bingo_compress"]
     assert contract.pop("sha256") == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert contract.pop("bytes") == path.stat().st_size  # of the file with its metadata
     assert json.loads(inside) == contract == bingo_edge.Embedder(path).contract
     assert {key: contract[key] for key in FACTS} == FACTS
     assert contract["embedding_dim"] == student.width
@@ -307,17 +308,18 @@ def test_the_kit_classifies_as_the_probes_do(exported: tuple[Path, Any], tmp_pat
     classes, labels = images.labels_of(folder)
     features = embed.plain({"s": embed.as_embed(student, CPU)}, folder, range(36), "test")[0]["s"]
     head = probes.fit_linear(features, torch.tensor(labels), 3)
-    validation.save_heads(tmp_path / "heads", head, features, torch.tensor(labels), classes, list(folder.files))
+    embedder = bingo_edge.Embedder(path)
+    validation.save_heads(tmp_path / "student.onnx", embedder.sha256, head, features, torch.tensor(labels), classes, list(folder.files))
     queries = photos(tmp_path / "queries", 5, start=100)
-    got = bingo_edge.Embedder(path).embed(str(queries))
+    got = embedder.embed(str(queries))
     asked = embed.plain({"s": embed.as_embed(student, CPU)}, images.list_folder(queries), range(15), "test")[0]["s"]
     expected = {
-        "linear.npz": head.predict(asked),
-        "bank.npz": probes.knn_predict(features, torch.tensor(labels), asked, 3),
+        "student.linear.npz": head.predict(asked),
+        "student.bank.npz": probes.knn_predict(features, torch.tensor(labels), asked, 3),
     }
     for file, indices in expected.items():
-        named, shares = bingo_edge.classify(bingo_edge.load_head(tmp_path / "heads" / file), got.embeddings, got.features)
+        named, shares = bingo_edge.classify(bingo_edge.load_head(tmp_path / file, embedder), got.embeddings, got.features)
         assert named.tolist() == [classes[index] for index in indices.tolist()]
         assert len(set(named.tolist())) > 1
-        if file == "linear.npz":
+        if file == "student.linear.npz":
             assert shares == pytest.approx(head.logits(asked).softmax(1).numpy(), abs=1e-3)

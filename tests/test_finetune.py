@@ -6,11 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import CPU, encoder, photo, pixel_store
+from helpers import CPU, encoder, photo, pixel_store, whole_images
 from torch import nn
 
 from bingo_compress import augment, finetune
-from bingo_compress.embed import as_embed, whole_images
+from bingo_compress.embed import as_embed
 from bingo_compress.encoder import Encoder
 from bingo_compress.errors import BingoError
 from bingo_compress.finetune import crop_and_flip, fine_tune, linear_with_augmentation, literature_lr, parse_shots, subset

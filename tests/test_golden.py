@@ -320,6 +320,7 @@ def test_a_fixed_batch_changes_no_number(fixed: int, capfd: pytest.CaptureFixtur
     assert not any(check.failed for check in selftest(embedder))
     red = tmp_path / "red.png"
     Image.fromarray(plain((255, 0, 0))).save(red)
-    np.savez(tmp_path / "linear.npz", weight=np.eye(3, dtype="f4"), bias=np.zeros(3, "f4"), classes=np.array(["red", "green", "blue"]))
+    arrays = {"weight": np.eye(3, dtype="f4"), "bias": np.zeros(3, "f4"), "classes": np.array(["red", "green", "blue"])}
+    np.savez(tmp_path / "linear.npz", **arrays, model_sha256=np.array(Embedder(model).sha256))
     code, out, _ = run(capfd, "classify", model, "--head", tmp_path / "linear.npz", red, red, red)
     assert (code, out) == (0, f"{red}\tred\t1.0000\n" * 3)

@@ -13,15 +13,15 @@ import torch
 from helpers import Trained, encoder, kind_targets, photo, photos, pixel_store, recipe, unit
 from torch import Tensor
 
-from bingo_compress import augment, distill, embed, pixels
+from bingo_compress import augment, distill, embed, pixels, teacher_pass
 from bingo_compress.bagging import knn
 from bingo_compress.encoder import build
 from bingo_compress.errors import BingoError
 from bingo_compress.images import list_folder
 from bingo_compress.losses import LOSSES, Batch, Queries, Targets, make_loss
 from bingo_compress.neighbours import nearest_neighbours
-from bingo_compress.pipeline import settle
 from bingo_compress.pixels import PixelStore
+from bingo_compress.resolving import settle
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -101,7 +101,7 @@ def test_the_teacher_pass_is_the_cpus(tmp_path: Path) -> None:
         work = tmp_path / device.type
         work.mkdir()
         store = pixels.build(folder, 40, work, device, "gpu" if device == GPU else "memory")[0]
-        seen.append(embed.teacher_pass(encoder(), folder, store, 2, 0.2, work, device))
+        seen.append(teacher_pass.run(encoder(), folder, store, 2, 0.2, work, device))
     assert seen[0].key == seen[1].key
     for name in ("features", "embeddings", "views"):
         one, two = (getattr(found, name).float() for found in seen)

@@ -24,7 +24,8 @@ READ_BY = {
     "export/latency.json": ("validate",),
     "export/student.onnx": ("validate",),
     "student.safetensors": ("validate", "export"),
-    "recipe.yaml": ("validate", "resume"),
+    "recipe.yaml": ("resume",),
+    "resolved.yaml": ("validate", "resume"),
     "work/start.safetensors": ("validate", "resume"),
     "work/bags.safetensors": ("validate",),
     "work/checkpoint.safetensors": ("resume",),
@@ -161,7 +162,8 @@ def test_code_in_weights_or_recipe_is_not_run(world: World, word: str, bingo: Bi
         recipe + f"seed: !!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path ['{ran_to}']]\n",
     ):
         assert spoilt != recipe
-        (world.run / "recipe.yaml").write_text(spoilt)
+        for name in ("recipe.yaml", "resolved.yaml"):
+            (world.run / name).write_text(spoilt)
         ran = command(world, word, bingo)
         assert ran.status == 2 and len(ran.err.splitlines()) == 1, ran.err
         assert not ran_to.exists()

@@ -133,6 +133,7 @@ def test_the_table_the_lines_and_the_file_say_the_same(tmp_path: Path, measured:
     assert set(rows[0]) == {
         *(
             "file",
+            "sha256",
             "bytes",
             "bytes_ratio",
             "input",

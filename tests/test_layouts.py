@@ -96,6 +96,21 @@ def refusal(case: Case, content: Any, folder: Path) -> str:
 # ---------------------------------------------------------------- every layout
 
 
+@pytest.mark.parametrize("key", ["MoCo-v3 ViT", "DINO ViT", "DINOv2"])
+def test_the_methods_normalisation_holds_for_a_file_of_the_trunk_alone(key: str, tmp_path: Path) -> None:
+    case = CASES[key]
+    _, _, content, tensors = written(case)
+    for name in list(tensors):
+        if not name.startswith(case.trunk) or name.startswith(case.head):
+            del tensors[name]
+    encoder = build(BASE if key != "DINOv2" else case.name, case.size, saved(content, tmp_path), OPTION)
+    assert encoder.projection is None
+    if key != "DINOv2":
+        assert timm.models.get_pretrained_cfg(BASE).mean == (0.5, 0.5, 0.5)
+    assert encoder.preprocessing.mean == (0.485, 0.456, 0.406) and encoder.preprocessing.std == (0.229, 0.224, 0.225)
+    assert encoder.mean.flatten().tolist() == pytest.approx((0.485, 0.456, 0.406))
+
+
 @each_layout
 def test_trunk_and_head_are_loaded(tmp_path: Path, case: Case) -> None:
     source, head, content, _ = written(case)

@@ -14,11 +14,11 @@ import torch
 from helpers import recipe, unit
 from markdown_it import MarkdownIt
 
-from bingo_compress import checkpoint, figures, probes, run_dir, validation
+from bingo_compress import checkpoint, exported, figures, probes, run_dir, validation
 from bingo_compress.errors import BingoError
 from bingo_compress.figures import Sides
 from bingo_compress.images import Folder
-from bingo_compress.model_card import card, licence, plain, write_card
+from bingo_compress.model_card import card, licence, plain, renew
 from bingo_compress.recipe import recipe_text
 
 NASTY = "<script>alert(1)</script> [x](http://evil.example) ![y](z) `code` | *bold* _em_ www.evil.example a@b.example &lt; \\ # ~~no~~\n# heading"
@@ -32,16 +32,36 @@ FLOAT = {
     "preprocess_rule": "upright RGB; the middle",
     "normalization": {"where": "in the graph", "scale": "1/255", "mean": [0.5], "std": [0.25]},
     "outputs": {"embedding": "float32 [batch, embedding_dim], L2-normalised"},
-    "onnx": {"opset": 18, "ir_version": 10, "batch": "dynamic", "bytes": 5_000_000},
+    "onnx": {"opset": 18, "ir_version": 10, "batch": "dynamic"},
+    "bytes": 5_000_000,
+    "sha256": "f" * 64,
     "parity": {"images": 256, "max_difference": 1.2e-6, "min_cosine": 0.999999},
 }
 GATE = {"images": 200, "mean_cosine": 0.9912, "recall": 0.943, "recall_k": 20, "knn": {"float": 0.81, "int8": 0.802}}
-INT8 = {**FLOAT, "precision": "int8", "onnx": {**FLOAT["onnx"], "bytes": 1_400_000}, "int8": {"rung": "weights by channel", "gate": GATE}}
+INT8 = {
+    **FLOAT,
+    "precision": "int8",
+    "bytes": 1_400_000,
+    "sha256": "8" * 64,
+    "int8": {"rung": "weights by channel", "gate": GATE, "float_sha256": "f" * 64},
+}
+del INT8["parity"]  # it is the float file's
 
 
 def timed(file: str, p50: float, count: int) -> dict[str, Any]:
     ratio = {"p50_ratio": p50 / 2, "p50_ratio_range": [0.9, 1.1], "bytes_ratio": count / 5_000_000}
-    row = {"file": file, "bytes": count, "batch": 1, "threads": 1, "runs": 500, "p50_ms": p50, "p90_ms": 3.5, "p99_ms": 4.5}
+    digest = INT8["sha256"] if "int8" in file else FLOAT["sha256"]
+    row = {
+        "file": file,
+        "sha256": digest,
+        "bytes": count,
+        "batch": 1,
+        "threads": 1,
+        "runs": 500,
+        "p50_ms": p50,
+        "p90_ms": 3.5,
+        "p99_ms": 4.5,
+    }
     return row | ratio | {"load_ms": 20.0, "peak_bytes": 60_000_000, "baseline_bytes": 50_000_000, "machine": MACHINE}
 
 
@@ -54,6 +74,7 @@ def run(tmp_path: Path) -> run_dir.RunDir:
     recall = {"k": 20, "queries": 50, "gallery": 900, "start": 0.123, "student": 0.456}
     summary = {"version": "0.5", "run_id": "abc123", "images": {"training": 950, "held_out": 50, "unusable": 3}, "neighbour_recall": recall}
     run_dir.write_text(made.summary, json.dumps(summary))
+    checkpoint.save(made.student, {"weight": torch.zeros(2)})
     checkpoint.save(made.bags, {"bags": torch.zeros(2, 1)}, root=str(tmp_path / "secret-photos"), files=["cat/private-1.jpg", "dog/2.jpg"])
     return made
 
@@ -88,6 +109,7 @@ def validated(run: run_dir.RunDir, test: Folder | None = None) -> dict[str, Any]
     """Put RUN/validation.json there, as `validate` makes it."""
     sides, rows = judged()
     result = {"protocol": validation._protocol(sides, test, [], False, False, run.path / "secret-run"), "rows": json.loads(rows)}
+    result["rows"][1]["weights"] = exported.weights_digest(run.student)
     run.validation.write_text(json.dumps(result))
     return result
 
@@ -111,7 +133,7 @@ def test_a_bare_run_says_what_is_not_known_and_how_to_find_out(run: run_dir.RunD
     assert "the student has 0.456, before distillation 0.123 (50 images in a gallery of 900; by chance 0.022)" in proof
     assert "Not exported yet" in section(text, "Files") and "Not measured" in section(text, "Latency")
     assert "950 images without labels to train on, 50 held out, 3 files" in section(text, "Data")
-    assert "run abc123." in text and "run abc123, 2026-01-02." in card(run, [], None, "2026-01-02")
+    assert "run abc123." in text and "run abc123, 2026-01-02." in card(run, [], None, (), "2026-01-02")
     assert text == card(run, [], None)
 
 
@@ -161,9 +183,9 @@ def test_files_and_int8_with_what_it_costs(run: run_dir.RunDir) -> None:
         "| student.onnx | 5 MB | 1,234,567 | 64 | 18, IR 10, dynamic | 256 images: largest difference 1e-06, smallest cosine 0.999999"
         in files
     )
-    assert (
-        "| student-int8.onnx | 1.4 MB | 1,234,567 | 64 | 18, IR 10, dynamic | - |" in files
-    )  # the parity in its contract is the float file's
+    assert "| student-int8.onnx | 1.4 MB | 1,234,567 | 64 | 18, IR 10, dynamic | - |" in files
+    assert "which is not the one above" not in files
+    assert "that it was made of, which is not the one above" in card(run, [FLOAT | {"sha256": "a" * 64}, INT8], None)
     assert "| student-int8.onnx | weights by channel | 200 | 0.9912 | 0.943 (k = 20, chance 0.101) | 0.810 to 0.802 | - |" in files
     assert "int8" not in section(card(run, [FLOAT], None), "Files")
     assert "student.onnx" not in card(run, [INT8], None) and "bingo-edge embed    student-int8.onnx" in card(run, [INT8], None)
@@ -186,15 +208,35 @@ def test_use_names_the_heads_that_are_there_and_the_contract(run: run_dir.RunDir
     assert "- input image: uint8 (batch, 32, 32, 3), NHWC, RGB" in without and "crop\\_pct 0.875" in without
     fixed = FLOAT | {"onnx": {**FLOAT["onnx"], "batch": 1}}
     assert "- input image: uint8 (1, 32, 32, 3)" in card(run, [fixed], None)
-    run.export.mkdir()
-    (run.export / "linear.npz").touch()
-    both = section(card(run, [FLOAT, INT8], None), "Use")
-    assert "classify student.onnx --head linear.npz" in both and "bank.npz" not in both and "student-int8.onnx can stand" in both
+    both = section(card(run, [FLOAT, INT8], None, ["student.linear.npz", "student-int8.bank.npz"]), "Use")
+    assert "classify student.onnx --head student.linear.npz" in both and "classify student-int8.onnx --head student-int8.bank.npz" in both
+    assert "student.bank.npz" not in both and "student-int8.onnx can stand" in both
+
+
+def test_figures_are_shown_of_files_that_are_there_and_of_no_other(run: run_dir.RunDir) -> None:
+    """A file that was deleted, or replaced, is told by its sha256; so is the student."""
+    result = validated(run)
+    for name, sha256 in (("onnx", FLOAT["sha256"]), ("onnx-int8", INT8["sha256"])):
+        result["rows"].append({**result["rows"][1], "name": name, "sha256": sha256})
+    run.validation.write_text(json.dumps(result))
+    rows = [timed("student.onnx", 2.0, 5_000_000), timed("student-int8.onnx", 2.6, 1_400_000)]
+    whole = card(run, [FLOAT, INT8], rows)
+    assert "| exported ONNX file |" in whole and "| exported int8 file |" in whole and "- onnx: an exported file" in whole
+    assert "Not proven" not in whole
+    replaced = card(run, [FLOAT | {"sha256": "a" * 64}, INT8], rows)
+    proof, times = section(replaced, "Validation"), section(replaced, "Latency")
+    assert (
+        "| exported ONNX file |" not in proof and "| exported int8 file |" in proof and "Not proven: student.onnx. Run validate:" in proof
+    )
+    assert "| student.onnx |" not in times and "| student-int8.onnx |" in times and "times its p50" not in times
+    checkpoint.save(run.student, {"weight": torch.ones(2)})
+    proof = section(card(run, [FLOAT, INT8], rows), "Validation")
+    assert "since the student was trained again" in proof and "| student (distilled) |" not in proof
 
 
 def test_the_card_is_written_whole(run: run_dir.RunDir, tmp_path: Path) -> None:
-    file = write_card(run, tmp_path, [FLOAT], None, "2026-01-02")
-    assert file == tmp_path / "MODEL_CARD.md" and file.read_text() == card(run, [FLOAT], None, "2026-01-02")
+    file = renew(run, tmp_path)
+    assert file == tmp_path / "MODEL_CARD.md" and file.read_text() == card(run, [])
 
 
 # ---------------------------------------------------------------- licences
@@ -233,10 +275,10 @@ def test_nothing_in_a_card_can_be_markup_of_someone_else(run: run_dir.RunDir) ->
     run.validation.write_text(json.dumps(result))
     nasty = INT8 | {"int8": {"rung": NASTY, "gate": GATE}, "outputs": {NASTY: NASTY}}
     nasty |= {"preprocess_rule": NASTY, "preprocess": {NASTY: NASTY}}
-    rows = [timed(NASTY, 2.0, 5_000_000), timed("b.onnx", 2.0, 5_000_000)]
+    rows = [timed(NASTY, 2.0, 5_000_000), timed("b-int8.onnx", 2.0, 5_000_000)]
     for row in rows:
         row["machine"] = {**MACHINE, "processor": NASTY}
-    shown = html(card(run, [nasty], rows, NASTY))
+    shown = html(card(run, [FLOAT, nasty], rows, (), NASTY))
     assert not re.search(r"<(?!/?(table|thead|tbody|tr|th|td|p|ul|li|h1|h2|pre|code)>)", shown)
     assert "alert(1)" in shown and "# heading" in shown
     assert shown.count("<h1>") == 1 and shown.count("<h2>") == 7
@@ -266,7 +308,7 @@ def test_any_value_of_the_wrong_kind_is_plain_or_refused(value: Any, run: run_di
         "summary": json.loads(run.summary.read_text()),
         "proof": validated(run),
         "files": [FLOAT, INT8],
-        "latency": [timed("a.onnx", 2.0, 5_000_000), timed("b.onnx", 3.0, 2_000_000)],
+        "latency": [timed("a.onnx", 2.0, 5_000_000), timed("b-int8.onnx", 3.0, 2_000_000)],
     }
     tried = 0
     for path in leaves(whole):

@@ -12,14 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bingo_edge.image import load_image
+from bingo_edge.image import ImageError, load_image
 from PIL import Image
 from torch import Tensor
 
 from bingo_compress import augment, images, pixels
 from bingo_compress.errors import BingoError
 from bingo_compress.images import Folder, list_folder
-from bingo_compress.pixels import build, kept_size, place, store_of, store_side
+from bingo_compress.made_of import FORMATS
+from bingo_compress.pixels import build, kept_size, store_of
 
 CPU = torch.device("cpu")
 SIDE = 24
@@ -140,13 +141,6 @@ def test_a_picture_is_shrunk_alike_with_and_without_vector_code(vectors: bool, m
         )  # Pillow's quick way (reducing_gap) is a little off on noise
 
 
-def test_sizes_as_kept() -> None:
-    assert kept_size(480, 640, 256) == (256, 341)
-    assert kept_size(100, 90, 256) == (100, 90)  # never enlarged
-    assert kept_size(1000, 10_000, 256) == (256, 512)  # a panorama is squeezed
-    assert kept_size(5000, 1, 256) == (512, 1)
-
-
 def test_a_large_jpeg_is_decoded_small_and_is_never_under_the_side_asked_for(tmp_path: Path) -> None:
     rows, columns = np.mgrid[:900, :1300]
     picture = np.stack((rows // 4, columns // 6, (rows + columns) // 9), axis=2).astype(np.uint8)
@@ -223,7 +217,8 @@ def test_an_interrupted_build_goes_on_and_ends_the_same(mixed: Path, work: Path,
             build(list_folder(mixed), SIDE, work, CPU)
     seen = count_decoding(monkeypatch)
     store, folder = build(list_folder(mixed), SIDE, work, CPU)
-    assert seen == list(range(stop_after // 4 * 4, 11))
+    finished = stop_after // 4 * 4
+    assert seen == [index for index in (2, 5, 10) if index < finished] + list(range(finished, 11))  # bad ones are tried again
     assert contents(work) == contents(other)
     assert len(store) == len(folder.files) == 8 and len(folder.bad) == 3
     for index, kept in enumerate(whole(store)):
@@ -259,9 +254,55 @@ def test_the_store_is_found_again_without_decoding(mixed: Path, work: Path, monk
     files = {path: path.stat().st_mtime_ns for path in work.rglob("*.*")}
     seen = count_decoding(monkeypatch)
     again, folder_again = build(list_folder(mixed), SIDE, work, CPU)
-    assert folder_again == folder and seen == []
+    assert folder_again == folder and seen == [2, 5, 10]  # the bad ones are tried, and are bad
     assert all(torch.equal(one, two) for one, two in zip(whole(again), whole(first), strict=True))
     assert {path: path.stat().st_mtime_ns for path in work.rglob("*.*")} == files
+
+
+@pytest.mark.parametrize("where", ["memory", "stream"])
+def test_what_could_not_be_used_is_tried_again_at_each_start(
+    where: str, photos: Path, work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pixels, "SHARD", 3)
+    fails: dict[str, str] = {"2.jpg": "Permission denied", "6.jpg": "no decoder is installed"}  # in the first two of three shards
+
+    def load(path: Path, at_least: int = 0) -> Any:
+        if path.name in fails:
+            raise ImageError(fails[path.name])
+        return load_image(path, at_least)
+
+    monkeypatch.setattr(images, "load_image", load)
+    listed = list_folder(photos)
+    assert [reason for _, reason in build(listed, SIDE, work, CPU, where)[1].bad] == ["Permission denied", "no decoder is installed"]
+    fails["2.jpg"] = "another reason"
+    for _ in range(2):  # found as it is, today's reason told
+        assert dict(build(listed, SIDE, work, CPU, where)[1].bad)["cats/2.jpg"] == "another reason"
+    fails.clear()
+    seen = count_decoding(monkeypatch)
+    capsys.readouterr()
+    store, folder = build(listed, SIDE, work, CPU, where)
+    assert folder.files == listed.files and folder.bad == () and len(store) == 8
+    assert seen == [1, 3, 0, 1, 2, 3, 4, 5]  # the shards of the two, and no other
+    assert "1 files that could not be used can be now, for example cats/2.jpg: 3 images are decoded again" in capsys.readouterr().out
+    for index, kept in enumerate(whole(store)):
+        assert_kept(kept, folder.path(index))
+
+
+def test_a_stricter_rule_drops_what_was_good(photos: Path, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a later version of the program, whose number for the store is another one."""
+    listed = list_folder(photos)
+    assert len(build(listed, SIDE, work, CPU)[0]) == 8
+
+    def strict(path: Path, at_least: int = 0) -> Any:
+        if path.name == "4.jpg":
+            raise ImageError("one pixel thin")
+        return load_image(path, at_least)
+
+    monkeypatch.setattr(images, "load_image", strict)
+    monkeypatch.setitem(FORMATS, "pixels", FORMATS["pixels"] + 1)
+    store, folder = build(listed, SIDE, work, CPU)
+    assert len(store) == 7 and folder.bad == (("cats/4.jpg", "one pixel thin"),)
+    assert [path.name for path in work.iterdir()] == [f"pixels-{store.made_of}"]
 
 
 def test_another_side_or_another_folder_is_another_store(photos: Path, work: Path, make_photo: Callable[..., Path]) -> None:
@@ -285,28 +326,6 @@ def test_a_disk_too_small_means_streaming_and_is_refused_where_a_store_was_asked
     store, _ = build(list_folder(photos), SIDE, work, CPU)
     assert store.where == "stream"
     assert "8 images, stream (the files are decoded again for every crop)" in capsys.readouterr().out
-
-
-def test_auto_takes_memory_where_there_is_room_and_the_disk_where_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pixels, "resident", lambda: 10**9)
-    monkeypatch.setattr(pixels, "free_memory", lambda: 10 * 10**9)
-    limit = 3 * 10**9
-    room = limit - 10**9 - pixels.WORK
-    assert place(room, CPU, "auto", limit)[0] == "memory" and place(room + 1, CPU, "auto", limit)[0] == "disk"
-    assert place(5 * 10**9, CPU, "auto", 0)[0] == "memory" and place(7 * 10**9, CPU, "auto", 0)[0] == "disk"
-    assert place(7 * 10**9, CPU, "memory", 0) == ("memory", "as asked for")
-    with pytest.raises(BingoError, match="--pixels gpu: expected a CUDA GPU"):
-        place(1, CPU, "gpu", 0)
-
-
-@pytest.mark.parametrize(("text", "size"), [("", 0), ("4GB", 4 * 10**9), ("1.5g", 15 * 10**8), (" 800 MB ", 8 * 10**8), ("12", 12)])
-def test_a_size_is_read(text: str, size: int) -> None:
-    assert pixels.parse_memory(text) == size
-
-
-def test_a_size_that_is_none_is_refused() -> None:
-    with pytest.raises(BingoError, match="--memory: expected a size such as 4GB, found 'much'"):
-        pixels.parse_memory("much")
 
 
 @pytest.mark.slow
@@ -340,23 +359,6 @@ def test_a_store_on_disk_never_counts_as_this_process_memory(tmp_path: Path) -> 
         grew[where], size = int(shown[0]) * 1024, int(shown[1])
     assert size > 150e6
     assert grew["disk"] < 0.1 * size < 0.7 * size < grew["memory"]
-
-
-# ---------------------------------------------------------------- sizes
-
-
-@pytest.mark.parametrize(
-    ("image_size", "teacher_size", "side"), [(224, 224, 256), (96, 128, 144), (128, 96, 144), (224, 260, 296), (64, 64, 72), (32, 16, 40)]
-)
-def test_store_side(image_size: int, teacher_size: int, side: int) -> None:
-    """The least multiple of 8 that is 9/8 of the larger size or more: 224 -> 252 -> 256, 32 -> 36 -> 40."""
-    assert store_side(image_size, teacher_size) == side
-
-
-def test_store_side_is_a_multiple_of_eight_above_the_crop() -> None:
-    for size in range(8, 600):
-        side = store_side(size, 8)
-        assert side % 8 == 0 and 9 / 8 * size <= side < 9 / 8 * size + 8
 
 
 def test_the_facts_of_a_shard_are_plain_json(photos: Path, work: Path) -> None:

@@ -39,6 +39,7 @@ def test_flags_beat_set_beats_the_file_beats_defaults(tmp_path: Path) -> None:
 
 def test_the_last_set_wins() -> None:
     assert load_recipe(None, ["epochs=2", "epochs=3"], {}).epochs == 3
+    assert [repr(load_recipe(None, [f"epochs={text}"], {}).epochs) for text in ("3", "3.0", "2.5")] == ["3", "3", "2.5"]
 
 
 def test_nothing_given_is_the_defaults(tmp_path: Path) -> None:
@@ -108,11 +109,11 @@ def test_an_unknown_key_names_the_nearest(tmp_path: Path, wrong: str, meant: str
 @pytest.mark.parametrize(
     ("key", "value", "wanted", "found"),
     [
-        ("epochs", "many", "valid integer", "'many'"),
-        ("epochs", "2.5", "valid integer", "2.5"),
-        ("epochs", "true", "valid integer", "True"),
-        ("epochs", "", "valid integer", "None"),
-        ("epochs", "0", "greater than or equal to 1", "0"),
+        ("epochs", "many", "valid number", "'many'"),
+        ("epochs", "true", "valid number", "True"),
+        ("epochs", "", "valid number", "None"),
+        ("epochs", "0", "greater than 0", "0"),
+        ("bag_size", "2.5", "valid integer", "2.5"),
         ("batch_size", "1", "greater than or equal to 2", "1"),
         ("temperature", "warm", "valid number", "'warm'"),
         ("temperature", "-1", "greater than or equal to 0", "-1"),
@@ -167,6 +168,11 @@ def test_a_file_that_is_no_recipe_is_one_line(tmp_path: Path, content: bytes, wo
     message = refusal(written(tmp_path, content))
     assert words in message
     assert str(tmp_path) in message
+
+
+def test_a_key_that_stands_in_a_file_twice_is_refused(tmp_path: Path) -> None:
+    """On 4500913 the last one was taken without a word."""
+    assert "found 'epochs' more often" in refusal(written(tmp_path, "epochs: 3\nlr: 0.1\nepochs: 5\n"))
 
 
 def test_a_folder_or_a_missing_file_as_recipe(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from helpers import recipe
 
 from bingo_compress.errors import BingoError
 from bingo_compress.losses import settled
-from bingo_compress.pipeline import settle
+from bingo_compress.resolving import settle
 
 
 @pytest.mark.parametrize(("method", "own"), [("bingo", 0.1), ("seed", 0.01)])

@@ -18,7 +18,7 @@ from bingo_compress import bagging, checkpoint, distill, embed, images, pixels, 
 from bingo_compress.encoder import Encoder
 from bingo_compress.made_of import FORMATS
 from bingo_compress.material import prepare
-from bingo_compress.pipeline import settle
+from bingo_compress.resolving import settle
 
 RECORD = Path(__file__).with_name("stages.json")
 COMPOSED = {"student", "start", "arm"}  # the training's state under another name

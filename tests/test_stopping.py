@@ -226,7 +226,7 @@ def test_a_cut_or_flipped_save_is_noticed_and_the_one_before_is_used(how: str, t
 
 @pytest.mark.parametrize(
     ("apart", "settings", "expected"),
-    [(30.0, {"save_every_steps": 3}, [3, 6, 8]), (0.0, {}, [4, 8]), (30.0, {"save_every_minutes": 10}, [8])],
+    [(30.0, {"save_every_steps": 3}, [3, 6, 9]), (0.0, {}, [5, 9]), (30.0, {"save_every_minutes": 10}, [9])],
 )
 def test_saves_come_every_so_many_steps_and_every_epoch(
     apart: float, settings: dict[str, Any], expected: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

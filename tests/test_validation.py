@@ -240,11 +240,12 @@ def test_against_itself_nothing_differs(prove: Any, world: dict[str, Path]) -> N
 
 def test_bags_are_judged_by_the_labels_of_their_images(prove: Any, world: dict[str, Path], tmp_path: Path) -> None:
     run = run_dir.RunDir(Path(shutil.copytree(world["run"], tmp_path / "run")))
-    files = [f"kind{kind}/{number:03d}.png" for kind in range(3) for number in range(8)] + ["elsewhere.png"]
+    folder = images.list_folder(world["data"])
+    assert [Path(name).parts[0] for name in folder.files] == [f"kind{kind}" for kind in range(3) for _ in range(8)]
+    digests = [*folder.digests, "of an image elsewhere"]
     bags = torch.randint(25, (25, 3), generator=torch.Generator().manual_seed(0))
     bags[3, 1:] = bags[7] = -1
-    (tmp_path / "link").symlink_to(world["data"])
-    checkpoint.save(run.bags, {"bags": bags}, root=str(tmp_path / "link"), files=files)
+    checkpoint.save(run.bags, {"bags": bags}, digests=digests)
     out, result = prove(run=run.path)
     labels = torch.tensor([*(number // 8 for number in range(24)), -1])
     assert result["bag_purity"] == pytest.approx(bagging.purity(bags, labels))
@@ -252,7 +253,7 @@ def test_bags_are_judged_by_the_labels_of_their_images(prove: Any, world: dict[s
     assert result["bag_purity_chance"] == pytest.approx(7 / 23)
     assert f"bags: {result['bag_purity']:.3f} [" in out
 
-    checkpoint.save(run.bags, {"bags": bags}, root=str(tmp_path / "gone"), files=files)
+    checkpoint.save(run.bags, {"bags": bags}, digests=["of other images"] * 25)
     out, result = prove(run=run.path)
     assert "bag_purity" not in result and "bags:" not in out
 

@@ -1,6 +1,7 @@
 """Other people's checkpoints, written here in their exact layouts: loaded bit for bit, or refused by name and never in part."""
 
 import importlib.util
+import io
 import os
 import pickle
 from pathlib import Path
@@ -96,6 +97,52 @@ def test_position_embeddings_are_resized_to_another_input_size(tmp_path: Path) -
     assert torch.equal(encoder.backbone.blocks[3].mlp.fc1.weight, source.blocks[3].mlp.fc1.weight)
     assert torch.equal(encoder.backbone.pos_embed[:, 0], source.pos_embed[:, 0])
     check_equal(build("test_vit", 160, file, OPTION), source)
+
+
+@pytest.mark.parametrize("average", ["state_dict_ema", "model_ema"])
+@pytest.mark.parametrize("other", ["state_dict", "model"])
+def test_the_average_is_taken_before_what_was_averaged_and_the_choice_is_said(
+    average: str, other: str, tmp_path: Path, printed: io.StringIO
+) -> None:
+    source = trained("test_resnet")
+    file = saved({other: trained("test_resnet", 2).state_dict(), average: source.state_dict(), "epoch": 3}, tmp_path / "w.pth")
+    check_equal(build("test_resnet", 64, file, OPTION), source)
+    assert f"holds weights under {average} and {other}; those under {average} are taken" in printed.getvalue()
+
+
+def test_one_place_for_weights_is_no_choice(tmp_path: Path, printed: io.StringIO) -> None:
+    build("test_resnet", 64, saved({"state_dict": trained("test_resnet").state_dict(), "epoch": 3}, tmp_path / "w.pth"), OPTION)
+    assert "are taken" not in printed.getvalue()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(value: float, tmp_path: Path) -> None:
+    tensors = trained("test_resnet").state_dict()
+    tensors["layer1.0.conv1.weight"][0, 0, 0, 0] = value
+    message = refusal("test_resnet", saved(tensors, tmp_path / "w.pth"))
+    assert "expected finite weights" in message and "1 tensors (layer1.0.conv1.weight)" in message
+
+
+def test_a_quantised_models_integers_are_refused(tmp_path: Path) -> None:
+    tensors = trained("test_resnet").state_dict()
+    tensors["layer1.0.conv1.weight"] = (tensors["layer1.0.conv1.weight"] * 127).to(torch.int8)
+    message = refusal("test_resnet", saved(tensors, tmp_path / "w.pth"))
+    assert "expected floating-point weights" in message and "layer1.0.conv1.weight torch.int8" in message and "is it quantised?" in message
+
+
+def test_resized_position_embeddings_are_said(tmp_path: Path, printed: io.StringIO) -> None:
+    file = saved(trained("test_vit").state_dict(), tmp_path / "w.pth")
+    build("test_vit", 160, file, OPTION)
+    assert "resized" not in printed.getvalue()
+    build("test_vit", 64, file, OPTION)
+    assert "resized by timm for this input size: pos_embed (1, 101, 64) to (1, 17, 64);" in printed.getvalue()
+
+
+def test_patches_of_another_size_are_refused(tmp_path: Path) -> None:
+    """timm's own conversion resamples them: everything fits, and the features are wrong."""
+    file = saved(trained("test_vit", patch_size=32).state_dict(), tmp_path / "w.pth")
+    message = refusal("test_vit", file)
+    assert "test_vit has patches of 16 x 16 pixels, found patches of 32 x 32: another model's weights" in message
 
 
 def test_counters_of_batch_norm_may_be_missing(tmp_path: Path) -> None:

@@ -19,10 +19,10 @@ from helpers import CPU, encoder, flags
 from test_neighbours import clustered
 
 import bingo_compress.distill as loop
-from bingo_compress import batches, checkpoint, cli, distributed, embed, finetune, images, neighbours, pixels, stopping
+from bingo_compress import batches, checkpoint, cli, distributed, embed, finetune, images, neighbours, pixels, stopping, teacher_pass
 from bingo_compress.errors import BingoError
 
-SIZES = {"SHARD": 8, "BATCH": 4}  # of embed: so small that every process has a share
+BATCHES, SHARDS = {"BATCH": 4}, {"SHARD": 8}  # of embed and teacher_pass: so small that every process has a share
 TUNED = {"TUNE_EPOCHS": 2, "TUNE_STEPS": 2}  # of finetune
 BLOCKS = {"BLOCK": 300, "TILE": 130}  # of neighbours
 DISTILLED: dict[str, dict[str, Any]] = {
@@ -48,9 +48,9 @@ def validate(run: Path, data: Path, test: Path, file: Path) -> list[str]:
 
 
 def command(*words: str, stop_at: int | None = None) -> dict[str, Any]:
-    """The command line in this process: its exit status, what it printed, the students it checked during training, and the images that it showed as
-    anchors in each step that it trained. stop_at: a step before which the last process gets a SIGTERM."""
-    out, err, checked, made, trained = io.StringIO(), io.StringIO(), [], {}, []
+    """The command line in this process: its exit status, what it printed, the students it checked during training, and of each step that it trained the images
+    that it showed as anchors and the seed of other random numbers. stop_at: a step before which the last process gets a SIGTERM."""
+    out, err, checked, made, trained, seeds = io.StringIO(), io.StringIO(), [], {}, [], {}
     real, make, learning_rate = embed.store_features, batches.Maker.__call__, loop.learning_rate
 
     def recorded(student: Any, *rest: Any) -> torch.Tensor:
@@ -64,6 +64,7 @@ def command(*words: str, stop_at: int | None = None) -> dict[str, Any]:
 
     def recorded_rate(step: int, *rest: Any) -> float:
         trained.append(step)
+        seeds[step] = torch.initial_seed()  # the one that a dropout draws by
         if step == stop_at and distributed.rank() == distributed.world() - 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return learning_rate(step, *rest)
@@ -81,16 +82,16 @@ def command(*words: str, stop_at: int | None = None) -> dict[str, Any]:
             cli.main()
         except SystemExit as stop:
             shown = {step: made[step] for step in trained}
-            return {"status": stop.code, "out": out.getvalue(), "err": err.getvalue(), "checked": checked, "shown": shown}
+            return {"status": stop.code, "out": out.getvalue(), "err": err.getvalue(), "checked": checked, "shown": shown, "seeds": seeds}
     raise AssertionError("the command line always exits")
 
 
-def teacher_pass(data: Path, out: Path) -> dict[str, Any]:
+def whole_pass(data: Path, out: Path) -> dict[str, Any]:
     """Features and views that this process got."""
     folder, work = images.list_folder(data), out / "pass"
     work.mkdir(exist_ok=True)
     store, _ = pixels.build(folder, 40, work, CPU)
-    seen = embed.teacher_pass(encoder(), folder, store, 2, 0.2, work, CPU)
+    seen = teacher_pass.run(encoder(), folder, store, 2, 0.2, work, CPU)
     checkpoint.save(out / f"pass.{distributed.rank()}.safetensors", {"features": seen.features, "views": seen.views})
     return {}
 
@@ -148,12 +149,12 @@ def main(data: Path, test: Path, out: Path) -> None:
         "stopped": lambda: command(*distill(data, out / "stopped", **HANDED_OVER), stop_at=STOP_AT),
         "taken": lambda: command(*distill(data, out / "taken", **HANDED_OVER), "--resume"),
         "validate": lambda: command(*validate(out / "kept", data, test, out / "proof.json")),
-        "pass": lambda: teacher_pass(data, out),
+        "pass": lambda: whole_pass(data, out),
         "exact": lambda: search("exact", out),
         "ivf": lambda: search("ivf", out),
         "joined": joined,
     }
-    with mock.patch.multiple(embed, **SIZES), mock.patch.multiple(finetune, **TUNED):
+    with mock.patch.multiple(embed, **BATCHES), mock.patch.multiple(teacher_pass, **SHARDS), mock.patch.multiple(finetune, **TUNED):
         for name, case in cases.items():
             (out / f"{name}.{distributed.rank()}.json").write_text(json.dumps(case()))
     sys.argv = ["bingo-compress", *distill(data, out / "refused", batch_size=7)]

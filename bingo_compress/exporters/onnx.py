@@ -82,7 +82,7 @@ class Deployed(nn.Module):
 
 
 def export_onnx(student: Encoder, images: Tensor, path: Path, facts: dict[str, Any], wanted: Form = PROFILES["modern"]) -> dict[str, Any]:
-    """Write `path` and the readable `path`.json. images: uint8 (n, S, S, 3), the user's own, preprocessed. Returns the contract that both hold.
+    """Write `path` and the readable `path`.json. images: uint8 (n, S, S, 3), the user's own, preprocessed. Returns what path.json holds.
 
     Raises BingoError (exit status 3), leaving nothing behind, unless the file is of the form that is wanted and embeddings agree to 1e-4 and a cosine of 0.9999.
     """
@@ -101,17 +101,17 @@ def export_onnx(student: Encoder, images: Tensor, path: Path, facts: dict[str, A
 
 
 def publish(raw: Path, path: Path, contract: dict[str, Any], wanted: Form) -> dict[str, Any]:
-    """Put what `raw` holds at `path`, with the contract in its metadata, and the readable `path`.json. Returns the contract with what the file turned out
-    to be. Raises BingoError (exit status 3) unless it is of the form that is wanted."""
+    """Put what `raw` holds at `path`, with the contract and what the graph turned out to be in its metadata; and the readable `path`.json, which holds the
+    same and "bytes" and "sha256" of `path`. Returns what it holds. Raises BingoError (exit status 3) unless the graph is of the form that is wanted."""
     contract = contract | {"onnx": described(raw, wanted)}
     with atomic(path) as temporary:
         model = onnx.load(raw)
         onnx.helper.set_model_props(model, {"bingo_compress": json.dumps(contract)})
         onnx.save(model, temporary)
         onnx.checker.check_model(temporary)
-        digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
+        contract |= {"bytes": temporary.stat().st_size, "sha256": hashlib.sha256(temporary.read_bytes()).hexdigest()}
         path.with_suffix(".json").unlink(missing_ok=True)
-    write_text(path.with_suffix(".json"), json.dumps(contract | {"sha256": digest}, indent=2) + "\n")
+    write_text(path.with_suffix(".json"), json.dumps(contract, indent=2) + "\n")
     return contract
 
 
@@ -222,7 +222,7 @@ def described(path: Path, wanted: Form) -> dict[str, Any]:
             f"nodes of {foreign or 'no other domain'}, IR version {model.ir_version}; try another --opset, --batch or --profile",
             REFUSED,
         )
-    return {"opset": wanted.opset, "ir_version": model.ir_version, "batch": batch or "dynamic", "bytes": path.stat().st_size}
+    return {"opset": wanted.opset, "ir_version": model.ir_version, "batch": batch or "dynamic"}
 
 
 def _parity(path: Path, images: Tensor, embedding: Tensor, features: Tensor) -> dict[str, Any]:
@@ -256,11 +256,6 @@ def _session(path: Path) -> onnxruntime.InferenceSession:
             f"{path}: expected a file that `bingo-compress export` writes, found something else ({str(error).partition(chr(10))[0]}); export again or delete it"
         ) from None
     return session
-
-
-def input_size(path: Path) -> int:
-    """Pixels a side of the file's input: `export --image-size` may have made it another than the run's. Raises BingoError."""
-    return int(_session(path).get_inputs()[0].shape[1])
 
 
 def onnx_runner(path: Path) -> Callable[[Tensor], tuple[Tensor, Tensor]]:

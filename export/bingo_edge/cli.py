@@ -43,12 +43,16 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--out", type=Path, metavar="FILE.npz", help="write paths and embeddings here instead of printing them")
     command = add("nearest", _nearest, "the pictures of an index most similar to one picture")
     command.add_argument("query", metavar="QUERY")
-    command.add_argument("--index", required=True, metavar="FILE.npz|FOLDER", help="a file from embed --out, a bank.npz, or a folder")
+    command.add_argument(
+        "--index", required=True, metavar="FILE.npz|FOLDER", help="a file from embed --out, the model's bank.npz, or a folder"
+    )
     command.add_argument("--k", type=int, default=5, help="how many (default 5)")
     command = add("classify", _classify, "the class of pictures, with its probability")
     command.add_argument("paths", nargs="+", metavar="PATH")
-    command.add_argument("--head", required=True, metavar="HEAD.npz", help="linear.npz or bank.npz from bingo-compress validate")
-    command = add("time", _time, "time of one picture in the network, preprocessing not included")
+    command.add_argument(
+        "--head", required=True, metavar="HEAD.npz", help="the model's linear.npz or bank.npz from bingo-compress validate"
+    )
+    command = add("time", _time, "time of a picture, or of a batch fixed in the file, in the network; preprocessing not included")
     command.add_argument("--runs", type=int, default=200, metavar="N", help="timed runs after a warm-up (default 200)")
     add("info", _info, "the contract inside an ONNX file")
     command = add("selftest", _selftest, "the model on the pictures exported with it: same pixels, same embeddings; exit status 3 if not")
@@ -98,7 +102,7 @@ def _embed(args: argparse.Namespace) -> None:
     embeddings = np.concatenate(result.embeddings)
     report: dict[str, Any] = {"pictures": len(embeddings), "embedding_dim": embedder.dim, "skipped": result.skipped}
     if args.out:
-        write_npz(args.out, paths=np.array(result.names), embeddings=embeddings, run_id=np.array(embedder.contract.get("run_id", "")))
+        write_npz(args.out, paths=np.array(result.names), embeddings=embeddings, model_sha256=np.array(embedder.sha256))
         report["out"] = str(args.out)
     else:
         report |= {"paths": result.names, "embeddings": embeddings.tolist()}
@@ -125,7 +129,7 @@ def _nearest(args: argparse.Namespace) -> None:
             result.embeddings.append(batch.embeddings)
         rows, paths = np.concatenate(result.embeddings), np.array(result.names)
     else:
-        rows, paths = load_index(args.index, embedder.contract.get("run_id", ""))
+        rows, paths = load_index(args.index, embedder)
     if rows.shape[1] != embedder.dim:
         raise EdgeError(f"an index of {embedder.dim} values a picture", f"{rows.shape[1]} in {args.index}", "make it with this model")
     places, cosines = nearest(query.embeddings, rows, args.k)
@@ -137,10 +141,11 @@ def _nearest(args: argparse.Namespace) -> None:
 def _classify(args: argparse.Namespace) -> None:
     from bingo_edge.heads import classify, load_head
 
-    head = load_head(args.head)
+    embedder = _open(args)
+    head = load_head(args.head, embedder)
     result = _Collector()
     found: list[dict[str, Any]] = []
-    for batch in _batches(_open(args), args.paths, result):
+    for batch in _batches(embedder, args.paths, result):
         classes, probabilities = classify(head, batch.embeddings, batch.features)
         for name, label, probability in zip(batch.names, classes, probabilities.max(axis=1), strict=True):
             if args.json:
@@ -159,14 +164,20 @@ def _time(args: argparse.Namespace) -> None:
     embedder = _open(args)
     p50, p90, p99 = (float(value) for value in np.percentile(latency_ms(embedder, args.runs), [50, 90, 99]))
     load_ms = embedder.load_seconds * 1e3
+    batch = embedder.batch or 1
     report = {"p50_ms": p50, "p90_ms": p90, "p99_ms": p99, "load_ms": load_ms, "runs": args.runs, "threads": args.threads}
+    report |= {"batch": batch, "p50_ms_per_picture": p50 / batch, "pictures_per_second": 1e3 * batch / p50}
     text = f"p50 {p50:.3f} ms\np90 {p90:.3f} ms\np99 {p99:.3f} ms\nload {load_ms:.1f} ms\n"
-    text += f"one picture a run, {args.runs} runs after a warm-up, threads {args.threads}, preprocessing not included"
-    _report(args, {**report, "batch": 1, "preprocessing_included": False}, text)
+    text += f"{p50 / batch:.3f} ms a picture, {1e3 * batch / p50:.1f} pictures a second\n"
+    pictures = "one picture a run" if batch == 1 else f"{batch} pictures a run (the batch is fixed in the file)"
+    text += f"{pictures}, {args.runs} runs after a warm-up, threads {args.threads}, preprocessing not included"
+    _report(args, {**report, "preprocessing_included": False}, text)
 
 
 def _info(args: argparse.Namespace) -> None:
-    report = {"file": args.model, "bytes": os.path.getsize(args.model) if os.path.isfile(args.model) else 0, **_open(args).contract}
+    embedder = _open(args)
+    facts = {"file": args.model, "bytes": os.path.getsize(args.model), "sha256": embedder.sha256}
+    report = facts | embedder.contract | facts
     lines = (f"{key}: {value if isinstance(value, str) else json.dumps(value)}" for key, value in report.items())
     _report(args, report, "\n".join(map(_shown, lines)))
 

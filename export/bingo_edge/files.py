@@ -73,10 +73,13 @@ def _refuse(reason: str) -> NoReturn:
     raise ImageError(reason)
 
 
-def read_npz(path: str | PathLike[str], what: str, makers: dict[str, tuple[str, ...]]) -> tuple[str, dict[str, NDArray[Any]]]:
+def read_npz(
+    path: str | PathLike[str], what: str, makers: dict[str, tuple[str, ...]], sha256: str, todo: str
+) -> tuple[str, dict[str, NDArray[Any]]]:
     """Read an npz file without pickle; `makers` gives the keys each kind of file must have, and the first kind that fits wins.
 
-    Returns the kind and every array of the file. Raises EdgeError.
+    sha256: of the open model file, which `model_sha256` in the npz file must be: another file's numbers would mean nothing to it; todo: what to do
+    where it is not. Returns the kind and every array of the file. Raises EdgeError.
     """
     needed = " or ".join(f"{kind} ({', '.join(keys)})" for kind, keys in makers.items())
     try:
@@ -84,15 +87,20 @@ def read_npz(path: str | PathLike[str], what: str, makers: dict[str, tuple[str, 
             unpacked = sum(entry.file_size for entry in file.zip.infolist())
             if unpacked > MOST_PACKED * os.path.getsize(path) + (1 << 24):
                 raise ValueError(f"{unpacked:,} bytes when unpacked, from a file of {os.path.getsize(path):,}")
-            for kind, keys in makers.items():
-                if set(keys) <= set(file.files):
-                    return kind, {key: file[key] for key in file.files}
+            found = next((kind for kind, keys in makers.items() if set(keys) <= set(file.files)), "")
+            arrays = {key: file[key] for key in file.files} if found else {}
             held = ", ".join(file.files) or "nothing"
     except FileNotFoundError:
         raise EdgeError(what, f"no file at {os.fspath(path)}", "check the path") from None
     except Exception as error:
         raise EdgeError(what, f"{os.fspath(path)} ({error or type(error).__name__})", "make the npz file again") from None
-    raise EdgeError(f"{what}: {needed}", f"{os.fspath(path)} with {held}", "give another npz file")
+    if not found:
+        raise EdgeError(f"{what}: {needed}", f"{os.fspath(path)} with {held}", "give another npz file")
+    made_for = str(arrays["model_sha256"]) if "model_sha256" in arrays else ""
+    if made_for != sha256:
+        whose = f"that of {made_for[:64]}" if made_for else "one that does not say whose it is"
+        raise EdgeError(f"{what} of the model file with sha256 {sha256}", f"{whose} in {os.fspath(path)}", todo)
+    return found, arrays
 
 
 def unit_rows(embeddings: NDArray[Any], path: str | PathLike[str]) -> NDArray[np.float32]:

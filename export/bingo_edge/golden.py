@@ -121,10 +121,8 @@ def _read(embedder: Embedder, path: Path) -> list[_Golden]:
         raise EdgeError("a whole golden.json", f"{path} ({type(error).__name__}: {error})", todo) from None
     if version != 1:
         raise EdgeError("golden.json of format 1", f"format {version} in {path}", "update bingo-edge")
-    with open(embedder.path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if made_for != digest:
-        raise EdgeError(f"golden pictures of the model with sha256 {digest}", f"those of {made_for} in {path}", todo)
+    if made_for != embedder.sha256:
+        raise EdgeError(f"golden pictures of the model with sha256 {embedder.sha256}", f"those of {made_for} in {path}", todo)
     for name in (name for golden in found for name in (golden.file, golden.rgb)):
         if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):  # a path could lead out of the folder
             raise EdgeError("plain file names in golden.json", f"{name!r} in {path}", todo)

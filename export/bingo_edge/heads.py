@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from bingo_edge.errors import EdgeError
 from bingo_edge.files import read_npz, unit_rows
+from bingo_edge.model import Embedder
 
 CHUNK = 4_000_000  # similarities held at once: 16 MB
 
@@ -35,9 +36,10 @@ Head = LinearHead | BankHead
 KEYS = {"linear head": ("weight", "bias", "classes"), "bank": ("embeddings", "labels", "classes", "k", "temperature")}
 
 
-def load_head(path: str | PathLike[str]) -> Head:
-    """Open a linear.npz or bank.npz; which of the two it is shows in its keys. Raises EdgeError."""
-    kind, held = read_npz(path, "a head", KEYS)
+def load_head(path: str | PathLike[str], model: Embedder) -> Head:
+    """Open the linear.npz or bank.npz of an open model; which of the two it is shows in its keys. Raises EdgeError, for another model file's head too."""
+    todo = f"give {os.path.splitext(model.path)[0]}.linear.npz or .bank.npz, or run bingo-compress validate again"
+    kind, held = read_npz(path, "a head", KEYS, model.sha256, todo)
     classes = held["classes"]
     try:
         good = classes.ndim == 1 and classes.dtype.kind == "U" and len(classes) > 0
@@ -96,15 +98,11 @@ def nearest(queries: NDArray[Any], bank: NDArray[np.float32], k: int) -> tuple[N
     return places, cosines
 
 
-def load_index(path: str | PathLike[str], run_id: str) -> tuple[NDArray[np.float32], NDArray[np.str_]]:
-    """Embeddings float32 (N, D) and paths unicode (N,) of a file from `embed --out`, or of a bank.npz. Raises EdgeError.
-
-    An index that says it was made by another model than `run_id` is refused: its cosines would mean nothing.
-    """
-    _, held = read_npz(path, "an index", {"index": ("paths", "embeddings")})
+def load_index(path: str | PathLike[str], model: Embedder) -> tuple[NDArray[np.float32], NDArray[np.str_]]:
+    """Embeddings float32 (N, D) and paths unicode (N,) that an open model made: a file from `embed --out`, or a bank.npz. Raises EdgeError, for another
+    model file's index too."""
+    _, held = read_npz(path, "an index", {"index": ("paths", "embeddings")}, model.sha256, "make it again with this model")
     rows, paths = unit_rows(held["embeddings"], path), held["paths"]
     if paths.shape != (len(rows),) or paths.dtype.kind != "U":
         raise EdgeError(f"{len(rows)} paths", f"{paths.dtype} {paths.shape} in {os.fspath(path)}", "make the index again")
-    if "run_id" in held and str(held["run_id"]) != run_id:
-        raise EdgeError(f"an index of model {run_id}", f"one of {held['run_id']} in {os.fspath(path)}", "make it again with this model")
     return rows, paths

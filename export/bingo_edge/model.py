@@ -1,5 +1,6 @@
 """The student network: an ONNX file that carries its own contract."""
 
+import hashlib
 import json
 import os
 import time
@@ -36,7 +37,7 @@ class Embedded(NamedTuple):
 
 
 class Embedder:
-    """An open student network: `path`, `contract` (the dict of student.json), `dim` (D), `load_seconds`.
+    """An open student network: `path`, `sha256` of the file as it was opened, `contract` (what it says of itself), `dim` (D), `load_seconds`.
 
     `batch`: how many pictures the graph takes at once where that is fixed in the file, else None. Callers need not care: any number may be given.
     """
@@ -53,9 +54,15 @@ class Embedder:
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         options.log_severity_level = 4  # its errors come as exceptions too; the log would repeat them on stderr
+        try:
+            with open(path, "rb") as file:
+                held = file.read()  # once: what is hashed is what runs, whatever is put in the file's place later
+        except OSError as error:
+            raise EdgeError("an ONNX file that can be read", f"{path} ({error.strerror})", "check its permissions") from None
+        self.sha256 = hashlib.sha256(held).hexdigest()
         start = time.perf_counter()
         try:
-            self._session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            self._session = ort.InferenceSession(held, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's own exceptions share no base class below Exception
             found = f"{path} ({error})"
             raise EdgeError(f"an ONNX file that onnxruntime {ort.__version__} can open", found, f"{AGAIN} or update onnxruntime") from None
@@ -130,15 +137,16 @@ class Embedder:
 
 
 def latency_ms(embedder: Embedder, runs: int, warm_up: int = 20) -> NDArray[np.float64]:
-    """Milliseconds of each of `runs` single-picture inferences after a warm-up, shape (runs,). Preprocessing is not included."""
+    """Milliseconds of each of `runs` inferences after a warm-up, shape (runs,): of one picture, or of the batch that is fixed in the file. Preprocessing is
+    not included."""
     if runs < 1:
         raise EdgeError("at least 1 run", str(runs), "give a positive number")
     size = embedder.contract["input"]["size"]
-    picture = np.random.default_rng(0).integers(0, 256, (1, size, size, 3), np.uint8)
+    pictures = np.random.default_rng(0).integers(0, 256, (embedder.batch or 1, size, size, 3), np.uint8)
     times = np.empty(warm_up + runs)
     for run in range(warm_up + runs):
         start = time.perf_counter()
-        embedder.infer(picture)
+        embedder.infer(pictures)
         times[run] = (time.perf_counter() - start) * 1e3
     return times[warm_up:]
 
