@@ -327,7 +327,9 @@ def test_purity_is_that_of_the_labels_of_the_day(world: World, tmp_path: Path) -
             (tmp_path / "labels" / f"half{kind in (1, 2)}" / f"{kind}-{file.name}").symlink_to(file)
     table = compare.compare(world.base, tmp_path / "labels", None, "bingo", [0], world.copy(tmp_path / "out"))
     tensors, facts = checkpoint.load(world.out / "runs" / "bingo-seed0.bags.safetensors")
-    halves = [str(name)[4] in "12" for name in facts["files"]]  # type: ignore[attr-defined]
+    folder = images.list_folder(world.data)
+    half = {digest: name[4] in "12" for digest, name in zip(folder.digests, folder.files, strict=True)}
+    halves = [half[digest] for digest in facts["digests"]]  # type: ignore[attr-defined]
     same = [halves[mate] == halves[anchor] for anchor, bag in enumerate(tensors["bags"].tolist()) for mate in bag]
     assert table["rows"][0]["bags"]["bag_purity"] == pytest.approx(sum(same) / len(same))
     assert table["rows"][0]["bags"]["bag_purity"] > world.table["rows"][0]["bags"]["bag_purity"]
