@@ -6,10 +6,8 @@ import torch
 from torch import Tensor
 
 NEWTON, CONJUGATE = 100, 500  # steps at most
-EXACT, ROUGH = (
-    1e-12,
-    0.03,
-)  # largest entry of the gradient: of a head that is kept; of one that only votes on its penalty, a share of the first
+EXACT = 1e-12  # largest entry of the gradient of a head that is kept
+ROUGH = 0.01  # the same of one that only votes on its penalty, as a share of that at its start
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ def fit(z: Tensor, spread: Tensor, y: Tensor, classes: int, strength: float, sta
             enough = max(ROUGH * largest, EXACT)
         if largest < enough:
             break
-        step = _newton_step(z, spread, shares, penalty, gradient, tolerance=min(0.06, largest) if exact else 0.06)
+        step = _newton_step(z, spread, shares, penalty, gradient, tolerance=min(0.06, largest) if exact else 0.25)
         slope, length = float((gradient * step).sum()), 1.0
         while True:
             moved = at(weight + length * step)

@@ -98,12 +98,13 @@ def _classes(found: Sequence[Mapping[str, Any]]) -> None:
 
 def _strengths(rows: Sequence[Mapping[str, Any]]) -> None:
     """Where the linear probe would perhaps have taken a penalty beyond its grid."""
-    for row in rows:
-        end = probes.grid_end(row["linear_strength"])
-        if end:
-            screen.say(
-                f"linear probe of {NAMES[row['name']]}: L2 {row['linear_strength']:g}, the {end} of its grid; one beyond it may do better"
-            )
+    ends = [
+        f"{NAMES[row['name']]} ({row['linear_strength']:g}, the {probes.grid_end(row['linear_strength'])})"
+        for row in rows
+        if probes.grid_end(row["linear_strength"])
+    ]
+    if ends:
+        screen.say(f"linear probe: the L2 penalty is at the end of its grid for {', '.join(ends)}; one beyond it may do better")
 
 
 def _gap(rows: Mapping[str, Mapping[str, Any]]) -> None:

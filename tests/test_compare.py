@@ -318,6 +318,23 @@ def test_another_test_set_judges_again_without_training(world: World, tmp_path: 
     assert figures(back, "moco") == figures(world.table, "moco")[1:]
 
 
+@pytest.mark.usefixtures("no_training")
+def test_purity_is_that_of_the_labels_of_the_day(world: World, tmp_path: Path) -> None:
+    """Half of the kinds under one name: the bags are the same, their purity is not."""
+    for kind in range(KINDS):
+        (tmp_path / "labels" / f"half{kind in (1, 2)}").mkdir(parents=True, exist_ok=True)
+        for file in (world.data / f"kind{kind}").iterdir():
+            (tmp_path / "labels" / f"half{kind in (1, 2)}" / f"{kind}-{file.name}").symlink_to(file)
+    table = compare.compare(world.base, tmp_path / "labels", None, "bingo", [0], world.copy(tmp_path / "out"))
+    tensors, facts = checkpoint.load(world.out / "runs" / "bingo-seed0.bags.safetensors")
+    folder = images.list_folder(world.data)
+    half = {digest: name[4] in "12" for digest, name in zip(folder.digests, folder.files, strict=True)}
+    halves = [half[digest] for digest in facts["digests"]]  # type: ignore[attr-defined]
+    same = [halves[mate] == halves[anchor] for anchor, bag in enumerate(tensors["bags"].tolist()) for mate in bag]
+    assert table["rows"][0]["bags"]["bag_purity"] == pytest.approx(sum(same) / len(same))
+    assert table["rows"][0]["bags"]["bag_purity"] > world.table["rows"][0]["bags"]["bag_purity"]
+
+
 def test_other_settings_and_overwrite_train_anew(world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     trained: list[float] = []
 
