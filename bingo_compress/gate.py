@@ -117,14 +117,14 @@ def _labelled(float_file: Path, preprocessing: Preprocessing, labels: Labels) ->
     exact = onnx_runner(float_file)
     sides = figures.sides({"float": (preprocessing, lambda batch: exact(batch)[1])}, bank_folder, test_folder, classes)
     bank, labelled_as, places = sides.bank["float"], sides.labels, torch.tensor(sides.places)
-    contents = [bank_folder.digests[place] for place in sides.places]
+    contents = bank_folder.only(sides.places).digests
     aside = _part(labelled_as, contents)
     if len(labelled_as[~aside].unique()) < len(labelled_as.unique()):
         raise BingoError(
             f"--labels: expected {'two' if test_folder else 'three'} different images or more in every class of {bank_folder.root}, "
             "so that a file can be chosen by one and not the others; add images"
         )
-    tests = [sides.query_folder.digests[place] for place in sides.query_places]
+    tests = sides.query_folder.only(sides.query_places).digests
 
     def compared(
         kept: Tensor, queries: Tensor, wanted: Tensor, folder: images.Folder, which: list[int], what: str

@@ -12,6 +12,7 @@ from bingo_compress.distill import loss_of, plan
 from bingo_compress.encoder import Encoder
 from bingo_compress.errors import BingoError
 from bingo_compress.held_out import split
+from bingo_compress.made_of import made_of
 from bingo_compress.matrices import Rows
 from bingo_compress.recipe import Recipe
 from bingo_compress.trained import Models
@@ -86,7 +87,7 @@ def make_bags(recipe: Recipe, teacher: Encoder, material: Material, device: torc
     split_digest = hashlib.sha256(training.numpy().tobytes()).hexdigest()
     # Arms of a comparison share one folder; what is stale is the bags of another teacher's pass.
     run_dir.drop_stale(material.work, "bags", {path.name for path in material.work.glob(f"bags-{seen.key}-*")})
-    key = run_dir.stage_key(training=split_digest, bag_size=recipe.bag_size, search=recipe.search, layout=1)
+    key = made_of("bags", training=split_digest, bag_size=recipe.bag_size, search=recipe.search).key
     search = neighbours.Search(recipe.search, device, material.work / f"bags-{seen.key}-{key}")
     features = Rows(seen.features, training)
     looked = bagging.Seen(features, own, labels, recipe.clusters, embed.hash_seed(recipe.seed, "bags"), search)
