@@ -351,8 +351,8 @@ def fuzz(home: Path, numbers: list[int], seed: int, length: int, over: Callable[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in (("sequences", 300), ("seed", 0), ("length", 6), ("only", -1), ("minutes", 120)):
-        parser.add_argument(f"--{name}", type=int, default=value)
+    for name, value in (("sequences", 300), ("seed", 0), ("length", 6), ("only", -1), ("minutes", 120.0)):
+        parser.add_argument(f"--{name}", type=type(value), default=value)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
