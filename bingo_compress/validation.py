@@ -258,8 +258,8 @@ def _protocol(
         f"{probes.FOLDS}-fold cross-validation in the bank, the strongest within one standard error of the best, never on the test set; refitted on the whole bank",
         "neighbour_recall": _recall_text(len(sides.labels)),
         "recall": probes.recall_facts(len(sides.labels)),
-        "onnx": "an exported file: kNN with a bank of its own features; student.onnx with the student's linear head where both see pictures alike, else, and "
-        "student-int8.onnx always, with a head fitted on the file's own features",
+        "onnx": "an exported file: kNN with a bank of its own features; in float the student's linear head where both see pictures alike, else, and in int8 "
+        "always, a head fitted on the file's own features",
         "linear_balanced": "mean over classes of the linear probe's recall",
         "intervals": f"95%, over test images: percentile bootstrap, {evidence.DRAWS} draws; Wilson's for a share of under {evidence.FEW} images or where all agree (balanced: Wilson's "
         "of each class combined, MOVER), Newcombe's for the AUC; bank, weights and heads stay as they are, so that a second run of distill may land outside",
