@@ -102,12 +102,13 @@ def distill(
     chosen = load_recipe(file, settings or [], flags)
     refuse_early(chosen, out, resume, overwrite, dry_run)
 
-    from bingo_compress import estimate, pipeline, unread
+    from bingo_compress import pipeline, unread
+    from bingo_compress.estimate import estimate
 
     named = {key: getattr(chosen, key) for key in given_keys(settings or [], flags)}
     unread.refuse_unread([chosen], named, "the command line")
     if dry_run:
-        estimate.dry_run(chosen, out)
+        estimate(chosen, out)
     else:
         pipeline.run_distill(chosen, out, resume=resume, overwrite=overwrite)
 

@@ -98,8 +98,8 @@ def compare(
                     checkpoint.save(student, models.student.backbone.state_dict(), made, arm=arm.name, seed=seed, **facts)
                 tensors, found = checkpoint.load(student)
                 models.student.backbone.load_state_dict(tensors)
-                scores, right = judge(models.student, labelled(models), device)
-                told = {key: value for key, value in found.items() if key != "made_of"} | scores
+                measured, right = judge(models.student, labelled(models), device)
+                told = {key: value for key, value in found.items() if key != "made_of"} | measured
                 purity = figures.bag_purity(bags, bank) if bags.exists() and checkpoint.made_of(bags) == made else {}
                 checkpoint.save(judged, right, of_figures, **told, purity=purity, digest=embed.weights_digest(models.student))
             right, found = checkpoint.load(judged)
@@ -129,8 +129,8 @@ def _references(
         file = out / "runs" / f"{name}.reference.safetensors"
         if not checkpoint.is_sound(file, made):
             models = build_models(recipe)
-            scores, right = judge(models.teacher if name == "teacher" else models.student, labelled(models), device)
-            checkpoint.save(file, right, made, name=f"{name} weights" if name == "random" else name, **scores)
+            measured, right = judge(models.teacher if name == "teacher" else models.student, labelled(models), device)
+            checkpoint.save(file, right, made, name=f"{name} weights" if name == "random" else name, **measured)
         found.append({field: value for field, value in checkpoint.load(file)[1].items() if field != "made_of"})
     return found
 
@@ -210,9 +210,9 @@ def _train(models: Models, material: Material, work: Path, bags_file: Path, made
     """Distil one arm with one seed, its bags in `bags_file` if it has some; says what it took."""
     recipe, loss = models.recipe, loss_of(models.recipe)
     bags = make_bags(recipe, models.teacher, material, device)
-    saved, metrics = _state(work), work / "metrics.jsonl"
-    train(models, material, bags, metrics, saved, device, discard=True)
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    saved, log = _state(work), work / "metrics.jsonl"
+    train(models, material, bags, log, saved, device, discard=True)
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     checkpoint.forget(saved)
     if bags.numel():  # to be judged by whatever labels there will be
         trained_on = material.folder.only(material.training.tolist())
@@ -228,7 +228,7 @@ def _train(models: Models, material: Material, work: Path, bags_file: Path, made
         "student_passes": passes * planned.student_views,
         "average_passes": passes * {"": 0, "views": 2, "fresh": 1}[loss.momentum],
         "teacher_passes": stored + online if loss.teacher else 0,
-        "train_seconds": meter.seconds_of(metrics),
+        "train_seconds": meter.seconds_of(log),
         "memory_mb": _memory_mb(device),
         "bags": bag_facts(recipe, bags, material),
         "checks": [[line["epoch"] + 1, line["neighbour_recall"]] for line in lines if line.get("neighbour_recall") is not None],

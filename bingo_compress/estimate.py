@@ -24,7 +24,7 @@ SAMPLE = 64
 SAMPLE_VIEWS = 64
 
 
-def dry_run(recipe: Recipe, out: Path) -> None:
+def estimate(recipe: Recipe, out: Path) -> None:
     """Print the resolved recipe, model sizes, steps, memory and time, and write nothing. Raises BingoError as a real run would."""
     folder = intake.take(recipe)
     plan(recipe, len(folder.files))

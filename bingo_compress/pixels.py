@@ -143,8 +143,8 @@ def build(
     standing = [(rows, _standing(folder, rows, side, shards, streamed)) for rows in distributed.mine(ranges)]
     missing, done = [rows for rows, facts in standing if facts is None], [facts for _, facts in standing if facts is not None]
     count = sum(map(len, missing))
-    quarantine = work.parent / "quarantine.csv"
-    intake.refuse_bad(folder, _bad(folder, done), quarantine)
+    listed = work.parent / "quarantine.csv"
+    intake.refuse_bad(folder, _bad(folder, done), listed)
     if missing:
         if not streamed:
             need_space(work, guess(count, side), "the pixel store")
@@ -152,12 +152,12 @@ def build(
             advance(sum(map(len, distributed.mine(ranges))) - count)
             for rows in missing:
                 done.append(_fill(folder, rows, side, shards, streamed, advance))
-                intake.refuse_bad(folder, _bad(folder, done), quarantine)
+                intake.refuse_bad(folder, _bad(folder, done), listed)
     distributed.barrier()
     found = [_read_facts(shards, rows) for rows in ranges]
     good = [index for facts in found for index in facts["good"]]
     bad = _bad(folder, found)
-    intake.refuse_bad(folder, bad, quarantine)
+    intake.refuse_bad(folder, bad, listed)
     if not good:
         raise BingoError(
             f"--data: expected images, found none that can be decoded among {len(folder.files) + len(folder.bad)} files in {folder.root}"

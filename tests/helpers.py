@@ -118,7 +118,7 @@ def bad_files(folder: Path) -> set[str]:
     return {"empty.jpg", "cut.png", "words.jpg", "notes.txt", "nowhere.jpg"}
 
 
-def pixel_store(count: int, side: int = 40) -> PixelStore:
+def filled_store(count: int, side: int = 40) -> PixelStore:
     """`count` pictures of three kinds in turn, in memory."""
     pictures = np.stack([photo(number % 3, number, side, side) for number in range(count)])
     return store_of(list(pictures), torch.ones(count), CPU)
@@ -136,7 +136,7 @@ def unit(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tens
 
 
 def kind_targets(count: int, views: int, dim: int) -> Tensor:
-    """(count, views, dim): targets that `pixel_store` pictures tell: a direction for each of the three kinds, and a little of each image's own."""
+    """(count, views, dim): targets that `filled_store` pictures tell: a direction for each of the three kinds, and a little of each image's own."""
     kinds, own, noise = unit(3, dim, seed=1), unit(count, dim, seed=2), unit(count, views, dim, seed=3)
     return torch.nn.functional.normalize(kinds[torch.arange(count) % 3][:, None] + 0.4 * own[:, None] + 0.2 * noise, dim=-1)
 

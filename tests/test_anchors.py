@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers import CPU, pixel_store, recipe
+from helpers import CPU, filled_store, recipe
 
 from bingo_compress import distill, distributed
 from bingo_compress.batches import Maker, anchors_of
@@ -22,7 +22,7 @@ def test_every_image_is_an_anchor_once_an_epoch(
     planned = distill.plan(recipe(batch_size=batch, epochs=epochs, bag_size=1), images)
     training = torch.arange(images).flip(0)
     loss, bags = make_loss("seed", {}), torch.empty(images, 0, dtype=torch.int64)
-    make = Maker(3, loss, pixel_store(images, 8), training, planned.batch_size, 4, 1.0, None, CPU, Meter(CPU))
+    make = Maker(3, loss, filled_store(images, 8), training, planned.batch_size, 4, 1.0, None, CPU, Meter(CPU))
     shown: list[int] = []
     for step in range(planned.steps):
         for rank in range(processes):

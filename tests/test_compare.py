@@ -137,13 +137,13 @@ def test_epochs_of_every_method_follow_from_equal_student_passes(epochs: int) ->
     assert [arm.recipe.method for arm in arms[:8]] == ["bingo", "seed", "disco", "compress", "simreg", "coss", "moco", "self"]
 
 
-@pytest.mark.parametrize("images", [255, 33, 1000])
-def test_arms_of_other_batch_sizes_and_views_have_equal_student_passes(images: int) -> None:
+@pytest.mark.parametrize("count", [255, 33, 1000])
+def test_arms_of_other_batch_sizes_and_views_have_equal_student_passes(count: int) -> None:
     names = "bingo,bingo:batch_size=7,seed:batch_size=128,moco:batch_size=254,bingo:variant=official,bingo:variant=official:batch_size=100"
     for epochs in (1, 10, 100):
         for arm in compare.make_arms(names, recipe(epochs=epochs)):
-            planned = plan(arm.recipe, images)
-            surplus = planned.steps * planned.batch_size * planned.student_views - epochs * images * 2
+            planned = plan(arm.recipe, count)
+            surplus = planned.steps * planned.batch_size * planned.student_views - epochs * count * 2
             assert -1 <= surplus < planned.batch_size * planned.student_views, arm.name  # a third of an image may be lost
 
 

@@ -51,12 +51,12 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many files each call of the device's decoder was given, from now on; `build` decodes JPEGs on the device."""
     counts: list[int] = []
 
-    def decode(files: list[Tensor], device: torch.device) -> list[Tensor]:
+    def decoded(files: list[Tensor], device: torch.device) -> list[Tensor]:
         counts.append(len(files))
         return decode_jpeg(files, ImageReadMode.RGB, device=device)
 
     monkeypatch.setattr(decoding, "on_gpu", lambda device: True)
-    monkeypatch.setattr(decoding, "nvjpeg", decode)
+    monkeypatch.setattr(decoding, "nvjpeg", decoded)
     return counts
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CPU, Trained, dropping, encoder, kind_targets, pixel_store, recipe, whole_images
+from helpers import CPU, Trained, dropping, encoder, kind_targets, filled_store, recipe, whole_images
 
 from bingo_compress import augment, checkpoint, distill, meter
 from bingo_compress.bagging import knn
@@ -21,7 +21,7 @@ from bingo_compress.losses import Batch, Bingo
 from bingo_compress.recipe import Recipe
 
 IMAGES, DIM, VIEWS = 40, 16, 3
-STORE = pixel_store(IMAGES)
+STORE = filled_store(IMAGES)
 TargetOf = Callable[[torch.Tensor, torch.Generator, torch.Tensor], torch.Tensor]
 
 

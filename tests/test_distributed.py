@@ -175,7 +175,7 @@ def test_another_number_of_processes_goes_on_and_shows_each_image_once_an_epoch(
         for part in parts:
             for step, anchors in part["shown"].items():
                 shown[int(step) // 6] += anchors
-        assert all(sorted(images) == list(range(36)) for images in shown.values())
+        assert all(sorted(shown_once) == list(range(36)) for shown_once in shown.values())
     first, second = (part["seeds"] for part in did(two, "stopped"))
     whole = {int(step): seed for step, seed in alone["seeds"].items()}
     assert all(whole[int(step)] == seed for part in (first, did(two, "taken")[0]["seeds"]) for step, seed in part.items())

@@ -34,7 +34,7 @@ def told(monkeypatch: pytest.MonkeyPatch, data: Path, **changes: Any) -> tuple[d
     monkeypatch.setattr(estimate, "_decode_seconds", lambda *_: 0.0)
     monkeypatch.setattr(screen, "table", lambda title, head, cells: rows.update({row[0]: row[1] for row in cells}))
     monkeypatch.setattr(screen, "duration", lambda seconds: f"{seconds:g}")
-    estimate.dry_run(recipe(data=str(data), hold_out=0.0, **changes), data / "out")
+    estimate.estimate(recipe(data=str(data), hold_out=0.0, **changes), data / "out")
     (line,) = (name for name in rows if name.startswith("distil, "))
     return rows | {"distil": rows[line]}, float(line.split()[1].replace(",", ""))
 

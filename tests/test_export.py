@@ -43,7 +43,7 @@ def without_metadata(path: Path, copy: Path) -> None:
 @pytest.fixture
 def quick(exported: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Writing a graph takes seconds: give the one that was written before, of the weights of `exported`."""
-    monkeypatch.setattr(exporter, "_write_graph", lambda module, images, path, wanted: without_metadata(exported[0], path))
+    monkeypatch.setattr(exporter, "_write_graph", lambda module, shown, path, wanted: without_metadata(exported[0], path))
 
 
 # ---------------------------------------------------------------- equal

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import CPU, encoder, photo, pixel_store, whole_images
+from helpers import CPU, encoder, photo, filled_store, whole_images
 from torch import nn
 
 from bingo_compress import augment, finetune
@@ -93,7 +93,7 @@ def test_a_pass_shows_every_image_once_with_its_label_and_no_batch_of_one(studen
     monkeypatch.setattr(
         finetune, "crop_and_flip", lambda aspect, generator, scale_min: SimpleNamespace(box=everything.expand(len(aspect), 4))
     )
-    store = pixel_store(13)
+    store = filled_store(13)
     marks = whole_images(store, torch.arange(13), student.preprocessing.size)[:, 0, 0, 0].float()
     seen: dict[int, list[float]] = {}
     sizes = []
@@ -116,7 +116,7 @@ def test_the_learning_rate_goes_by_the_models_name(name: str, rate: float) -> No
 
 
 def test_the_steps_are_those_of_plain_sgd_and_the_encoder_stays_frozen(student: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    store, rows = pixel_store(30), torch.arange(24)
+    store, rows = filled_store(30), torch.arange(24)
     labels = rows % 3
     drawn = list(finetune.crops_and_flips(student, store, rows, labels, CPU, 10, 256, 0, "test"))
     before = copy.deepcopy(student.state_dict())
@@ -140,7 +140,7 @@ def test_the_steps_are_those_of_plain_sgd_and_the_encoder_stays_frozen(student: 
 
 def test_the_linear_protocol_learns_three_kinds_of_photo(student: Encoder) -> None:
     rows = torch.arange(60)
-    head = linear_with_augmentation(student, pixel_store(60), rows, rows % 3, 3, CPU, epochs=30)
+    head = linear_with_augmentation(student, filled_store(60), rows, rows % 3, 3, CPU, epochs=30)
     features = as_embed(student, CPU)[1](plain(range(300, 360)))
     assert float((head.predict(features) == torch.arange(60) % 3).float().mean()) > 0.9
 
@@ -151,7 +151,7 @@ def test_the_linear_protocol_learns_three_kinds_of_photo(student: Encoder) -> No
 def test_fine_tuning_learns_and_leaves_the_encoder_as_it_was(student: Encoder) -> None:
     rows = torch.arange(30)
     before = copy.deepcopy(student.state_dict())
-    predict = fine_tune(student, pixel_store(30), rows, rows % 3, 3, CPU, epochs=40)
+    predict = fine_tune(student, filled_store(30), rows, rows % 3, 3, CPU, epochs=40)
     predicted = predict(plain(range(300, 360)))
     assert predicted.dtype == torch.int64 and predicted.shape == (60,)
     assert float((predicted == torch.arange(60) % 3).float().mean()) > 0.9
@@ -165,7 +165,7 @@ def test_everything_is_trained_and_the_same_each_time(student: Encoder, monkeypa
     rows, weights = torch.arange(9), []
     for seed in (0, 0, 1):
         made.clear()
-        fine_tune(student, pixel_store(9), rows, rows % 3, 3, CPU, epochs=2, lr=0.01, seed=seed)
+        fine_tune(student, filled_store(9), rows, rows % 3, 3, CPU, epochs=2, lr=0.01, seed=seed)
         weights.append({name: value.clone() for name, value in made[0].state_dict().items()})
     for name, parameter in student.named_parameters():
         assert not torch.equal(weights[0][f"0.{name}"], parameter), name
@@ -182,14 +182,14 @@ def test_few_images_get_more_epochs(student: Encoder, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(finetune, "crops_and_flips", recorded)
     for count in (5, 64, 65, 64 * 40):
-        fine_tune(student, pixel_store(3), torch.zeros(count, dtype=torch.int64), torch.zeros(count, dtype=torch.int64), 2, CPU, lr=0.01)
+        fine_tune(student, filled_store(3), torch.zeros(count, dtype=torch.int64), torch.zeros(count, dtype=torch.int64), 2, CPU, lr=0.01)
     assert asked == [300, 300, 150, 30]
 
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_one_or_two_images_do_not_break_batchnorm(student: Encoder, count: int) -> None:
     rows = torch.arange(count)
-    predict = fine_tune(student, pixel_store(3), rows, rows, 3, CPU, epochs=2)
+    predict = fine_tune(student, filled_store(3), rows, rows, 3, CPU, epochs=2)
     assert predict(plain(range(1))).shape == (1,)
 
 
@@ -211,17 +211,17 @@ def test_the_learning_rate_is_chosen_on_a_fifth_held_out(student: Encoder, monke
     for known, best in (((1, 4, 3), 0.2), ((2, 2, 1), 0.1), ((0, 1, 3), 0.3)):
         trained.clear()
         knows.update(zip((0.1, 0.2, 0.3), known, strict=True))
-        assert finetune._best_lr(student, pixel_store(20), torch.arange(20), answers, 3, CPU, 1, 0, "test") == best
+        assert finetune._best_lr(student, filled_store(20), torch.arange(20), answers, 3, CPU, 1, 0, "test") == best
         assert [(lr, len(set(rows))) for lr, rows in trained] == [(0.1, 16), (0.2, 16), (0.3, 16)]
     trained.clear()
-    assert finetune._best_lr(student, pixel_store(4), torch.arange(4), answers[:4], 3, CPU, 1, 0, "test") == 0.1
+    assert finetune._best_lr(student, filled_store(4), torch.arange(4), answers[:4], 3, CPU, 1, 0, "test") == 0.1
     assert not trained  # nothing to hold out of four
 
 
 def test_after_the_choice_all_rows_are_trained_on(student: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[list[int]] = []
     monkeypatch.setattr(finetune, "crops_and_flips", lambda encoder, store, rows, *_: shown.append(rows.tolist()) or [])
-    fine_tune(student, pixel_store(20), torch.arange(20), torch.arange(20) % 3, 3, CPU)
+    fine_tune(student, filled_store(20), torch.arange(20), torch.arange(20) % 3, 3, CPU)
     assert [len(rows) for rows in shown] == [16] * len(finetune.TUNE_LRS) + [20]
 
 
@@ -233,7 +233,7 @@ def test_features_of_any_scale_are_learned_from(student: Encoder) -> None:
             scaled.backbone.bn2.weight.mul_(scale)
             scaled.backbone.bn2.bias.mul_(scale)
         # The classifier alone: the backbone's learning rate is next to nothing.
-        predicted = fine_tune(scaled, pixel_store(24), rows, rows % 3, 3, CPU, epochs=120, lr=1e-12)(plain(range(300, 345)))
+        predicted = fine_tune(scaled, filled_store(24), rows, rows % 3, 3, CPU, epochs=120, lr=1e-12)(plain(range(300, 345)))
         found.append(predicted)
         assert float((predicted == torch.arange(45) % 3).float().mean()) > 0.8
     assert all(float((other == found[0]).float().mean()) > 0.9 for other in found)

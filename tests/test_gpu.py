@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Trained, encoder, kind_targets, photo, photos, pixel_store, recipe, unit
+from helpers import Trained, encoder, kind_targets, photo, photos, filled_store, recipe, unit
 from torch import Tensor
 
 from bingo_compress import augment, distill, embed, pixels, teacher_pass
@@ -138,7 +138,7 @@ def train(folder: Path, device: torch.device, stops: tuple[int, ...], **settings
     loss = distill.loss_of(chosen)
     targets = kind_targets(count, 2, dim)
     bags = knn(targets[:, 0], 3)[0]
-    store = pixel_store(count)
+    store = filled_store(count)
     source = None
     if loss.teacher:
         mean = chosen.stored_views == "mean"
@@ -180,7 +180,7 @@ def test_too_little_memory_is_a_slower_step_with_the_same_result(name: str, tmp_
     # Of a ResNet recomputing saves less than half of the activations; they must be most of what is held.
     count, dim, size = (256, 16, 160) if name == "resnet18" else (128, 16, 128)
     targets = kind_targets(count, 2, dim)
-    bags, store = knn(targets[:, 0], 3)[0], pixel_store(count, size)
+    bags, store = knn(targets[:, 0], 3)[0], filled_store(count, size)
     chosen = settle(recipe(student=name, image_size=size, batch_size=count, device="cuda", compile="off"))
 
     def losses(limit: float, folder: Path) -> list[float]:

@@ -185,12 +185,12 @@ def test_what_is_left_in_float_is_not_rounded(float_file: Path, tmp_path: Path) 
     assert [kinds[part[0]] for part in parts] == [node.op_type for node in model.graph.node if node.op_type in onnx_int8.LAYERS]
     assert all(kinds[name] not in onnx_int8.LAYERS for part in parts for name in part[1:])
     everything = tuple(name for part in parts for name in part)
-    images, outside = pictures(6), onnx_int8._outside(model)
+    shown, outside = pictures(6), onnx_int8._outside(model)
     files = {"none": (), "one": parts[3], "all": everything}
     for name, left in files.items():
-        onnx_int8._quantise(float_file, tmp_path / f"{name}.onnx", images, tmp_path, Rung(name, left=left), outside)
-    exact = onnx_runner(float_file)(images)[0]
-    far = [float((onnx_runner(tmp_path / f"{name}.onnx")(images)[0] - exact).norm()) for name in files]
+        onnx_int8._quantise(float_file, tmp_path / f"{name}.onnx", shown, tmp_path, Rung(name, left=left), outside)
+    exact = onnx_runner(float_file)(shown)[0]
+    far = [float((onnx_runner(tmp_path / f"{name}.onnx")(shown)[0] - exact).norm()) for name in files]
     assert far[0] != far[1] and far[2] < 1e-5 < far[0]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CPU, Trained, encoder, kind_targets, pixel_store, recipe, unit
+from helpers import CPU, Trained, encoder, kind_targets, filled_store, recipe, unit
 
 from bingo_compress import checkpoint, distill
 from bingo_compress.bagging import knn
@@ -222,7 +222,7 @@ def test_settings_reach_the_methods_fields() -> None:
 # ---------------------------------------------------------------- the loop
 
 IMAGES = 40
-STORE = pixel_store(IMAGES)
+STORE = filled_store(IMAGES)
 TARGETS = kind_targets(IMAGES, 3, 16)
 BAGS = knn(TARGETS[:, 0], 3)[0]
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from helpers import CPU, Ran, command, encoder, interrupted_at, kind_targets, photos, pixel_store, recipe
+from helpers import CPU, Ran, command, encoder, interrupted_at, kind_targets, photos, filled_store, recipe
 
 from bingo_compress import augment, compare, distill, embed, pipeline, resolving, run_dir, speed
 from bingo_compress.errors import BingoError
@@ -146,7 +146,7 @@ def test_a_batch_is_the_same_whatever_the_threads_it_is_made_with() -> None:
     """So it does not matter whether a thread of one core makes it beside the student, or the trainer's own threads."""
     before, count = torch.get_num_threads(), 40
     targets, images = kind_targets(count, 3, 64), torch.arange(count)
-    space, pixels = embed.target_space(targets[:, 0].half(), "pca", 16), pixel_store(count, 72)
+    space, pixels = embed.target_space(targets[:, 0].half(), "pca", 16), filled_store(count, 72)
     sources = embed.StoredTargets(targets.half(), space, CPU), embed.OnlineTargets(encoder("test_resnet", 64), pixels, RAW, 0.2, CPU, 16)
     for source in sources:
         made = []

@@ -157,8 +157,8 @@ def test_a_comparison_on_few_images_measures_no_recall(tmp_path: Path) -> None:
     bank, labels = unit(9, 8), torch.arange(9) % 3
     folder = images.list_folder(photos(tmp_path / "data", 3))
     judged = compare.Labelled(folder, None, labels, labels, 3, {"bank": bank}, torch.arange(9))
-    scores, right = compare.judge(encoder("test_efficientnet"), judged, CPU)
-    assert "neighbour_recall" not in scores and scores["gallery"] == 7
+    found, right = compare.judge(encoder("test_efficientnet"), judged, CPU)
+    assert "neighbour_recall" not in found and found["gallery"] == 7
     assert set(right) == {"knn", "linear"} and compare_table.titles(7) == {"knn": "kNN", "linear": "linear"}
 
 

@@ -233,7 +233,7 @@ def test_features_beyond_float16_keep_their_directions(
 ) -> None:
     expected = run_pass(teacher, folder, store, tmp_path / "plain", 1)
     real = teacher.forward
-    monkeypatch.setattr(teacher, "forward", lambda images: real(images) * factor)
+    monkeypatch.setattr(teacher, "forward", lambda pictures: real(pictures) * factor)
     found = run_pass(teacher, folder, store, tmp_path / "scaled", 1)
     for name in ("features", "embeddings", "views"):
         assert torch.allclose(getattr(found, name).float(), getattr(expected, name).float(), atol=1e-3), name
@@ -263,7 +263,7 @@ def test_embeddings_that_are_all_alike_are_said(
     run_pass(teacher, folder, store, tmp_path / "plain", 0)
     assert "hardly apart" not in printed.getvalue()
     real = teacher.forward
-    monkeypatch.setattr(teacher, "forward", lambda images: real(images) * 1e-3 + 10)
+    monkeypatch.setattr(teacher, "forward", lambda pictures: real(pictures) * 1e-3 + 10)
     run_pass(teacher, folder, store, tmp_path / "alike", 0)
     assert "warning: the teacher tells these images hardly apart (mean cosine 1.0000" in printed.getvalue()
 

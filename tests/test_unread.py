@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CPU, Ran, command, encoder, flags, kind_targets, photos, pixel_store, recipe
+from helpers import CPU, Ran, command, encoder, flags, kind_targets, photos, filled_store, recipe
 
 from bingo_compress import compare_table, distill
 from bingo_compress.arms import SHARED, make_arms, resolve_arms
@@ -98,7 +98,7 @@ def trained(folder: Path, chosen: Recipe) -> dict[str, torch.Tensor]:
     bags = knn(targets[:, 0], chosen.bag_size)[0] if chosen.bags != "none" else torch.empty(count, 0, dtype=torch.int64)
     student = encoder("test_resnet", 32, seed=5)
     files = folder / "metrics.jsonl", folder / "checkpoint.safetensors"
-    distill.distill(chosen, student, pixel_store(count), torch.arange(count), bags, source if loss.teacher else None, 16, *files, CPU)
+    distill.distill(chosen, student, filled_store(count), torch.arange(count), bags, source if loss.teacher else None, 16, *files, CPU)
     return student.backbone.state_dict()
 
 
