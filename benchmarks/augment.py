@@ -15,8 +15,8 @@ from PIL import Image
 from synthetic import photo
 from torchvision.transforms import v2
 
-from bingo_compress import augment, pixels
-from bingo_compress.memory import keep_memory
+from bingo_compress.data import augment, pixel_store
+from bingo_compress.runtime.memory import keep_memory
 
 
 def main() -> None:
@@ -33,7 +33,7 @@ def main() -> None:
         f"images per CPU-second, median of {chosen.rounds}\n{'px':<6}{'ours':>10}{'v2 tensor':>12}{'v2 PIL':>10}{'ours/tensor':>13}{'ours/PIL':>10}"
     )
     for size in map(int, chosen.sizes.split(",")):
-        side = pixels.store_side(size, 0)
+        side = pixel_store.store_side(size, 0)
         pictures = [photo(number % 64, side * 4 // 3, side) for number in range(chosen.images)]
         rates = measure({"ours": ours(pictures, size), **theirs(pictures, size)}, chosen.images, chosen.rounds)
         row = {"size": size, **rates, "against_tensor": rates["ours"] / rates["tensor"], "against_pil": rates["ours"] / rates["pil"]}
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def ours(pictures: list[Image.Image], size: int) -> Callable[[], object]:
-    store = pixels.store_of([torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8).view(p.height, p.width, 3).numpy() for p in pictures],
+    store = pixel_store.store_of([torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8).view(p.height, p.width, 3).numpy() for p in pictures],
                             torch.tensor([p.width / p.height for p in pictures]), torch.device("cpu"))  # fmt: skip
     generator = torch.Generator().manual_seed(0)
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from bingo_compress.matrices import Stored
-from bingo_compress.neighbours import Search, load_faiss, mates, nearest_neighbours
+from bingo_compress.features.memmap import Stored
+from bingo_compress.features.neighbours import Search, load_faiss, mates, nearest_neighbours
 
 PART = 65536
 CHECKED = 256  # images whose neighbours are found again, in float64

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from bingo_compress.encoder import build
 from bingo_compress.errors import BingoError
 from bingo_compress.exporters.onnx import PROFILES, export_onnx
+from bingo_compress.models.encoder import build
 
 MODELS = """mobilenetv3_large_100 mobilenetv3_small_050 mobilenetv4_conv_small mobilenetv4_hybrid_medium efficientnet_b0 efficientnet_lite0 resnet18
 fastvit_t8 repvit_m0_9 mobileone_s0 vit_tiny_patch16_224 mobilevit_xs convnext_atto levit_128s efficientformerv2_s0 edgenext_xx_small tiny_vit_5m_224

@@ -13,8 +13,10 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
-from bingo_compress import embed, figures, images, probes
-from bingo_compress.encoder import build
+from bingo_compress.data import image_folder
+from bingo_compress.evaluation import probes, scores
+from bingo_compress.features import extract
+from bingo_compress.models.encoder import build
 from bingo_compress.pipeline import choose_device
 
 
@@ -27,10 +29,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("files", nargs="+", type=Path)
     chosen = parser.parse_args()
-    bank, test, where = images.list_folder(chosen.bank), images.list_folder(chosen.test), choose_device("auto")
-    classes, _ = images.labels_of(bank)
+    bank, test, where = image_folder.list_folder(chosen.bank), image_folder.list_folder(chosen.test), choose_device("auto")
+    classes, _ = image_folder.labels_of(bank)
     students = {str(file): build(chosen.student, chosen.image_size, str(file), "FILE") for file in chosen.files}
-    sides = figures.sides({name: embed.as_embed(student, where) for name, student in students.items()}, bank, test, classes)
+    sides = scores.sides({name: extract.as_embed(student, where) for name, student in students.items()}, bank, test, classes)
     found, groups = {}, defaultdict(list)
     for name in students:
         head = probes.fit_linear(sides.bank[name], sides.labels, len(classes), groups=sides.groups)

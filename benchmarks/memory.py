@@ -15,7 +15,7 @@ from pathlib import Path
 
 from synthetic import photo
 
-from bingo_compress import pixels
+from bingo_compress.data import pixel_store
 
 DIFFERENT = 200
 
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--teacher-size", type=int, default=224, help="decides the size of the stored pixels")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
-    limit = pixels.parse_memory(chosen.memory)
+    limit = pixel_store.parse_memory(chosen.memory)
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         data = Path(scratch) / "photos"
@@ -39,7 +39,7 @@ def main() -> None:
         for name, options in (("limited", ["--memory", chosen.memory]), ("in memory", ["--pixels", "memory"])):
             said, peak = run(data, Path(scratch) / name.replace(" ", "-"), chosen.teacher_size, options)
             rows.append({"run": name, "peak_bytes": peak, "said": said})
-    store = chosen.images * pixels.store_side(chosen.teacher_size, 0) ** 2 * 4
+    store = chosen.images * pixel_store.store_side(chosen.teacher_size, 0) ** 2 * 4
     print(f"{chosen.images:,} images, pixels about {store / 1e9:.2f} GB, limit {limit / 1e9:.2f} GB\n")
     print(f"{'run':<12}{'peak GB':>10}{'peak/limit':>12}   where")
     for row in rows:

@@ -19,10 +19,11 @@ import torch
 from step import DIM, clocks, distill_recipe
 from synthetic import store_of
 
-from bingo_compress import distill, embed
-from bingo_compress.bagging import knn
-from bingo_compress.encoder import build
-from bingo_compress.memory import keep_memory
+from bingo_compress.features import extract
+from bingo_compress.features.bagging import knn
+from bingo_compress.models.encoder import build
+from bingo_compress.runtime.memory import keep_memory
+from bingo_compress.training import loop
 
 
 def main() -> None:
@@ -44,9 +45,9 @@ def main() -> None:
     teacher = build(chosen.teacher, chosen.size, "random", "--teacher").to(device)
     with torch.inference_mode():
         start = time.perf_counter() if clock == 0 else time.process_time()
-        found = torch.cat([embed.store_features(teacher, store, rows, device) for rows in torch.arange(32).split(8)])
+        found = torch.cat([extract.store_features(teacher, store, rows, device) for rows in torch.arange(32).split(8)])
         embedding = ((time.perf_counter() if clock == 0 else time.process_time()) - start) / 32
-    space = embed.target_space(found, "pca", min(DIM, 16))
+    space = extract.target_space(found, "pca", min(DIM, 16))
     dim = space(found[:1]).shape[1]
     views = torch.randn(count, 4, teacher.width)
     bags = knn(torch.randn(count, 8), 5)[0]
@@ -63,14 +64,14 @@ def main() -> None:
             }
         )
         if recipe.views == "online":
-            source: embed.TargetOf = embed.OnlineTargets(teacher, store, space, recipe.crop_scale_min, device, dim)
+            source: extract.TargetOf = extract.OnlineTargets(teacher, store, space, recipe.crop_scale_min, device, dim)
         else:
-            source = embed.StoredTargets(views, space, device, mean=True)
+            source = extract.StoredTargets(views, space, device, mean=True)
         student = build(chosen.student, chosen.size, "random", "--student")
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
             files = (Path(folder) / "metrics.jsonl", Path(folder) / "checkpoint.safetensors")
             start = clocks(device)[clock]
-            distill.distill(recipe, student, store, torch.arange(count), bags, source, dim, *files, device, stop_after=steps)
+            loop.distill(recipe, student, store, torch.arange(count), bags, source, dim, *files, device, stop_after=steps)
             return clocks(device)[clock] - start
 
     spent: dict[str, list[float]] = {"official": [], "ours": []}

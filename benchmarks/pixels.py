@@ -25,9 +25,9 @@ from PIL import Image
 from synthetic import photo
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from bingo_compress import augment, pixels
-from bingo_compress.images import list_folder
-from bingo_compress.memory import keep_memory
+from bingo_compress.data import augment, pixel_store
+from bingo_compress.data.image_folder import list_folder
+from bingo_compress.runtime.memory import keep_memory
 
 Decoder = Callable[[bytes, int], np.ndarray]
 Clock = Callable[[], float]
@@ -51,14 +51,14 @@ def main() -> None:
 
 def decoders(size: tuple[int, int], count: int, rounds: int) -> list[dict[str, object]]:
     """Images per CPU-second of each decoder, and how many times ours that is."""
-    side = pixels.store_side(224, 0)
+    side = pixel_store.store_side(224, 0)
     files = [as_jpeg(photo(number, *size)) for number in range(max(8, count * 500 // size[0]))]
     kinds: dict[str, Decoder | None] = {"ours": ours, "pillow, whole": whole, "torchvision": torchvision, "simplejpeg": simple()}
     works = {}
     for name, decode in kinds.items():
         if decode:
             works[name, "decoded"] = lambda decode=decode: [decode(file, side) for file in files]
-            shrink = pillows_shrink if decode is whole else pixels._shrink
+            shrink = pillows_shrink if decode is whole else pixel_store._shrink
             works[name, "kept"] = lambda decode=decode, shrink=shrink: [shrink(decode(file, side), side) for file in files]
     rates = measure(works, len(files), rounds, time.process_time)
     print(
@@ -90,7 +90,7 @@ def whole(file: bytes, side: int) -> np.ndarray:
 
 
 def pillows_shrink(picture: np.ndarray, side: int) -> np.ndarray:
-    return np.array(Image.fromarray(picture).resize(pixels.kept_size(*picture.shape[:2], side)[::-1], Image.Resampling.BICUBIC))
+    return np.array(Image.fromarray(picture).resize(pixel_store.kept_size(*picture.shape[:2], side)[::-1], Image.Resampling.BICUBIC))
 
 
 def torchvision(file: bytes, side: int) -> np.ndarray:
@@ -119,10 +119,10 @@ def places(size: int, count: int, rounds: int, device: torch.device) -> list[dic
         folder.mkdir()
         for number in range(count):
             (folder / f"{number:05d}.jpg").write_bytes(as_jpeg(photo(number, 500, 375)))
-        side = pixels.store_side(size, 0)
+        side = pixel_store.store_side(size, 0)
 
-        def store(where: str) -> pixels.PixelStore:
-            return pixels.build(list_folder(folder), side, work, device, where)[0]
+        def store(where: str) -> pixel_store.PixelStore:
+            return pixel_store.build(list_folder(folder), side, work, device, where)[0]
 
         kinds = ["memory", "disk", "gpu"] if device.type == "cuda" else ["memory", "disk"]
         stores = {where: store(where) for where in kinds}
@@ -132,7 +132,7 @@ def places(size: int, count: int, rounds: int, device: torch.device) -> list[dic
         stores["stream"]._by_gpu = None
         generator = torch.Generator().manual_seed(0)
 
-        def crop(store: pixels.PixelStore) -> None:
+        def crop(store: pixel_store.PixelStore) -> None:
             for rows in torch.randperm(count, generator=generator).split(64):
                 store.crops(rows, augment.draw(store.aspect[rows], generator).box, size)
             if device.type == "cuda":

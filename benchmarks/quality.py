@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as reference
 
-from bingo_compress import augment
 from bingo_compress.cli import main
+from bingo_compress.data import augment
 
 
 def apply_plainly(views: Tensor, drawn: augment.Draw) -> Tensor:

@@ -24,13 +24,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bingo_compress import checkpoint, distill
-from bingo_compress.batches import Maker
-from bingo_compress.embed import StoredTargets, TargetSpace
-from bingo_compress.encoder import build
-from bingo_compress.memory import keep_memory
-from bingo_compress.meter import PARTS, Meter
+from bingo_compress.features.extract import StoredTargets, TargetSpace
+from bingo_compress.models.encoder import build
 from bingo_compress.recipe import make_recipe
+from bingo_compress.runtime import checkpoint
+from bingo_compress.runtime.memory import keep_memory
+from bingo_compress.training import loop
+from bingo_compress.training.loader import Maker
+from bingo_compress.training.metrics import PARTS, Meter
 
 from synthetic import store_of  # isort: skip
 
@@ -43,7 +44,7 @@ SHOWN = 100_000  # images of the training set, by their bags and targets; their 
 class Case:
     """One student at one batch: what both sides train."""
 
-    recipe: distill.Recipe
+    recipe: loop.Recipe
     store: Any
     training: Tensor
     bags: Tensor
@@ -135,7 +136,7 @@ def ours(case: Case, steps: int) -> tuple[tuple[float, float], dict[str, float]]
         files = (Path(folder) / "metrics.jsonl", Path(folder) / "checkpoint.safetensors")
         start = clocks(case.device)
         arguments = (case.recipe, student, case.store, case.training, case.bags, source, DIM, *files, case.device)
-        distill.distill(*arguments, stop_after=steps)
+        loop.distill(*arguments, stop_after=steps)
         spent = since(start, case.device)
         line = json.loads(files[0].read_text().splitlines()[-1])
     return spent, {name: value for name, value in line.items() if name.startswith("share_")}
@@ -144,9 +145,9 @@ def ours(case: Case, steps: int) -> tuple[tuple[float, float], dict[str, float]]
 def limit(case: Case, steps: int) -> tuple[float, float]:
     """(wall, CPU) seconds of `steps` of student and optimiser alone."""
     recipe, device, student = case.recipe, case.device, case.student()
-    head = distill.make_head(recipe, student.width, DIM).to(device)
+    head = loop.make_head(recipe, student.width, DIM).to(device)
     student.to(device, memory_format=torch.channels_last).train()
-    optimizer = distill.make_optimizer(recipe, distill.plan(recipe, SHOWN), [student, head])
+    optimizer = loop.make_optimizer(recipe, loop.plan(recipe, SHOWN), [student, head])
     model: Any = nn.Sequential(student, head)
     if recipe.compile == "on":
         model = torch.compile(model, dynamic=False)
@@ -167,7 +168,7 @@ def making(case: Case, steps: int) -> dict[str, float]:
     meter = Meter(case.device)
     maker = Maker(
         seed=0,
-        loss=distill.loss_of(case.recipe),
+        loss=loop.loss_of(case.recipe),
         pixels=case.store,
         training=case.training,
         batch=case.recipe.batch_size,
@@ -186,9 +187,9 @@ def making(case: Case, steps: int) -> dict[str, float]:
     return {"making": spent} | {f"making_{part}": seconds / steps for part, seconds in meter.read().items() if seconds}
 
 
-def distill_recipe(settings: dict[str, object]) -> distill.Recipe:
+def distill_recipe(settings: dict[str, object]) -> loop.Recipe:
     """A default recipe of these settings, its open ends filled in."""
-    from bingo_compress.resolving import settle
+    from bingo_compress.training.plan import settle
 
     return settle(make_recipe({"queue_size": 1024, "compile": "off", **settings, "save_every_minutes": 1000.0}, "benchmark"))
 

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bingo_compress import pixels
+from bingo_compress.data import pixel_store
 
 
 def photo(number: int, width: int, height: int) -> Image.Image:
@@ -15,11 +15,11 @@ def photo(number: int, width: int, height: int) -> Image.Image:
     return Image.fromarray((np.asarray(coarse) + grain).clip(0, 255).astype(np.uint8))
 
 
-def store_of(count: int, size: int, device: torch.device) -> pixels.PixelStore:
+def store_of(count: int, size: int, device: torch.device) -> pixel_store.PixelStore:
     """A pixel store of `count` pictures for crops of `size` px, on the GPU or in memory; a hundred pictures, again and again."""
-    side = pixels.store_side(size, 0)
+    side = pixel_store.store_side(size, 0)
     hundred = [np.array(photo(number, side * 4 // 3, side)) for number in range(min(count, 100))]
-    store = pixels.store_of([hundred[number % 100] for number in range(count)], torch.full((count,), 4 / 3), device)
+    store = pixel_store.store_of([hundred[number % 100] for number in range(count)], torch.full((count,), 4 / 3), device)
     if device.type == "cuda":
-        return pixels.PixelStore(store.height, store.width, store.aspect, store._read, device, "gpu")
+        return pixel_store.PixelStore(store.height, store.width, store.aspect, store._read, device, "gpu")
     return store

@@ -8,9 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from bingo_compress import __version__, stopping
+from bingo_compress import __version__
 from bingo_compress.errors import BingoError
-from bingo_compress.memory import keep_memory
+from bingo_compress.runtime import signals
+from bingo_compress.runtime.memory import keep_memory
 
 app = typer.Typer(
     add_completion=False,
@@ -40,7 +41,7 @@ UsageError: type[Any] = typer.BadParameter.__bases__[0]  # typer brings its own 
 @app.command()
 def check(data: Data) -> None:
     """Say what is in a folder, what cannot be used and why."""
-    from bingo_compress.checking import check as run
+    from bingo_compress.data.inventory import check as run
 
     run(data)
 
@@ -91,7 +92,7 @@ def distill(
 ) -> None:
     """Distil a teacher into a student on a folder of images."""
     given = dict(locals())
-    from bingo_compress.early import refuse_early
+    from bingo_compress.preflight import refuse_early
     from bingo_compress.recipe import KEYS, given_keys, load_recipe, recipe_file
 
     flags = {key: value for key, value in given.items() if key in KEYS}
@@ -102,8 +103,9 @@ def distill(
     chosen = load_recipe(file, settings or [], flags)
     refuse_early(chosen, out, resume, overwrite, dry_run)
 
-    from bingo_compress import pipeline, unread
-    from bingo_compress.estimate import estimate
+    from bingo_compress import pipeline
+    from bingo_compress.dry_run import estimate
+    from bingo_compress.training import unread
 
     named = {key: getattr(chosen, key) for key in given_keys(settings or [], flags)}
     unread.refuse_unread([chosen], named, "the command line")
@@ -151,7 +153,7 @@ def compare(
 ) -> None:
     """Several methods, or variants of one, side by side: equal student passes, several seeds, one table."""
     given = dict(locals())
-    from bingo_compress.early import refuse_early
+    from bingo_compress.preflight import refuse_early
     from bingo_compress.recipe import KEYS, given_keys, load_recipe, recipe_file
 
     flags = {key: value for key, value in given.items() if key in KEYS}
@@ -161,9 +163,9 @@ def compare(
         raise BingoError(f"--seeds: expected numbers with commas between, for example 0,1,2; found {seeds!r}")
     refuse_early(chosen, out, resume=True, overwrite=overwrite, dry_run=False)
 
-    from bingo_compress.arms import make_arms
-    from bingo_compress.compare import compare as run
-    from bingo_compress.unread import refuse_unread
+    from bingo_compress.comparison.arms import make_arms
+    from bingo_compress.comparison.side_by_side import compare as run
+    from bingo_compress.training.unread import refuse_unread
 
     named = {key: getattr(chosen, key) for key in given_keys(settings or [], flags)}
     refuse_unread([arm.recipe for arm in make_arms(methods, chosen)], named, "the command line")
@@ -198,7 +200,7 @@ def validate(
     device: Device = "auto",
 ) -> None:
     """Prove a run: kNN, linear probe and neighbour recall of teacher, student, start, random weights and the exported file."""
-    from bingo_compress.validation import validate as prove
+    from bingo_compress.evaluation.validation import validate as prove
 
     prove(
         run, data, test, json_file, device, shots=shots, fine_tune=fine_tune, literature=literature, against=against, require=require or []
@@ -230,7 +232,7 @@ def export(
     ] = False,
 ) -> None:
     """Write the student as ONNX files, float and int8, proven on your own images to be the same model."""
-    from bingo_compress.exporting import export as write
+    from bingo_compress.exporters.exporting import export as write
 
     write(
         run,
@@ -257,7 +259,7 @@ def latency(
     json_file: Annotated[Path | None, typer.Option("--json", help="write protocol and figures to this file")] = None,
 ) -> None:
     """Time ONNX files against each other on this processor, run by run in turn: p50, p90, p99, load time, memory."""
-    from bingo_compress.latency import latency as measure
+    from bingo_compress.exporters.timing import latency as measure
 
     measure(models, threads, runs, warm_up, json_file)
 
@@ -279,7 +281,7 @@ def demo(
 @app.command()
 def models(pattern: Annotated[str, typer.Argument(help="part of a name, or with * and ?; default: a short list")] = "") -> None:
     """List models that can be a teacher or a student, with parameters and size."""
-    from bingo_compress.catalogue import show
+    from bingo_compress.models.catalogue import show
 
     show(pattern)
 
@@ -304,8 +306,8 @@ def _several() -> bool:
 
 def _told(error: BaseException) -> int:
     """Say in one line why the command ends: its exit status. What nobody foresaw is raised again."""
-    from bingo_compress import screen
-    from bingo_compress.run_dir import is_full
+    from bingo_compress.runtime import console
+    from bingo_compress.runtime.run_dir import is_full
 
     other = f"process {rank}: " if (rank := os.environ.get("RANK", "0")) != "0" else ""
     if isinstance(error, UsageError):
@@ -313,23 +315,25 @@ def _told(error: BaseException) -> int:
         print(f"error: {' '.join(error.format_message().split())} (see {where} --help)", file=sys.stderr)
         return 2
     if isinstance(error, BingoError):
-        screen.complain(f"{other}error: {error}")
+        console.complain(f"{other}error: {error}")
         return error.exit_status
     if type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU; where a step ran out of it, frugal.py has tried less
         found = str(error).partition(". ")[0]
-        screen.complain(f"{other}error: out of the GPU's memory ({found}); lower --batch-size or --image-size, or end what else runs on it")
+        console.complain(
+            f"{other}error: out of the GPU's memory ({found}); lower --batch-size or --image-size, or end what else runs on it"
+        )
         return 2
     if is_full(error):
         where = getattr(error, "filename", None) or "the run"
         print(f"error: no space: the disk is full, {where} could not be written; free some, then {AGAIN}", file=sys.stderr)
         return 2
     # A library may turn what a signal raises within it into an error of its own.
-    if isinstance(error, KeyboardInterrupt) or stopping.heard():
+    if isinstance(error, KeyboardInterrupt) or signals.heard():
         if not other:
             print(f"\nstopped; what is finished is kept: {AGAIN}", file=sys.stderr)
-        return stopping.status()
+        return signals.status()
     if _several():
-        from bingo_compress import distributed
+        from bingo_compress.runtime import distributed
 
         if distributed.lost(error):
             print(f"{other}error: another process of this run has ended or cannot be reached; see what it said; {AGAIN}", file=sys.stderr)
@@ -340,16 +344,16 @@ def _told(error: BaseException) -> int:
 def main() -> None:
     """Run the command line; a BingoError becomes one line and its exit status."""
     keep_memory()
-    stopping.listen()
+    signals.listen()
     if _several():
-        stopping.end_with_parent()
+        signals.end_with_parent()
     for stream in (sys.stdout, sys.stderr):  # a file name may hold bytes that the terminal's encoding has no character for
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     if os.environ.get("RANK", "0") != "0":
-        from bingo_compress import screen
+        from bingo_compress.runtime import console
 
-        screen.be_quiet()
+        console.be_quiet()
     try:
         status = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
         if status == INTERRUPTED:  # what typer makes of Ctrl-C
@@ -359,6 +363,6 @@ def main() -> None:
         sys.exit(_told(error))
     finally:
         if _several():
-            from bingo_compress import distributed
+            from bingo_compress.runtime import distributed
 
             distributed.stop()

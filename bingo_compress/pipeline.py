@@ -11,30 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bingo_compress import (
-    __version__,
-    checkpoint,
-    distributed,
-    embed,
-    neighbours,
-    pixels,
-    probes,
-    run_dir,
-    screen,
-    trained,
-)
-from bingo_compress.distill import Check, Plan, distill, plan
-from bingo_compress.encoder import Encoder
+from bingo_compress import __version__
+from bingo_compress.data import pixel_store
+from bingo_compress.data.quarantine import report, take
 from bingo_compress.errors import BingoError
-from bingo_compress.header import header
-from bingo_compress.held_out import halves
-from bingo_compress.intake import report, take
-from bingo_compress.made_of import MadeOf
-from bingo_compress.material import Material, bag_facts, make_bags, prepare, sources_of, step_memory, target_source, views_stored
+from bingo_compress.evaluation import probes
+from bingo_compress.features import extract, neighbours
+from bingo_compress.models import trained
+from bingo_compress.models.encoder import Encoder
+from bingo_compress.models.trained import Models, build_models
 from bingo_compress.recipe import RESUME_MAY_CHANGE, Recipe, deciding, load_recipe, recipe_text
-from bingo_compress.resolving import resolve, use_threads
-from bingo_compress.trained import Models, build_models
-from bingo_compress.unread import unread
+from bingo_compress.report.header import header
+from bingo_compress.runtime import checkpoint, console, distributed, run_dir
+from bingo_compress.runtime.made_of import MadeOf
+from bingo_compress.training.held_out import halves
+from bingo_compress.training.loop import Check, Plan, distill, plan
+from bingo_compress.training.material import Material, bag_facts, make_bags, prepare, sources_of, step_memory, target_source, views_stored
+from bingo_compress.training.plan import resolve, use_threads
+from bingo_compress.training.unread import unread
 
 GALLERY_AT_MOST = 20_000
 CHECK_GALLERY = 2000
@@ -66,19 +60,19 @@ def run_distill(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: b
     _refuse_other_recipe(before, models.recipe)
     distributed.refuse_unshared(models.student)
     if resume:
-        now = sources_of(models, folder) | {"start": embed.weights_digest(models.student), "settings": deciding(models.recipe)}
+        now = sources_of(models, folder) | {"start": extract.weights_digest(models.student), "settings": deciding(models.recipe)}
         distributed.from_first(lambda: trained.refuse_other_inputs(run_dir.RunDir(out), now))
     models = replace(models, recipe=use_threads(models.recipe, models.student, device, before.threads if before else 0))
     recipe = models.recipe
     step = step_memory(recipe, models.student, len(folder.files), device)
-    side = pixels.store_side(recipe.image_size, recipe.teacher_size)
+    side = pixel_store.store_side(recipe.image_size, recipe.teacher_size)
     if not out.exists():  # refused before anything is written
-        embed.pixels_of(models.student.preprocessing, folder, range(len(folder.files)), 1)
+        extract.pixels_of(models.student.preprocessing, folder, range(len(folder.files)), 1)
         above = next(parent for parent in out.resolve().parents if parent.is_dir())
         views = views_stored(recipe)
         run_dir.need_space(above, 2 * models.teacher.width * (views + 2) * len(folder.files), "the teacher's embeddings")
         if recipe.pixels not in ("auto", "stream"):  # auto streams where the store does not fit
-            run_dir.need_space(above, pixels.guess(len(folder.files), side), "the pixel store")
+            run_dir.need_space(above, pixel_store.guess(len(folder.files), side), "the pixel store")
     distributed.barrier()  # no process looks at --out after the first has made it
     run = distributed.from_first(lambda: run_dir.open_new(out, resume=resume, overwrite=overwrite))
     distributed.from_first(lambda: run_dir.write_text(run.resolved, recipe_text(recipe)))
@@ -88,7 +82,7 @@ def run_distill(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: b
     material = prepare(models, folder, side, run.work, device, step)
     distributed.from_first(lambda: report(material.folder, run.quarantine))
     planned = plan(recipe, len(material.training))
-    screen.say(f"{len(material.training):,} images to train on, {len(material.held):,} held out; {planned.describe()}")
+    console.say(f"{len(material.training):,} images to train on, {len(material.held):,} held out; {planned.describe()}")
     _say_smaller(recipe, planned)
     bags = make_bags(recipe, models.teacher, material, device)
     trained_on = material.folder.only(material.training.tolist())
@@ -98,7 +92,7 @@ def run_distill(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: b
         trained.save_start(models.student, run.start, recipe)
 
     distributed.from_first(save)
-    screen.say(describe_bags(recipe, facts := bag_facts(recipe, bags, material), len(material.training), device))
+    console.say(describe_bags(recipe, facts := bag_facts(recipe, bags, material), len(material.training), device))
     made = train(models, material, bags, run.metrics, run.checkpoint, device)
     distributed.from_first(lambda: trained.save_student(models.student, run.student, recipe, made))
     recall = held_out_recall(run, models, material, device)
@@ -134,7 +128,7 @@ def train(
                 f"--keep-best: expected 2 or more images held out, found {len(material.held)}; add images or raise --set hold_out=0.05"
             )
         if recipe.keep_best:
-            screen.say(
+            console.say(
                 f"--keep-best chooses by {len(choosing):,} of the images held out; the closing figure is of the other {len(reporting):,}"
             )
         check = recall_check(material, choosing, device)
@@ -150,7 +144,7 @@ def recall_check(material: Material, held: Tensor, device: torch.device) -> Chec
     truth = material.seen.features
 
     def check(student: Encoder) -> float:
-        found = embed.store_features(student, material.store, torch.cat((held, gallery)), device).split((len(held), len(gallery)))
+        found = extract.store_features(student, material.store, torch.cat((held, gallery)), device).split((len(held), len(gallery)))
         return distributed.from_first(lambda: probes.neighbour_recall((truth[held], truth[gallery]), found))
 
     return check
@@ -168,9 +162,9 @@ def _refuse_other_recipe(before: Recipe | None, now: Recipe) -> None:
 
 def _say_smaller(recipe: Recipe, planned: Plan) -> None:
     if planned.batch_size < recipe.batch_size:
-        screen.say(f"batch size {planned.batch_size} instead of {recipe.batch_size}: there are no more images")
+        console.say(f"batch size {planned.batch_size} instead of {recipe.batch_size}: there are no more images")
     if planned.queue_size < recipe.queue_size:
-        screen.say(f"queue {planned.queue_size:,} instead of {recipe.queue_size:,}: one entry an image")
+        console.say(f"queue {planned.queue_size:,} instead of {recipe.queue_size:,}: one entry an image")
 
 
 def held_out_recall(run: run_dir.RunDir, models: Models, material: Material, device: torch.device) -> dict[str, float]:
@@ -178,15 +172,15 @@ def held_out_recall(run: run_dir.RunDir, models: Models, material: Material, dev
     held, training, truth = halves(material.held, models.recipe)[1], material.training, material.seen.features
     gallery = training[:: -(-len(training) // GALLERY_AT_MOST)]
     if not len(held) or not probes.recall_k(len(gallery)):
-        screen.say(
+        console.say(
             f"neighbour recall is not measured: {len(held):,} images held out, a gallery of {len(gallery):,} (at least {probes.RECALL_SHARE})"
         )
         return {}
     encoders = {"start": trained.load_start(models.recipe, run), "student": models.student}
-    ready = {name: embed.as_embed(encoder, device) for name, encoder in encoders.items()}
+    ready = {name: extract.as_embed(encoder, device) for name, encoder in encoders.items()}
     order = torch.cat((held, gallery)).tolist()
-    keep = embed.Keep(run.work, "closing", {name: embed.weights_digest(each) for name, each in encoders.items()})
-    found, good = embed.plain(ready, material.folder, order, "check held-out images", keep)
+    keep = extract.Keep(run.work, "closing", {name: extract.weights_digest(each) for name, each in encoders.items()})
+    found, good = extract.plain(ready, material.folder, order, "check held-out images", keep)
     if len(good) < len(held) + len(gallery):
         raise BingoError(f"an image in {material.folder.root} changed during the run; start the command again with --resume")
     sides = {name: features.split((len(held), len(gallery))) for name, features in found.items()}
@@ -203,7 +197,7 @@ def _close(
     recipe, student = models.recipe, models.student
     summary: dict[str, Any] = {
         "version": __version__,
-        "run_id": run_dir.stage_key(recipe=deciding(recipe), student=embed.weights_digest(student)),
+        "run_id": run_dir.stage_key(recipe=deciding(recipe), student=extract.weights_digest(student)),
         "images": {"training": len(material.training), "held_out": len(material.held), "unusable": len(material.folder.bad)},
         "bags": facts,
         "machine": {
@@ -219,9 +213,9 @@ def _close(
     run_dir.write_text(run.summary, json.dumps(summary, indent=2) + "\n")
     rows = {name: {"neighbour_recall": value} for name, value in ({"teacher": 1.0} | recall).items()} if recall else {}
     closing_table(models, rows, int(recall.get("gallery", 0)))
-    screen.say(f"weights: {run.student}   metrics: {run.metrics}   settings: {run.recipe}, as run: {run.resolved}")
-    screen.say(f"next: bingo-compress export --run {run.path}")
-    screen.say(f"      bingo-compress validate --run {run.path} --data LABELLED_FOLDER   (kNN and linear need a folder of labels)")
+    console.say(f"weights: {run.student}   metrics: {run.metrics}   settings: {run.recipe}, as run: {run.resolved}")
+    console.say(f"next: bingo-compress export --run {run.path}")
+    console.say(f"      bingo-compress validate --run {run.path} --data LABELLED_FOLDER   (kNN and linear need a folder of labels)")
 
 
 def closing_table(models: Models, rows: dict[str, dict[str, float]], gallery: int) -> None:
@@ -234,4 +228,4 @@ def closing_table(models: Models, rows: dict[str, dict[str, float]], gallery: in
         count = big if name == "teacher" else small
         scores = [f"{figures[key]:.3f}" if key in figures else "-" for key in ("neighbour_recall", "knn", "linear")]
         cells.append((label, *scores, f"{count / 1e6:.2f} M", f"{count * 4 / 1e6:.1f}", f"{big / count:.1f}x"))
-    screen.table("", ("", probes.recall_title(gallery), "kNN", "linear", "parameters", "MB", "smaller"), cells)
+    console.table("", ("", probes.recall_title(gallery), "kNN", "linear", "parameters", "MB", "smaller"), cells)

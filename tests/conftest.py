@@ -10,7 +10,7 @@ from helpers import Ran, command
 from PIL import Image
 from rich.console import Console
 
-from bingo_compress import screen
+from bingo_compress.runtime import console
 
 # (width, height): wide, tall, square, one pixel thin, and nothing a multiple of eight.
 SIZES = ((33, 57), (64, 64), (200, 31), (17, 90), (1, 40), (121, 80), (50, 49), (9, 7))
@@ -59,7 +59,7 @@ def photos(tmp_path: Path, make_photo: Callable[..., Path]) -> Path:
 def printed(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     """What is printed on standard output, as to a log of 140 columns."""
     text = io.StringIO()
-    monkeypatch.setattr(screen, "console", Console(file=text, highlight=False, soft_wrap=True, width=140, force_terminal=False))
+    monkeypatch.setattr(console, "console", Console(file=text, highlight=False, soft_wrap=True, width=140, force_terminal=False))
     return text
 
 

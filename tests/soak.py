@@ -26,7 +26,7 @@ from helpers import flags, photos
 from soak_pictures import closed_early, decodes, throughput
 from soak_roads import SAVE_EVERY, WATCH, ended, orphans, result, road
 
-from bingo_compress import checkpoint
+from bingo_compress.runtime import checkpoint
 
 PATIENCE = 120.0  # seconds until a road counts as hung
 STOP_WITHIN = 20.0

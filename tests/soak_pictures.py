@@ -12,8 +12,9 @@ from bingo_edge.image import ImageError, load_image
 from helpers import CPU, photo, photos
 from PIL import Image
 
-from bingo_compress import meter, pixels
-from bingo_compress.images import list_folder
+from bingo_compress.data import pixel_store
+from bingo_compress.data.image_folder import list_folder
+from bingo_compress.training import metrics
 
 SPEED_FILES, ROUNDS = 3000, 5
 
@@ -33,7 +34,7 @@ def decodes(count: int, home: Path, over: Callable[[], bool]) -> dict[str, Any]:
             bad += 1
         done = number + 1
         if done % (count // 10) == 0:
-            resident.append(pixels.resident())
+            resident.append(pixel_store.resident())
             if over():
                 break
     # The first tenth fills the allocator's own stores.
@@ -44,7 +45,7 @@ def decodes(count: int, home: Path, over: Callable[[], bool]) -> dict[str, Any]:
         "images_per_second": round(done / (time.monotonic() - began)),
         "resident_mb": [round(value / 1e6, 1) for value in resident],
         "growth": round(max(steady) / steady[0] - 1, 4),
-        "peak_mb": round(meter.peak_memory(CPU) / 1e6, 1),
+        "peak_mb": round(metrics.peak_memory(CPU) / 1e6, 1),
     }
 
 
@@ -66,7 +67,7 @@ def throughput(home: Path) -> dict[str, Any]:
             work = home / f"speed-{turn}-{name}"
             work.mkdir()
             began = time.monotonic()
-            store, _ = pixels.build(list_folder(folder), 64, work, CPU, "memory")
+            store, _ = pixel_store.build(list_folder(folder), 64, work, CPU, "memory")
             best[name] = max(best[name], SPEED_FILES / (time.monotonic() - began))
             assert len(store) == SPEED_FILES - (name != "whole") * SPEED_FILES // 100
             shutil.rmtree(work)

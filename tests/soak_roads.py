@@ -18,8 +18,10 @@ from unittest import mock
 import torch  # noqa: F401 - imported before the fork, as all below
 from helpers import flags
 
-import bingo_compress.distill as loop
-from bingo_compress import checkpoint, cli, compare, embed, exporting, pipeline, pixels, screen, stopping, validation  # noqa: F401
+import bingo_compress.training.loop as loop
+from bingo_compress import cli, pipeline
+from bingo_compress.features import extract
+from bingo_compress.runtime import checkpoint, console, signals
 
 SAVE_EVERY = 5  # steps
 EPOCHS = 6
@@ -90,7 +92,7 @@ def road(data: Path, out: Path, log: Path, *, exports: bool = True, processes: i
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (1, 2):
         os.dup2(file, stream)
-    stopping.listen()
+    signals.listen()
     second = 0
     if processes > 1:
         second = os.fork()
@@ -105,7 +107,7 @@ def road(data: Path, out: Path, log: Path, *, exports: bool = True, processes: i
         if second:
             status = status or os.waitstatus_to_exitcode(os.waitpid(second, 0)[1])
     except KeyboardInterrupt:
-        status = stopping.status()
+        status = signals.status()
     if status == 0 and (second or processes == 1):
         log.with_suffix(".stages").write_text(json.dumps(WATCH.lengths()))
     os._exit(status)
@@ -116,7 +118,7 @@ def _walk(commands: list[list[str]], ports: list[int], *, first: bool) -> int:
     status = 0
     try:
         with ExitStack() as told:
-            told.enter_context(mock.patch.multiple(embed, BATCH=8, PART=1))  # several parts to a stage, of so few photos
+            told.enter_context(mock.patch.multiple(extract, BATCH=8, PART=1))  # several parts to a stage, of so few photos
             if first:
                 _tell(told)
             for number, words in enumerate(commands):
@@ -132,7 +134,7 @@ def _walk(commands: list[list[str]], ports: list[int], *, first: bool) -> int:
                 if status:
                     break
     except KeyboardInterrupt:
-        status = stopping.status()
+        status = signals.status()
     except BaseException as error:
         print(f"TRACEBACK {type(error).__name__}: {error}", flush=True)
         status = 70
@@ -141,7 +143,7 @@ def _walk(commands: list[list[str]], ports: list[int], *, first: bool) -> int:
 
 def _tell(told: ExitStack) -> None:
     """Patch what begins a stage or a step so that WATCH hears of it."""
-    shown, learning_rate = screen.bar, loop.learning_rate
+    shown, learning_rate = console.bar, loop.learning_rate
 
     @contextmanager
     def bar(what: str, total: int) -> Iterator[Any]:
@@ -160,7 +162,7 @@ def _tell(told: ExitStack) -> None:
 
         return wrapped
 
-    told.enter_context(mock.patch.object(screen, "bar", bar))
+    told.enter_context(mock.patch.object(console, "bar", bar))
     told.enter_context(mock.patch.object(loop, "learning_rate", rate))
     for name in NAMED:
         told.enter_context(mock.patch.object(pipeline, name, named(name.strip("_"), getattr(pipeline, name))))

@@ -27,9 +27,13 @@ from helpers import encoder, flags, photo
 from PIL import Image
 from safetensors.torch import save
 
-import bingo_compress.distill as loop
-from bingo_compress import checkpoint, cli, compare, demo, embed, evidence, exporting, latency, pipeline, probes, stopping, validation  # noqa: F401
+import bingo_compress.training.loop as loop
+from bingo_compress import cli
+from bingo_compress.evaluation import intervals, probes
+from bingo_compress.exporters import timing
+from bingo_compress.features import extract
 from bingo_compress.recipe import load_recipe
+from bingo_compress.runtime import checkpoint, signals
 
 PATIENCE = 90.0  # seconds until a command counts as hung
 WRITTEN = 1_700_000_000
@@ -239,7 +243,7 @@ def _command(line: list[str], log: Path, kept: Path, killed_at: int) -> None:
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         for stream in (1, 2):
             os.dup2(file, stream)
-        stopping._heard.clear()
+        signals._heard.clear()
         with contextlib.ExitStack() as patched:
             _quicken(patched, kept)
             if killed_at:
@@ -284,11 +288,16 @@ def _quicken(patched: contextlib.ExitStack, kept: Path) -> None:
         onnx.save(model, path)
 
     patched.enter_context(mock.patch.object(torch.onnx, "export", once))
-    if hasattr(latency, "_fresh"):
+    if hasattr(timing, "_fresh"):
         fresh = {"load_ms": 1.0, "baseline_bytes": 1, "peak_bytes": 2}
-        patched.enter_context(mock.patch.object(latency, "_fresh", return_value=fresh))
+        patched.enter_context(mock.patch.object(timing, "_fresh", return_value=fresh))
     # Several parts to a stage, of so few pictures; fewer fits and draws. What is not called so any more stays as it is.
-    for owner, name, value in ((embed, "BATCH", 8), (embed, "PART", 1), (probes, "L2_STRENGTHS", (0.1, 1.0)), (evidence, "DRAWS", 100)):
+    for owner, name, value in (
+        (extract, "BATCH", 8),
+        (extract, "PART", 1),
+        (probes, "L2_STRENGTHS", (0.1, 1.0)),
+        (intervals, "DRAWS", 100),
+    ):
         if hasattr(owner, name):
             patched.enter_context(mock.patch.object(owner, name, value))
 

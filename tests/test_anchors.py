@@ -6,10 +6,11 @@ import pytest
 import torch
 from helpers import CPU, filled_store, recipe
 
-from bingo_compress import distill, distributed
-from bingo_compress.batches import Maker, anchors_of
-from bingo_compress.losses import make_loss
-from bingo_compress.meter import Meter
+from bingo_compress.runtime import distributed
+from bingo_compress.training import loop
+from bingo_compress.training.loader import Maker, anchors_of
+from bingo_compress.training.losses import make_loss
+from bingo_compress.training.metrics import Meter
 
 SIZES = [(255, 128, 2, 1), (7, 4, 5, 1), (7, 4, 4, 2), (30, 30, 2, 3), (33, 8, 3, 4), (20, 6, 2.5, 3)]
 
@@ -19,7 +20,7 @@ def test_every_image_is_an_anchor_once_an_epoch(
     images: int, batch: int, epochs: float, processes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(distributed, "world", lambda: processes)
-    planned = distill.plan(recipe(batch_size=batch, epochs=epochs, bag_size=1), images)
+    planned = loop.plan(recipe(batch_size=batch, epochs=epochs, bag_size=1), images)
     training = torch.arange(images).flip(0)
     loss, bags = make_loss("seed", {}), torch.empty(images, 0, dtype=torch.int64)
     make = Maker(3, loss, filled_store(images, 8), training, planned.batch_size, 4, 1.0, None, CPU, Meter(CPU))
@@ -41,7 +42,7 @@ def test_every_image_is_an_anchor_once_an_epoch(
 def test_an_epoch_ends_with_the_step_that_shows_its_last_image() -> None:
     for images in (3, 7, 20, 255):
         for batch in range(2, images + 1):
-            planned = distill.plan(recipe(batch_size=batch, epochs=6, bag_size=1), images)
+            planned = loop.plan(recipe(batch_size=batch, epochs=6, bag_size=1), images)
             ends = [step for step in range(1, planned.steps + 1) if planned.epochs_after(step) > planned.epochs_after(step - 1)]
             assert ends == [planned.steps_of(epoch) for epoch in range(1, 7)] and ends[-1] == planned.steps
             assert all((end - 1) * batch < images * epoch <= end * batch for epoch, end in enumerate(ends, 1))
@@ -56,7 +57,7 @@ def test_a_step_has_the_same_anchors_whenever_it_is_made() -> None:
 @pytest.mark.parametrize("epochs", [1, 2, 9, 10, 11, 15, 19, 20, 66.7, 100, 199])
 def test_without_an_interval_there_are_ten_checks(epochs: float) -> None:
     chosen = recipe(epochs=epochs, keep_best=True)
-    checked = [epoch for epoch in range(1, int(epochs) + 1) if distill.due(epoch, chosen)]
+    checked = [epoch for epoch in range(1, int(epochs) + 1) if loop.due(epoch, chosen)]
     last = [] if epochs == int(epochs) else [epochs]  # the loop checks after the last step in any case
     assert len(checked + last) == min(10, int(epochs))
     assert (checked + last)[-1] == epochs

@@ -13,8 +13,8 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as reference
 
-from bingo_compress import augment
-from bingo_compress.augment import BLUR_SIZE, ORDERS, Draw, apply, blur, crop, cutmix, draw
+from bingo_compress.data import augment
+from bingo_compress.data.augment import BLUR_SIZE, ORDERS, Draw, apply, blur, crop, cutmix, draw
 
 MANY = 20_000
 

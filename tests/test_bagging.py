@@ -5,8 +5,8 @@ import pytest
 import torch
 from helpers import unit
 
-from bingo_compress import neighbours
-from bingo_compress.bagging import BAGGERS, Seen, knn
+from bingo_compress.features import neighbours
+from bingo_compress.features.bagging import BAGGERS, Seen, knn
 
 BACKENDS = ["faiss", "torch"]
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from helpers import unit
 
-from bingo_compress import bagging
-from bingo_compress.bagging import BAGGERS, Seen, mutual, purity, report
 from bingo_compress.errors import BingoError
-from bingo_compress.neighbours import load_faiss
+from bingo_compress.features import bagging
+from bingo_compress.features.bagging import BAGGERS, Seen, mutual, purity, report
+from bingo_compress.features.neighbours import load_faiss
 
 faiss = pytest.mark.skipif(load_faiss() is None, reason="faiss is not installed")
 
@@ -128,7 +128,7 @@ def test_kmeans_makes_a_cluster_for_every_twenty_images_unless_told() -> None:
 
 
 def test_kmeans_without_faiss_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bingo_compress.neighbours.load_faiss", lambda: None)
+    monkeypatch.setattr("bingo_compress.features.neighbours.load_faiss", lambda: None)
     with pytest.raises(BingoError, match=r"--bags kmeans: expected faiss, found none; next: pip install .*--bags knn"):
         BAGGERS["kmeans"](looking(clustered()), 5)
 

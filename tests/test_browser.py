@@ -21,8 +21,8 @@ from bingo_edge.image import load_image, preprocess_from
 from helpers import RULES, SHAPES, encoder, photo
 from PIL import Image, PngImagePlugin
 
+from bingo_compress.exporters.golden import write_golden
 from bingo_compress.exporters.onnx import export_onnx, onnx_runner
-from bingo_compress.golden import write_golden
 
 pytestmark = pytest.mark.slow
 

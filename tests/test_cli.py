@@ -11,7 +11,9 @@ import torch
 from helpers import Ran, bad_files, command, encoder, flags, photos
 from PIL import Image
 
-from bingo_compress import __version__, cli, run_dir, teacher_pass
+from bingo_compress import __version__, cli
+from bingo_compress.features import teacher_pass
+from bingo_compress.runtime import run_dir
 
 
 @pytest.fixture

@@ -18,12 +18,18 @@ import safetensors.torch
 import torch
 from helpers import CPU, command, encoder, flags, photos, recipe
 
-from bingo_compress import checkpoint, compare, compare_table, distill, embed, evidence, held_out, images, pipeline, probes, teacher_pass
-from bingo_compress.chart import dots
-from bingo_compress.distill import plan
+from bingo_compress import pipeline
+from bingo_compress.comparison import side_by_side, tables
+from bingo_compress.data import image_folder
 from bingo_compress.errors import BingoError
+from bingo_compress.evaluation import intervals, probes
+from bingo_compress.features import extract, teacher_pass
+from bingo_compress.models.trained import Models
 from bingo_compress.recipe import Recipe
-from bingo_compress.trained import Models
+from bingo_compress.report.plots import dots
+from bingo_compress.runtime import checkpoint
+from bingo_compress.training import held_out, loop
+from bingo_compress.training.loop import plan
 
 METHODS = "bingo,moco,bingo:variant=official:bag_size=1"
 OFFICIAL = "bingo:variant=official:bag_size=1"
@@ -69,13 +75,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
                 return real(*given)
 
             patch.setattr(teacher_pass, name, partial(counted, getattr(teacher_pass, name), name))
-        table = compare.compare(base, data, None, METHODS, [0, 1], root / "out")
+        table = side_by_side.compare(base, data, None, METHODS, [0, 1], root / "out")
         yield World(data, base, root / "out", table, dict(passes))
 
 
 @pytest.fixture
 def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare, "train", lambda *_: pytest.fail("something was trained"))
+    monkeypatch.setattr(side_by_side, "train", lambda *_: pytest.fail("something was trained"))
 
 
 def figures(table: dict[str, Any], arm: str) -> list[tuple[Any, ...]]:
@@ -103,7 +109,7 @@ def test_a_row_a_method_with_mean_and_spread_of_its_own_runs(world: World) -> No
 def test_differences_from_the_first_row_are_paired_over_images(world: World) -> None:
     right = {}
     for run in world.table["runs"]:
-        file = world.out / "runs" / f"{compare._file_name(run['arm'])}-seed{run['seed']}.figures.safetensors"
+        file = world.out / "runs" / f"{side_by_side._file_name(run['arm'])}-seed{run['seed']}.figures.safetensors"
         right[run["arm"], run["seed"]] = tensors = checkpoint.load(file)[0]
         for figure in ("knn", "linear"):
             assert len(tensors[figure]) == KINDS * EACH
@@ -115,7 +121,7 @@ def test_differences_from_the_first_row_are_paired_over_images(world: World) -> 
             assert row[f"{figure}_minus_first"] == pytest.approx(row[figure] - first[figure])
             assert low <= row[f"{figure}_minus_first"] <= high
             mine, theirs = (torch.stack([right[arm, seed][figure].double() for seed in (0, 1)]) for arm in (row["name"], first["name"]))
-            assert (low, high) == evidence.seeds_interval(mine - theirs)
+            assert (low, high) == intervals.seeds_interval(mine - theirs)
 
 
 def test_student_passes_are_equal_to_within_a_batch(world: World) -> None:
@@ -130,7 +136,9 @@ def test_student_passes_are_equal_to_within_a_batch(world: World) -> None:
 
 @pytest.mark.parametrize("epochs", [1, 2, 3, 7, 100])
 def test_epochs_of_every_method_follow_from_equal_student_passes(epochs: int) -> None:
-    arms = compare.make_arms("bingo,seed,disco,compress,simreg,coss,moco,self,bingo:variant=official,bingo:epochs=5", recipe(epochs=epochs))
+    arms = side_by_side.make_arms(
+        "bingo,seed,disco,compress,simreg,coss,moco,self,bingo:variant=official,bingo:epochs=5", recipe(epochs=epochs)
+    )
     assert [arm.recipe.epochs for arm in arms[:8]] == [epochs] * 8
     assert arms[8].recipe.epochs == pytest.approx(epochs * 2 / 3)
     assert arms[9].recipe.epochs == 5
@@ -141,14 +149,14 @@ def test_epochs_of_every_method_follow_from_equal_student_passes(epochs: int) ->
 def test_arms_of_other_batch_sizes_and_views_have_equal_student_passes(count: int) -> None:
     names = "bingo,bingo:batch_size=7,seed:batch_size=128,moco:batch_size=254,bingo:variant=official,bingo:variant=official:batch_size=100"
     for epochs in (1, 10, 100):
-        for arm in compare.make_arms(names, recipe(epochs=epochs)):
+        for arm in side_by_side.make_arms(names, recipe(epochs=epochs)):
             planned = plan(arm.recipe, count)
             surplus = planned.steps * planned.batch_size * planned.student_views - epochs * count * 2
             assert -1 <= surplus < planned.batch_size * planned.student_views, arm.name  # a third of an image may be lost
 
 
 def test_a_variant_is_its_settings_and_another_run_than_the_method(world: World) -> None:
-    (plain, variant) = compare.make_arms("bingo, bingo:bag_size=1:bags=labels:lr=1e-3", world.base)
+    (plain, variant) = side_by_side.make_arms("bingo, bingo:bag_size=1:bags=labels:lr=1e-3", world.base)
     assert variant.recipe == plain.recipe.model_copy(update={"bag_size": 1, "bags": "labels", "lr": 0.001})
     rows = {row["name"]: row for row in world.table["rows"]}
     assert rows["bingo"]["bags"]["size_mean"] == 3 and rows[OFFICIAL]["bags"]["size_mean"] == 1
@@ -157,9 +165,9 @@ def test_a_variant_is_its_settings_and_another_run_than_the_method(world: World)
 
 
 def test_the_purity_of_bags_equals_brute_force(world: World) -> None:
-    folder = images.list_folder(world.data)
+    folder = image_folder.list_folder(world.data)
     teacher = encoder("test_resnet", 32, seed=9)
-    features, good = embed.plain({"teacher": embed.as_embed(teacher, CPU)}, folder, range(len(folder.files)), "test")
+    features, good = extract.plain({"teacher": extract.as_embed(teacher, CPU)}, folder, range(len(folder.files)), "test")
     _, training = held_out.split(len(good), world.base)
     assert len(training) == TRAINING
     rows = torch.nn.functional.normalize(features["teacher"], dim=1).half().double().numpy()[training.numpy()]
@@ -212,14 +220,14 @@ def test_the_picture_is_well_formed_with_a_dot_a_row_and_figure_in_order_of_the_
     rows = [{**row, "name": f'{row["name"]} <&"'} for row in world.table["rows"]]
     for text, shown in (
         ((world.out / "table.svg").read_text(), world.table["rows"]),
-        (dots(rows, FIGURES, compare_table.titles(GALLERY)), rows),
+        (dots(rows, FIGURES, tables.titles(GALLERY)), rows),
     ):
         root = ElementTree.fromstring(text)
         space = "{http://www.w3.org/2000/svg}"
         circles = root.findall(f"{space}circle")
         assert len(circles) == len(shown) * len(FIGURES)
         words = [element.text for element in root.findall(f"{space}text")]
-        assert {row["name"] for row in shown} <= set(words) and set(compare_table.titles(GALLERY).values()) <= set(words)
+        assert {row["name"] for row in shown} <= set(words) and set(tables.titles(GALLERY).values()) <= set(words)
         for panel, figure in enumerate(FIGURES):
             places = [float(circle.attrib["cx"]) for circle in circles[panel * len(shown) : (panel + 1) * len(shown)]]
             order = np.argsort([row[figure] for row in shown], kind="stable").tolist()
@@ -247,25 +255,25 @@ def test_the_same_command_again_trains_nothing_and_gives_the_same_table(
 def test_interrupted_in_training_and_started_again_gives_the_uninterrupted_figures(
     world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    real, calls = compare.train, list[int]()
+    real, calls = side_by_side.train, list[int]()
 
     def interrupted(models: Models, *given: Any, **named: Any) -> None:
         calls.append(models.recipe.seed)
         if len(calls) == 2:
             with monkeypatch.context() as patch:
-                patch.setattr(pipeline, "distill", partial(distill.distill, stop_after=5))
+                patch.setattr(pipeline, "distill", partial(loop.distill, stop_after=5))
                 real(models, *given, **named)
             raise KeyboardInterrupt
         real(models, *given, **named)
 
-    monkeypatch.setattr(compare, "train", interrupted)
+    monkeypatch.setattr(side_by_side, "train", interrupted)
     out, arguments = tmp_path / "out", (world.base, world.data, None, "bingo", [0, 1], tmp_path / "out")
     with pytest.raises(KeyboardInterrupt):
-        compare.compare(*arguments)
+        side_by_side.compare(*arguments)
     assert checkpoint.load(out / "work" / "checkpoint.safetensors")[1]["step"] == 5
     assert [file.name for file in (out / "runs").iterdir() if "student" in file.name] == ["bingo-seed0.student.safetensors"]
     assert not (out / "table.json").exists()
-    table = compare.compare(*arguments)
+    table = side_by_side.compare(*arguments)
     assert calls == [0, 1, 1]
     assert figures(table, "bingo") == figures(world.table, "bingo")
     for name in [name for name in table["rows"][0] if name not in ("train_seconds", "memory_mb")]:
@@ -283,12 +291,12 @@ def test_what_another_method_left_unfinished_is_not_gone_on_with(world: World, m
             pipeline.train(*given, **named)
             raise KeyboardInterrupt
 
-        patch.setattr(pipeline, "distill", partial(distill.distill, stop_after=3))
-        patch.setattr(compare, "train", stopped)
+        patch.setattr(pipeline, "distill", partial(loop.distill, stop_after=3))
+        patch.setattr(side_by_side, "train", stopped)
         with pytest.raises(KeyboardInterrupt):
-            compare.compare(world.base, world.data, None, "seed", [0], out)
+            side_by_side.compare(world.base, world.data, None, "seed", [0], out)
     assert (out / "work" / "checkpoint.safetensors").exists()
-    table = compare.compare(world.base, world.data, None, "bingo", [0], out)
+    table = side_by_side.compare(world.base, world.data, None, "bingo", [0], out)
     assert figures(table, "bingo") == figures(world.table, "bingo")[:1]
 
 
@@ -296,15 +304,15 @@ def test_what_another_method_left_unfinished_is_not_gone_on_with(world: World, m
 @pytest.mark.usefixtures("no_training")
 def test_another_test_set_judges_again_without_training(world: World, tmp_path: Path) -> None:
     out, test = world.copy(tmp_path / "out"), photos(tmp_path / "test", 5, KINDS, start=50)
-    table = compare.compare(world.base, world.data, test, "moco", [1], out)
+    table = side_by_side.compare(world.base, world.data, test, "moco", [1], out)
     assert figures(table, "moco") != figures(world.table, "moco")[1:]
     # One run by hand: DINO's vote of the 20 nearest bank images.
     student = encoder("test_efficientnet")
     student.backbone.load_state_dict(checkpoint.load(out / "runs" / "moco-seed1.student.safetensors")[0])
     rows, kinds = {}, {}
     for role, root in (("bank", world.data), ("test", test)):
-        folder = images.list_folder(root)
-        found, _ = embed.plain({"": embed.as_embed(student.eval(), CPU)}, folder, range(len(folder.files)), role)
+        folder = image_folder.list_folder(root)
+        found, _ = extract.plain({"": extract.as_embed(student.eval(), CPU)}, folder, range(len(folder.files)), role)
         rows[role] = torch.nn.functional.normalize(found[""].double(), dim=1).numpy()
         kinds[role] = np.array([int(name[4]) for name in folder.files])
     right = 0
@@ -314,7 +322,7 @@ def test_another_test_set_judges_again_without_training(world: World, tmp_path: 
         votes = [sum(math.exp(cosines[j] / 0.07) for j in nearest if kinds["bank"][j] == k) for k in range(KINDS)]
         right += int(np.argmax(votes)) == kind
     assert table["runs"][0]["knn"] == pytest.approx(right / (5 * KINDS)) and 0 < right < 5 * KINDS
-    back = compare.compare(world.base, world.data, None, "moco", [1], out)
+    back = side_by_side.compare(world.base, world.data, None, "moco", [1], out)
     assert figures(back, "moco") == figures(world.table, "moco")[1:]
 
 
@@ -325,9 +333,9 @@ def test_purity_is_that_of_the_labels_of_the_day(world: World, tmp_path: Path) -
         (tmp_path / "labels" / f"half{kind in (1, 2)}").mkdir(parents=True, exist_ok=True)
         for file in (world.data / f"kind{kind}").iterdir():
             (tmp_path / "labels" / f"half{kind in (1, 2)}" / f"{kind}-{file.name}").symlink_to(file)
-    table = compare.compare(world.base, tmp_path / "labels", None, "bingo", [0], world.copy(tmp_path / "out"))
+    table = side_by_side.compare(world.base, tmp_path / "labels", None, "bingo", [0], world.copy(tmp_path / "out"))
     tensors, facts = checkpoint.load(world.out / "runs" / "bingo-seed0.bags.safetensors")
-    folder = images.list_folder(world.data)
+    folder = image_folder.list_folder(world.data)
     half = {digest: name[4] in "12" for digest, name in zip(folder.digests, folder.files, strict=True)}
     halves = [half[digest] for digest in facts["digests"]]  # type: ignore[attr-defined]
     same = [halves[mate] == halves[anchor] for anchor, bag in enumerate(tensors["bags"].tolist()) for mate in bag]
@@ -342,11 +350,11 @@ def test_other_settings_and_overwrite_train_anew(world: World, monkeypatch: pyte
         trained.append(models.recipe.temperature)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(compare, "train", noted)
+    monkeypatch.setattr(side_by_side, "train", noted)
     out = world.copy(tmp_path / "out")
     for base, overwrite in ((world.base.model_copy(update={"temperature": 0.1}), False), (world.base, True)):
         with pytest.raises(KeyboardInterrupt):
-            compare.compare(base, world.data, None, "bingo", [0], out, overwrite=overwrite)
+            side_by_side.compare(base, world.data, None, "bingo", [0], out, overwrite=overwrite)
     assert trained == [0.1, 0.2]
     assert not list((out / "runs").iterdir())
 
@@ -393,7 +401,7 @@ def test_a_test_set_with_other_classes_is_refused(
 def test_a_folder_that_holds_something_else_is_left_alone(world: World, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(BingoError, match="holds something else than a comparison"):
-        compare.compare(world.base, world.data, None, "bingo", [0], tmp_path)
+        side_by_side.compare(world.base, world.data, None, "bingo", [0], tmp_path)
     with pytest.raises(BingoError, match="expected a folder, found the file"):
-        compare.compare(world.base, world.data, None, "bingo", [0], tmp_path / "notes.txt")
+        side_by_side.compare(world.base, world.data, None, "bingo", [0], tmp_path / "notes.txt")
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

@@ -17,7 +17,7 @@ from corpus import KINDS, Kind
 from helpers import Ran
 from PIL import AvifImagePlugin
 
-from bingo_compress import images, pixels
+from bingo_compress.data import image_folder, pixel_store
 from bingo_compress.errors import BingoError
 
 CPU = torch.device("cpu")
@@ -32,7 +32,7 @@ class World(NamedTuple):
 
     root: Path
     kinds: dict[str, Kind]
-    folder: images.Folder
+    folder: image_folder.Folder
     decoded: dict[str, np.ndarray | ImageError]
 
     def path(self, name: str) -> str:
@@ -57,18 +57,20 @@ def _no_hang() -> Iterator[None]:
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     root = tmp_path_factory.mktemp("world") / "photos"
     kinds = corpus.make(root)
-    folder = images.list_folder(root)
-    decoded = {folder.files[index]: result for index, result in images.decode_all(folder, range(len(folder.files)), lambda seen: seen)}
+    folder = image_folder.list_folder(root)
+    decoded = {
+        folder.files[index]: result for index, result in image_folder.decode_all(folder, range(len(folder.files)), lambda seen: seen)
+    }
     return World(root, kinds, folder, decoded)
 
 
 @pytest.fixture(scope="module", params=["memory", "stream"])
 def stored(
     request: pytest.FixtureRequest, world: World, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[pixels.PixelStore, images.Folder]:
+) -> tuple[pixel_store.PixelStore, image_folder.Folder]:
     work = tmp_path_factory.mktemp("run") / "work"
     work.mkdir()
-    return pixels.build(world.folder, SIDE, work, CPU, request.param)
+    return pixel_store.build(world.folder, SIDE, work, CPU, request.param)
 
 
 def as_expected(kind: Kind, found: np.ndarray) -> None:
@@ -113,7 +115,7 @@ def test_in_a_listed_and_decoded_folder(world: World, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_in_the_pixel_store(world: World, stored: tuple[pixels.PixelStore, images.Folder], name: str) -> None:
+def test_in_the_pixel_store(world: World, stored: tuple[pixel_store.PixelStore, image_folder.Folder], name: str) -> None:
     store, kept = stored
     name = world.path(name)
     kind = world.kinds[name]
@@ -126,7 +128,7 @@ def test_in_the_pixel_store(world: World, stored: tuple[pixels.PixelStore, image
     whole = kind.size[::-1] if kind.pixels is None else kind.pixels.shape[:2]
     mean = np.array(kind.colour) if kind.pixels is None else kind.pixels.reshape(-1, 3).mean(0)
     assert float(store.aspect[place]) == pytest.approx(whole[1] / whole[0])
-    assert size == pixels.kept_size(*whole, SIDE)
+    assert size == pixel_store.kept_size(*whole, SIDE)
     assert np.abs(store._read(place, 0, size[0]).numpy().reshape(-1, 3).mean(0) - mean).max() <= kind.within + 3
 
 
@@ -199,16 +201,16 @@ def test_a_path_that_is_too_long_says_so(tmp_path: Path) -> None:
     handle = os.open(parent, os.O_RDONLY)
     os.close(os.open("g" * 200, os.O_CREAT | os.O_WRONLY, dir_fd=handle))
     os.close(handle)
-    assert [reason for _, reason in images.list_folder(tmp_path).bad] == ["File name too long"]
+    assert [reason for _, reason in image_folder.list_folder(tmp_path).bad] == ["File name too long"]
 
 
 def test_files_deleted_or_broken_after_the_listing_are_bad_files(tmp_path: Path, photos: Path) -> None:
-    folder = images.list_folder(photos)
+    folder = image_folder.list_folder(photos)
     gone, broken = folder.files[1], folder.files[4]
     (photos / gone).unlink()
     (photos / broken).write_text("words")
     (tmp_path / "work").mkdir()
-    store, kept = pixels.build(folder, SIDE, tmp_path / "work", CPU)
+    store, kept = pixel_store.build(folder, SIDE, tmp_path / "work", CPU)
     assert len(store) == len(folder.files) - 2
     assert dict(kept.bad) == {gone: "No such file or directory", broken: "not an image that Pillow can read"}
 
@@ -216,7 +218,7 @@ def test_files_deleted_or_broken_after_the_listing_are_bad_files(tmp_path: Path,
 @pytest.mark.parametrize("change", ["deleted", "cut", "another picture", "a pipe"])
 def test_a_file_that_changes_while_it_is_streamed_ends_the_run_by_name(tmp_path: Path, photos: Path, change: str) -> None:
     (tmp_path / "work").mkdir()
-    store, kept = pixels.build(images.list_folder(photos), SIDE, tmp_path / "work", CPU, "stream")
+    store, kept = pixel_store.build(image_folder.list_folder(photos), SIDE, tmp_path / "work", CPU, "stream")
     path = kept.path(1)
     raw = path.read_bytes()
     path.unlink()

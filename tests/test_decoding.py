@@ -13,11 +13,11 @@ from PIL import Image
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from bingo_compress import augment, decoding
-from bingo_compress.decoding import plain_jpeg
+from bingo_compress.data import augment, decode
+from bingo_compress.data.decode import plain_jpeg
+from bingo_compress.data.image_folder import list_folder
+from bingo_compress.data.pixel_store import PixelStore, build
 from bingo_compress.errors import BingoError
-from bingo_compress.images import list_folder
-from bingo_compress.pixels import PixelStore, build
 
 CPU = torch.device("cpu")
 SIDE = 64
@@ -55,8 +55,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         counts.append(len(files))
         return decode_jpeg(files, ImageReadMode.RGB, device=device)
 
-    monkeypatch.setattr(decoding, "on_gpu", lambda device: True)
-    monkeypatch.setattr(decoding, "nvjpeg", decoded)
+    monkeypatch.setattr(decode, "on_gpu", lambda device: True)
+    monkeypatch.setattr(decode, "nvjpeg", decoded)
     return counts
 
 
@@ -74,20 +74,20 @@ def test_plain_jpegs_alone_go_to_the_gpu(mixed: Path, asked: list[int], printed:
     assert plain_jpeg(mixed / "a_grey.jpg", SIDE) == (mixed / "a_grey.jpg").stat().st_size
     assert plain_jpeg(mixed / "gone.jpg", SIDE) == 0
     crops(streamed(mixed))
-    assert asked == [decoding.AT_ONCE, 4]  # 20 of 40 crops
+    assert asked == [decode.AT_ONCE, 4]  # 20 of 40 crops
     assert "stream (the files are decoded again for every crop, 5 of them by nvJPEG)" in printed.getvalue()
 
 
 def test_a_very_large_jpeg_stays_with_the_cpu(tmp_path: Path, make_photo: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     path = make_photo(tmp_path / "a.jpg", 0, 640, 10)
     assert plain_jpeg(path, 10) > 0 == plain_jpeg(path, 9)  # a factor of 64, and of 71
-    monkeypatch.setattr(decoding, "LARGEST", 6399)
+    monkeypatch.setattr(decode, "LARGEST", 6399)
     assert plain_jpeg(path, 10) == 0
 
 
 def test_crops_are_those_of_the_cpu(mixed: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     found = crops(streamed(mixed))
-    monkeypatch.setattr(decoding, "on_gpu", lambda device: False)
+    monkeypatch.setattr(decode, "on_gpu", lambda device: False)
     asked.clear()
     wanted = crops(streamed(mixed))
     assert asked == [] and found.dtype == wanted.dtype and found.shape == wanted.shape
@@ -111,7 +111,7 @@ def test_a_small_crop_has_the_detail_of_the_stores_and_not_the_files(
     boxes = torch.tensor([[0.1, 0.2, 0.6, 0.7], [0.3, 0.0, 0.9, 0.6], [0.0, 0.0, 1.0, 1.0]])
     found = streamed(root).crops(torch.zeros(3, dtype=torch.int64), boxes, 56).float()
     assert asked == [3]
-    monkeypatch.setattr(decoding, "on_gpu", lambda device: False)
+    monkeypatch.setattr(decode, "on_gpu", lambda device: False)
     wanted = streamed(root).crops(torch.zeros(3, dtype=torch.int64), boxes, 56).float()
 
     def energy(views: Tensor) -> Tensor:
@@ -144,13 +144,13 @@ def test_a_refusal_is_said_once_and_the_cpu_goes_on(
         calls += 1
         raise error
 
-    monkeypatch.setattr(decoding, "nvjpeg", refuse)
+    monkeypatch.setattr(decode, "nvjpeg", refuse)
     found = [crops(store), crops(store)]
     assert calls == 1
     text = printed.getvalue()
     assert text.count("warning: nvJPEG cannot be used (") == 1 and "at line 7" not in text
     assert f"({str(error).splitlines()[0]}); the CPU decodes the JPEGs from here on" in text
-    monkeypatch.setattr(decoding, "on_gpu", lambda device: False)
+    monkeypatch.setattr(decode, "on_gpu", lambda device: False)
     assert all(torch.equal(one, crops(streamed(mixed))) for one in found)
 
 
@@ -158,7 +158,7 @@ def test_here_nvjpeg_itself_is_refused(mixed: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("a GPU is here")
     with pytest.raises(RuntimeError):
-        decoding.nvjpeg([torch.frombuffer(bytearray((mixed / "d_422.jpg").read_bytes()), dtype=torch.uint8)], torch.device("cuda"))
+        decode.nvjpeg([torch.frombuffer(bytearray((mixed / "d_422.jpg").read_bytes()), dtype=torch.uint8)], torch.device("cuda"))
 
 
 @pytest.mark.parametrize("nvjpeg", [True, False])
@@ -166,7 +166,7 @@ def test_here_nvjpeg_itself_is_refused(mixed: Path) -> None:
 def test_a_file_that_changes_under_a_run_ends_it(
     harm: str, nvjpeg: bool, mixed: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoding, "on_gpu", lambda device: nvjpeg)
+    monkeypatch.setattr(decode, "on_gpu", lambda device: nvjpeg)
     store = streamed(mixed)
     path = mixed / "d_422.jpg"
     raw = path.read_bytes()

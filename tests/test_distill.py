@@ -9,16 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CPU, Trained, dropping, encoder, kind_targets, filled_store, recipe, whole_images
+from helpers import CPU, Trained, dropping, encoder, filled_store, kind_targets, recipe, whole_images
 
-from bingo_compress import augment, checkpoint, distill, meter
-from bingo_compress.bagging import knn
-from bingo_compress.batches import AHEAD
-from bingo_compress.embed import OnlineTargets, StoredTargets, TargetSpace, target_space
+from bingo_compress.data import augment
 from bingo_compress.errors import BingoError
-from bingo_compress.frugal import Frugal
-from bingo_compress.losses import Batch, Bingo
+from bingo_compress.features.bagging import knn
+from bingo_compress.features.extract import OnlineTargets, StoredTargets, TargetSpace, target_space
 from bingo_compress.recipe import Recipe
+from bingo_compress.runtime import checkpoint
+from bingo_compress.training import loop, metrics
+from bingo_compress.training.loader import AHEAD
+from bingo_compress.training.losses import Batch, Bingo
+from bingo_compress.training.out_of_memory import Frugal
 
 IMAGES, DIM, VIEWS = 40, 16, 3
 STORE = filled_store(IMAGES)
@@ -40,7 +42,7 @@ def train(
     )
     source = target_of or StoredTargets(TARGETS, TargetSpace(None, None), CPU)
     everything = torch.arange(IMAGES)
-    distill.distill(settings, run.student, STORE, everything, BAGS, source, dim, run.metrics, run.saved, CPU, stop_after=stop_after)
+    loop.distill(settings, run.student, STORE, everything, BAGS, source, dim, run.metrics, run.saved, CPU, stop_after=stop_after)
     return run
 
 
@@ -52,48 +54,48 @@ def equal(one: Trained, two: Trained) -> bool:
 
 
 def test_a_plan_is_arithmetic() -> None:
-    made = distill.plan(recipe(batch_size=8, epochs=7, queue_size=30, optimizer="sgd"), 43)
+    made = loop.plan(recipe(batch_size=8, epochs=7, queue_size=30, optimizer="sgd"), 43)
     assert (made.batch_size, made.steps, made.warmup) == (8, 38, 0)  # 301 anchors
     assert made.peak_lr == pytest.approx(0.03 * 8 / 256)
     assert (made.optimizer, made.queue_size, made.student_views) == ("sgd", 30, 2)
 
 
 def test_the_paper_at_its_own_size_gets_its_own_constants() -> None:
-    made = distill.plan(recipe(batch_size=256, epochs=200, queue_size=65536), 1_281_167)
+    made = loop.plan(recipe(batch_size=256, epochs=200, queue_size=65536), 1_281_167)
     assert (made.optimizer, made.warmup, made.queue_size, made.steps) == ("sgd", 0, 65536, 1_000_912)
     assert made.peak_lr == pytest.approx(0.03)
 
 
 def test_few_steps_get_adamw_with_a_warm_up() -> None:
-    made = distill.plan(recipe(batch_size=128, epochs=100), 3000)
+    made = loop.plan(recipe(batch_size=128, epochs=100), 3000)
     assert (made.optimizer, made.steps, made.warmup) == ("adamw", 2344, 117)
     assert made.peak_lr == pytest.approx(0.003)
-    assert distill.plan(recipe(batch_size=32, epochs=1), 3000).peak_lr == pytest.approx(0.0015)
+    assert loop.plan(recipe(batch_size=32, epochs=1), 3000).peak_lr == pytest.approx(0.0015)
 
 
 def test_settings_win_over_what_follows() -> None:
-    made = distill.plan(recipe(batch_size=10, epochs=4, lr=0.7, warmup_epochs=1.5, optimizer="adamw", variant="official"), 100)
+    made = loop.plan(recipe(batch_size=10, epochs=4, lr=0.7, warmup_epochs=1.5, optimizer="adamw", variant="official"), 100)
     assert (made.peak_lr, made.warmup, made.student_views) == (0.7, 15, 3)
 
 
 def test_batch_and_queue_never_exceed_the_images() -> None:
-    made = distill.plan(recipe(batch_size=500, queue_size=65536, epochs=3), 20)
+    made = loop.plan(recipe(batch_size=500, queue_size=65536, epochs=3), 20)
     assert (made.batch_size, made.steps, made.queue_size) == (20, 3, 20)
 
 
 def test_the_plan_refuses_fewer_images_than_a_bag_needs() -> None:
     with pytest.raises(BingoError, match=r"expected more images than a bag holds \(3\), found 3"):
-        distill.plan(recipe(bag_size=3), 3)
-    assert distill.plan(recipe(bag_size=3, epochs=2), 4).steps == 2
+        loop.plan(recipe(bag_size=3), 3)
+    assert loop.plan(recipe(bag_size=3, epochs=2), 4).steps == 2
     with pytest.raises(BingoError, match="found 0"):
-        distill.plan(recipe(), 0)
+        loop.plan(recipe(), 0)
 
 
 def test_the_optimizer_decays_no_norms_and_biases_under_adamw_and_everything_under_sgd() -> None:
     model = encoder()
     for kind in ("adamw", "sgd"):
         settings = recipe(optimizer=kind, weight_decay=0.05)
-        made = distill.make_optimizer(settings, distill.plan(settings, IMAGES), [model])
+        made = loop.make_optimizer(settings, loop.plan(settings, IMAGES), [model])
         decay = {id(parameter): group["weight_decay"] for group in made.param_groups for parameter in group["params"]}
         assert len(decay) == len(list(model.parameters()))
         for parameter in model.parameters():
@@ -118,7 +120,7 @@ def test_the_loss_goes_down_and_the_student_learns_the_kinds(kind: str, tmp_path
 
 
 def test_the_first_step_has_no_negatives_and_so_no_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(meter, "LOG_SECONDS", 0.0)
+    monkeypatch.setattr(metrics, "LOG_SECONDS", 0.0)
     losses = [line["loss"] for line in train(tmp_path, recipe(epochs=1)).lines]
     assert len(losses) == 5
     assert losses[0] == 0 and min(losses[1:]) > 0.1
@@ -152,7 +154,7 @@ def test_negatives_are_earlier_anchors_and_the_mask_is_the_anchor_with_its_bag(t
     monkeypatch.setattr(Bingo, "__call__", checked)
     source = StoredTargets(torch.eye(IMAGES)[:, None], TargetSpace(None, None), CPU)
     files = (tmp_path / "metrics.jsonl", tmp_path / "checkpoint.safetensors")
-    distill.distill(recipe(queue_size=20, epochs=4), encoder(), STORE, training, bags, source, IMAGES, *files, CPU)
+    loop.distill(recipe(queue_size=20, epochs=4), encoder(), STORE, training, bags, source, IMAGES, *files, CPU)
     assert len(earlier) == 4 * 30
     assert masks > 50
     assert all(len(set(earlier[start : start + 30])) == 30 for start in range(0, 120, 30))  # an epoch shows every image once
@@ -237,7 +239,7 @@ def test_a_run_stopped_and_gone_on_with_equals_the_whole_bit_for_bit(stop: int, 
 
 
 def test_lines_of_steps_that_are_run_again_are_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(meter, "LOG_SECONDS", 0.0)
+    monkeypatch.setattr(metrics, "LOG_SECONDS", 0.0)
     run = train(tmp_path, recipe(), stop_after=4)
     with run.metrics.open("a") as file:  # as a run that went on after its last checkpoint and was cut off while writing
         file.write('{"step": 5, "loss": 99.0}\n{"step": 6, "loss": 99.0}\n{"step": 7, "lo')
@@ -294,7 +296,7 @@ def test_a_student_with_dropout_draws_the_same_masks_again(tmp_path: Path, monke
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(meter, "LOG_SECONDS", 0.0)
+    monkeypatch.setattr(metrics, "LOG_SECONDS", 0.0)
     calls = 0
 
     def target_of(indices: torch.Tensor, generator: torch.Generator, mine: torch.Tensor) -> torch.Tensor:

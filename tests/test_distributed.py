@@ -19,25 +19,16 @@ from torch import nn
 from torch.distributed.run import parse_args
 from two_processes import BATCHES, DISTILLED, HANDED_OVER, SHARDS, STOP_AT, TUNED, command, distill, validate
 
-from bingo_compress import (
-    checkpoint,
-    distributed,
-    embed,
-    finetune,
-    images,
-    neighbours,
-    pipeline,
-    pixels,
-    run_dir,
-    screen,
-    stopping,
-    teacher_pass,
-    trained,
-)
-from bingo_compress.batches import own_share
+from bingo_compress import pipeline
+from bingo_compress.data import image_folder, pixel_store
 from bingo_compress.errors import BingoError
-from bingo_compress.held_out import halves
-from bingo_compress.material import prepare
+from bingo_compress.evaluation import finetune
+from bingo_compress.features import extract, neighbours, teacher_pass
+from bingo_compress.models import trained
+from bingo_compress.runtime import checkpoint, console, distributed, run_dir, signals
+from bingo_compress.training.held_out import halves
+from bingo_compress.training.loader import own_share
+from bingo_compress.training.material import prepare
 
 Bingo = Callable[..., Ran]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -64,7 +55,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def two(folder: Path, labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which two processes left every case of two_processes.py; one process began the run that they take over."""
     out = tmp_path_factory.mktemp("two")
-    with mock.patch.multiple(embed, **BATCHES), mock.patch.multiple(teacher_pass, **SHARDS):
+    with mock.patch.multiple(extract, **BATCHES), mock.patch.multiple(teacher_pass, **SHARDS):
         (out / "began.json").write_text(json.dumps(command(*distill(folder, out / "taken", **HANDED_OVER), stop_at=STOP_AT)))
     run_dir._HELD.pop((out / "taken" / "work" / "writer.json").resolve()).close()  # as the end of a process does
     done = torchrun(Path(__file__).with_name("two_processes.py"), folder, labelled, out)
@@ -78,7 +69,7 @@ def two(folder: Path, labelled: Path, tmp_path_factory: pytest.TempPathFactory) 
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """One process with the sizes of two_processes.py."""
     torch.set_num_threads(1)
-    for owner, sizes in ((embed, BATCHES), (teacher_pass, SHARDS), (finetune, TUNED)):
+    for owner, sizes in ((extract, BATCHES), (teacher_pass, SHARDS), (finetune, TUNED)):
         for name, size in sizes.items():
             monkeypatch.setattr(owner, name, size)
 
@@ -143,8 +134,8 @@ def test_two_processes_check_the_student_as_one_does(two: Path, folder: Path) ->
     run = run_dir.RunDir(two / "kept")
     recipe = pipeline.saved_recipe(run)
     models = replace(trained.build_models(recipe), student=trained.load_student(recipe, run.student))
-    side = pixels.store_side(recipe.image_size, recipe.teacher_size)
-    material = prepare(models, images.list_folder(folder), side, run.work, CPU)
+    side = pixel_store.store_side(recipe.image_size, recipe.teacher_size)
+    material = prepare(models, image_folder.list_folder(folder), side, run.work, CPU)
     assert json.loads(run.summary.read_text())["neighbour_recall"] == pipeline.held_out_recall(run, models, material, CPU)
     checks = [line["neighbour_recall"] for line in lines(run.path) if "neighbour_recall" in line]
     assert len(checks) == 3
@@ -220,8 +211,8 @@ def test_torchrun_does_not_take_run_for_an_option_of_its_own(tmp_path: Path, bin
 @pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_two_processes_share_the_pass_and_get_the_same(two: Path, folder: Path, tmp_path: Path) -> None:
-    listed = images.list_folder(folder)
-    whole = teacher_pass.run(encoder(), listed, pixels.build(listed, 40, tmp_path, CPU)[0], 2, 0.2, tmp_path, CPU)
+    listed = image_folder.list_folder(folder)
+    whole = teacher_pass.run(encoder(), listed, pixel_store.build(listed, 40, tmp_path, CPU)[0], 2, 0.2, tmp_path, CPU)
     for rank in (0, 1):
         found = checkpoint.load(two / f"pass.{rank}.safetensors")[0]
         assert torch.allclose(found["features"].float(), whole.features.float(), rtol=2e-3, atol=1e-3)
@@ -280,8 +271,8 @@ def test_a_lost_process_is_told_in_one_line_and_other_errors_are_not_taken_for_o
     def fail(*_: object) -> None:
         raise gloo
 
-    monkeypatch.setattr("bingo_compress.checking.check", fail)
-    for module, name in ((stopping, "end_with_parent"), (screen, "be_quiet")):  # they would hold for all that this process does later
+    monkeypatch.setattr("bingo_compress.data.inventory.check", fail)
+    for module, name in ((signals, "end_with_parent"), (console, "be_quiet")):  # they would hold for all that this process does later
         monkeypatch.setattr(module, name, lambda: None)
     ran = bingo("check", "--data", tmp_path)
     assert ran.status == 1 and ran.err.startswith("process 1: error: another process of this run has ended") and ran.err.count("\n") == 1

@@ -13,23 +13,24 @@ from helpers import CPU, bad_files, encoder, photos, unit
 from PIL import Image
 from torch.nn.functional import normalize
 
-from bingo_compress import augment, embed, images, pixels
-from bingo_compress.embed import OnlineTargets, StoredTargets, TargetSpace, target_space
-from bingo_compress.encoder import Encoder
+from bingo_compress.data import augment, image_folder, pixel_store
 from bingo_compress.errors import BingoError
-from bingo_compress.matrices import Rows
+from bingo_compress.features import extract
+from bingo_compress.features.extract import OnlineTargets, StoredTargets, TargetSpace, target_space
+from bingo_compress.features.memmap import Rows
+from bingo_compress.models.encoder import Encoder
 
 COUNT = 18
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> images.Folder:
-    return images.list_folder(photos(tmp_path_factory.mktemp("photos"), COUNT // 3))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> image_folder.Folder:
+    return image_folder.list_folder(photos(tmp_path_factory.mktemp("photos"), COUNT // 3))
 
 
 @pytest.fixture(scope="module")
-def store(folder: images.Folder, tmp_path_factory: pytest.TempPathFactory) -> pixels.PixelStore:
-    return pixels.build(folder, 40, tmp_path_factory.mktemp("work"), CPU)[0]
+def store(folder: image_folder.Folder, tmp_path_factory: pytest.TempPathFactory) -> pixel_store.PixelStore:
+    return pixel_store.build(folder, 40, tmp_path_factory.mktemp("work"), CPU)[0]
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +40,10 @@ def teacher() -> Encoder:
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embed, "BATCH", 4)
+    monkeypatch.setattr(extract, "BATCH", 4)
 
 
-def one_by_one(model: Encoder, folder: images.Folder, index: int) -> torch.Tensor:
+def one_by_one(model: Encoder, folder: image_folder.Folder, index: int) -> torch.Tensor:
     """Features of one image, without the code under test: decode, crop, normalise, backbone."""
     settings = model.preprocessing
     seen = preprocess(load_image(folder.path(index)), **settings.geometry())
@@ -55,25 +56,25 @@ def one_by_one(model: Encoder, folder: images.Folder, index: int) -> torch.Tenso
 # ---------------------------------------------------------------- plain
 
 
-def test_plain_features_are_those_of_each_image_alone(folder: images.Folder, teacher: Encoder) -> None:
-    found, good = embed.plain({"a": embed.as_embed(teacher, CPU)}, folder, [4, 0, 17, 9, 3, 11], "test")
+def test_plain_features_are_those_of_each_image_alone(folder: image_folder.Folder, teacher: Encoder) -> None:
+    found, good = extract.plain({"a": extract.as_embed(teacher, CPU)}, folder, [4, 0, 17, 9, 3, 11], "test")
     assert good == [4, 0, 17, 9, 3, 11]
     expected = torch.stack([one_by_one(teacher, folder, index) for index in good])
     assert torch.allclose(found["a"], expected, atol=1e-5 * float(expected.abs().max()))
     assert float((expected[0] - expected[1]).abs().max()) > 1e-2 * float(expected.abs().max())  # images do differ
 
 
-def test_several_models_share_one_decoding(folder: images.Folder, teacher: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_models_share_one_decoding(folder: image_folder.Folder, teacher: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[str] = []
-    real = images.load_image
+    real = image_folder.load_image
 
     def counted(path: Any, at_least: int = 0) -> Any:
         decoded.append(Path(path).name)
         return real(path, at_least)
 
-    monkeypatch.setattr(images, "load_image", counted)
+    monkeypatch.setattr(image_folder, "load_image", counted)
     models = {"a": teacher, "b": encoder("test_efficientnet", 48, seed=1), "c": encoder("test_resnet", 32, seed=2)}
-    found, good = embed.plain({name: embed.as_embed(model, CPU) for name, model in models.items()}, folder, range(COUNT), "test")
+    found, good = extract.plain({name: extract.as_embed(model, CPU) for name, model in models.items()}, folder, range(COUNT), "test")
     assert len(decoded) == COUNT
     assert good == list(range(COUNT))
     for name, model in models.items():
@@ -84,11 +85,11 @@ def test_several_models_share_one_decoding(folder: images.Folder, teacher: Encod
 
 @pytest.mark.parametrize("stop", [1, 4, 7, 9])
 def test_plain_goes_on_after_the_last_finished_part(
-    stop: int, folder: images.Folder, teacher: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stop: int, folder: image_folder.Folder, teacher: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embed, "BATCH", 2)
-    monkeypatch.setattr(embed, "PART", 2)
-    preprocessing, run = embed.as_embed(teacher, CPU)
+    monkeypatch.setattr(extract, "BATCH", 2)
+    monkeypatch.setattr(extract, "PART", 2)
+    preprocessing, run = extract.as_embed(teacher, CPU)
     runs: list[int] = []
 
     def counted(batch: torch.Tensor) -> torch.Tensor:
@@ -97,16 +98,16 @@ def test_plain_goes_on_after_the_last_finished_part(
             raise KeyboardInterrupt
         return run(batch)
 
-    expected = embed.plain({"a": (preprocessing, run)}, folder, range(COUNT), "test")
-    keep = embed.Keep(tmp_path, "keep", {"a": embed.weights_digest(teacher)})
+    expected = extract.plain({"a": (preprocessing, run)}, folder, range(COUNT), "test")
+    keep = extract.Keep(tmp_path, "keep", {"a": extract.weights_digest(teacher)})
     with pytest.raises(KeyboardInterrupt):
-        embed.plain({"a": (preprocessing, counted)}, folder, range(COUNT), "test", keep)
+        extract.plain({"a": (preprocessing, counted)}, folder, range(COUNT), "test", keep)
     whole = sorted(keep.folder.glob("*/*"))
     assert len(whole) == (stop - 1) // 2
     if whole:
         whole.pop().write_bytes(b"damaged")
     runs, stop = [], 0
-    found = embed.plain({"a": (preprocessing, counted)}, folder, range(COUNT), "test", keep)
+    found = extract.plain({"a": (preprocessing, counted)}, folder, range(COUNT), "test", keep)
     assert found[1] == expected[1] and torch.equal(found[0]["a"], expected[0]["a"])
     assert len(runs) == COUNT // 2 - 2 * len(whole)
 
@@ -114,14 +115,14 @@ def test_plain_goes_on_after_the_last_finished_part(
 def test_parts_of_other_models_images_or_preprocessing_are_not_taken(
     teacher: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embed, "BATCH", 2)
-    monkeypatch.setattr(embed, "PART", 1)
+    monkeypatch.setattr(extract, "BATCH", 2)
+    monkeypatch.setattr(extract, "PART", 1)
     root = photos(tmp_path / "photos", 2)
 
     def embedded(model: Encoder, order: list[int]) -> tuple[torch.Tensor, list[int]]:
-        keep = embed.Keep(tmp_path, "keep", {"a": embed.weights_digest(model)})
-        found, good = embed.plain({"a": embed.as_embed(model, CPU)}, images.list_folder(root), order, "test", keep)
-        expected, _ = embed.plain({"a": embed.as_embed(model, CPU)}, images.list_folder(root), order, "test")
+        keep = extract.Keep(tmp_path, "keep", {"a": extract.weights_digest(model)})
+        found, good = extract.plain({"a": extract.as_embed(model, CPU)}, image_folder.list_folder(root), order, "test", keep)
+        expected, _ = extract.plain({"a": extract.as_embed(model, CPU)}, image_folder.list_folder(root), order, "test")
         assert torch.equal(found["a"], expected["a"])
         return found["a"], good
 
@@ -130,7 +131,7 @@ def test_parts_of_other_models_images_or_preprocessing_are_not_taken(
     embedded(encoder(size=48), [0, 1, 2, 3])
     embedded(teacher.normalised_by((0.1, 0.2, 0.3), teacher.preprocessing.std), [0, 1, 2, 3])
     assert embedded(teacher, [3, 2, 1, 0])[1] == [3, 2, 1, 0]
-    one, other = (images.list_folder(root).path(place) for place in (0, 5))
+    one, other = (image_folder.list_folder(root).path(place) for place in (0, 5))
     status = one.stat()
     one.write_bytes(other.read_bytes())
     os.utime(one, ns=(status.st_atime_ns, status.st_mtime_ns))
@@ -140,35 +141,35 @@ def test_parts_of_other_models_images_or_preprocessing_are_not_taken(
 def test_a_kept_part_is_made_again_when_what_it_left_out_can_be_used(
     teacher: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embed, "BATCH", 2)
-    monkeypatch.setattr(embed, "PART", 1)
-    listed = images.list_folder(photos(tmp_path / "photos", 2))
-    keep = embed.Keep(tmp_path, "keep", {"a": ""})
-    real = images.load_image
+    monkeypatch.setattr(extract, "BATCH", 2)
+    monkeypatch.setattr(extract, "PART", 1)
+    listed = image_folder.list_folder(photos(tmp_path / "photos", 2))
+    keep = extract.Keep(tmp_path, "keep", {"a": ""})
+    real = image_folder.load_image
 
     def refused(path: Path, at_least: int = 0) -> Any:
         if path == listed.path(2):
             raise ImageError("Permission denied")
         return real(path, at_least)
 
-    preprocessing, run = embed.as_embed(teacher, CPU)
+    preprocessing, run = extract.as_embed(teacher, CPU)
     with monkeypatch.context() as patch:
-        patch.setattr(images, "load_image", refused)
-        assert embed.plain({"a": (preprocessing, run)}, listed, range(6), "test", keep)[1] == [0, 1, 3, 4, 5]
+        patch.setattr(image_folder, "load_image", refused)
+        assert extract.plain({"a": (preprocessing, run)}, listed, range(6), "test", keep)[1] == [0, 1, 3, 4, 5]
     runs: list[int] = []
 
     def counted(batch: torch.Tensor) -> torch.Tensor:
         runs.append(len(batch))
         return run(batch)
 
-    found, good = embed.plain({"a": (preprocessing, counted)}, listed, range(6), "test", keep)
+    found, good = extract.plain({"a": (preprocessing, counted)}, listed, range(6), "test", keep)
     assert good == [0, 1, 2, 3, 4, 5] and runs == [2]
-    assert torch.equal(found["a"], embed.plain({"a": (preprocessing, run)}, listed, range(6), "test")[0]["a"])
+    assert torch.equal(found["a"], extract.plain({"a": (preprocessing, run)}, listed, range(6), "test")[0]["a"])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_an_image_that_a_model_makes_no_numbers_of_is_named(value: float, folder: images.Folder, teacher: Encoder) -> None:
-    preprocessing, run = embed.as_embed(teacher, CPU)
+def test_an_image_that_a_model_makes_no_numbers_of_is_named(value: float, folder: image_folder.Folder, teacher: Encoder) -> None:
+    preprocessing, run = extract.as_embed(teacher, CPU)
 
     def broken(batch: torch.Tensor) -> torch.Tensor:
         features = run(batch).clone()
@@ -176,13 +177,13 @@ def test_an_image_that_a_model_makes_no_numbers_of_is_named(value: float, folder
         return features
 
     with pytest.raises(BingoError, match=rf"^student: expected finite features, found .* for .*{Path(folder.files[9]).name}; are"):
-        embed.plain({"student": (preprocessing, broken)}, folder, [4, 9, 1], "test")
+        extract.plain({"student": (preprocessing, broken)}, folder, [4, 9, 1], "test")
 
 
-def test_a_model_in_training_is_judged_in_eval_mode_and_goes_on_training(folder: images.Folder) -> None:
+def test_a_model_in_training_is_judged_in_eval_mode_and_goes_on_training(folder: image_folder.Folder) -> None:
     model = encoder()
-    expected, _ = embed.plain({"a": embed.as_embed(model, CPU)}, folder, [0, 1, 2], "test")
-    found, _ = embed.plain({"a": embed.as_embed(model.train(), CPU)}, folder, [0, 1, 2], "test")
+    expected, _ = extract.plain({"a": extract.as_embed(model, CPU)}, folder, [0, 1, 2], "test")
+    found, _ = extract.plain({"a": extract.as_embed(model.train(), CPU)}, folder, [0, 1, 2], "test")
     assert torch.equal(found["a"], expected["a"]) and all(module.training for module in model.modules())
 
 
@@ -193,35 +194,35 @@ def test_views_of_the_store_are_close_to_the_plain_view_in_any_shape(changes: di
     picture = np.stack((rows, columns, (rows + columns) // 2), axis=2).astype(np.uint8)
     for number, (height, width) in enumerate(((160, 60), (60, 160), (90, 91), (160, 40))):
         Image.fromarray(picture[:height, :width]).save(tmp_path / "photos" / f"{number}.png")
-    listed = images.list_folder(tmp_path / "photos")
-    store = pixels.build(listed, 40, tmp_path, CPU)[0]
+    listed = image_folder.list_folder(tmp_path / "photos")
+    store = pixel_store.build(listed, 40, tmp_path, CPU)[0]
     preprocessing = replace(teacher.preprocessing, **changes)
-    found = embed.plain_views(store, torch.arange(4), preprocessing).permute(0, 2, 3, 1).int()
-    wanted = embed.pixels_of(preprocessing, listed, range(4), 4).int()
+    found = extract.plain_views(store, torch.arange(4), preprocessing).permute(0, 2, 3, 1).int()
+    wanted = extract.pixels_of(preprocessing, listed, range(4), 4).int()
     assert (found - wanted).abs().float().mean((1, 2, 3)).max() < 2
 
 
 def test_plain_leaves_out_what_cannot_be_decoded(tmp_path: Path, teacher: Encoder) -> None:
     photos(tmp_path, 2)
     bad_files(tmp_path)
-    mixed = images.list_folder(tmp_path)
-    found, good = embed.plain({"a": embed.as_embed(teacher, CPU)}, mixed, range(len(mixed.files)), "test")
+    mixed = image_folder.list_folder(tmp_path)
+    found, good = extract.plain({"a": extract.as_embed(teacher, CPU)}, mixed, range(len(mixed.files)), "test")
     assert [mixed.files[index] for index in good] == [name for name in mixed.files if name.startswith("kind")]
     assert len(found["a"]) == 6
     with pytest.raises(BingoError, match="found none"):
-        embed.plain({"a": embed.as_embed(teacher, CPU)}, mixed, [mixed.files.index("words.jpg")], "test")
+        extract.plain({"a": extract.as_embed(teacher, CPU)}, mixed, [mixed.files.index("words.jpg")], "test")
 
 
 def test_pixels_of_skips_bad_files_and_stops_at_the_count(tmp_path: Path, teacher: Encoder) -> None:
     photos(tmp_path, 2)
     bad_files(tmp_path)
-    mixed = images.list_folder(tmp_path)
+    mixed = image_folder.list_folder(tmp_path)
     order = [mixed.files.index("words.jpg"), mixed.files.index("kind1/000.png"), mixed.files.index("kind0/001.png"), 0]
-    found = embed.pixels_of(teacher.preprocessing, mixed, order, 2)
+    found = extract.pixels_of(teacher.preprocessing, mixed, order, 2)
     assert found.dtype == torch.uint8 and found.shape == (2, 32, 32, 3)
     assert np.array_equal(found[0].numpy(), preprocess(load_image(tmp_path / "kind1/000.png"), **teacher.preprocessing.geometry()))
     with pytest.raises(BingoError, match="found none"):
-        embed.pixels_of(teacher.preprocessing, mixed, order[:1], 2)
+        extract.pixels_of(teacher.preprocessing, mixed, order[:1], 2)
 
 
 # ---------------------------------------------------------------- target spaces
@@ -273,7 +274,7 @@ def test_a_space_fitted_by_blocks_equals_the_whole_in_float64(monkeypatch: pytes
     rows = (unit(70, 12) * torch.linspace(0.5, 9, 70)[:, None] + 0.2).half()
     points = normalize(rows.double(), dim=1)
     values, vectors = np.linalg.eigh(np.cov(points.numpy().T, bias=True))
-    monkeypatch.setattr(embed, "ROWS", 9)
+    monkeypatch.setattr(extract, "ROWS", 9)
     space = target_space(Rows(rows, torch.arange(70)), "whitened", 4)
     assert space.mean is not None and space.basis is not None
     assert space.mean.numpy() == pytest.approx(points.mean(0).numpy(), abs=1e-6)
@@ -332,7 +333,7 @@ def test_stored_targets_depend_on_the_generator_alone() -> None:
     )
 
 
-def test_online_targets_are_the_teacher_on_a_fresh_view(store: pixels.PixelStore, teacher: Encoder) -> None:
+def test_online_targets_are_the_teacher_on_a_fresh_view(store: pixel_store.PixelStore, teacher: Encoder) -> None:
     space = target_space(unit(30, teacher.width), "pca", 10)
     targets = OnlineTargets(teacher, store, space, 0.3, CPU, 10)
     assert targets.dim == 10
@@ -348,7 +349,7 @@ def test_online_targets_are_the_teacher_on_a_fresh_view(store: pixels.PixelStore
 
 
 @pytest.mark.parametrize("kind", ["stored", "online"])
-def test_targets_carry_no_gradient_and_can_be_trained_against(kind: str, store: pixels.PixelStore, teacher: Encoder) -> None:
+def test_targets_carry_no_gradient_and_can_be_trained_against(kind: str, store: pixel_store.PixelStore, teacher: Encoder) -> None:
     space = TargetSpace(None, None)
     targets = (
         StoredTargets(unit(COUNT, 2, teacher.width), space, CPU)
@@ -367,21 +368,23 @@ def test_targets_carry_no_gradient_and_can_be_trained_against(kind: str, store: 
 
 
 def test_seeds_of_other_streams_differ_and_fit_torch() -> None:
-    seeds = {embed.hash_seed(0, "view", view, start) for view in range(10) for start in range(10)} | {embed.hash_seed("0", "view", 0, 0)}
+    seeds = {extract.hash_seed(0, "view", view, start) for view in range(10) for start in range(10)} | {
+        extract.hash_seed("0", "view", 0, 0)
+    }
     assert len(seeds) == 101
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
 def test_the_digest_sees_every_weight() -> None:
     one, two = encoder(), encoder()
-    assert embed.weights_digest(one) == embed.weights_digest(two)
+    assert extract.weights_digest(one) == extract.weights_digest(two)
     with torch.no_grad():
         next(two.parameters()).view(-1)[0] += 1e-6
-    assert embed.weights_digest(one) != embed.weights_digest(two)
+    assert extract.weights_digest(one) != extract.weights_digest(two)
 
 
 def test_half_made_photos_of_one_pixel_can_be_embedded(tmp_path: Path, teacher: Encoder) -> None:
     Image.new("RGB", (1, 1), (9, 9, 9)).save(tmp_path / "dot.png")
     Image.new("RGB", (300, 1), (9, 200, 9)).save(tmp_path / "line.png")
-    found, good = embed.plain({"a": embed.as_embed(teacher, CPU)}, images.list_folder(tmp_path), range(2), "test")
+    found, good = extract.plain({"a": extract.as_embed(teacher, CPU)}, image_folder.list_folder(tmp_path), range(2), "test")
     assert good == [0, 1] and bool(found["a"].isfinite().all())

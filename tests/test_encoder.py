@@ -13,9 +13,18 @@ import torch
 from huggingface_hub import constants
 from torch import Tensor, nn
 
-from bingo_compress import encoder as module
-from bingo_compress.encoder import FAMILIES, Encoder, Preprocessing, ProjectionHead, RegressionHead, build, has_pretrained, resolve_name
 from bingo_compress.errors import BingoError
+from bingo_compress.models import encoder as module
+from bingo_compress.models.encoder import (
+    FAMILIES,
+    Encoder,
+    Preprocessing,
+    ProjectionHead,
+    RegressionHead,
+    build,
+    has_pretrained,
+    resolve_name,
+)
 
 # model, pixels a side, width of the pooled features
 MODELS = [

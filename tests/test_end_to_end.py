@@ -15,11 +15,15 @@ import safetensors.torch
 import torch
 from helpers import Ran, bad_files, encoder, flags, interrupted_at, photos, recipe
 
-from bingo_compress import demo, distill, embed, pixels, speed, teacher_pass
-from bingo_compress.bagging import knn
+from bingo_compress import demo
 from bingo_compress.cli import main
-from bingo_compress.material import split
+from bingo_compress.data import pixel_store
+from bingo_compress.features import extract, teacher_pass
+from bingo_compress.features.bagging import knn
 from bingo_compress.recipe import load_recipe
+from bingo_compress.runtime import devices
+from bingo_compress.training import loop
+from bingo_compress.training.material import split
 
 pytestmark = pytest.mark.slow
 ROWS = ["teacher", "student", "start", "random"]
@@ -204,7 +208,7 @@ def test_validate_refuses_classes_it_does_not_know_and_folders_without_classes(
 
 def interrupted(bingo: Any, monkeypatch: pytest.MonkeyPatch, world: dict[str, Any], out: Path, at: int, *words: str) -> Ran:
     """The same run, cut off by Ctrl-C in step `at`."""
-    with interrupted_at(monkeypatch, distill, "learning_rate", at):
+    with interrupted_at(monkeypatch, loop, "learning_rate", at):
         ran: Ran = bingo("distill", *flags(data=world["data"], epochs=2), *words, "--out", out)
     return ran
 
@@ -234,7 +238,7 @@ def test_another_number_of_loader_threads_changes_nothing(
 ) -> None:
     def cores(count: int) -> None:
         monkeypatch.setattr("os.cpu_count", lambda: count)  # of the decoding
-        monkeypatch.setattr(speed, "free_cores", lambda: count)  # of the next batches: with one they are made in the trainer's thread
+        monkeypatch.setattr(devices, "free_cores", lambda: count)  # of the next batches: with one they are made in the trainer's thread
 
     cores(1)
     assert interrupted(bingo, monkeypatch, world, tmp_path / "run", 10, "--set", "save_every_steps=4").status == 130
@@ -269,7 +273,7 @@ def test_resume_after_the_folder_changed_says_so_in_one_line(bingo: Any, world: 
 def test_overwrite_uses_stored_pixels_and_embeddings_again(
     bingo: Any, world: dict[str, Any], run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pixels, "_fill", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(pixel_store, "_fill", lambda *_: pytest.fail("decoded again"))
     for shard in ("_plain_shard", "_view_shard"):
         monkeypatch.setattr(teacher_pass, shard, lambda *_: pytest.fail("embedded again"))
     (run / "export").mkdir()
@@ -345,7 +349,7 @@ def test_keep_best_leaves_the_student_of_the_best_check_and_judges_it_on_other_i
         return real(*given)
 
     for name in seen:
-        monkeypatch.setattr(embed, name, partial(noted, name, getattr(embed, name)))
+        monkeypatch.setattr(extract, name, partial(noted, name, getattr(extract, name)))
     more = ("--set", "check_every=1", "--set", "hold_out=0.3", "--keep-best", "--bags", "adaptive")
     ran = bingo("distill", *flags(data=world["data"], epochs=4), *more, "--out", tmp_path / "run")
     assert ran.status == 0, ran.err

@@ -7,8 +7,10 @@ import pytest
 import torch
 from helpers import encoder, photos, recipe, unit
 
-from bingo_compress import embed, estimate, screen, teacher_pass
-from bingo_compress.material import target_kind, target_width
+from bingo_compress import dry_run
+from bingo_compress.features import extract, teacher_pass
+from bingo_compress.runtime import console
+from bingo_compress.training.material import target_kind, target_width
 
 
 @pytest.mark.parametrize("count", [12, 60])
@@ -22,19 +24,19 @@ def test_the_width_of_a_target_is_that_of_the_target_made(method: str, target: s
         if projected:
             teacher.projection = torch.nn.Linear(teacher.width, 24)
         seen = unit(count, teacher.width if method == "simreg" else teacher_pass.embedding_width(teacher))
-        made = embed.target_space(seen, target_kind(chosen, teacher), chosen.target_dim)(seen[:1]).shape[1]
+        made = extract.target_space(seen, target_kind(chosen, teacher), chosen.target_dim)(seen[:1]).shape[1]
         assert target_width(chosen, teacher, count) == made
 
 
 def told(monkeypatch: pytest.MonkeyPatch, data: Path, **changes: Any) -> tuple[dict[str, str], float]:
     """(rows of a dry run's tables, steps), where a view takes the teacher a second and nothing else takes any time."""
     rows: dict[str, str] = {}
-    monkeypatch.setattr(estimate, "_teacher_seconds", lambda *_: 1.0)
-    monkeypatch.setattr(estimate, "_step_cost", lambda *_: (0.0, 0.0))
-    monkeypatch.setattr(estimate, "_decode_seconds", lambda *_: 0.0)
-    monkeypatch.setattr(screen, "table", lambda title, head, cells: rows.update({row[0]: row[1] for row in cells}))
-    monkeypatch.setattr(screen, "duration", lambda seconds: f"{seconds:g}")
-    estimate.estimate(recipe(data=str(data), hold_out=0.0, **changes), data / "out")
+    monkeypatch.setattr(dry_run, "_teacher_seconds", lambda *_: 1.0)
+    monkeypatch.setattr(dry_run, "_step_cost", lambda *_: (0.0, 0.0))
+    monkeypatch.setattr(dry_run, "_decode_seconds", lambda *_: 0.0)
+    monkeypatch.setattr(console, "table", lambda title, head, cells: rows.update({row[0]: row[1] for row in cells}))
+    monkeypatch.setattr(console, "duration", lambda seconds: f"{seconds:g}")
+    dry_run.estimate(recipe(data=str(data), hold_out=0.0, **changes), data / "out")
     (line,) = (name for name in rows if name.startswith("distil, "))
     return rows | {"distil": rows[line]}, float(line.split()[1].replace(",", ""))
 
@@ -54,7 +56,7 @@ def test_the_teacher_is_counted_as_often_as_it_is_asked(monkeypatch: pytest.Monk
         assert rows["teacher, 1 views"] == "12"
     assert told(monkeypatch, data, views="2")[0]["teacher, 3 views"] == "36"
     rows, _ = told(monkeypatch, data, views="2", method="moco")
-    assert rows["teacher, 1 views"] == "12" and rows["stored targets"] == screen.size(0) and "the student's moving average" in rows
+    assert rows["teacher, 1 views"] == "12" and rows["stored targets"] == console.size(0) and "the student's moving average" in rows
 
 
 def test_the_head_is_the_methods_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

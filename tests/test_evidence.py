@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from bingo_compress import evidence, probes
 from bingo_compress.errors import BingoError
-from bingo_compress.evidence import (
+from bingo_compress.evaluation import intervals, probes
+from bingo_compress.evaluation.intervals import (
     area_interval,
     confusion,
     interval,
@@ -84,7 +84,7 @@ def test_an_interval_is_the_same_each_time_and_another_with_another_seed() -> No
 def test_the_fast_path_does_not_depend_on_how_much_it_does_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     values = torch.arange(40.0) ** 2
     whole = mean_interval(values, draws=333)
-    monkeypatch.setattr(evidence, "AT_ONCE", 170)
+    monkeypatch.setattr(intervals, "AT_ONCE", 170)
     assert mean_interval(values, draws=333) == whole
 
 
@@ -228,7 +228,7 @@ def test_the_interval_over_seeds_is_students_where_images_say_nothing() -> None:
     ("freedom", "expected"), [(1, 12.7062), (2, 4.30265), (4, 2.77645), (29, 2.04523), (399, 1.96593), (10**6, 1.95996)]
 )
 def test_students_quantile_is_that_of_the_tables(freedom: int, expected: float) -> None:
-    assert evidence.student(freedom) == pytest.approx(expected, rel=2e-4)
+    assert intervals.student(freedom) == pytest.approx(expected, rel=2e-4)
 
 
 # ---------------------------------------------------------------- two models

@@ -13,10 +13,16 @@ import torch
 from helpers import CPU, encoder, photo, photos, untrained_run
 from PIL import Image
 
-from bingo_compress import embed, exporting, images, pipeline, probes, run_dir, trained, validation
+from bingo_compress import pipeline
+from bingo_compress.data import image_folder
 from bingo_compress.errors import BingoError
+from bingo_compress.evaluation import probes, validation
+from bingo_compress.exporters import exporting
 from bingo_compress.exporters import onnx as exporter
 from bingo_compress.exporters.onnx import Deployed, export_onnx, onnx_runner
+from bingo_compress.features import extract
+from bingo_compress.models import trained
+from bingo_compress.runtime import run_dir
 
 FACTS = {"version": "0", "run_id": "abc", "student": "s", "teacher": "t"}
 
@@ -222,8 +228,8 @@ def test_a_run_is_exported_and_its_file_embeds_its_photos_as_torch_does(finished
     assert path == tmp_path / "elsewhere" / "student.onnx"
     settings = pipeline.saved_recipe(finished)
     student = trained.load_student(settings, finished.student)
-    folder = images.list_folder(Path(settings.data))
-    expected = embed.plain({"s": embed.as_embed(student, CPU)}, folder, range(9), "test")[0]["s"]
+    folder = image_folder.list_folder(Path(settings.data))
+    expected = extract.plain({"s": extract.as_embed(student, CPU)}, folder, range(9), "test")[0]["s"]
     got = bingo_edge.Embedder(path).embed(settings.data)
     assert [str(Path(name).relative_to(settings.data)) for name in got.names] == list(folder.files)
     assert np.abs(got.embeddings - probes.normalised(expected).numpy()).max() < 1e-4
@@ -270,15 +276,15 @@ def test_golden_pictures_reach_the_network_the_same_in_the_trainer_and_on_the_de
 ) -> None:
     files = golden(tmp_path / "golden")
     settings = encoder(name, size).preprocessing
-    folder = images.list_folder(tmp_path / "golden")
+    folder = image_folder.list_folder(tmp_path / "golden")
     trained: list[np.ndarray] = []
 
     def record(batch: torch.Tensor) -> torch.Tensor:
         trained.extend(batch.numpy())
         return torch.zeros(len(batch), 2)
 
-    embed.plain({"m": (settings, record)}, folder, range(len(files)), "test")
-    assert np.array_equal(embed.pixels_of(settings, folder, range(len(files)), len(files)).numpy(), np.stack(trained))
+    extract.plain({"m": (settings, record)}, folder, range(len(files)), "test")
+    assert np.array_equal(extract.pixels_of(settings, folder, range(len(files)), len(files)).numpy(), np.stack(trained))
 
     device: list[np.ndarray] = []
     embedder = bingo_edge.Embedder(exported[0])
@@ -304,15 +310,15 @@ def test_golden_pictures_reach_the_network_the_same_in_the_trainer_and_on_the_de
 
 def test_the_kit_classifies_as_the_probes_do(exported: tuple[Path, Any], tmp_path: Path) -> None:
     path, student = exported
-    folder = images.list_folder(photos(tmp_path / "photos", 12))
-    classes, labels = images.labels_of(folder)
-    features = embed.plain({"s": embed.as_embed(student, CPU)}, folder, range(36), "test")[0]["s"]
+    folder = image_folder.list_folder(photos(tmp_path / "photos", 12))
+    classes, labels = image_folder.labels_of(folder)
+    features = extract.plain({"s": extract.as_embed(student, CPU)}, folder, range(36), "test")[0]["s"]
     head = probes.fit_linear(features, torch.tensor(labels), 3)
     embedder = bingo_edge.Embedder(path)
     validation.save_heads(tmp_path / "student.onnx", embedder.sha256, head, features, torch.tensor(labels), classes, list(folder.files))
     queries = photos(tmp_path / "queries", 5, start=100)
     got = embedder.embed(str(queries))
-    asked = embed.plain({"s": embed.as_embed(student, CPU)}, images.list_folder(queries), range(15), "test")[0]["s"]
+    asked = extract.plain({"s": extract.as_embed(student, CPU)}, image_folder.list_folder(queries), range(15), "test")[0]["s"]
     expected = {
         "student.linear.npz": head.predict(asked),
         "student.bank.npz": probes.knn_predict(features, torch.tensor(labels), asked, 3),

@@ -14,12 +14,16 @@ import torch
 from bingo_edge import EdgeError, load_head
 from helpers import encoder, interrupted_at, photos, untrained_run
 
-from bingo_compress import checkpoint, embed, exported, exporting, latency, pipeline, run_dir, trained
+from bingo_compress import pipeline
 from bingo_compress.errors import BingoError
+from bingo_compress.exporters import exporting, timing
 from bingo_compress.exporters import onnx as exporter
+from bingo_compress.exporters.int8 import LadderEnds, Rung
 from bingo_compress.exporters.onnx import REFUSED
-from bingo_compress.exporters.onnx_int8 import LadderEnds, Rung
-from bingo_compress.made_of import file_digest
+from bingo_compress.features import extract
+from bingo_compress.models import exported, trained
+from bingo_compress.runtime import checkpoint, run_dir
+from bingo_compress.runtime.made_of import file_digest
 
 pytestmark = pytest.mark.slow
 GRAPHS: dict[Any, bytes] = {}
@@ -31,7 +35,7 @@ def quick() -> Iterator[None]:
     real = exporter._write_graph
 
     def once(module: Any, images: torch.Tensor, path: Path, wanted: Any) -> None:
-        key = (embed.weights_digest(module.student), images.shape[1], wanted)
+        key = (extract.weights_digest(module.student), images.shape[1], wanted)
         if key not in GRAPHS:
             real(module, images, path, wanted)
             GRAPHS[key] = path.read_bytes()
@@ -40,7 +44,7 @@ def quick() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exporter, "_write_graph", once)
         patch.setattr(exporting, "TIMED", 2)
-        patch.setattr(latency, "LOADS", 1)
+        patch.setattr(timing, "LOADS", 1)
         yield
 
 

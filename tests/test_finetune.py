@@ -6,14 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import CPU, encoder, photo, filled_store, whole_images
+from helpers import CPU, encoder, filled_store, photo, whole_images
 from torch import nn
 
-from bingo_compress import augment, finetune
-from bingo_compress.embed import as_embed
-from bingo_compress.encoder import Encoder
+from bingo_compress.data import augment
 from bingo_compress.errors import BingoError
-from bingo_compress.finetune import crop_and_flip, fine_tune, linear_with_augmentation, literature_lr, parse_shots, subset
+from bingo_compress.evaluation import finetune
+from bingo_compress.evaluation.finetune import crop_and_flip, fine_tune, linear_with_augmentation, literature_lr, parse_shots, subset
+from bingo_compress.features.extract import as_embed
+from bingo_compress.models.encoder import Encoder
 
 STUDENT = "test_efficientnet"
 

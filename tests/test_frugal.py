@@ -10,9 +10,9 @@ from timm.layers import EvoNorm2dB0
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bingo_compress import distributed
 from bingo_compress.errors import BingoError
-from bingo_compress.frugal import Frugal
+from bingo_compress.runtime import distributed
+from bingo_compress.training.out_of_memory import Frugal
 
 VIEWS = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 

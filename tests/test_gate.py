@@ -10,11 +10,13 @@ import torch
 from helpers import encoder, photos, recipe, untrained_run
 from test_edge import make_model
 
-from bingo_compress import embed, exporting, gate, images, pixels, quantaware
-from bingo_compress.encoder import Preprocessing
+from bingo_compress.data import image_folder, pixel_store
 from bingo_compress.errors import BingoError
+from bingo_compress.exporters import exporting, gate, quantization_aware
+from bingo_compress.exporters.int8 import LadderEnds, Rung
 from bingo_compress.exporters.onnx import PROFILES, REFUSED
-from bingo_compress.exporters.onnx_int8 import LadderEnds, Rung
+from bingo_compress.features import extract
+from bingo_compress.models.encoder import Preprocessing
 
 SEEN = Preprocessing(8, 0.875, "bicubic", "center", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 GALLERY = torch.randint(0, 256, (40, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -47,14 +49,14 @@ def test_the_part_to_choose_by_is_of_each_class_and_copies_are_on_one_side() -> 
 def test_choosing_looks_at_labels_alone_and_reporting_at_test_alone(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     labels, test = photos(tmp_path / "labels", 8), photos(tmp_path / "test", 4, start=50)
     asked: list[tuple[str, set[str]]] = []
-    real = embed.plain
+    real = extract.plain
 
-    def recorded(models: Any, folder: images.Folder, order: Any, *rest: Any) -> Any:
+    def recorded(models: Any, folder: image_folder.Folder, order: Any, *rest: Any) -> Any:
         asked.append((folder.root.name, {folder.digests[place] for place in order}))
         return real(models, folder, order, *rest)
 
     judges = gate.make_gate(model, GALLERY, SEEN, gate.open_labelled(labels, test), 0.5)
-    monkeypatch.setattr(embed, "plain", recorded)
+    monkeypatch.setattr(extract, "plain", recorded)
     told, missed = judges.choose(model)
     assert missed == [] and [root for root, _ in asked] == ["labels"]
     assert told["knn"]["float"] == told["knn"]["int8"] and len(asked[0][1]) == 6  # a quarter of eight, of three classes
@@ -70,14 +72,14 @@ def test_without_a_test_folder_three_parts_of_labels_do_not_meet(model: Path, tm
     for number in range(3):  # copies
         shutil.copy(labels / "kind0" / "000.png", labels / "kind0" / f"copy{number}.png")
     parts: list[set[str]] = []
-    real = embed.plain
+    real = extract.plain
 
-    def recorded(models: Any, folder: images.Folder, order: Any, *rest: Any) -> Any:
+    def recorded(models: Any, folder: image_folder.Folder, order: Any, *rest: Any) -> Any:
         parts.append({folder.digests[place] for place in order})
         return real(models, folder, order, *rest)
 
     judges = gate.make_gate(model, GALLERY, SEEN, gate.open_labelled(labels, None), 0.5)
-    monkeypatch.setattr(embed, "plain", recorded)
+    monkeypatch.setattr(extract, "plain", recorded)
     judges.choose(model)
     judges.report(model)
     assert judges.labelled == parts[0] | parts[1] and judges.labelled < contents(labels)
@@ -126,19 +128,19 @@ def test_what_the_gate_judges_by_is_not_trained_on_nor_are_copies_of_it(tmp_path
     folder = photos(tmp_path / "photos", 6)
     apart = contents(folder / "kind0") | contents(folder / "kind1")
     shutil.copy(folder / "kind0" / "000.png", folder / "kind2" / "copy.png")
-    trained: list[images.Folder] = []
+    trained: list[image_folder.Folder] = []
 
-    def build(chosen: images.Folder, *_: Any) -> Any:
+    def build(chosen: image_folder.Folder, *_: Any) -> Any:
         trained.append(chosen)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pixels, "build", build)
+    monkeypatch.setattr(pixel_store, "build", build)
     settings, student = recipe(data=str(folder)), encoder("test_efficientnet", 32)
     with pytest.raises(KeyboardInterrupt):
-        quantaware.finetune(settings, student, images.list_folder(folder), tmp_path, apart)
+        quantization_aware.finetune(settings, student, image_folder.list_folder(folder), tmp_path, apart)
     assert trained[0].files == tuple(f"kind2/{number:03d}.png" for number in range(6))
     with pytest.raises(BingoError, match=r"--finetune: expected images in .* beside those that int8 is judged by"):
-        quantaware.finetune(settings, student, images.list_folder(folder), tmp_path, apart | contents(folder))
+        quantization_aware.finetune(settings, student, image_folder.list_folder(folder), tmp_path, apart | contents(folder))
 
 
 @pytest.mark.parametrize("labelled", [False, True])
@@ -156,7 +158,7 @@ def test_export_keeps_its_gate_and_its_calibration_out_of_fine_tuning(
     def ladder(*_: Any) -> Any:
         raise LadderEnds([{"rung": "first", "missed": ["x"], "images": 12, "mean_cosine": 0.5, "recall": 0.5, "recall_k": 2, "bytes": 1}])
 
-    def finetune(settings: Any, student: Any, folder: images.Folder, work: Path, apart: set[str]) -> Any:
+    def finetune(settings: Any, student: Any, folder: image_folder.Folder, work: Path, apart: set[str]) -> Any:
         used["apart"], used["folder"] = apart, folder
         raise KeyboardInterrupt
 
@@ -169,7 +171,7 @@ def test_export_keeps_its_gate_and_its_calibration_out_of_fine_tuning(
     for owner, name, stand_in in (
         (exporting, "_export_float", export_float),
         (exporting, "quantise", ladder),
-        (quantaware, "finetune", finetune),
+        (quantization_aware, "finetune", finetune),
         (gate, "make_gate", make_gate),
     ):
         monkeypatch.setattr(owner, name, stand_in)
@@ -179,7 +181,7 @@ def test_export_keeps_its_gate_and_its_calibration_out_of_fine_tuning(
     judged = {digest for digest in used["folder"].digests if digest in apart}
     assert judged == apart == apart | used["gate"].labelled and len(used["gate"].labelled) == (15 if labelled else 0)
     assert len(used["gallery"]) == 12 and len(apart) >= 18  # six more are calibrated on, of half the folder
-    shown = embed.pixels_of(
+    shown = extract.pixels_of(
         encoder("test_efficientnet", 32).preprocessing,
         used["folder"],
         [place for place, digest in enumerate(used["folder"].digests) if digest not in apart],

@@ -20,9 +20,9 @@ from bingo_edge.model import latency_ms
 from PIL import ExifTags, Image
 from test_edge import contract, make_model, plain, run
 
-from bingo_compress import golden
 from bingo_compress.errors import BingoError
-from bingo_compress.golden import drawn, write_golden
+from bingo_compress.exporters import golden
+from bingo_compress.exporters.golden import drawn, write_golden
 
 
 def runner(model: str) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:

@@ -10,18 +10,20 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Trained, encoder, kind_targets, photo, photos, filled_store, recipe, unit
+from helpers import Trained, encoder, filled_store, kind_targets, photo, photos, recipe, unit
 from torch import Tensor
 
-from bingo_compress import augment, distill, embed, pixels, teacher_pass
-from bingo_compress.bagging import knn
-from bingo_compress.encoder import build
+from bingo_compress.data import augment, pixel_store
+from bingo_compress.data.image_folder import list_folder
+from bingo_compress.data.pixel_store import PixelStore
 from bingo_compress.errors import BingoError
-from bingo_compress.images import list_folder
-from bingo_compress.losses import LOSSES, Batch, Queries, Targets, make_loss
-from bingo_compress.neighbours import nearest_neighbours
-from bingo_compress.pixels import PixelStore
-from bingo_compress.resolving import settle
+from bingo_compress.features import extract, teacher_pass
+from bingo_compress.features.bagging import knn
+from bingo_compress.features.neighbours import nearest_neighbours
+from bingo_compress.models.encoder import build
+from bingo_compress.training import loop
+from bingo_compress.training.losses import LOSSES, Batch, Queries, Targets, make_loss
+from bingo_compress.training.plan import settle
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -45,7 +47,7 @@ def both_stores(count: int, side: int) -> tuple[PixelStore, PixelStore]:
     """The same pictures in memory and on the GPU."""
     pictures = [photo(number % 3, number, side, side + number % 7) for number in range(count)]
     aspect = torch.tensor([picture.shape[1] / picture.shape[0] for picture in pictures])
-    one = pixels.store_of(pictures, aspect, CPU)
+    one = pixel_store.store_of(pictures, aspect, CPU)
     return one, on_gpu(one)
 
 
@@ -100,7 +102,7 @@ def test_the_teacher_pass_is_the_cpus(tmp_path: Path) -> None:
     for device in (CPU, GPU):
         work = tmp_path / device.type
         work.mkdir()
-        store = pixels.build(folder, 40, work, device, "gpu" if device == GPU else "memory")[0]
+        store = pixel_store.build(folder, 40, work, device, "gpu" if device == GPU else "memory")[0]
         seen.append(teacher_pass.run(encoder(), folder, store, 2, 0.2, work, device))
     assert seen[0].key == seen[1].key
     for name in ("features", "embeddings", "views"):
@@ -135,20 +137,20 @@ def train(folder: Path, device: torch.device, stops: tuple[int, ...], **settings
     """A distillation of 48 pictures that leaves after each of `stops` and goes on."""
     count, dim = 48, 16
     chosen = settle(recipe(**{"student": "test_resnet", "device": device.type, "compile": "off", **settings}))
-    loss = distill.loss_of(chosen)
+    loss = loop.loss_of(chosen)
     targets = kind_targets(count, 2, dim)
     bags = knn(targets[:, 0], 3)[0]
     store = filled_store(count)
     source = None
     if loss.teacher:
         mean = chosen.stored_views == "mean"
-        source = embed.StoredTargets(targets, embed.TargetSpace(None, None), device, lengths=loss.lengths, mean=mean)
+        source = extract.StoredTargets(targets, extract.TargetSpace(None, None), device, lengths=loss.lengths, mean=mean)
     folder.mkdir(parents=True, exist_ok=True)
     files = folder / "metrics.jsonl", folder / "checkpoint.safetensors"
     for steps in stops:
         student = encoder(chosen.student)
         pictures = on_gpu(store) if device == GPU else store
-        distill.distill(chosen, student, pictures, torch.arange(count), bags, source, dim, *files, device, stop_after=steps)
+        loop.distill(chosen, student, pictures, torch.arange(count), bags, source, dim, *files, device, stop_after=steps)
     return Trained(student, *files)
 
 
@@ -194,8 +196,8 @@ def test_too_little_memory_is_a_slower_step_with_the_same_result(name: str, tmp_
         for steps in (1, 2, 3):
             torch.manual_seed(0)
             student = build(name, size, "random", "--test")
-            source = embed.StoredTargets(targets, embed.TargetSpace(None, None), GPU, mean=True)
-            distill.distill(chosen, student, on_gpu(store), torch.arange(count), bags, source, dim, *files, GPU, stop_after=steps)
+            source = extract.StoredTargets(targets, extract.TargetSpace(None, None), GPU, mean=True)
+            loop.distill(chosen, student, on_gpu(store), torch.arange(count), bags, source, dim, *files, GPU, stop_after=steps)
         return [json.loads(line)["loss"] for line in files[0].read_text().splitlines()]
 
     try:
@@ -231,7 +233,7 @@ def test_photos_streamed_through_nvjpeg_are_pillows(clothing: Path, tmp_path: Pa
     found = []
     for device in (CPU, GPU):
         (tmp_path / device.type).mkdir()
-        store = pixels.build(folder, 256, tmp_path / device.type, device, "stream")[0]
+        store = pixel_store.build(folder, 256, tmp_path / device.type, device, "stream")[0]
         rows = torch.arange(96)
         found.append(store.crops(rows, augment.draw(store.aspect, torch.Generator().manual_seed(0)).box, 224).cpu().int())
     assert "nvJPEG cannot" not in printed.getvalue() and "of them by nvJPEG" in printed.getvalue()

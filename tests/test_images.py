@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from bingo_edge.image import ImageError
 
+from bingo_compress.data.image_folder import Folder, decode_all, in_threads, labels_of, list_folder, write_quarantine
 from bingo_compress.errors import BingoError
-from bingo_compress.images import Folder, decode_all, in_threads, labels_of, list_folder, write_quarantine
 
 MakePhoto = Callable[..., Path]
 NOT_UTF8 = os.fsdecode(b"caf\xe9.jpg")

@@ -12,12 +12,14 @@ import torch
 from helpers import encoder, photos, recipe, untrained_run
 from torch import nn
 
-from bingo_compress import embed, exporting, gate, images, quantaware, run_dir
-from bingo_compress.encoder import Encoder
+from bingo_compress.data import image_folder
 from bingo_compress.errors import BingoError
-from bingo_compress.exporters import onnx_int8
+from bingo_compress.exporters import exporting, gate, int8, quantization_aware
+from bingo_compress.exporters.int8 import LadderEnds, Rung, quantise, sensitivity
 from bingo_compress.exporters.onnx import PROFILES, Deployed, Form, export_onnx, form, onnx_runner
-from bingo_compress.exporters.onnx_int8 import LadderEnds, Rung, quantise, sensitivity
+from bingo_compress.features import extract
+from bingo_compress.models.encoder import Encoder
+from bingo_compress.runtime import run_dir
 
 FACTS = {"version": "0", "run_id": "abc", "student": "s", "teacher": "t"}
 SIZE = 32
@@ -137,7 +139,7 @@ def test_rungs_come_in_their_order_and_the_ladder_ends(float_file: Path, tmp_pat
     assert names == [
         "tuned, weights by channel",
         "tuned, ranges of 99.99%",
-        *(f"tuned, {count} layer{'s' if count > 1 else ''} in float" for count in onnx_int8.LEFT_IN_FLOAT),
+        *(f"tuned, {count} layer{'s' if count > 1 else ''} in float" for count in int8.LEFT_IN_FLOAT),
         "tuned, activations of 16 bits",
     ]
     assert seen[2:7] == sorted(seen[2:7], reverse=True) and seen[6] < seen[1]  # fewer and fewer are rounded
@@ -155,7 +157,7 @@ def test_a_layer_that_rounding_harms_is_found(tmp_path: Path) -> None:
     def ratios() -> tuple[dict[tuple[str, ...], float], onnx.ModelProto]:
         export_onnx(student, pictures(8), tmp_path / "student.onnx", FACTS)
         model = onnx.load(tmp_path / "student.onnx")
-        found = sensitivity(tmp_path / "student.onnx", pictures(8), tmp_path, onnx_int8._outside(model))
+        found = sensitivity(tmp_path / "student.onnx", pictures(8), tmp_path, int8._outside(model))
         assert [ratio for _, ratio in found] == sorted(ratio for _, ratio in found)
         for cache in tmp_path.glob("percentile*"):
             cache.unlink()
@@ -180,15 +182,15 @@ def test_a_layer_that_rounding_harms_is_found(tmp_path: Path) -> None:
 def test_what_is_left_in_float_is_not_rounded(float_file: Path, tmp_path: Path) -> None:
     """The products of a squeeze-and-excite block are neighbours of convolutions that stay rounded; each layer goes with what follows it."""
     model = onnx.load(float_file)
-    parts = onnx_int8.layers(model, set())
+    parts = int8.layers(model, set())
     kinds = {node.name: node.op_type for node in model.graph.node}
-    assert [kinds[part[0]] for part in parts] == [node.op_type for node in model.graph.node if node.op_type in onnx_int8.LAYERS]
-    assert all(kinds[name] not in onnx_int8.LAYERS for part in parts for name in part[1:])
+    assert [kinds[part[0]] for part in parts] == [node.op_type for node in model.graph.node if node.op_type in int8.LAYERS]
+    assert all(kinds[name] not in int8.LAYERS for part in parts for name in part[1:])
     everything = tuple(name for part in parts for name in part)
-    shown, outside = pictures(6), onnx_int8._outside(model)
+    shown, outside = pictures(6), int8._outside(model)
     files = {"none": (), "one": parts[3], "all": everything}
     for name, left in files.items():
-        onnx_int8._quantise(float_file, tmp_path / f"{name}.onnx", shown, tmp_path, Rung(name, left=left), outside)
+        int8._quantise(float_file, tmp_path / f"{name}.onnx", shown, tmp_path, Rung(name, left=left), outside)
     exact = onnx_runner(float_file)(shown)[0]
     far = [float((onnx_runner(tmp_path / f"{name}.onnx")(shown)[0] - exact).norm()) for name in files]
     assert far[0] != far[1] and far[2] < 1e-5 < far[0]
@@ -204,14 +206,14 @@ def test_features_after_pooling_and_a_last_layer_are_neither_rounded_nor_changed
             nn.init.normal_(module.bias)  # without, a random network's features are near zero
     float_file, prepared = tmp_path / "student.onnx", tmp_path / "prepared.onnx"
     export_onnx(student, pictures(8), float_file, FACTS, PROFILES[profile])
-    model = onnx_int8.prepare(float_file, prepared)
+    model = int8.prepare(float_file, prepared)
     onnx.checker.check_model(model, full_check=True)
     assert "Gemm" in {node.op_type for node in model.graph.node}  # the last convolution
     for got, wanted in zip(onnx_runner(prepared)(pictures(8)), onnx_runner(float_file)(pictures(8)), strict=True):
         assert torch.allclose(got, wanted, rtol=1e-4, atol=1e-4)
     names = [node.name for node in model.graph.node]
     assert all(names) and len(set(names)) == len(names)
-    onnx_int8._quantise(prepared, tmp_path / "int8.onnx", pictures(8), tmp_path, Rung("first"), onnx_int8._outside(model))
+    int8._quantise(prepared, tmp_path / "int8.onnx", pictures(8), tmp_path, Rung("first"), int8._outside(model))
     made = {made: node for node in onnx.load(tmp_path / "int8.onnx").graph.node for made in node.output}
     assert made["features"].op_type != "DequantizeLinear"
     exact, found = onnx_runner(float_file)(pictures(8))[1], onnx_runner(tmp_path / "int8.onnx")(pictures(8))[1]
@@ -235,8 +237,8 @@ def test_features_that_a_layer_gives_directly_are_not_rounded(tmp_path: Path) ->
     model.graph.initializer.append(onnx.numpy_helper.from_array(weight, "weight"))
     onnx.save(model, tmp_path / "student.onnx")
     shown = torch.randint(0, 256, (8, 4, 4, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    outside = onnx_int8._outside(onnx_int8.prepare(tmp_path / "student.onnx", tmp_path / "prepared.onnx"))
-    onnx_int8._quantise(tmp_path / "prepared.onnx", tmp_path / "int8.onnx", shown, tmp_path, Rung("first"), outside)
+    outside = int8._outside(int8.prepare(tmp_path / "student.onnx", tmp_path / "prepared.onnx"))
+    int8._quantise(tmp_path / "prepared.onnx", tmp_path / "int8.onnx", shown, tmp_path, Rung("first"), outside)
     nodes = onnx.load(tmp_path / "int8.onnx").graph.node
     assert {made: node.op_type for node in nodes for made in node.output}["features"] == "MatMul"
     assert any(node.op_type == "QuantizeLinear" for node in nodes)
@@ -316,7 +318,7 @@ def test_all_formats_leave_files_that_the_device_kit_checks_itself_against(
 @pytest.mark.slow
 def test_an_int8_file_below_the_gate_is_not_published(finished: run_dir.RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gate, "LEAST_COSINE", 1.1)
-    monkeypatch.setattr(onnx_int8, "LEFT_IN_FLOAT", ())
+    monkeypatch.setattr(int8, "LEFT_IN_FLOAT", ())
     with pytest.raises(BingoError, match=r"export refused, no int8 file written: 3 ways .*--finetune") as caught:
         exporting.export(finished.path, fmt="onnx-int8")
     assert caught.value.exit_status == 3 and list(finished.export.iterdir()) == []
@@ -344,7 +346,7 @@ def test_inside_weights_stand_on_the_steps_of_their_channel_and_outside_they_are
     before = {key: value.clone() for key, value in model.state_dict().items()}
     batch = torch.randn(5, 3, 4, 4)
     exact = model(batch)
-    with quantaware.rounded(model):
+    with quantization_aware.rounded(model):
         weight = model[0].weight
         steps = weight / (before["0.weight"].abs().flatten(1).amax(1) / 63)[:, None, None, None]
         assert torch.allclose(steps, steps.round(), atol=1e-4) and not torch.equal(weight, before["0.weight"])
@@ -357,7 +359,7 @@ def test_inside_weights_stand_on_the_steps_of_their_channel_and_outside_they_are
 
 
 def test_inputs_are_rounded_to_256_steps_of_a_range_that_holds_zero() -> None:
-    hook = quantaware._Input()
+    hook = quantization_aware._Input()
     module = nn.Conv2d(1, 1, 1)
     (found,) = hook(module, (torch.linspace(2, 10, 5000),))
     assert len(found.unique()) <= 256 and float((found - torch.linspace(2, 10, 5000)).abs().max()) <= 10 / 255 / 2 + 1e-6
@@ -368,30 +370,30 @@ def test_inputs_are_rounded_to_256_steps_of_a_range_that_holds_zero() -> None:
 
 
 def test_a_hardswish_after_pooling_is_not_rounded_as_in_the_file() -> None:
-    hook = quantaware._Input()
+    hook = quantization_aware._Input()
     pooled, before = torch.rand(4, 9, 1, 1), torch.rand(4, 9, 2, 2)
     assert torch.equal(hook(nn.Hardswish(), (pooled,))[0], pooled)
     assert not torch.equal(hook(nn.Hardswish(), (before,))[0], before)
-    assert not torch.equal(quantaware._Input()(nn.Conv2d(9, 9, 1), (pooled,))[0], pooled)
+    assert not torch.equal(quantization_aware._Input()(nn.Conv2d(9, 9, 1), (pooled,))[0], pooled)
 
 
 @pytest.mark.slow
 def test_finetuning_brings_the_rounded_student_nearer_to_what_it_is_in_float(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = images.list_folder(photos(tmp_path / "photos", 24))
+    folder = image_folder.list_folder(photos(tmp_path / "photos", 24))
     student = encoder("test_efficientnet", SIZE)
-    shown = embed.pixels_of(student.preprocessing, folder, range(len(folder.files)), len(folder.files))
+    shown = extract.pixels_of(student.preprocessing, folder, range(len(folder.files)), len(folder.files))
 
     def rounded(tuned: Encoder) -> torch.Tensor:
-        with quantaware.rounded(tuned.backbone), torch.no_grad():
-            return tuned(embed.to_float(shown))
+        with quantization_aware.rounded(tuned.backbone), torch.no_grad():
+            return tuned(extract.to_float(shown))
 
     with torch.no_grad():
-        exact = student.eval()(embed.to_float(shown))
+        exact = student.eval()(extract.to_float(shown))
     before = {key: value.clone() for key, value in student.backbone.state_dict().items()}
     far = 1 - torch.cosine_similarity(rounded(student), exact).mean()
-    monkeypatch.setattr(quantaware, "EPOCHS", 8)
+    monkeypatch.setattr(quantization_aware, "EPOCHS", 8)
     (tmp_path / "work").mkdir()
-    tuned = quantaware.finetune(recipe(data=str(folder.root)), student, folder, tmp_path / "work", set())
+    tuned = quantization_aware.finetune(recipe(data=str(folder.root)), student, folder, tmp_path / "work", set())
     assert 1 - torch.cosine_similarity(rounded(tuned), exact).mean() < 0.9 * far
     after = tuned.backbone.state_dict()
     moved = {key for key, value in after.items() if not torch.equal(value, before[key])}

@@ -10,9 +10,10 @@ import pytest
 import torch
 from helpers import Ran, flags, photos, recipe
 
-from bingo_compress import images, intake, pixels, weights
+from bingo_compress.data import image_folder, pixel_store, quarantine
+from bingo_compress.data.image_folder import list_folder, write_quarantine
 from bingo_compress.errors import BingoError
-from bingo_compress.images import list_folder, write_quarantine
+from bingo_compress.models import weights
 from bingo_compress.recipe import KEYS, load_recipe, make_recipe
 
 CPU = torch.device("cpu")
@@ -39,13 +40,13 @@ COPIES += [("kind2/other.png", "kind1/001.png")]
 
 
 def test_exact_copies_are_found(doubled: Path) -> None:
-    assert intake.copies(list_folder(doubled)) == COPIES
+    assert quarantine.copies(list_folder(doubled)) == COPIES
 
 
 def test_large_files_that_differ_before_their_end_are_no_copies(tmp_path: Path) -> None:
     for name, start in (("a", b"1"), ("b", b"2"), ("c", b"1")):
         (tmp_path / f"{name}.jpg").write_bytes(start + bytes(20_000))
-    assert intake.copies(list_folder(tmp_path)) == [("c.jpg", "a.jpg")]
+    assert quarantine.copies(list_folder(tmp_path)) == [("c.jpg", "a.jpg")]
 
 
 def test_files_that_cannot_be_read_are_no_copies(doubled: Path) -> None:
@@ -54,16 +55,16 @@ def test_files_that_cannot_be_read_are_no_copies(doubled: Path) -> None:
     folder = list_folder(doubled)
     for name in ("gone1.png", "gone2.png"):
         (doubled / name).unlink()
-    assert intake.copies(folder) == COPIES
+    assert quarantine.copies(folder) == COPIES
 
 
 @pytest.mark.parametrize(("duplicates", "files"), [("keep", 12), ("drop", 8)])
 def test_copies_are_said_and_kept_or_dropped(doubled: Path, printed: io.StringIO, duplicates: str, files: int) -> None:
-    folder = intake.take(recipe(data=str(doubled), duplicates=duplicates))
+    folder = quarantine.take(recipe(data=str(doubled), duplicates=duplicates))
     assert len(folder.files) == files
     assert "4 files are exact copies of another, for example kind2/copy_a.png of kind0/000.png" in printed.getvalue()
     assert ("left out" in printed.getvalue()) == (duplicates == "drop")
-    intake.report(folder, doubled.parent / "quarantine.csv")
+    quarantine.report(folder, doubled.parent / "quarantine.csv")
     with (doubled.parent / "quarantine.csv").open(newline="") as handle:
         rows = list(csv.reader(handle))[1:]
     assert rows == ([[name, f"exact copy of {first}"] for name, first in COPIES] if duplicates == "drop" else [])
@@ -91,16 +92,16 @@ def spoilt(tmp_path: Path) -> Path:
     ("limit", "allowed"), [("100%", True), ("20%", True), ("19.9%", False), ("4", True), (3, False), ("0%", False), (0, False)]
 )
 def test_the_limit_is_a_share_or_a_number(spoilt: Path, tmp_path: Path, limit: Any, allowed: bool) -> None:
-    folder = intake.take(recipe(data=str(spoilt), max_bad=limit))
+    folder = quarantine.take(recipe(data=str(spoilt), max_bad=limit))
     (tmp_path / "run" / "work").mkdir(parents=True)
     if allowed:
-        assert len(pixels.build(folder, 32, tmp_path / "run" / "work", CPU)[0]) == 16
+        assert len(pixel_store.build(folder, 32, tmp_path / "run" / "work", CPU)[0]) == 16
         assert not (tmp_path / "run" / "quarantine.csv").exists()
         return
     with pytest.raises(
         BingoError, match=rf"^--max-bad {limit}: expected at most {'3' if limit not in ('0%', 0) else '0'} of 20 files .* found \d so far"
     ):
-        pixels.build(folder, 32, tmp_path / "run" / "work", CPU)
+        pixel_store.build(folder, 32, tmp_path / "run" / "work", CPU)
     assert (tmp_path / "run" / "quarantine.csv").is_file()
 
 
@@ -116,22 +117,22 @@ def test_limits_that_cannot(limit: Any) -> None:
 
 
 def test_it_is_refused_as_soon_as_it_is_known(spoilt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pixels, "SHARD", 5)
+    monkeypatch.setattr(pixel_store, "SHARD", 5)
     decoded: list[int] = []
-    real = pixels.decode_all
+    real = pixel_store.decode_all
 
-    def counted(folder: images.Folder, rows: range, *rest: Any, **named: Any) -> Any:
+    def counted(folder: image_folder.Folder, rows: range, *rest: Any, **named: Any) -> Any:
         decoded.extend(rows)
         return real(folder, rows, *rest, **named)
 
-    monkeypatch.setattr(pixels, "decode_all", counted)
+    monkeypatch.setattr(pixel_store, "decode_all", counted)
     (tmp_path / "run" / "work").mkdir(parents=True)
     for limit, seen in ((1, 0), (2, 5)):  # two are empty files, which the listing sees; two are the first that are decoded
         with pytest.raises(BingoError, match="found"):
-            pixels.build(intake.take(recipe(data=str(spoilt), max_bad=limit)), 32, tmp_path / "run" / "work", CPU)
+            pixel_store.build(quarantine.take(recipe(data=str(spoilt), max_bad=limit)), 32, tmp_path / "run" / "work", CPU)
         assert len(decoded) == seen
     with pytest.raises(BingoError, match="found 4 so far"):  # the first shard is there by now, and counts
-        pixels.build(intake.take(recipe(data=str(spoilt), max_bad=3)), 32, tmp_path / "run" / "work", CPU)
+        pixel_store.build(quarantine.take(recipe(data=str(spoilt), max_bad=3)), 32, tmp_path / "run" / "work", CPU)
     assert len(decoded) == 7  # the two bad ones of that shard were tried again
 
 
@@ -150,7 +151,7 @@ def test_distill_ends_with_counts_reasons_and_the_list(spoilt: Path, tmp_path: P
 
 def test_reasons_that_differ_in_a_number_are_one() -> None:
     bad = [("a", "truncated (7 bytes)"), ("b", "truncated (19 bytes)"), ("c", "its name ends in .mp4"), ("d", "x")]
-    assert intake.reasons(bad, 2) == ["2 x truncated (N bytes)", "1 x its name ends in .mp4"]
+    assert quarantine.reasons(bad, 2) == ["2 x truncated (N bytes)", "1 x its name ends in .mp4"]
 
 
 # ---------------------------------------------------------------- hostile files

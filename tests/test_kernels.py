@@ -12,7 +12,7 @@ import torch
 from helpers import photo
 from torch import Tensor
 
-from bingo_compress import augment
+from bingo_compress.data import augment
 
 pytest.importorskip("triton", reason="torch brings no Triton here")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -30,7 +30,7 @@ def test_in_a_process_with_the_interpreter() -> None:
 
 @pytest.fixture(scope="module")
 def kernels() -> ModuleType:
-    from bingo_compress import kernels
+    from bingo_compress.data import kernels
 
     return kernels
 

@@ -14,10 +14,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from bingo_compress import latency as timing
 from bingo_compress.errors import BingoError
-from bingo_compress.latency import interleaved, latency
-from bingo_compress.processor import from_cpuinfo, from_sysctl, int8, processor
+from bingo_compress.exporters import timing
+from bingo_compress.exporters.timing import interleaved, latency
+from bingo_compress.runtime.machine import from_cpuinfo, from_sysctl, int8, processor
 
 Side = int | str
 MACHINE = {"processor": "Some CPU", "cores": 4, "int8": "AVX2 only: int8 has no dot-product instruction here", "int8_flags": ["avx2"]}

@@ -27,9 +27,9 @@ from checkpoints import (
 )
 from torch import nn
 
-from bingo_compress.encoder import build
 from bingo_compress.errors import BingoError
-from bingo_compress.weights import load_into
+from bingo_compress.models.encoder import build
+from bingo_compress.models.weights import load_into
 
 OPTION = "--teacher-weights"
 create = timm.create_model

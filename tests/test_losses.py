@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import unit
 
-from bingo_compress.losses import Batch, Bingo, Queries, Targets, info_nce, negatives_energy
+from bingo_compress.training.losses import Batch, Bingo, Queries, Targets, info_nce, negatives_energy
 
 BATCH, DIM, QUEUE = 5, 12, 17
 SHARE = 0.37

@@ -3,7 +3,7 @@
 import pytest
 
 from bingo_compress.errors import BingoError
-from bingo_compress.made_of import FORMATS, MadeOf, as_told, made_of
+from bingo_compress.runtime.made_of import FORMATS, MadeOf, as_told, made_of
 
 
 def test_it_reads_back_equal() -> None:

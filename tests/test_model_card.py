@@ -14,12 +14,14 @@ import torch
 from helpers import recipe, unit
 from markdown_it import MarkdownIt
 
-from bingo_compress import checkpoint, exported, figures, probes, run_dir, validation
+from bingo_compress.data.image_folder import Folder
 from bingo_compress.errors import BingoError
-from bingo_compress.figures import Sides
-from bingo_compress.images import Folder
-from bingo_compress.model_card import card, licence, plain, renew
+from bingo_compress.evaluation import probes, scores, validation
+from bingo_compress.evaluation.scores import Sides
+from bingo_compress.models import exported
 from bingo_compress.recipe import recipe_text
+from bingo_compress.report.model_card import card, licence, plain, renew
+from bingo_compress.runtime import checkpoint, run_dir
 
 NASTY = "<script>alert(1)</script> [x](http://evil.example) ![y](z) `code` | *bold* _em_ www.evil.example a@b.example &lt; \\ # ~~no~~\n# heading"
 MACHINE = {"processor": "Some CPU", "cores": 2, "system": "Linux x86_64", "onnxruntime": "1.0", "int8": "AVX2 only"}
@@ -99,8 +101,8 @@ def judged() -> tuple[Sides, str]:
     rows = []
     for name in features:
         head = probes.LinearHead(centres, torch.zeros(2), 1.0)
-        found, _ = figures.scores(name, sides, head)
-        rows.append({"name": name, **found, **(figures.by_class(head.predict(queries[name]), sides) if name == "student" else {})})
+        found, _ = scores.scores(name, sides, head)
+        rows.append({"name": name, **found, **(scores.by_class(head.predict(queries[name]), sides) if name == "student" else {})})
     rows[1] |= {"gap_closed": 0.8, "gap_closed_interval": (0.7, 0.9)}
     return sides, json.dumps(rows)
 

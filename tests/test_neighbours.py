@@ -12,10 +12,10 @@ import torch
 from helpers import interrupted_at, unit
 from torch.nn.functional import normalize
 
-from bingo_compress import neighbours
 from bingo_compress.errors import BingoError
-from bingo_compress.matrices import Matrix, Rows, Stored
-from bingo_compress.neighbours import CPU, Search, load_faiss, mates, nearest_neighbours
+from bingo_compress.features import neighbours
+from bingo_compress.features.memmap import Matrix, Rows, Stored
+from bingo_compress.features.neighbours import CPU, Search, load_faiss, mates, nearest_neighbours
 
 
 @pytest.fixture(params=["faiss", "torch"])

@@ -11,9 +11,14 @@ import safetensors.torch
 import torch
 from helpers import encoder, photos, recipe
 
-from bingo_compress import checkpoint, compare, distill, pipeline, trained, validation
+from bingo_compress import pipeline
+from bingo_compress.comparison import side_by_side
 from bingo_compress.errors import BingoError
+from bingo_compress.evaluation import validation
+from bingo_compress.models import trained
 from bingo_compress.recipe import Recipe
+from bingo_compress.runtime import checkpoint
+from bingo_compress.training import loop
 
 SAVES = {"save_every_steps": 1, "batch_size": 8}
 
@@ -30,7 +35,7 @@ def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
         **SAVES,
     )
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "distill", partial(distill.distill, stop_after=3))
+        patch.setattr(pipeline, "distill", partial(loop.distill, stop_after=3))
         pipeline.run_distill(settings, tmp_path / "run")
     (tmp_path / "run" / "student.safetensors").unlink()
     return settings
@@ -141,7 +146,7 @@ def test_a_proof_refuses_another_teacher_and_another_start(begun: Recipe, tmp_pa
 def test_every_arm_and_seed_of_a_comparison_is_the_same_distillation_bit_for_bit(tmp_path: Path) -> None:
     data = photos(tmp_path / "photos", 8)
     base = recipe(data=str(data), **SAVES)  # every arm saves more than twice
-    compare.compare(base, data, None, "bingo,seed,moco", [0, 1], tmp_path / "compared")
+    side_by_side.compare(base, data, None, "bingo,seed,moco", [0, 1], tmp_path / "compared")
     for method in ("bingo", "seed", "moco"):
         for seed in (0, 1):
             run = pipeline.run_distill(base.model_copy(update={"method": method, "seed": seed}), tmp_path / f"{method}{seed}")
@@ -155,7 +160,7 @@ def test_every_arm_and_seed_of_a_comparison_is_the_same_distillation_bit_for_bit
 def test_what_an_earlier_version_trained_is_told_and_trained_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, out = photos(tmp_path / "photos", 8), tmp_path / "compared"
     base = recipe(data=str(data), epochs=1)
-    compare.compare(base, data, None, "bingo", [0], out)
+    side_by_side.compare(base, data, None, "bingo", [0], out)
     wanted = {}
     for name in ("student", "figures"):
         file = out / "runs" / f"bingo-seed0.{name}.safetensors"
@@ -166,7 +171,7 @@ def test_what_an_earlier_version_trained_is_told_and_trained_again(tmp_path: Pat
     # and the saves of an arm that was killed
     checkpoint.save(out / "work" / "checkpoint-before.safetensors", wanted["student"], step=1, steps=2, best_score=-1.0)
     capsys.readouterr()
-    compare.compare(base, data, None, "bingo", [0], out)
+    side_by_side.compare(base, data, None, "bingo", [0], out)
     said = capsys.readouterr().out
     assert said.count("was made from something else (the version of this program): it is made again") == 2
     assert "checkpoint.safetensors is of another run and is deleted" in said

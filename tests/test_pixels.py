@@ -16,11 +16,11 @@ from bingo_edge.image import ImageError, load_image
 from PIL import Image
 from torch import Tensor
 
-from bingo_compress import augment, images, pixels
+from bingo_compress.data import augment, image_folder, pixel_store
+from bingo_compress.data.image_folder import Folder, list_folder
+from bingo_compress.data.pixel_store import build, kept_size, store_of
 from bingo_compress.errors import BingoError
-from bingo_compress.images import Folder, list_folder
-from bingo_compress.made_of import FORMATS
-from bingo_compress.pixels import build, kept_size, store_of
+from bingo_compress.runtime.made_of import FORMATS
 
 CPU = torch.device("cpu")
 SIDE = 24
@@ -53,7 +53,7 @@ def assert_kept(found: Tensor, path: Path) -> None:
     assert np.abs(found.numpy().astype(int) - wanted).max() <= 1
 
 
-def whole(store: pixels.PixelStore) -> list[Tensor]:
+def whole(store: pixel_store.PixelStore) -> list[Tensor]:
     """Every picture as it is kept, read by the store's own crops (a crop of everything at its own size changes nothing; squares only)."""
     return [store._read(image, 0, int(store.height[image])) for image in range(len(store))]
 
@@ -67,13 +67,13 @@ def count_decoding(monkeypatch: pytest.MonkeyPatch, stop_after: int | None = Non
     seen: list[int] = []
 
     def decode(folder: Folder, indices: Iterable[int], use: Callable[..., Any], at_least: int = 0) -> Iterator[tuple[int, Any]]:
-        for index, result in images.decode_all(folder, indices, use, at_least):
+        for index, result in image_folder.decode_all(folder, indices, use, at_least):
             if len(seen) == stop_after:
                 raise KeyboardInterrupt
             seen.append(index)
             yield index, result
 
-    monkeypatch.setattr(pixels, "decode_all", decode)
+    monkeypatch.setattr(pixel_store, "decode_all", decode)
     return seen
 
 
@@ -104,7 +104,7 @@ def test_crops_of_ragged_pictures_are_the_crops_a_gpu_makes(monkeypatch: pytest.
     random = np.random.default_rng(0)
     pictures = [random.integers(0, 256, (high, wide, 3), dtype=np.uint8) for high, wide in ((30, 40), (41, 25), (25, 50), (9, 7))]
     store = store_of(pictures, torch.tensor([picture.shape[1] / picture.shape[0] for picture in pictures]), CPU)
-    flat = pixels.PixelStore(store.height, store.width, store.aspect, store._read, CPU, "gpu")  # its arithmetic, on the CPU
+    flat = pixel_store.PixelStore(store.height, store.width, store.aspect, store._read, CPU, "gpu")  # its arithmetic, on the CPU
     indices = torch.randint(4, (90,), generator=torch.Generator().manual_seed(1))
     boxes = augment.draw(store.aspect[indices], torch.Generator().manual_seed(2)).box
     for size in (8, 24, 60):
@@ -129,11 +129,11 @@ def test_a_crop_is_the_crop_of_the_original_and_every_corner_can_be_reached(tmp_
 
 @pytest.mark.parametrize("vectors", [True, False])
 def test_a_picture_is_shrunk_alike_with_and_without_vector_code(vectors: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pixels, "VECTORS", vectors)
+    monkeypatch.setattr(pixel_store, "VECTORS", vectors)
     random = np.random.default_rng(0)
     for shape in ((120, 150), (61, 500), (70, 1), (1, 900), (40, 40)):
         noise = random.integers(0, 256, (*shape, 3), dtype=np.uint8)
-        small, aspect = pixels._shrink(noise, 40)
+        small, aspect = pixel_store._shrink(noise, 40)
         wanted = np.asarray(Image.fromarray(noise).resize(kept_size(*shape, 40)[::-1], Image.Resampling.BICUBIC))
         assert small.shape == wanted.shape and small.flags.c_contiguous and aspect == shape[1] / shape[0]
         assert np.abs(small.astype(int) - wanted).max() <= (
@@ -207,7 +207,7 @@ def test_no_image_at_all_is_an_error(tmp_path: Path, work: Path) -> None:
 
 @pytest.mark.parametrize("stop_after", [0, 3, 4, 5, 7, 9, 10])
 def test_an_interrupted_build_goes_on_and_ends_the_same(mixed: Path, work: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int) -> None:
-    monkeypatch.setattr(pixels, "SHARD", 4)
+    monkeypatch.setattr(pixel_store, "SHARD", 4)
     other = work.with_name("whole")
     other.mkdir()
     build(list_folder(mixed), SIDE, other, CPU)
@@ -229,7 +229,7 @@ def test_an_interrupted_build_goes_on_and_ends_the_same(mixed: Path, work: Path,
 def test_a_damaged_shard_is_decoded_again(
     harm: str, photos: Path, work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(pixels, "SHARD", 3)
+    monkeypatch.setattr(pixel_store, "SHARD", 3)
     build(list_folder(photos), SIDE, work, CPU)
     before = contents(work)
     data, facts = sorted(work.rglob("*.u8"))[1], sorted(work.rglob("*.json"))[1]
@@ -263,7 +263,7 @@ def test_the_store_is_found_again_without_decoding(mixed: Path, work: Path, monk
 def test_what_could_not_be_used_is_tried_again_at_each_start(
     where: str, photos: Path, work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(pixels, "SHARD", 3)
+    monkeypatch.setattr(pixel_store, "SHARD", 3)
     fails: dict[str, str] = {"2.jpg": "Permission denied", "6.jpg": "no decoder is installed"}  # in the first two of three shards
 
     def load(path: Path, at_least: int = 0) -> Any:
@@ -271,7 +271,7 @@ def test_what_could_not_be_used_is_tried_again_at_each_start(
             raise ImageError(fails[path.name])
         return load_image(path, at_least)
 
-    monkeypatch.setattr(images, "load_image", load)
+    monkeypatch.setattr(image_folder, "load_image", load)
     listed = list_folder(photos)
     assert [reason for _, reason in build(listed, SIDE, work, CPU, where)[1].bad] == ["Permission denied", "no decoder is installed"]
     fails["2.jpg"] = "another reason"
@@ -298,7 +298,7 @@ def test_a_stricter_rule_drops_what_was_good(photos: Path, work: Path, monkeypat
             raise ImageError("one pixel thin")
         return load_image(path, at_least)
 
-    monkeypatch.setattr(images, "load_image", strict)
+    monkeypatch.setattr(image_folder, "load_image", strict)
     monkeypatch.setitem(FORMATS, "pixels", FORMATS["pixels"] + 1)
     store, folder = build(listed, SIDE, work, CPU)
     assert len(store) == 7 and folder.bad == (("cats/4.jpg", "one pixel thin"),)

@@ -16,8 +16,9 @@ from helpers import photo
 from onnx import TensorProto, helper
 from PIL import ExifTags, Image, features
 
-from bingo_compress import embed, images
-from bingo_compress.encoder import Preprocessing
+from bingo_compress.data import image_folder
+from bingo_compress.features import extract
+from bingo_compress.models.encoder import Preprocessing
 
 EXPORT = Path(__file__).parents[1] / "export"
 SIZE = 24
@@ -133,7 +134,7 @@ def test_the_device_sees_what_the_trainer_sees_to_the_bit(name: str, odd: tuple[
     root, names, seen = odd
     assert len(names) >= 40
     settings = Preprocessing(size=SIZE, mean=(0.5,) * 3, std=(0.5,) * 3, **RULES[name])
-    folder = images.list_folder(root)
+    folder = image_folder.list_folder(root)
     assert list(folder.files) == names and not folder.bad
     validated: list[torch.Tensor] = []
 
@@ -141,8 +142,8 @@ def test_the_device_sees_what_the_trainer_sees_to_the_bit(name: str, odd: tuple[
         validated.append(batch)
         return torch.zeros(len(batch), 1)
 
-    assert embed.plain({"student": (settings, record)}, folder, range(len(names)), "test")[1] == list(range(len(names)))
-    exported = embed.pixels_of(settings, folder, range(len(names)), len(names))
+    assert extract.plain({"student": (settings, record)}, folder, range(len(names)), "test")[1] == list(range(len(names)))
+    exported = extract.pixels_of(settings, folder, range(len(names)), len(names))
     for trainer in (torch.cat(validated).numpy(), exported.numpy()):
         assert trainer.dtype == np.uint8 and trainer.shape == seen[name].shape
         differ = [one for one, mine, other in zip(names, trainer, seen[name], strict=True) if not np.array_equal(mine, other)]

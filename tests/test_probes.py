@@ -8,9 +8,9 @@ import pytest
 import torch
 from helpers import unit
 
-from bingo_compress import logistic, probes
 from bingo_compress.errors import BingoError
-from bingo_compress.probes import (
+from bingo_compress.evaluation import logistic, probes
+from bingo_compress.evaluation.probes import (
     L2_STRENGTHS,
     accuracy,
     auc,

@@ -8,14 +8,19 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from helpers import CPU, Ran, command, encoder, interrupted_at, kind_targets, photos, filled_store, recipe
+from helpers import CPU, Ran, command, encoder, filled_store, interrupted_at, kind_targets, photos, recipe
 
-from bingo_compress import augment, compare, distill, embed, pipeline, resolving, run_dir, speed
+from bingo_compress import pipeline
+from bingo_compress.comparison import side_by_side
+from bingo_compress.data import augment
 from bingo_compress.errors import BingoError
+from bingo_compress.features import extract
 from bingo_compress.recipe import load_recipe
-from bingo_compress.resolving import resolve, use_threads
+from bingo_compress.runtime import devices, run_dir
+from bingo_compress.training import loop, plan
+from bingo_compress.training.plan import resolve, use_threads
 
-RAW = embed.TargetSpace(None, None)
+RAW = extract.TargetSpace(None, None)
 OPEN = {"threads": 0, "image_size": 0, "epochs": 2}
 
 
@@ -25,8 +30,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Any:
     root = tmp_path_factory.mktemp("world")
     data = photos(root / "photos", 4)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(speed, "choose_threads", lambda *_: 2)
-        patch.setattr(distill, "learning_rate", stopped)
+        patch.setattr(devices, "choose_threads", lambda *_: 2)
+        patch.setattr(loop, "learning_rate", stopped)
         with pytest.raises(KeyboardInterrupt):
             pipeline.run_distill(recipe(data=str(data), **OPEN), root / "run")
     return data, root / "run"
@@ -73,7 +78,7 @@ def test_a_runs_recipe_with_a_change_is_that_recipe_with_that_change(changes: di
 
 
 def test_a_bare_resume_changes_neither_file_nor_the_runs_id(run: Path, bingo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed, "choose_threads", lambda *_: pytest.fail("timed anew"))
+    monkeypatch.setattr(devices, "choose_threads", lambda *_: pytest.fail("timed anew"))
     files = [(run / name).read_text() for name in ("recipe.yaml", "resolved.yaml")]
     ids = []
     for _ in range(2):
@@ -86,8 +91,8 @@ def test_a_bare_resume_changes_neither_file_nor_the_runs_id(run: Path, bingo: An
 
 
 def test_what_a_newer_version_would_fill_in_otherwise_is_no_resume(run: Path, bingo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = resolving.settled
-    monkeypatch.setattr(resolving, "settled", lambda *given: real(*given) | {"temperature": 0.3})
+    real = plan.settled
+    monkeypatch.setattr(plan, "settled", lambda *given: real(*given) | {"temperature": 0.3})
     ran = bingo("distill", "--out", run, "--resume")
     assert ran.status == 2 and "temperature: 0.2 -> 0.3" in ran.err and len(ran.err.splitlines()) == 1
 
@@ -112,11 +117,11 @@ def test_a_run_keeps_its_threads_when_it_goes_on(
     world: Any, run: Path, bingo: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """On 4500913 the machine was timed anew and a run begun on two threads ended on one."""
-    monkeypatch.setattr(speed, "choose_threads", lambda *_: 2)
-    with interrupted_at(monkeypatch, distill, "learning_rate", 2):
+    monkeypatch.setattr(devices, "choose_threads", lambda *_: 2)
+    with interrupted_at(monkeypatch, loop, "learning_rate", 2):
         cut: Ran = bingo("distill", "--out", tmp_path / "cut", "--recipe", run / "recipe.yaml", "--set", "save_every_steps=1")
     assert cut.status == 130
-    monkeypatch.setattr(speed, "choose_threads", lambda *_: 1)
+    monkeypatch.setattr(devices, "choose_threads", lambda *_: 1)
     assert bingo("distill", "--out", tmp_path / "cut", "--resume").status == 0
     assert torch.get_num_threads() == 2
     assert json.loads((tmp_path / "cut" / "summary.json").read_text())["machine"]["threads"] == 2
@@ -128,7 +133,7 @@ def test_a_run_keeps_its_threads_when_it_goes_on(
 def test_fewer_cores_than_the_run_began_with_are_said(
     run: Path, bingo: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(speed, "free_cores", lambda: 1)
+    monkeypatch.setattr(devices, "free_cores", lambda: 1)
     before = torch.get_num_threads()
     student = encoder("test_efficientnet")
     settled = use_threads(recipe(threads=0), student, CPU, kept=2)
@@ -146,8 +151,11 @@ def test_a_batch_is_the_same_whatever_the_threads_it_is_made_with() -> None:
     """So it does not matter whether a thread of one core makes it beside the student, or the trainer's own threads."""
     before, count = torch.get_num_threads(), 40
     targets, images = kind_targets(count, 3, 64), torch.arange(count)
-    space, pixels = embed.target_space(targets[:, 0].half(), "pca", 16), filled_store(count, 72)
-    sources = embed.StoredTargets(targets.half(), space, CPU), embed.OnlineTargets(encoder("test_resnet", 64), pixels, RAW, 0.2, CPU, 16)
+    space, pixels = extract.target_space(targets[:, 0].half(), "pca", 16), filled_store(count, 72)
+    sources = (
+        extract.StoredTargets(targets.half(), space, CPU),
+        extract.OnlineTargets(encoder("test_resnet", 64), pixels, RAW, 0.2, CPU, 16),
+    )
     for source in sources:
         made = []
         for threads in (1, 2, 3):
@@ -174,9 +182,9 @@ def built(monkeypatch: pytest.MonkeyPatch, data: Path, methods: str, out: Path, 
         found.append(chosen)
         raise Built
 
-    monkeypatch.setattr(compare, "build_models", note)
+    monkeypatch.setattr(side_by_side, "build_models", note)
     with pytest.raises(Built):
-        compare.compare(recipe(data=str(data), **changes), data, None, methods, [0], out)
+        side_by_side.compare(recipe(data=str(data), **changes), data, None, methods, [0], out)
     return found[0]
 
 
@@ -184,7 +192,7 @@ def test_an_arms_student_has_its_own_weights(
     world: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On 4500913 `auto` was what it is for the comparison's student, and resnet was looked for under that name."""
-    monkeypatch.setattr(resolving, "has_pretrained", lambda name: name == "resnet50")
+    monkeypatch.setattr(plan, "has_pretrained", lambda name: name == "resnet50")
     methods = "bingo:student=resnet,bingo,bingo:student=test_vit"
     arm = built(monkeypatch, world[0], methods, tmp_path / "out", student_weights="auto")
     assert (arm.student, arm.student_weights) == ("resnet50", "pretrained")
@@ -202,12 +210,12 @@ def test_a_comparison_keeps_the_threads_of_each_student(world: Any, monkeypatch:
         raise BingoError("not trained")
 
     counts = {"test_efficientnet": 1, "test_vit": 2}
-    monkeypatch.setattr(speed, "choose_threads", lambda student, _: counts.pop(student.name))  # each is timed once
-    monkeypatch.setattr(compare, "prepare", lambda *_: None)
-    monkeypatch.setattr(compare, "_train", lambda models, *_: trained(models))
+    monkeypatch.setattr(devices, "choose_threads", lambda student, _: counts.pop(student.name))  # each is timed once
+    monkeypatch.setattr(side_by_side, "prepare", lambda *_: None)
+    monkeypatch.setattr(side_by_side, "_train", lambda models, *_: trained(models))
     base, out = recipe(data=str(world[0]), threads=0), tmp_path / "out"
     for methods in ("bingo", "bingo:student=test_vit", "seed", "bingo:student=test_vit", "moco"):
         with pytest.raises(BingoError):
-            compare.compare(base, world[0], None, methods, [0], out)
+            side_by_side.compare(base, world[0], None, methods, [0], out)
     torch.set_num_threads(before)
     assert used == [("test_efficientnet", 1), ("test_vit", 2)] * 2 + [("test_efficientnet", 1)]

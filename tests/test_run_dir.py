@@ -9,7 +9,18 @@ import pytest
 import safetensors
 
 from bingo_compress.errors import BingoError
-from bingo_compress.run_dir import UMASK, RunDir, atomic, drop_stale, is_full, need_space, open_finished, open_new, stage_key, write_text
+from bingo_compress.runtime.run_dir import (
+    UMASK,
+    RunDir,
+    atomic,
+    drop_stale,
+    is_full,
+    need_space,
+    open_finished,
+    open_new,
+    stage_key,
+    write_text,
+)
 
 
 def names(folder: Path) -> list[str]:

@@ -10,9 +10,9 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from bingo_compress import checkpoint
 from bingo_compress.errors import BingoError
-from bingo_compress.schedule import learning_rate
+from bingo_compress.runtime import checkpoint
+from bingo_compress.training.schedule import learning_rate
 
 # ---------------------------------------------------------------- learning rate
 

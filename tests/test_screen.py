@@ -11,8 +11,11 @@ import pytest
 import timm
 from rich.console import Console
 
-from bingo_compress import catalogue, checking, cli, screen
+from bingo_compress import cli
+from bingo_compress.data import inventory
 from bingo_compress.errors import BingoError, nearest
+from bingo_compress.models import catalogue
+from bingo_compress.runtime import console
 
 MARKUP = "[bold]x[/] [red][/nothing] \\[y]"
 
@@ -36,7 +39,7 @@ MARKUP = "[bold]x[/] [red][/nothing] \\[y]"
     ],
 )
 def test_duration(seconds: float, text: str) -> None:
-    assert screen.duration(seconds) == text
+    assert console.duration(seconds) == text
 
 
 @pytest.mark.parametrize(
@@ -55,14 +58,14 @@ def test_duration(seconds: float, text: str) -> None:
     ],
 )
 def test_size(count: float, text: str) -> None:
-    assert screen.size(count) == text
+    assert console.size(count) == text
 
 
 # ---------------------------------------------------------------- bars
 
 
 def test_a_log_gets_one_plain_line_at_the_end(printed: io.StringIO) -> None:
-    with screen.bar(f"decode {MARKUP}", 1200) as advance:
+    with console.bar(f"decode {MARKUP}", 1200) as advance:
         advance(1000)
         advance(200, note=f"3 bad {MARKUP}")
     (line,) = printed.getvalue().splitlines()
@@ -71,8 +74,8 @@ def test_a_log_gets_one_plain_line_at_the_end(printed: io.StringIO) -> None:
 
 def test_a_log_gets_a_line_every_few_seconds(printed: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([100.0, 101.0, 110.0, 111.0, 120.0, 130.0])
-    monkeypatch.setattr(screen.time, "monotonic", lambda: next(clock))
-    with screen.bar("embed", 1000) as advance:
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
+    with console.bar("embed", 1000) as advance:
         for _ in range(4):  # at 1, 10, 11 and 20 seconds after the start
             advance(100)
     assert printed.getvalue().splitlines() == [
@@ -83,8 +86,8 @@ def test_a_log_gets_a_line_every_few_seconds(printed: io.StringIO, monkeypatch: 
 
 
 def test_a_note_stays_until_the_next(printed: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(screen, "PLAIN_SECONDS", 0.0)
-    with screen.bar("train", 30) as advance:
+    monkeypatch.setattr(console, "PLAIN_SECONDS", 0.0)
+    with console.bar("train", 30) as advance:
         advance(10, note="loss 1")
         advance(10)
         advance(10, note="")
@@ -93,8 +96,8 @@ def test_a_note_stays_until_the_next(printed: io.StringIO, monkeypatch: pytest.M
 
 def test_a_terminal_gets_a_bar_with_names_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     text = io.StringIO()
-    monkeypatch.setattr(screen, "console", Console(file=text, force_terminal=True, width=180, color_system=None, _environ={}))
-    with screen.bar(f"a {MARKUP}", 10) as advance:
+    monkeypatch.setattr(console, "console", Console(file=text, force_terminal=True, width=180, color_system=None, _environ={}))
+    with console.bar(f"a {MARKUP}", 10) as advance:
         advance(10, note=f"b {MARKUP}")
     assert f"a {MARKUP}" in text.getvalue()
     assert f"b {MARKUP}" in text.getvalue()
@@ -106,15 +109,15 @@ def test_a_terminal_gets_a_bar_with_names_as_they_are(monkeypatch: pytest.Monkey
 
 def test_say_and_complain_print_brackets_as_they_are(printed: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = io.StringIO()
-    monkeypatch.setattr(screen, "errors", Console(file=wrong, highlight=False, soft_wrap=True))
+    monkeypatch.setattr(console, "errors", Console(file=wrong, highlight=False, soft_wrap=True))
     long = f"{MARKUP} {'x' * 300}"
-    screen.say(long)
-    screen.complain(long)
+    console.say(long)
+    console.complain(long)
     assert printed.getvalue() == wrong.getvalue() == f"{long}\n"
 
 
 def test_a_table_prints_cells_as_they_are(printed: io.StringIO) -> None:
-    screen.table("title", ("file", "reason"), [(MARKUP, "empty"), ("b.jpg", "[/]")])
+    console.table("title", ("file", "reason"), [(MARKUP, "empty"), ("b.jpg", "[/]")])
     text = printed.getvalue()
     assert "title" in text and "file" in text and MARKUP in text and "[/]" in text
     first = next(line for line in text.splitlines() if "b.jpg" in line)
@@ -123,7 +126,7 @@ def test_a_table_prints_cells_as_they_are(printed: io.StringIO) -> None:
 
 def test_a_long_cell_is_folded_not_cut(printed: io.StringIO) -> None:
     name = "".join(f"{number:04d}" for number in range(100))
-    screen.table("", ("file", "reason"), [(name, "empty")])
+    console.table("", ("file", "reason"), [(name, "empty")])
     assert re.sub(r"[^0-9]", "", printed.getvalue()) == name
 
 
@@ -146,7 +149,7 @@ def test_nearest_is_best_first() -> None:
 def test_check_counts_sizes_and_names_what_is_bad(photos: Path, printed: io.StringIO) -> None:
     (photos / "cats" / "[red]bad.jpg").write_text("x")
     (photos / "dogs" / "empty.jpg").touch()
-    checking.check(photos)
+    inventory.check(photos)
     text = printed.getvalue()
     assert "2 files cannot be used" in text
     assert re.search(r"cats/\[red\]bad\.jpg +│ +not an image that Pillow can read", text)
@@ -162,7 +165,7 @@ def test_check_shows_at_most_fifty_bad_files(tmp_path: Path, printed: io.StringI
     make_photo(tmp_path / "good.jpg")
     for number in range(53):
         (tmp_path / f"{number:02d}.txt").write_text("x")
-    checking.check(tmp_path)
+    inventory.check(tmp_path)
     text = printed.getvalue()
     assert text.count(".txt ") == 50
     assert "... and 3 more" in text
@@ -173,13 +176,13 @@ def test_check_shows_at_most_fifty_bad_files(tmp_path: Path, printed: io.StringI
 def test_check_of_no_image_is_an_error(tmp_path: Path, printed: io.StringIO) -> None:
     (tmp_path / "a.jpg").write_text("x")
     with pytest.raises(BingoError, match="none that can be decoded among 1 files"):
-        checking.check(tmp_path)
+        inventory.check(tmp_path)
     assert "a.jpg" in printed.getvalue()
 
 
 def test_check_writes_nothing(photos: Path, printed: io.StringIO) -> None:
     before = sorted(photos.parent.rglob("*"))
-    checking.check(photos)
+    inventory.check(photos)
     assert sorted(photos.parent.rglob("*")) == before
 
 
@@ -190,7 +193,7 @@ def test_a_name_outside_the_terminals_encoding_is_printed_escaped(
     make_photo(tmp_path / "good.jpg")
     (tmp_path / os.fsdecode(b"caf\xe9.jpg")).write_text("x")
     raw = io.BytesIO()
-    monkeypatch.setattr(screen, "console", Console(highlight=False, soft_wrap=True, width=140))
+    monkeypatch.setattr(console, "console", Console(highlight=False, soft_wrap=True, width=140))
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding, errors="strict"))
     monkeypatch.setattr(sys, "argv", ["bingo-compress", "check", "--data", str(tmp_path)])
     with pytest.raises(SystemExit) as end:
@@ -202,12 +205,12 @@ def test_a_name_outside_the_terminals_encoding_is_printed_escaped(
 
 def test_a_name_cannot_steer_the_terminal(printed: io.StringIO, capsys: pytest.CaptureFixture[str]) -> None:
     hostile = "a\x1b]0;title\x07\x1b[2J\x9b1m.jpg"
-    screen.say(f"{hostile} left out")
-    screen.table("", ("file",), ((hostile,),))
-    screen.complain(f"error: {hostile}")
+    console.say(f"{hostile} left out")
+    console.table("", ("file",), ((hostile,),))
+    console.complain(f"error: {hostile}")
     told = printed.getvalue() + capsys.readouterr().err
     assert not set("\x1b\x07\x9b") & set(told) and told.count(r"a\x1b]0;title\x07\x1b[2J\x9b1m.jpg") == 3
-    assert screen.visible("two\nlines, caf\u00e9, \U0001f600") == "two\nlines, caf\u00e9, \U0001f600"
+    assert console.visible("two\nlines, caf\u00e9, \U0001f600") == "two\nlines, caf\u00e9, \U0001f600"
 
 
 def test_models_counts_the_parameters_without_classifier(printed: io.StringIO) -> None:

@@ -6,8 +6,8 @@ import pytest
 from helpers import recipe
 
 from bingo_compress.errors import BingoError
-from bingo_compress.losses import settled
-from bingo_compress.resolving import settle
+from bingo_compress.training.losses import settled
+from bingo_compress.training.plan import settle
 
 
 @pytest.mark.parametrize(("method", "own"), [("bingo", 0.1), ("seed", 0.01)])

@@ -11,9 +11,15 @@ import pytest
 import torch
 from helpers import CPU, Ran, encoder, photos, recipe, unit
 
-from bingo_compress import checkpoint, compare, compare_table, embed, figures, gate, images, meter, probes, run_dir, validation
+from bingo_compress.comparison import side_by_side, tables
+from bingo_compress.data import image_folder
 from bingo_compress.errors import BingoError
+from bingo_compress.evaluation import probes, scores, validation
+from bingo_compress.exporters import gate
+from bingo_compress.features import extract
 from bingo_compress.recipe import recipe_text
+from bingo_compress.runtime import checkpoint, run_dir
+from bingo_compress.training import metrics
 
 Bingo = Callable[..., Ran]
 
@@ -31,13 +37,13 @@ def a_run(path: Path, data: Path) -> Path:
     run.work.mkdir(parents=True)
     run.recipe.write_text(recipe_text(recipe(data=str(data))))
     checkpoint.save(run.student, encoder("test_efficientnet", seed=1).backbone.state_dict())
-    digests = images.list_folder(data).digests
+    digests = image_folder.list_folder(data).digests
     checkpoint.save(run.bags, {"bags": torch.zeros(len(digests), 1, dtype=torch.int64)}, digests=digests)
     return path
 
 
 def by_model(name: str = "student") -> dict[str, Any]:
-    return {name: embed.as_embed(encoder("test_efficientnet").eval(), CPU)}
+    return {name: extract.as_embed(encoder("test_efficientnet").eval(), CPU)}
 
 
 # ---------------------------------------------------------------- test images
@@ -53,7 +59,7 @@ def test_test_images_that_are_in_the_bank_are_refused_by_content(bingo: Bingo, t
         assert "--test: expected images that are not in --data" in ran.err and said in ran.err
     assert not (run / "validation.json").exists()
     with pytest.raises(BingoError, match="--test: expected images that are not in --labels, found 1 of 10"):
-        compare.compare(recipe(data=str(data)), data, test, "bingo", [0], tmp_path / "out")
+        side_by_side.compare(recipe(data=str(data)), data, test, "bingo", [0], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -61,8 +67,8 @@ def test_copies_are_kept_on_one_side_of_what_is_set_aside(tmp_path: Path, printe
     data = photos(tmp_path / "data", 8)
     copied(data, *(f"kind{kind}/{number:03d}.png" for kind in range(3) for number in range(8)))
     shutil.copy(data / "kind0" / "001.png", data / "kind2" / "under-another-label.png")
-    folder = images.list_folder(data)
-    sides = figures.sides(by_model(), folder, None, images.labels_of(folder)[0])
+    folder = image_folder.list_folder(data)
+    sides = scores.sides(by_model(), folder, None, image_folder.labels_of(folder)[0])
     digests = folder.digests
     assert not {digests[place] for place in sides.places} & {digests[place] for place in sides.query_places}
     assert sorted(sides.places + sides.query_places) == list(range(49))
@@ -73,16 +79,16 @@ def test_copies_are_kept_on_one_side_of_what_is_set_aside(tmp_path: Path, printe
 
 def test_without_copies_the_part_set_aside_is_a_quarter_of_each_class() -> None:
     labels = torch.tensor([0] * 7 + [1] * 8 + [2] * 41)
-    chosen = figures._quarter(labels, torch.arange(56))
+    chosen = scores._quarter(labels, torch.arange(56))
     assert [int(chosen[labels == label].sum()) for label in range(3)] == [1, 2, 10]
 
 
 def test_a_class_of_one_picture_and_its_copies_cannot_be_set_aside() -> None:
     labels, groups = torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([0, 1, 2, 3, 3, 3])
     with pytest.raises(BingoError, match="at least two different images in every class"):
-        figures._quarter(labels, groups)
+        scores._quarter(labels, groups)
     groups = torch.tensor([0, 1, 2, 3, 3, 4])  # the smaller group where a quarter is less than either
-    assert figures._quarter(labels, groups)[3:].tolist() == [False, False, True]
+    assert scores._quarter(labels, groups)[3:].tolist() == [False, False, True]
 
 
 def test_test_images_that_were_distilled_on_are_counted(bingo: Bingo, tmp_path: Path) -> None:
@@ -96,9 +102,9 @@ def test_test_images_that_were_distilled_on_are_counted(bingo: Bingo, tmp_path: 
     assert json.loads((tmp_path / "v.json").read_text())["protocol"]["test_images_trained_on"] == 2
     assert "2 of the test images were also distilled on" in ran.out
     shutil.rmtree(trained)  # it goes by contents
-    assert figures.trained_on(run_dir.RunDir(run).bags, images.list_folder(test)) == 2
+    assert scores.trained_on(run_dir.RunDir(run).bags, image_folder.list_folder(test)) == 2
     checkpoint.save(run_dir.RunDir(run).bags, {"bags": torch.zeros(1, 1)}, root="of an earlier version", files=[])
-    assert figures.trained_on(run_dir.RunDir(run).bags, images.list_folder(test)) is None
+    assert scores.trained_on(run_dir.RunDir(run).bags, image_folder.list_folder(test)) is None
 
 
 # ---------------------------------------------------------------- an image that goes missing
@@ -106,13 +112,13 @@ def test_test_images_that_were_distilled_on_are_counted(bingo: Bingo, tmp_path: 
 
 def test_an_image_that_can_no_longer_be_read_is_named_not_skipped(tmp_path: Path) -> None:
     data = photos(tmp_path / "data", 4)
-    folder = images.list_folder(data)
-    labels = torch.tensor(images.labels_of(folder)[1])
+    folder = image_folder.list_folder(data)
+    labels = torch.tensor(image_folder.labels_of(folder)[1])
     seen = torch.zeros(12, 4)
-    judged = compare.Labelled(folder, None, labels, labels, 3, {"bank": seen}, torch.arange(12))
+    judged = side_by_side.Labelled(folder, None, labels, labels, 3, {"bank": seen}, torch.arange(12))
     (data / "kind1" / "002.png").write_bytes(b"broken")
     with pytest.raises(BingoError, match=r"kind1/002\.png could be read before and cannot be now"):
-        compare.judge(encoder("test_efficientnet"), judged, CPU)
+        side_by_side.judge(encoder("test_efficientnet"), judged, CPU)
 
 
 def test_the_gate_names_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,11 +161,11 @@ def test_what_is_required_of_recall_is_told_with_its_k_and_chance(bingo: Bingo, 
 
 def test_a_comparison_on_few_images_measures_no_recall(tmp_path: Path) -> None:
     bank, labels = unit(9, 8), torch.arange(9) % 3
-    folder = images.list_folder(photos(tmp_path / "data", 3))
-    judged = compare.Labelled(folder, None, labels, labels, 3, {"bank": bank}, torch.arange(9))
-    found, right = compare.judge(encoder("test_efficientnet"), judged, CPU)
+    folder = image_folder.list_folder(photos(tmp_path / "data", 3))
+    judged = side_by_side.Labelled(folder, None, labels, labels, 3, {"bank": bank}, torch.arange(9))
+    found, right = side_by_side.judge(encoder("test_efficientnet"), judged, CPU)
     assert "neighbour_recall" not in found and found["gallery"] == 7
-    assert set(right) == {"knn", "linear"} and compare_table.titles(7) == {"knn": "kNN", "linear": "linear"}
+    assert set(right) == {"knn", "linear"} and tables.titles(7) == {"knn": "kNN", "linear": "linear"}
 
 
 # ---------------------------------------------------------------- the table of a comparison
@@ -194,10 +200,10 @@ def a_run_of(arm: str, seed: int, **changes: Any) -> dict[str, Any]:
 
 def table_of(tmp_path: Path, seeds: list[int], **changes: Any) -> tuple[dict[str, Any], str]:
     runs = [a_run_of(arm, seed, **changes) for arm in ("one", "two") for seed in seeds]
-    table = compare_table.summarise(runs, ["one", "two"], recipe(), None)
+    table = tables.summarise(runs, ["one", "two"], recipe(), None)
     table["protocol"] |= {"judged_images": 40, "judged_images_in_data": 3}
     table["references"] = []
-    compare_table.write(table, tmp_path)
+    tables.write(table, tmp_path)
     return table, (tmp_path / "table.txt").read_text()
 
 
@@ -224,15 +230,15 @@ def test_seconds_of_training_are_those_of_all_starts(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     told = [(5, 1005), (12, 1012), (4, 2004), (5, 3005), (9, 3009)]
     file.write_text("".join(json.dumps({"step": step, "seconds": s, "time": t}) + "\n" for step, (s, t) in enumerate(told)))
-    assert meter.seconds_of(file) == 12 + 4 + 9
+    assert metrics.seconds_of(file) == 12 + 4 + 9
 
 
 def test_copies_stay_in_one_fold_of_a_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = photos(tmp_path / "data", 6)
     copied(data, *(f"kind{kind}/{number:03d}.png" for kind in range(3) for number in range(3)))
-    folder = images.list_folder(data)
-    labels = torch.tensor(images.labels_of(folder)[1])
-    judged = compare._labelled(folder, None, encoder("test_resnet", 32), CPU)
+    folder = image_folder.list_folder(data)
+    labels = torch.tensor(image_folder.labels_of(folder)[1])
+    judged = side_by_side._labelled(folder, None, encoder("test_resnet", 32), CPU)
     assert torch.equal(judged.labels, labels)
     fitted: list[tuple[torch.Tensor, torch.Tensor]] = []
 
@@ -241,7 +247,7 @@ def test_copies_stay_in_one_fold_of_a_comparison(tmp_path: Path, monkeypatch: py
         return probes.LinearHead(torch.zeros(classes, rows.shape[1]), torch.zeros(classes), 0.1)
 
     monkeypatch.setattr(probes, "fit_linear", recorded)
-    compare.judge(encoder("test_efficientnet"), judged, CPU)
+    side_by_side.judge(encoder("test_efficientnet"), judged, CPU)
     every = judged.groups.bincount()
     for _, groups in fitted:
         inside = groups.bincount(minlength=len(every))

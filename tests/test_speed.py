@@ -6,23 +6,23 @@ import pytest
 import torch
 from helpers import encoder
 
-from bingo_compress import speed
+from bingo_compress.runtime import devices
 
 
 @pytest.mark.parametrize(("times", "wanted"), [([1.0, 0.5, 0.3], 4), ([1.0, 0.95, 0.3], 4), ([1.0, 0.95, 0.94], 1), ([1.0, 9.0, 0.1], 1)])
 def test_the_threads_are_those_measured_fastest(times: list[float], wanted: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed, "free_cores", lambda: 4)
+    monkeypatch.setattr(devices, "free_cores", lambda: 4)
     asked = iter(times)
-    monkeypatch.setattr(speed, "seconds", lambda work, times=3: next(asked))
+    monkeypatch.setattr(devices, "seconds", lambda work, times=3: next(asked))
     before = torch.get_num_threads()
-    assert speed.choose_threads(encoder(), 32) == wanted
+    assert devices.choose_threads(encoder(), 32) == wanted
     assert torch.get_num_threads() == before
 
 
 def test_the_calibration_leaves_the_student_as_it_was() -> None:
     student = encoder()
     before = copy.deepcopy(student.state_dict())
-    assert 1 <= speed.choose_threads(student, 32) <= speed.free_cores()
+    assert 1 <= devices.choose_threads(student, 32) <= devices.free_cores()
     assert all(torch.equal(before[name], value) for name, value in student.state_dict().items())
     assert not student.training
 
@@ -32,7 +32,7 @@ def test_a_compiler_that_fails_is_said_and_done_without(monkeypatch: pytest.Monk
         raise RuntimeError("no compiler here\nand much more")
 
     monkeypatch.setattr(torch, "compile", broken)
-    assert speed.compiled_if_faster(encoder(), torch.rand(2, 3, 32, 32), "on") is None
+    assert devices.compiled_if_faster(encoder(), torch.rand(2, 3, 32, 32), "on") is None
     assert capsys.readouterr().out == "torch.compile: not used, it failed (no compiler here)\n"
 
 
@@ -40,12 +40,12 @@ def test_what_a_backward_pass_needs_is_counted_once() -> None:
     weight = torch.nn.Parameter(torch.rand(8, 8))
     rows = torch.rand(16, 8)
     # The product keeps its input, not its weight; the sigmoid its result; the square (a power) its input, which is that result.
-    assert speed.saved_bytes(lambda: (rows @ weight).sigmoid().square()) == (16 * 8 + 16 * 8) * 4
+    assert devices.saved_bytes(lambda: (rows @ weight).sigmoid().square()) == (16 * 8 + 16 * 8) * 4
     student = encoder()
-    one, two = speed.step_bytes(student, 32, 64), speed.step_bytes(student, 32, 128)
+    one, two = devices.step_bytes(student, 32, 64), devices.step_bytes(student, 32, 128)
     weights = 16 * sum(parameter.numel() for parameter in student.parameters())
-    assert one - speed.BESIDE - weights > 0
-    assert (two - speed.BESIDE - weights) / (one - speed.BESIDE - weights) == pytest.approx(2, rel=1e-3)
+    assert one - devices.BESIDE - weights > 0
+    assert (two - devices.BESIDE - weights) / (one - devices.BESIDE - weights) == pytest.approx(2, rel=1e-3)
     assert not student.training
 
 
@@ -53,6 +53,6 @@ def test_what_a_backward_pass_needs_is_counted_once() -> None:
 def test_compile_is_used_where_it_was_measured_to_pay(compiled: float, wanted: str, used: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda model, dynamic: model)
     asked = iter([compiled, 1.0])
-    monkeypatch.setattr(speed, "seconds", lambda work, times=3: next(asked))
+    monkeypatch.setattr(devices, "seconds", lambda work, times=3: next(asked))
     student = encoder()
-    assert (speed.compiled_if_faster(student, torch.rand(2, 3, 32, 32), wanted) is student) == used
+    assert (devices.compiled_if_faster(student, torch.rand(2, 3, 32, 32), wanted) is student) == used

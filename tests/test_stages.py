@@ -14,11 +14,16 @@ import torch
 from helpers import CPU, kind_targets, photos, recipe, unit
 from torch import Tensor
 
-from bingo_compress import bagging, checkpoint, distill, embed, images, pixels, probes, trained
-from bingo_compress.encoder import Encoder
-from bingo_compress.made_of import FORMATS
-from bingo_compress.material import prepare
-from bingo_compress.resolving import settle
+from bingo_compress.data import image_folder, pixel_store
+from bingo_compress.evaluation import probes
+from bingo_compress.features import bagging, extract
+from bingo_compress.models import trained
+from bingo_compress.models.encoder import Encoder
+from bingo_compress.runtime import checkpoint
+from bingo_compress.runtime.made_of import FORMATS
+from bingo_compress.training import loop
+from bingo_compress.training.material import prepare
+from bingo_compress.training.plan import settle
 
 RECORD = Path(__file__).with_name("stages.json")
 COMPOSED = {"student", "start", "arm"}  # the training's state under another name
@@ -54,9 +59,9 @@ def outputs(folder: Path) -> dict[str, list[float]]:
     models = trained.build_models(settings)
     for encoder in (models.teacher, models.student):
         by_formula(encoder).eval()
-    listed = images.list_folder(folder / "photos")
+    listed = image_folder.list_folder(folder / "photos")
     (folder / "work").mkdir()
-    material = prepare(models, listed, pixels.store_side(32, 32), folder / "work", CPU)
+    material = prepare(models, listed, pixel_store.store_side(32, 32), folder / "work", CPU)
     whole = material.store.crops(torch.arange(len(material.store)), torch.tensor([[0.1, 0.2, 0.8, 0.9]]).expand(len(material.store), 4), 16)
     found["pixels"] = few(whole.float() / 255)
     seen = material.seen
@@ -66,12 +71,12 @@ def outputs(folder: Path) -> dict[str, list[float]]:
     rows, labels = kind_targets(60, 1, 16)[:, 0], torch.arange(60) % 3
     looked = bagging.Seen(rows, torch.ones(60, 1), labels, 4, seed=3)
     found["bags"] = [value for how in ("knn", "adaptive", "labels") for value in few(bagging.BAGGERS[how](looked, 3).double(), 30)]
-    plain, _ = embed.plain({"student": embed.as_embed(models.student, CPU)}, listed, range(len(listed.files)), "plain")
+    plain, _ = extract.plain({"student": extract.as_embed(models.student, CPU)}, listed, range(len(listed.files)), "plain")
     found["embeddings"] = few(told_apart(plain["student"]), 40)
     bags = bagging.knn(kind_targets(len(material.training), 1, 16)[:, 0], 3)[0]
-    source = embed.StoredTargets(kind_targets(len(material.store), 2, 16), embed.TargetSpace(None, None), CPU)
+    source = extract.StoredTargets(kind_targets(len(material.store), 2, 16), extract.TargetSpace(None, None), CPU)
     files = folder / "metrics.jsonl", folder / "state.safetensors"
-    distill.distill(settings, models.student, material.store, material.training, bags, source, 16, *files, CPU)
+    loop.distill(settings, models.student, material.store, material.training, bags, source, 16, *files, CPU)
     losses = [json.loads(line)["loss"] for line in files[0].read_text(encoding="utf-8").splitlines()]
     state = checkpoint.load(files[1])[0]
     found["training"] = [

@@ -16,9 +16,11 @@ import pytest
 import torch
 from helpers import TINY, Ran, flags, photos, recipe, untrained_run
 
-from bingo_compress import checkpoint, distill, pipeline, run_dir, stopping
+from bingo_compress import pipeline
 from bingo_compress.errors import BingoError
-from bingo_compress.made_of import made_of
+from bingo_compress.runtime import checkpoint, run_dir, signals
+from bingo_compress.runtime.made_of import made_of
+from bingo_compress.training import loop
 
 MADE = made_of("training", images="ab")
 COMPARE = ("compare", *flags(data="photos"), "--labels", "photos", "--out", "compared")
@@ -27,11 +29,11 @@ COMPARE = ("compare", *flags(data="photos"), "--labels", "photos", "--out", "com
 @pytest.fixture(autouse=True)
 def handlers() -> object:
     """Leave the handlers of this process, and what they heard, as they were."""
-    before = {number: signal.getsignal(number) for number in stopping.STATUS}
+    before = {number: signal.getsignal(number) for number in signals.STATUS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
-    stopping._heard.clear()
+    signals._heard.clear()
 
 
 # ---------------------------------------------------------------- signals
@@ -43,27 +45,27 @@ def test_a_signal_ends_what_is_running(number: int, status: int) -> None:
         os.kill(os.getpid(), number)
         time.sleep(5)
 
-    stopping.listen()
-    with pytest.raises(stopping.Stopped):
+    signals.listen()
+    with pytest.raises(signals.Stopped):
         sleep()
-    assert stopping.status() == status
+    assert signals.status() == status
 
 
 def test_inside_a_deferred_block_a_signal_waits_for_its_end() -> None:
     reached = []
 
     def work() -> None:
-        with stopping.deferred():
-            assert not stopping.heard()
+        with signals.deferred():
+            assert not signals.heard()
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.01)
-            assert stopping.heard() == signal.SIGTERM
+            assert signals.heard() == signal.SIGTERM
             reached.append(True)
 
-    stopping.listen()
-    with pytest.raises(stopping.Stopped):
+    signals.listen()
+    with pytest.raises(signals.Stopped):
         work()
-    assert reached == [True] and stopping.status() == 143
+    assert reached == [True] and signals.status() == 143
 
 
 def test_a_second_interrupt_leaves_at_once() -> None:
@@ -201,8 +203,8 @@ def test_two_are_kept_without_links_too(two_saves: Path, monkeypatch: pytest.Mon
 def test_a_signal_while_a_save_is_read_is_no_damage(two_saves: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = checkpoint._checksum
     monkeypatch.setattr(checkpoint, "_checksum", lambda *given: (os.kill(os.getpid(), signal.SIGTERM), real(*given))[1])
-    stopping.listen()
-    with pytest.raises(stopping.Stopped):
+    signals.listen()
+    with pytest.raises(signals.Stopped):
         checkpoint.load_newest(two_saves)
 
 
@@ -231,7 +233,7 @@ def test_a_cut_or_flipped_save_is_noticed_and_the_one_before_is_used(how: str, t
 def test_saves_come_every_so_many_steps_and_every_epoch(
     apart: float, settings: dict[str, Any], expected: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(distill, "EPOCH_SAVES_APART", apart)
+    monkeypatch.setattr(loop, "EPOCH_SAVES_APART", apart)
     steps: list[object] = []
     real = checkpoint.save_keeping
     monkeypatch.setattr(

@@ -9,22 +9,23 @@ import torch
 from helpers import CPU, encoder, interrupted_at, photos
 from torch.nn.functional import normalize
 
-from bingo_compress import augment, embed, images, pixels, teacher_pass
-from bingo_compress.encoder import Encoder
+from bingo_compress.data import augment, image_folder, pixel_store
 from bingo_compress.errors import BingoError
-from bingo_compress.teacher_pass import TeacherPass
+from bingo_compress.features import extract, teacher_pass
+from bingo_compress.features.teacher_pass import TeacherPass
+from bingo_compress.models.encoder import Encoder
 
 COUNT = 18
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> images.Folder:
-    return images.list_folder(photos(tmp_path_factory.mktemp("photos"), COUNT // 3))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> image_folder.Folder:
+    return image_folder.list_folder(photos(tmp_path_factory.mktemp("photos"), COUNT // 3))
 
 
 @pytest.fixture(scope="module")
-def store(folder: images.Folder, tmp_path_factory: pytest.TempPathFactory) -> pixels.PixelStore:
-    return pixels.build(folder, 40, tmp_path_factory.mktemp("work"), CPU)[0]
+def store(folder: image_folder.Folder, tmp_path_factory: pytest.TempPathFactory) -> pixel_store.PixelStore:
+    return pixel_store.build(folder, 40, tmp_path_factory.mktemp("work"), CPU)[0]
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +36,10 @@ def teacher() -> Encoder:
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(teacher_pass, "SHARD", 8)
-    monkeypatch.setattr(embed, "BATCH", 4)
+    monkeypatch.setattr(extract, "BATCH", 4)
 
 
-def run_pass(teacher: Encoder, folder: images.Folder, store: pixels.PixelStore, work: Path, views: int = 2) -> TeacherPass:
+def run_pass(teacher: Encoder, folder: image_folder.Folder, store: pixel_store.PixelStore, work: Path, views: int = 2) -> TeacherPass:
     work.mkdir(exist_ok=True)
     return teacher_pass.run(teacher, folder, store, views, 0.2, work, CPU)
 
@@ -48,10 +49,10 @@ def same(one: TeacherPass, two: TeacherPass) -> bool:
 
 
 def test_the_pass_gives_plain_features_unit_embeddings_and_differing_views(
-    folder: images.Folder, store: pixels.PixelStore, teacher: Encoder, tmp_path: Path
+    folder: image_folder.Folder, store: pixel_store.PixelStore, teacher: Encoder, tmp_path: Path
 ) -> None:
     seen = run_pass(teacher, folder, store, tmp_path)
-    plain = embed.plain({"a": embed.as_embed(teacher, CPU)}, folder, range(COUNT), "test")[0]["a"]
+    plain = extract.plain({"a": extract.as_embed(teacher, CPU)}, folder, range(COUNT), "test")[0]["a"]
     assert seen.features.dtype == seen.embeddings.dtype == seen.views.dtype == torch.float16
     assert torch.allclose(seen.features.float(), normalize(plain, dim=1), atol=1e-3)
     assert torch.allclose(seen.embeddings.float(), normalize(plain, dim=1), atol=1e-3)
@@ -62,7 +63,7 @@ def test_the_pass_gives_plain_features_unit_embeddings_and_differing_views(
 
 
 def test_every_batch_and_view_draws_its_own_parameters(
-    folder: images.Folder, store: pixels.PixelStore, teacher: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: image_folder.Folder, store: pixel_store.PixelStore, teacher: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[torch.Tensor] = []
     real = augment.draw
@@ -78,13 +79,15 @@ def test_every_batch_and_view_draws_its_own_parameters(
     assert len(torch.cat(seen).unique()) == COUNT * 2
 
 
-def test_without_views_the_pass_gives_none(folder: images.Folder, store: pixels.PixelStore, teacher: Encoder, tmp_path: Path) -> None:
+def test_without_views_the_pass_gives_none(
+    folder: image_folder.Folder, store: pixel_store.PixelStore, teacher: Encoder, tmp_path: Path
+) -> None:
     assert run_pass(teacher, folder, store, tmp_path, views=0).views.shape == (COUNT, 0, teacher.width)
 
 
 @pytest.mark.parametrize("at", [1, 2, 4, 7, 10])
 def test_a_pass_interrupted_and_started_again_equals_the_whole(
-    at: int, folder: images.Folder, store: pixels.PixelStore, teacher: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    at: int, folder: image_folder.Folder, store: pixel_store.PixelStore, teacher: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run_pass(teacher, folder, store, tmp_path / "whole")
     with interrupted_at(monkeypatch, augment, "apply", at), pytest.raises(KeyboardInterrupt):
@@ -95,7 +98,7 @@ def test_a_pass_interrupted_and_started_again_equals_the_whole(
 
 
 def test_stored_shards_are_not_made_again(
-    folder: images.Folder, store: pixels.PixelStore, teacher: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: image_folder.Folder, store: pixel_store.PixelStore, teacher: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = run_pass(teacher, folder, store, tmp_path)
     for work in ("_plain_shard", "_view_shard"):
@@ -104,7 +107,7 @@ def test_stored_shards_are_not_made_again(
 
 
 def test_more_views_add_to_the_views_that_are_there(
-    folder: images.Folder, store: pixels.PixelStore, teacher: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: image_folder.Folder, store: pixel_store.PixelStore, teacher: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     two = run_pass(teacher, folder, store, tmp_path, 2)
     monkeypatch.setattr(teacher_pass, "_plain_shard", lambda *_: pytest.fail("embedded again"))
@@ -115,7 +118,7 @@ def test_more_views_add_to_the_views_that_are_there(
 
 
 def test_the_pass_is_read_from_disk_and_no_one_can_write_there(
-    folder: images.Folder, store: pixels.PixelStore, teacher: Encoder, tmp_path: Path
+    folder: image_folder.Folder, store: pixel_store.PixelStore, teacher: Encoder, tmp_path: Path
 ) -> None:
     seen = run_pass(teacher, folder, store, tmp_path)
     sizes = {file.name: file.stat().st_size for file in tmp_path.glob("*/*.f16")}
@@ -129,8 +132,8 @@ def test_the_pass_is_read_from_disk_and_no_one_can_write_there(
 @pytest.mark.parametrize("harm", ["a bit", "the end", "the file", "a marker", "marker's words"])
 def test_damaged_shards_are_made_again_and_no_others(
     harm: str,
-    folder: images.Folder,
-    store: pixels.PixelStore,
+    folder: image_folder.Folder,
+    store: pixel_store.PixelStore,
     teacher: Encoder,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -172,7 +175,7 @@ def test_damaged_shards_are_made_again_and_no_others(
 
 @pytest.mark.parametrize("fits", [8, 3, 1])
 def test_a_batch_that_does_not_fit_is_halved_and_the_result_is_the_same(
-    fits: int, folder: images.Folder, store: pixels.PixelStore, teacher: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fits: int, folder: image_folder.Folder, store: pixel_store.PixelStore, teacher: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run_pass(teacher, folder, store, tmp_path / "whole")
     sizes: list[int] = []
@@ -202,10 +205,10 @@ def test_a_batch_of_one_that_does_not_fit_is_an_error(teacher: Encoder, monkeypa
 
 
 def test_another_teacher_or_folder_makes_another_pass_and_drops_the_old(
-    folder: images.Folder, store: pixels.PixelStore, teacher: Encoder, tmp_path: Path
+    folder: image_folder.Folder, store: pixel_store.PixelStore, teacher: Encoder, tmp_path: Path
 ) -> None:
     names = []
-    other = images.Folder(folder.root, folder.files[:-1], ())
+    other = image_folder.Folder(folder.root, folder.files[:-1], ())
     for model, listed in ((teacher, folder), (encoder(seed=9), folder), (teacher, other)):
         run_pass(model, listed, store, tmp_path, 1)
         kept = [path.name for path in tmp_path.iterdir()]
@@ -214,22 +217,27 @@ def test_another_teacher_or_folder_makes_another_pass_and_drops_the_old(
     assert len(set(names)) == len(names)
 
 
-def test_pictures_of_another_side_make_other_views(folder: images.Folder, teacher: Encoder, tmp_path: Path) -> None:
+def test_pictures_of_another_side_make_other_views(folder: image_folder.Folder, teacher: Encoder, tmp_path: Path) -> None:
     """A store of another side left by an earlier run of another image size: its views are not taken for these."""
     passes = {}
     for side in (40, 24):
         (tmp_path / str(side)).mkdir()
-        store = pixels.build(folder, side, tmp_path / str(side), CPU)[0]
+        store = pixel_store.build(folder, side, tmp_path / str(side), CPU)[0]
         passes[side] = run_pass(teacher, folder, store, tmp_path / "work", 1)
         assert same(run_pass(teacher, folder, store, tmp_path / f"clean{side}", 1), passes[side])
     assert passes[40].key != passes[24].key
-    streamed = pixels.build(folder, 24, tmp_path / "24", CPU, "stream")[0]
+    streamed = pixel_store.build(folder, 24, tmp_path / "24", CPU, "stream")[0]
     assert run_pass(teacher, folder, streamed, tmp_path / "work", 1).key == passes[24].key  # wherever the pictures are kept
 
 
 @pytest.mark.parametrize("factor", [1e7, 1e-9])
 def test_features_beyond_float16_keep_their_directions(
-    factor: float, folder: images.Folder, store: pixels.PixelStore, teacher: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    factor: float,
+    folder: image_folder.Folder,
+    store: pixel_store.PixelStore,
+    teacher: Encoder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     expected = run_pass(teacher, folder, store, tmp_path / "plain", 1)
     real = teacher.forward
@@ -241,7 +249,12 @@ def test_features_beyond_float16_keep_their_directions(
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
 def test_an_image_that_the_teacher_makes_no_numbers_of_is_named(
-    value: float, folder: images.Folder, store: pixels.PixelStore, teacher: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    value: float,
+    folder: image_folder.Folder,
+    store: pixel_store.PixelStore,
+    teacher: Encoder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     real, calls = teacher.forward, iter(range(100))
 
@@ -258,7 +271,12 @@ def test_an_image_that_the_teacher_makes_no_numbers_of_is_named(
 
 
 def test_embeddings_that_are_all_alike_are_said(
-    folder: images.Folder, store: pixels.PixelStore, teacher: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, printed: io.StringIO
+    folder: image_folder.Folder,
+    store: pixel_store.PixelStore,
+    teacher: Encoder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    printed: io.StringIO,
 ) -> None:
     run_pass(teacher, folder, store, tmp_path / "plain", 0)
     assert "hardly apart" not in printed.getvalue()
@@ -269,7 +287,7 @@ def test_embeddings_that_are_all_alike_are_said(
 
 
 def test_views_of_features_are_the_backbones_where_there_is_a_projection(
-    folder: images.Folder, store: pixels.PixelStore, teacher: Encoder, tmp_path: Path
+    folder: image_folder.Folder, store: pixel_store.PixelStore, teacher: Encoder, tmp_path: Path
 ) -> None:
     plain = run_pass(teacher, folder, store, tmp_path / "none", 1).views
     projected = encoder()
@@ -282,16 +300,16 @@ def test_views_of_features_are_the_backbones_where_there_is_a_projection(
 
 
 def test_an_image_that_breaks_during_the_run_is_named(teacher: Encoder, tmp_path: Path) -> None:
-    broken = images.list_folder(photos(tmp_path / "photos", 2))
+    broken = image_folder.list_folder(photos(tmp_path / "photos", 2))
     (tmp_path / "work").mkdir()
-    store, broken = pixels.build(broken, 40, tmp_path / "work", CPU)
+    store, broken = pixel_store.build(broken, 40, tmp_path / "work", CPU)
     broken.path(3).write_bytes(b"no image any more")
     with pytest.raises(BingoError, match=Path(broken.files[3]).name):
         run_pass(teacher, broken, store, tmp_path / "work")
 
 
 def test_no_space_is_said_before_the_pass(
-    folder: images.Folder, store: pixels.PixelStore, teacher: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: image_folder.Folder, store: pixel_store.PixelStore, teacher: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10})())
     with pytest.raises(BingoError, match="the teacher's embeddings"):

@@ -12,8 +12,8 @@ import torch
 from bingo_edge.cli import main as edge
 from helpers import Ran, flags, photos
 
-from bingo_compress import checkpoint
 from bingo_compress.cli import main
+from bingo_compress.runtime import checkpoint
 
 pytestmark = pytest.mark.slow
 Bingo = Callable[..., Ran]

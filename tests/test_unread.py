@@ -6,17 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CPU, Ran, command, encoder, flags, kind_targets, photos, filled_store, recipe
+from helpers import CPU, Ran, command, encoder, filled_store, flags, kind_targets, photos, recipe
 
-from bingo_compress import compare_table, distill
-from bingo_compress.arms import SHARED, make_arms, resolve_arms
-from bingo_compress.bagging import knn
-from bingo_compress.embed import StoredTargets, TargetSpace
+from bingo_compress.comparison import tables
+from bingo_compress.comparison.arms import SHARED, make_arms, resolve_arms
 from bingo_compress.errors import BingoError
-from bingo_compress.losses import LOSSES
+from bingo_compress.features.bagging import knn
+from bingo_compress.features.extract import StoredTargets, TargetSpace
 from bingo_compress.recipe import KEYS, RESUME_MAY_CHANGE, Recipe, given_keys
-from bingo_compress.resolving import settle
-from bingo_compress.unread import refuse_unread, unread
+from bingo_compress.training import loop
+from bingo_compress.training.losses import LOSSES
+from bingo_compress.training.plan import settle
+from bingo_compress.training.unread import refuse_unread, unread
 
 # (the run, a setting that it does not read, a word of what does)
 NOT_READ: list[tuple[dict[str, Any], str, Any, str]] = [
@@ -93,12 +94,12 @@ def trained(folder: Path, chosen: Recipe) -> dict[str, torch.Tensor]:
     folder.mkdir()
     count = 16
     targets = kind_targets(count, 3, 16)
-    loss = distill.loss_of(chosen)
+    loss = loop.loss_of(chosen)
     source = StoredTargets(targets, TargetSpace(None, None), CPU, lengths=loss.lengths, mean=chosen.stored_views == "mean")
     bags = knn(targets[:, 0], chosen.bag_size)[0] if chosen.bags != "none" else torch.empty(count, 0, dtype=torch.int64)
     student = encoder("test_resnet", 32, seed=5)
     files = folder / "metrics.jsonl", folder / "checkpoint.safetensors"
-    distill.distill(chosen, student, filled_store(count), torch.arange(count), bags, source if loss.teacher else None, 16, *files, CPU)
+    loop.distill(chosen, student, filled_store(count), torch.arange(count), bags, source if loss.teacher else None, 16, *files, CPU)
     return student.backbone.state_dict()
 
 
@@ -203,6 +204,6 @@ def test_students_that_ended_alike_are_told_below_the_table() -> None:
     runs = [
         {"arm": arm, "seed": seed, "digest": digest} for arm, seed, digest in (("a", 0, "x"), ("a", 1, "y"), ("b", 0, "x"), ("b", 1, "z"))
     ]
-    (line,) = compare_table.same_students(runs)
+    (line,) = tables.same_students(runs)
     assert line == "the very same student, so what differs in the settings changed nothing: a (seed 0), b (seed 0)"
-    assert compare_table.same_students(runs[:2]) == []
+    assert tables.same_students(runs[:2]) == []

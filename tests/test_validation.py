@@ -11,10 +11,14 @@ import pytest
 import torch
 from helpers import encoder, photos, recipe, unit
 
-from bingo_compress import bagging, checkpoint, embed, evidence, figures, finetune, images, probes, proof_table, run_dir, validation
-from bingo_compress.figures import Sides
-from bingo_compress.images import Folder
+from bingo_compress.data import image_folder
+from bingo_compress.data.image_folder import Folder
+from bingo_compress.evaluation import finetune, intervals, probes, scores, validation
+from bingo_compress.evaluation.scores import Sides
+from bingo_compress.features import bagging, extract
 from bingo_compress.recipe import recipe_text
+from bingo_compress.report import tables
+from bingo_compress.runtime import checkpoint, run_dir
 
 FIGURES = ("knn", "linear", "linear_balanced", "neighbour_recall")
 
@@ -39,7 +43,7 @@ def test_the_figures_are_those_of_the_probes_inside_their_intervals() -> None:
     both = sides(classes=2)
     for name in both.bank:
         head = probes.fit_linear(both.bank[name], both.labels, 2)
-        found, right = figures.scores(name, both, head)
+        found, right = scores.scores(name, both, head)
         bank, queries, labels = both.bank[name], both.queries[name], both.query_labels
         predicted = head.predict(queries)
         assert found["knn"] == pytest.approx(probes.accuracy(probes.knn_predict(bank, both.labels, queries, 2), labels))
@@ -55,17 +59,17 @@ def test_the_figures_are_those_of_the_probes_inside_their_intervals() -> None:
             low, high = found[f"{key}_interval"]
             assert 0 <= low <= found[key] <= high <= 1, key
             assert high - low < 0.35, key
-    assert figures.scores("teacher", both, head)[0]["neighbour_recall_interval"] == (1, 1)
+    assert scores.scores("teacher", both, head)[0]["neighbour_recall_interval"] == (1, 1)
 
 
 def test_each_class_has_its_share_its_interval_and_its_double() -> None:
     both = sides()
     predicted = both.query_labels.clone()
     predicted[both.query_labels == 1] = torch.tensor([1] * 12 + [0] * 3 + [2] * 5)
-    found = figures.by_class(predicted, both)
+    found = scores.by_class(predicted, both)
     assert found["confusion"] == [[20, 0, 0], [3, 12, 5], [0, 0, 20]]
     first, second, _ = found["per_class"]
-    assert (first["accuracy"], first["accuracy_interval"], first["mistaken_for"]) == (1.0, evidence.wilson(20, 20), None)
+    assert (first["accuracy"], first["accuracy_interval"], first["mistaken_for"]) == (1.0, intervals.wilson(20, 20), None)
     assert (second["class"], second["images"], second["accuracy"], second["mistaken_for"]) == ("class1", 20, 0.6, "class2")
     low, high = second["accuracy_interval"]
     assert (low, high) == pytest.approx((0.6 - 0.215, 0.6 + 0.215), abs=0.06)
@@ -73,15 +77,15 @@ def test_each_class_has_its_share_its_interval_and_its_double() -> None:
 
 def test_the_gap_closed_with_its_interval_and_nothing_where_there_is_no_gap() -> None:
     low, value, high = (torch.arange(200) < right for right in (40, 100, 160))
-    found = figures.gap_closed(low, value, high)
+    found = scores.gap_closed(low, value, high)
     assert found["gap_closed"] == pytest.approx(0.5)
     assert 0.3 < found["gap_closed_interval"][0] < 0.5 < found["gap_closed_interval"][1] < 0.7
-    assert figures.gap_closed(low, value, torch.arange(200) < 45) == {}
+    assert scores.gap_closed(low, value, torch.arange(200) < 45) == {}
 
 
 def test_few_labels_are_the_mean_of_three_probes_on_three_draws() -> None:
     both = sides()
-    found = figures.few_labels("student", both, "10%")
+    found = scores.few_labels("student", both, "10%")
     shares = []
     for seed in range(3):
         rows = finetune.subset(both.labels, "10%", seed)
@@ -99,7 +103,7 @@ def test_the_table_of_classes_is_short_and_starts_with_the_weakest(printed: Any)
         {"class": f"c{n:02d}", "images": 9, "accuracy": n / 30, "accuracy_interval": (0.0, 1.0), "mistaken_for": "c29"} for n in range(30)
     ]
     entries.append({"class": "gone", "images": 0, "accuracy": None, "mistaken_for": None})
-    proof_table._classes(entries[::-1])
+    tables._classes(entries[::-1])
     shown = re.findall(r"│ (c\d\d) ", printed.getvalue())
     assert shown == [f"c{n:02d}" for n in range(20)]
     assert "the weakest 20 of 30" in printed.getvalue() and "gone" not in printed.getvalue()
@@ -210,7 +214,7 @@ def test_a_part_set_aside_is_never_trained_on(bingo: Any, world: dict[str, Path]
     (tmp_path / "data" / "kind0" / "000.png").write_bytes(b"broken")  # positions shift by one
     ran = bingo("validate", "--run", run, "--data", tmp_path / "data", "--literature", "--json", tmp_path / "v.json")
     assert ran.status == 0, ran.err
-    files = [name for name in images.list_folder(tmp_path / "data").files if name != "kind0/000.png"]
+    files = [name for name in image_folder.list_folder(tmp_path / "data").files if name != "kind0/000.png"]
     rows, labels = trained[0]
     assert [files[row].split("/")[0] for row in rows.tolist()] == [f"kind{label}" for label in labels.tolist()]
     assert len(set(rows.tolist())) == 23 - 5  # a quarter of 7, 8 and 8
@@ -240,7 +244,7 @@ def test_against_itself_nothing_differs(prove: Any, world: dict[str, Path]) -> N
 
 def test_bags_are_judged_by_the_labels_of_their_images(prove: Any, world: dict[str, Path], tmp_path: Path) -> None:
     run = run_dir.RunDir(Path(shutil.copytree(world["run"], tmp_path / "run")))
-    folder = images.list_folder(world["data"])
+    folder = image_folder.list_folder(world["data"])
     assert [Path(name).parts[0] for name in folder.files] == [f"kind{kind}" for kind in range(3) for _ in range(8)]
     digests = [*folder.digests, "of an image elsewhere"]
     bags = torch.randint(25, (25, 3), generator=torch.Generator().manual_seed(0))
@@ -271,7 +275,7 @@ def test_json_keeps_names_with_brackets_as_they_are() -> None:
 def test_bad_options_are_one_line_and_nothing_is_embedded(
     bingo: Any, world: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embed, "plain", lambda *_: pytest.fail("embedded"))
+    monkeypatch.setattr(extract, "plain", lambda *_: pytest.fail("embedded"))
     unfinished = Path(shutil.copytree(world["other"], tmp_path / "unfinished"))
     (unfinished / "student.safetensors").unlink()
     for words, said in (

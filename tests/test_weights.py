@@ -13,9 +13,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from bingo_compress.encoder import Encoder, build
 from bingo_compress.errors import BingoError
-from bingo_compress.weights import load_into, read_tensors
+from bingo_compress.models.encoder import Encoder, build
+from bingo_compress.models.weights import load_into, read_tensors
 
 OPTION = "--teacher-weights"
 Tensors = dict[str, Tensor]

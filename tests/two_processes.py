@@ -18,9 +18,14 @@ import torch
 from helpers import CPU, encoder, flags
 from test_neighbours import clustered
 
-import bingo_compress.distill as loop
-from bingo_compress import batches, checkpoint, cli, distributed, embed, finetune, images, neighbours, pixels, stopping, teacher_pass
+import bingo_compress.training.loop as loop
+from bingo_compress import cli
+from bingo_compress.data import image_folder, pixel_store
 from bingo_compress.errors import BingoError
+from bingo_compress.evaluation import finetune
+from bingo_compress.features import extract, neighbours, teacher_pass
+from bingo_compress.runtime import checkpoint, distributed, signals
+from bingo_compress.training import loader
 
 BATCHES, SHARDS = {"BATCH": 4}, {"SHARD": 8}  # of embed and teacher_pass: so small that every process has a share
 TUNED = {"TUNE_EPOCHS": 2, "TUNE_STEPS": 2}  # of finetune
@@ -51,15 +56,15 @@ def command(*words: str, stop_at: int | None = None) -> dict[str, Any]:
     """The command line in this process: its exit status, what it printed, the students it checked during training, and of each step that it trained the images
     that it showed as anchors and the seed of other random numbers. stop_at: a step before which the last process gets a SIGTERM."""
     out, err, checked, made, trained, seeds = io.StringIO(), io.StringIO(), [], {}, [], {}
-    real, make, learning_rate = embed.store_features, batches.Maker.__call__, loop.learning_rate
+    real, make, learning_rate = extract.store_features, loader.Maker.__call__, loop.learning_rate
 
     def recorded(student: Any, *rest: Any) -> torch.Tensor:
-        checked.append(embed.weights_digest(student))
+        checked.append(extract.weights_digest(student))
         return real(student, *rest)
 
-    def recorded_make(self: batches.Maker, step: int, bags: torch.Tensor) -> batches.Ready:
+    def recorded_make(self: loader.Maker, step: int, bags: torch.Tensor) -> loader.Ready:
         ready = make(self, step, bags)
-        made[step] = ready.anchors[batches.own_share(self.batch)].tolist()
+        made[step] = ready.anchors[loader.own_share(self.batch)].tolist()
         return ready
 
     def recorded_rate(step: int, *rest: Any) -> float:
@@ -70,12 +75,12 @@ def command(*words: str, stop_at: int | None = None) -> dict[str, Any]:
         return learning_rate(step, *rest)
 
     with contextlib.ExitStack() as stack:
-        stack.callback(stopping._heard.clear)
-        stack.enter_context(mock.patch.object(batches.Maker, "__call__", recorded_make))
+        stack.callback(signals._heard.clear)
+        stack.enter_context(mock.patch.object(loader.Maker, "__call__", recorded_make))
         stack.enter_context(mock.patch.object(loop, "learning_rate", recorded_rate))
         stack.enter_context(mock.patch.object(sys, "argv", ["bingo-compress", *words]))
         stack.enter_context(mock.patch.object(distributed, "stop"))  # the next case goes on with the same processes
-        stack.enter_context(mock.patch.object(embed, "store_features", recorded))
+        stack.enter_context(mock.patch.object(extract, "store_features", recorded))
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(err))
         try:
@@ -88,9 +93,9 @@ def command(*words: str, stop_at: int | None = None) -> dict[str, Any]:
 
 def whole_pass(data: Path, out: Path) -> dict[str, Any]:
     """Features and views that this process got."""
-    folder, work = images.list_folder(data), out / "pass"
+    folder, work = image_folder.list_folder(data), out / "pass"
     work.mkdir(exist_ok=True)
-    store, _ = pixels.build(folder, 40, work, CPU)
+    store, _ = pixel_store.build(folder, 40, work, CPU)
     seen = teacher_pass.run(encoder(), folder, store, 2, 0.2, work, CPU)
     checkpoint.save(out / f"pass.{distributed.rank()}.safetensors", {"features": seen.features, "views": seen.views})
     return {}
@@ -154,7 +159,7 @@ def main(data: Path, test: Path, out: Path) -> None:
         "ivf": lambda: search("ivf", out),
         "joined": joined,
     }
-    with mock.patch.multiple(embed, **BATCHES), mock.patch.multiple(teacher_pass, **SHARDS), mock.patch.multiple(finetune, **TUNED):
+    with mock.patch.multiple(extract, **BATCHES), mock.patch.multiple(teacher_pass, **SHARDS), mock.patch.multiple(finetune, **TUNED):
         for name, case in cases.items():
             (out / f"{name}.{distributed.rank()}.json").write_text(json.dumps(case()))
     sys.argv = ["bingo-compress", *distill(data, out / "refused", batch_size=7)]

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from bingo_compress.encoder import Encoder
 from bingo_compress.errors import BingoError
-from bingo_compress.run_dir import atomic, is_full, write_text
+from bingo_compress.models.encoder import Encoder
+from bingo_compress.runtime.run_dir import atomic, is_full, write_text
 
 MAX_DIFFERENCE = 1e-4
 MIN_COSINE = 0.9999

@@ -1,0 +1,283 @@
+"""Several methods side by side on one folder: shared stages, equal student passes, several seeds, one table."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor
+
+from bingo_compress.comparison.arms import make_arms, resolve_arms
+from bingo_compress.comparison.tables import summarise, write
+from bingo_compress.data import image_folder, quarantine
+from bingo_compress.data.image_folder import Folder
+from bingo_compress.data.pixel_store import store_side
+from bingo_compress.errors import BingoError
+from bingo_compress.evaluation import probes, scores
+from bingo_compress.features import extract
+from bingo_compress.models.encoder import Encoder
+from bingo_compress.models.trained import Models, build_models
+from bingo_compress.pipeline import choose_device, train
+from bingo_compress.recipe import WORDS, Recipe, deciding
+from bingo_compress.runtime import checkpoint, console, run_dir
+from bingo_compress.runtime.made_of import FORMATS, MadeOf, file_digest, made_of
+from bingo_compress.training import metrics
+from bingo_compress.training.loop import loss_of, plan
+from bingo_compress.training.material import Material, bag_facts, make_bags, prepare
+from bingo_compress.training.plan import resolve_names, use_threads
+
+FOLDS = 5
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Labelled images as every student is judged on them. bank, test: folders (test None: cross-validated over the bank); teacher: its features;
+    groups: (N,) exact copies in the bank, as `figures.copies` tells them."""
+
+    bank: Folder
+    test: Folder | None
+    labels: Tensor
+    test_labels: Tensor
+    classes: int
+    teacher: dict[str, Tensor]
+    groups: Tensor
+
+
+def compare(
+    base: Recipe, labels: Path, test: Path | None, methods: str, seeds: list[int], out: Path, *, overwrite: bool = False
+) -> dict[str, Any]:
+    """Distil every arm with every seed and judge all students on the labelled images; table.txt, .json, .csv and .svg land in `out`.
+
+    Called again with the same settings it goes on where it was. Raises BingoError.
+    """
+    folder = quarantine.take(base)
+    bank = image_folder.list_folder(labels, "--labels")
+    tested = image_folder.list_folder(test, "--test") if test else None
+    image_folder.labels_of(bank)
+    if tested:
+        image_folder.refuse_other_classes(bank, tested, "--labels")
+        scores.refuse_shared(bank, tested, "--labels")
+    make_arms(methods, base)  # refused before anything is said
+    device = choose_device(base.device)
+    base = base.model_copy(update={"data": str(Path(base.data).resolve())})
+    say = cache(console.say)  # what several arms share is said once
+    arms, base = resolve_arms(make_arms(methods, base), say), resolve_names(base, say)
+    for arm in arms:
+        plan(arm.recipe, len(folder.files))
+    work = _open(out, base, overwrite)
+    judging: dict[str, Labelled] = {}
+    threads_file = out / "runs" / "threads.json"
+    with run_dir.made_by("compare", threads_file):
+        threads = {} if base.threads else {name: int(count) for name, count in run_dir.read_json("compare", threads_file).items()}
+
+    def labelled(models: Models) -> Labelled:
+        """The labelled images as this teacher sees them, embedded once."""
+        which = f"{models.recipe.teacher} {models.recipe.teacher_size} {models.recipe.teacher_weights}"
+        if which not in judging:
+            judging[which] = _labelled(bank, tested, models.teacher, device)
+        return judging[which]
+
+    results: list[dict[str, Any]] = []
+    for arm in arms:
+        for seed in seeds:
+            recipe = arm.recipe.model_copy(update={"seed": seed})
+            name = f"{_file_name(arm.name)}-seed{seed}"
+            student, judged, bags = (out / "runs" / f"{name}.{kind}.safetensors" for kind in ("student", "figures", "bags"))
+            made = _made_of(recipe, folder, device)
+            of_figures = made_of("figures", arm=made.key, bank=bank.fingerprint(), test=tested.fingerprint() if tested else "")
+            if not checkpoint.is_sound(judged, of_figures):
+                console.say(f"== {arm.name}, seed {seed} ({len(results) + 1} of {len(arms) * len(seeds)})")
+                models = build_models(recipe)
+                settled = use_threads(recipe, models.student, device, threads.get(recipe.student, 0)).threads
+                if recipe.student not in threads and not base.threads:  # once a student: its runs are then alike to the last bit
+                    threads[recipe.student] = settled
+                    run_dir.write_text(threads_file, json.dumps(threads) + "\n")
+                if not checkpoint.is_sound(student, made):
+                    material = prepare(models, folder, store_side(models.recipe.image_size, models.recipe.teacher_size), work, device)
+                    facts = _train(models, material, work, bags, made, device)
+                    checkpoint.save(student, models.student.backbone.state_dict(), made, arm=arm.name, seed=seed, **facts)
+                tensors, found = checkpoint.load(student)
+                models.student.backbone.load_state_dict(tensors)
+                measured, right = judge(models.student, labelled(models), device)
+                told = {key: value for key, value in found.items() if key != "made_of"} | measured
+                purity = scores.bag_purity(bags, bank) if bags.exists() and checkpoint.made_of(bags) == made else {}
+                checkpoint.save(judged, right, of_figures, **told, purity=purity, digest=extract.weights_digest(models.student))
+            right, found = checkpoint.load(judged)
+            results.append({**found, "tensors": right})
+    table = summarise(results, [arm.name for arm in arms], base, test)
+    table["protocol"] |= _in_training(tested or bank, folder)
+    table["references"] = _references(base, bank, tested, out, labelled, device)
+    write(table, out)
+    return table
+
+
+def _references(
+    base: Recipe, bank: Folder, test: Folder | None, out: Path, labelled: Callable[[Models], Labelled], device: torch.device
+) -> list[dict[str, Any]]:
+    """What the students are to be read against: the teacher, and a student with the random weights of seed 0."""
+    recipe = base.model_copy(update={"student_weights": "random", "seed": 0})
+    made = made_of(
+        "figures",
+        settings=deciding(recipe),
+        weights=_weights(recipe),
+        program=_program(device),
+        bank=bank.fingerprint(),
+        test=test.fingerprint() if test else "",
+    )
+    found = []
+    for name in ("teacher", "random"):
+        file = out / "runs" / f"{name}.reference.safetensors"
+        if not checkpoint.is_sound(file, made):
+            models = build_models(recipe)
+            measured, right = judge(models.teacher if name == "teacher" else models.student, labelled(models), device)
+            checkpoint.save(file, right, made, name=f"{name} weights" if name == "random" else name, **measured)
+        found.append({field: value for field, value in checkpoint.load(file)[1].items() if field != "made_of"})
+    return found
+
+
+def _made_of(recipe: Recipe, folder: Folder, device: torch.device) -> MadeOf:
+    """What an arm's student is made from; all students of a table are of one version of the program and of what it stands on."""
+    return made_of(
+        "arm",
+        settings=deciding(recipe),
+        weights=_weights(recipe),
+        images=folder.fingerprint(),
+        training=FORMATS["training"],
+        program=_program(device),
+    )
+
+
+def _weights(recipe: Recipe) -> dict[str, str]:
+    """Digests of the weights files of a recipe: a file's name does not tell what is in it."""
+    sources = {"teacher_weights": recipe.teacher_weights, "student_weights": recipe.student_weights}
+    return {role: word if word in WORDS else file_digest(Path(word)) for role, word in sources.items()}
+
+
+def _program(device: torch.device) -> dict[str, str]:
+    return {"torch": torch.__version__, "timm": timm.__version__, "device": device.type}
+
+
+def _file_name(arm: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "=._-" else "+" if letter == ":" else f"+{ord(letter):x}" for letter in arm)
+
+
+def _open(out: Path, base: Recipe, overwrite: bool) -> Path:
+    run_dir.refuse_taken(out, may_hold_files=True)
+    marker = out / "compare.json"
+    if out.is_dir() and any(out.iterdir()) and not marker.is_file():
+        raise BingoError(f"--out: {out} holds something else than a comparison; name another folder")
+    (out / "work").mkdir(parents=True, exist_ok=True)
+    run_dir.hold(out, "--out")
+    said = json.dumps({"base": base.model_dump()}, indent=2) + "\n"
+    if not marker.is_file() or marker.read_text(encoding="utf-8") != said:  # the tables are of other settings
+        for path in out.glob("table.*"):
+            path.unlink()
+    if overwrite:
+        for path in (out / "runs").glob("*"):
+            path.unlink()
+        checkpoint.forget(_state(out / "work"))
+    (out / "runs").mkdir(exist_ok=True)
+    run_dir.write_text(marker, said)
+    return out / "work"
+
+
+def _state(work: Path) -> Path:
+    """Of the arm that is being trained: the loop refuses another's."""
+    return work / "checkpoint.safetensors"
+
+
+def _labelled(bank: Folder, test: Folder | None, teacher: Encoder, device: torch.device) -> Labelled:
+    classes = image_folder.labels_of(bank)[0]
+    features, labels, kept = {}, {}, {}
+    for role, folder in {"bank": bank, "test": test}.items():
+        if folder:
+            found, labels[role], good = scores.embedded(
+                {"teacher": extract.as_embed(teacher, device)}, folder, classes, f"teacher, {role} images"
+            )
+            features[role] = found["teacher"]
+            kept[role] = folder.only(good)
+    groups = scores.copies(kept["bank"])
+    return Labelled(kept["bank"], kept.get("test"), labels["bank"], labels.get("test", labels["bank"]), len(classes), features, groups)
+
+
+def _in_training(judged: Folder, folder: Folder) -> dict[str, Any]:
+    """How many of the images that students are judged on are, by content, also in --data: without their labels, which is legitimate, but is to be known."""
+    known = set(folder.digests)
+    return {"judged_images": len(judged.files), "judged_images_in_data": sum(digest in known for digest in judged.digests)}
+
+
+def _train(models: Models, material: Material, work: Path, bags_file: Path, made: MadeOf, device: torch.device) -> dict[str, Any]:
+    """Distil one arm with one seed, its bags in `bags_file` if it has some; says what it took."""
+    recipe, loss = models.recipe, loss_of(models.recipe)
+    bags = make_bags(recipe, models.teacher, material, device)
+    saved, log = _state(work), work / "metrics.jsonl"
+    train(models, material, bags, log, saved, device, discard=True)
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    checkpoint.forget(saved)
+    if bags.numel():  # to be judged by whatever labels there will be
+        trained_on = material.folder.only(material.training.tolist())
+        checkpoint.save(bags_file, {"bags": bags.int()}, made, digests=trained_on.digests)
+    planned = plan(recipe, len(material.training))
+    passes = planned.steps * planned.batch_size
+    stored = len(material.store) * (1 + (0 if recipe.views == "online" else int(recipe.views)))
+    online = passes * (2 if loss.both else 1) if recipe.views == "online" else 0
+    return {
+        "student": recipe.student,
+        "method": recipe.method,
+        "epochs": round(recipe.epochs, 2),
+        "student_passes": passes * planned.student_views,
+        "average_passes": passes * {"": 0, "views": 2, "fresh": 1}[loss.momentum],
+        "teacher_passes": stored + online if loss.teacher else 0,
+        "train_seconds": metrics.seconds_of(log),
+        "memory_mb": _memory_mb(device),
+        "bags": bag_facts(recipe, bags, material),
+        "checks": [[line["epoch"] + 1, line["neighbour_recall"]] for line in lines if line.get("neighbour_recall") is not None],
+    }
+
+
+def judge(student: Encoder, judged: Labelled, device: torch.device) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """kNN, linear and neighbour recall of a student, and per test image whether kNN and linear were right (uint8).
+
+    Raises BingoError where an image can no longer be read: rows would be told another image's label.
+    """
+    student.eval()
+    model = {"student": extract.as_embed(student, device)}
+    bank = scores.again(model, judged.bank, range(len(judged.bank.files)), "embed labelled images")["student"]
+    seen, parts = judged.teacher["bank"], []
+    if judged.test is not None:
+        queries = scores.again(model, judged.test, range(len(judged.test.files)), "embed test images")["student"]
+        parts.append((torch.arange(len(bank)), queries, judged.teacher["test"], torch.arange(len(queries))))
+    else:
+        fold = probes.folds(judged.labels, FOLDS, judged.groups)
+        for number in fold.unique().tolist():
+            inside, outside = (fold != number).nonzero()[:, 0], (fold == number).nonzero()[:, 0]
+            parts.append((inside, bank[outside], seen[outside], outside))
+    gallery = min(len(inside) for inside, *_ in parts)
+    k = probes.recall_k(gallery)
+    right = {name: torch.zeros(len(judged.test_labels), dtype=torch.uint8) for name in ("knn", "linear")}
+    recalls, strengths = torch.zeros(len(judged.test_labels), dtype=torch.float64), []
+    for inside, queries, wanted, places in parts:
+        rows, labels = bank[inside], judged.labels[inside]
+        head = probes.fit_linear(rows, labels, judged.classes, groups=judged.groups[inside])
+        strengths.append(head.strength)
+        predicted = {"knn": probes.knn_predict(rows, labels, queries, judged.classes), "linear": head.predict(queries)}
+        for name, guess in predicted.items():
+            right[name][places] = (guess == judged.test_labels[places]).to(torch.uint8)
+        if k:
+            recalls[places] = probes.neighbour_recalls((wanted, seen[inside]), (queries, rows), k)
+    found: dict[str, Any] = {name: float(values.double().mean()) for name, values in right.items()}
+    recall = {"neighbour_recall": float(recalls.mean())} if k else {}
+    return found | recall | {"gallery": gallery, "linear_strengths": strengths}, right
+
+
+def _memory_mb(device: torch.device) -> float:
+    """The most memory so far: of the GPU, else of this process (which has also run the arms before)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3

@@ -1,0 +1,125 @@
+"""Plain JPEGs decoded on a GPU for a store that streams, and the spoken way back to the CPU's decoder, which takes every other file."""
+
+import math
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image
+from PIL.JpegImagePlugin import JpegImageFile
+from torch import Tensor
+from torch.nn.functional import avg_pool2d, interpolate
+
+from bingo_compress.data import augment
+from bingo_compress.data.image_folder import Folder, in_threads
+from bingo_compress.errors import BingoError
+from bingo_compress.runtime import console
+
+AT_ONCE = 16  # pictures of full size on the GPU
+LARGEST = 1 << 24  # pixels of a picture: AT_ONCE of them are 0.8 GB
+STRETCH = 64  # torch's antialiased resize holds its weights in a GPU's shared memory, which is full at a factor of 45; the long side is kept at 2 `side`
+Crops = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+
+
+def plain_jpeg(path: Path, side: int) -> int:
+    """Bytes of a file that nvJPEG decodes as Pillow does: an upright JPEG in grey or YCbCr, not too large for pictures of short side `side`. Otherwise 0."""
+    try:
+        with Image.open(path) as opened:
+            plain = (
+                isinstance(opened, JpegImageFile)
+                and opened.format == "JPEG"  # MPO, several pictures in a file, is a subclass
+                and opened.mode in ("L", "RGB")
+                and [component[0] for component in opened.layer] in ([1], [1, 2, 3])  # other names may mean RGB,
+                and opened.info.get("adobe_transform", 1) != 0  # and so does this: nvJPEG would take it for YCbCr
+                and opened.getexif().get(ExifTags.Base.Orientation, 1) == 1
+                and opened.width * opened.height <= LARGEST
+                and max(opened.size) <= STRETCH * side
+            )
+            return path.stat().st_size if plain else 0
+    except OSError:
+        return 0  # it has changed since it was checked; the CPU's decoder will say so
+
+
+def on_gpu(device: torch.device) -> bool:
+    """Whether JPEGs are to be decoded on the device."""
+    return device.type == "cuda"
+
+
+def crops_of(folder: Folder, sizes: list[int], kept: list[tuple[int, int]], side: int, device: torch.device) -> Crops:
+    """A function that crops the images of `folder` that nvJPEG decodes. sizes: `plain_jpeg` of each; kept: (height, width) of each in a store of `side`.
+
+    It takes indices (B,), boxes (B, 4) in shares of the image and a size, and returns (done, views): which images it decoded, bool (B,), and the
+    antialiased bilinear crops, uint8 (B, 3, size, size) on `device`, not filled where not done. A picture is shrunk as a store's before it is cropped, so
+    that views do not depend on who decodes: half a level away on average, a few at sharp edges. The first refusal of nvJPEG is said on screen; from then
+    on nothing is done. Raises BingoError for a file that has changed since its size was taken.
+    """
+    bytes_of = torch.tensor(sizes)
+
+    def read(image: int) -> Tensor:
+        try:
+            raw = np.fromfile(folder.path(image), np.uint8)
+        except OSError as error:
+            folder.refuse_changed(image)
+            raise changed(folder.path(image), error.strerror or type(error).__name__) from None
+        folder.refuse_changed(image)  # nvJPEG may pass half of a picture as whole
+        return torch.from_numpy(raw)
+
+    def crops(indices: Tensor, boxes: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        views = torch.empty((len(indices), 3, size, size), dtype=torch.uint8, device=device)
+        done = bytes_of[indices] > 0
+        files = in_threads(read, indices[done].tolist())
+        for rows in done.nonzero()[:, 0].split(AT_ONCE) if done.any() else ():
+            raw = [file for _, file in islice(files, len(rows))]
+            try:
+                pictures = zip(nvjpeg(raw, device), indices[rows].tolist(), strict=True)
+                small = [_shrunk(picture, kept[image], side) for picture, image in pictures]
+                for row, view in zip(rows.tolist(), _cropped(small, boxes[rows], size), strict=True):
+                    views[row] = view
+            except (RuntimeError, ImportError) as error:
+                console.say(f"warning: nvJPEG cannot be used ({str(error).partition(chr(10))[0]}); the CPU decodes the JPEGs from here on")
+                bytes_of.zero_()
+                return torch.zeros_like(done), views
+        return done, views
+
+    return crops
+
+
+def nvjpeg(files: list[Tensor], device: torch.device) -> list[Tensor]:
+    """Pictures, each uint8 (3, height, width) on `device`, of JPEG files, each uint8 (bytes,) on the CPU. Raises RuntimeError or ImportError when refused."""
+    from torchvision.io import ImageReadMode, decode_jpeg  # type: ignore[import-untyped]  # deprecated: may be gone one day
+
+    # It writes at once into memory that torch counts as free only after this stream's work (pytorch/vision#9606).
+    torch.cuda.current_stream(device).synchronize()
+    return cast(list[Tensor], decode_jpeg(files, ImageReadMode.RGB, device=device))
+
+
+def _shrunk(picture: Tensor, size: tuple[int, int], side: int) -> Tensor:
+    """A picture, uint8 (3, height, width), as the store keeps it: at `size`, float32 of whole levels."""
+    height, width = picture.shape[1:]
+    planes = picture[None].float()
+    if min(height, width) > side:  # libjpeg decodes at 1/2, 1/4 or 1/8, by means of blocks, as `load_image` and Pillow ask it to
+        scale = side / min(height, width)
+        times = min(height // math.ceil(height * scale), width // math.ceil(width * scale))
+        planes = avg_pool2d(planes, next(step for step in (8, 4, 2, 1) if times >= step), ceil_mode=True).round_()
+    if planes.shape[2:] != size:
+        planes = interpolate(planes, size, mode="bicubic", antialias=True).round_().clamp_(0, 255)
+    return planes[0]
+
+
+def _cropped(pictures: list[Tensor], boxes: Tensor, size: int) -> list[Tensor]:
+    """Crops (3, size, size) of pictures of float32 (3, height, width)."""
+    height, width = (torch.tensor([picture.shape[axis] for picture in pictures]) for axis in (1, 2))
+    low, high = augment.window(boxes, height, width)
+    pieces = (
+        picture[None, :, top:bottom, left:right]
+        for picture, (left, top), (right, bottom) in zip(pictures, low.tolist(), high.tolist(), strict=True)
+    )
+    return [interpolate(piece, (size, size), mode="bilinear", antialias=True)[0].round_() for piece in pieces]
+
+
+def changed(path: Path, why: str) -> BingoError:
+    """The error of a file that was whole when the run began."""
+    return BingoError(f"{path} changed while the run was reading it ({why}); start the command again")

@@ -1,0 +1,277 @@
+"""A folder to a list of images, with every file that cannot be used named together with its reason."""
+
+import csv
+import errno
+import hashlib
+import os
+import stat
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from bingo_edge.image import ImageError, Pixels, load_image
+from numpy.typing import NDArray
+
+from bingo_compress.errors import BingoError
+from bingo_compress.runtime import console
+from bingo_compress.runtime.made_of import file_digest
+from bingo_compress.runtime.run_dir import atomic
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+MANY = 20_000  # files whose reading is worth a bar
+UNREADABLE = "0" * 64
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
+# Refused by name without a look inside: nobody means these to be images, and there may be millions of them.
+NOT_IMAGES = frozenset(
+    [
+        ".txt",
+        ".csv",
+        ".json",
+        ".xml",
+        ".md",
+        ".py",
+        ".yaml",
+        ".yml",
+        ".html",
+        ".zip",
+        ".tar",
+        ".gz",
+        ".mp4",
+        ".mov",
+        ".avi",
+        ".db",
+        ".npz",
+        ".npy",
+        ".pt",
+        ".pth",
+        ".onnx",
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What was in the N files of a folder when they were read. digests: (N, 32) uint8, sha256, zeros for a file that cannot be read;
+    stamps: (N, 3) int64 size, time of change of the contents, and of anything (ns), by which a later change is noticed."""
+
+    digests: NDArray[np.uint8]
+    stamps: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Files found under `root`: `files` to be tried as images (relative paths, sorted), `bad` as (relative path, reason).
+
+    copies: exact copies that were left out as asked for, as (relative path, the file that is kept). max_bad: share or number of files that may be bad.
+    """
+
+    root: Path
+    files: tuple[str, ...]
+    bad: tuple[tuple[str, str], ...]
+    copies: tuple[tuple[str, str], ...] = ()
+    max_bad: str = "100%"
+    read: Contents | None = field(default=None, repr=False, compare=False)  # use `contents`
+
+    def path(self, index: int) -> Path:
+        """Where image number `index` lies."""
+        return self.root / self.files[index]
+
+    @property
+    def contents(self) -> Contents:
+        """Digests of all files, read when they are first asked for, once."""
+        if self.read is None:
+            object.__setattr__(self, "read", _read_contents(self))
+        assert self.read is not None and len(self.read.digests) == len(self.files)
+        return self.read
+
+    @property
+    def digests(self) -> list[str]:
+        """sha256 of each file's bytes, in hex; UNREADABLE where it cannot be read."""
+        return [bytes(row).hex() for row in self.contents.digests]
+
+    def fingerprint(self) -> str:
+        """A hash of names and contents, wherever the folder lies: differs when any file does."""
+        digest = hashlib.sha256("\0".join(self.files).encode("utf-8", "surrogateescape"))
+        digest.update(self.contents.digests.tobytes())
+        return digest.hexdigest()
+
+    def only(self, indices: Sequence[int]) -> "Folder":
+        """The folder with only these of its files; what was read of them is not read again."""
+        rows = np.asarray(indices, dtype=np.int64)
+        read = Contents(self.read.digests[rows], self.read.stamps[rows]) if self.read else None
+        return replace(self, files=tuple(self.files[index] for index in indices), read=read)
+
+    def refuse_changed(self, index: int) -> None:
+        """Raise BingoError if image number `index` is another one than when its contents were read; call it after reading the file."""
+        if self.read is None:
+            return
+        path = self.path(index)
+        if _stamp(path) == tuple(self.read.stamps[index].tolist()) or _digest(path) == bytes(self.read.digests[index]).hex():
+            return
+        raise BingoError(f"{path} changed while the command was running; start it again, with nothing else writing to {self.root}")
+
+
+def _read_contents(folder: Folder) -> Contents:
+    def one(index: int) -> tuple[str, tuple[int, ...]]:
+        # The stamp first: a change after it shows, one before it is in the digest.
+        stamp = _stamp(folder.path(index))
+        return _digest(folder.path(index)), stamp
+
+    count = len(folder.files)
+    digests, stamps = np.zeros((count, 32), np.uint8), np.zeros((count, 3), np.int64)
+    with console.bar("read files", count) if count > MANY else nullcontext() as advance:
+        for index, (digest, stamp) in in_threads(one, range(count)):
+            digests[index], stamps[index] = np.frombuffer(bytes.fromhex(digest), np.uint8), stamp
+            if advance:
+                advance(1)
+    return Contents(digests, stamps)
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return -1, -1, -1
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _digest(path: Path) -> str:
+    try:
+        return file_digest(path) if path.is_file() else UNREADABLE  # a pipe would be waited for
+    except OSError:  # whoever reads it will say so
+        return UNREADABLE
+
+
+def list_folder(root: Path, option: str = "--data") -> Folder:
+    """Every regular file below `root`, links followed, each real file once. Raises BingoError for a folder that is not one."""
+    if not root.exists():
+        raise BingoError(f"{option}: expected a folder of images, found nothing at {root}; check the path")
+    if not root.is_dir():
+        raise BingoError(f"{option}: expected a folder of images, found a file: {root}; name its folder")
+    files: list[str] = []
+    bad: list[tuple[str, str]] = []
+    seen: set[tuple[int, int]] = set()
+    anything = False
+    above = {(status.st_dev, status.st_ino) for status in map(os.stat, root.resolve().parents)}
+
+    def unreadable(error: OSError) -> None:
+        bad.append((_relative(str(error.filename), root), "folder cannot be read"))
+
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=unreadable):
+        try:
+            here = os.stat(folder)
+        except OSError as error:  # deleted while it was listed
+            unreadable(error)
+            continue
+        if (here.st_dev, here.st_ino) in seen or (here.st_dev, here.st_ino) in above:
+            folders.clear()
+            continue
+        seen.add((here.st_dev, here.st_ino))
+        folders.sort()
+        for name in sorted(names):
+            anything = True
+            relative = _relative(os.path.join(folder, name), root)
+            reason = _unusable(os.path.join(folder, name), seen)
+            if reason is None:
+                files.append(relative)
+            elif reason:
+                bad.append((relative, reason))
+    if not anything:
+        raise BingoError(f"{option}: expected images, found an empty folder: {root}; put photos in it or name another folder")
+    return Folder(root, tuple(files), tuple(bad))
+
+
+def _relative(path: str, root: Path) -> str:
+    return os.path.relpath(path, root)
+
+
+def _unusable(path: str, seen: set[tuple[int, int]]) -> str | None:
+    """Why a file is not even tried; None if it is to be tried, "" if it was seen under another name."""
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        return "link that leads nowhere" if error.errno in (errno.ENOENT, errno.ELOOP) else error.strerror or type(error).__name__
+    if not stat.S_ISREG(status.st_mode):
+        return "not a regular file"
+    identity = (status.st_dev, status.st_ino)
+    if identity in seen:
+        return ""
+    if status.st_size == 0:
+        return "empty file"
+    if Path(path).suffix.lower() in NOT_IMAGES:
+        return f"not an image (its name ends in {Path(path).suffix.lower()})"
+    seen.add(identity)  # of every file, not of links alone: a link may come after the file that it leads to
+    return None
+
+
+def labels_of(folder: Folder) -> tuple[list[str], list[int]]:
+    """Classes and one class index an image, from the first folder below the root. Raises BingoError where there are no such folders."""
+    names = [Path(name).parts[0] if len(Path(name).parts) > 1 else "" for name in folder.files]
+    if "" in names or len(set(names)) < 2:
+        raise BingoError(
+            f"labels: expected one folder a class in {folder.root} (class_a/1.jpg, class_b/2.jpg, ...), "
+            f"found {len(set(names) - {''})} such folders and {names.count('')} images outside of them"
+        )
+    classes = sorted(set(names))
+    return classes, [classes.index(name) for name in names]
+
+
+def refuse_other_classes(bank: Folder, test: Folder, option: str) -> None:
+    """Raise BingoError if `test` (--test) has classes that `bank` (given by `option`) does not have."""
+    known, unknown = labels_of(bank)[0], sorted(set(labels_of(test)[0]) - set(labels_of(bank)[0]))
+    if unknown:
+        raise BingoError(f"--test: expected the classes of {option} ({', '.join(known[:10])}), found others: {', '.join(unknown[:10])}")
+
+
+def decode_all(
+    folder: Folder, indices: Iterable[int], use: Callable[[Pixels], Result], at_least: int = 0
+) -> Iterator[tuple[int, Result | ImageError]]:
+    """Decode the images `indices` of `folder` in threads, in order: (index, use(pixels)), or (index, ImageError) for a bad file.
+
+    at_least: as in `load_image`. pixels: uint8 (height, width, 3). A bounded number is in flight, so memory does not grow with the folder. Raises BingoError
+    for a file that changed since the folder's contents were read.
+    """
+
+    def job(index: int) -> Result | ImageError:
+        try:
+            picture: Pixels | ImageError = load_image(folder.path(index), at_least)
+        except ImageError as error:
+            picture = error
+        folder.refuse_changed(index)
+        return picture if isinstance(picture, ImageError) else use(picture)
+
+    yield from in_threads(job, indices)
+
+
+def in_threads(job: Callable[[Item], Result], items: Iterable[Item], threads: int = 0, ahead: int = 64) -> Iterator[tuple[Item, Result]]:
+    """(item, job(item)) in the order of `items`, computed by `threads` threads at most `ahead` items early."""
+    queue = iter(items)
+    pool = ThreadPoolExecutor(threads or min(os.cpu_count() or 1, 16))
+    pending: list[tuple[Item, Future[Result]]] = []
+    try:
+        pending = [(item, pool.submit(job, item)) for item in islice(queue, ahead)]
+        while pending:
+            item, future = pending.pop(0)
+            result = future.result()
+            pending.extend((more, pool.submit(job, more)) for more in islice(queue, 1))
+            yield item, result
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def write_quarantine(path: Path, bad: Iterable[tuple[str, str]]) -> None:
+    """quarantine.csv: a header, then path and reason of every file that was not used.
+
+    A name that a spreadsheet would take for a formula is written as ./name, which is the same file.
+    """
+    with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as handle:
+        writer = csv.writer(handle)
+        writer.writerow(("path", "reason"))
+        writer.writerows((f"./{name}" if name.startswith(FORMULA) else name, reason) for name, reason in bad)

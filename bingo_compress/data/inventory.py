@@ -1,0 +1,48 @@
+"""What is in a folder: decoded to the last file, nothing written."""
+
+from collections import Counter
+from pathlib import Path
+
+from bingo_edge.image import ImageError
+
+from bingo_compress.data import image_folder, quarantine
+from bingo_compress.errors import BingoError
+from bingo_compress.runtime import console
+
+SHOWN = 50
+
+
+def check(data: Path) -> None:
+    """Decode every image below `data` and print counts, sizes and each unusable file with its reason. Raises BingoError when none is usable."""
+    folder = image_folder.list_folder(data)
+    bad = list(folder.bad)
+    sides: list[tuple[int, int]] = []
+    with console.bar("decode", len(folder.files)) as advance:
+        for index, result in image_folder.decode_all(folder, range(len(folder.files)), lambda pixels: (pixels.shape[1], pixels.shape[0])):
+            if isinstance(result, ImageError):
+                bad.append((folder.files[index], str(result)))
+            else:
+                sides.append(result)
+            advance(1)
+    if bad:
+        console.table(f"{len(bad):,} files cannot be used", ("file", "reason"), [*sorted(bad)[:SHOWN]])
+        if len(bad) > SHOWN:
+            console.say(f"... and {len(bad) - SHOWN:,} more; distill writes all of them to quarantine.csv")
+        for line in quarantine.reasons(bad, 5):
+            console.say(f"  {line}")
+    if not sides:
+        raise BingoError(f"--data: expected images, found none that can be decoded among {len(bad)} files in {data}")
+    short = sorted(min(side) for side in sides)
+    console.say(
+        f"{len(sides):,} usable images in {data}; short side {short[0]} to {short[-1]} px, half of them {short[len(short) // 2]} px or more"
+    )
+    quarantine.say_copies(quarantine.copies(folder), "keep")
+    try:
+        classes, labels = image_folder.labels_of(image_folder.Folder(folder.root, folder.files, ()))
+        counts = Counter(labels)
+        console.say(
+            f"as labels (only `validate` reads them): {len(classes)} folders of {min(counts.values()):,} to {max(counts.values()):,} images"
+        )
+    except BingoError:
+        console.say("no folder names that could be labels; none are needed to distil")
+    console.say(f"next: bingo-compress distill --data {data} --teacher resnet152 --student mobilenetv3 --out runs/first")

@@ -1,0 +1,72 @@
+"""Which files of a folder a run takes: exact copies, and how many files may be bad before it is the folder that is wrong."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from decimal import Decimal
+from pathlib import Path
+
+from bingo_compress.data.image_folder import NOT_IMAGES, UNREADABLE, Folder, list_folder, write_quarantine
+from bingo_compress.errors import BingoError
+from bingo_compress.recipe import Recipe
+from bingo_compress.runtime import console, distributed
+
+
+def take(recipe: Recipe) -> Folder:
+    """The files of recipe.data, exact copies counted on screen and dropped where the recipe says so, with the recipe's limit on bad files. Raises BingoError."""
+    listed = list_folder(Path(recipe.data))
+    read = distributed.from_first(lambda: listed.contents)  # by one process, and so the same for all
+    folder = replace(listed, max_bad=recipe.max_bad, read=read)
+    found = copies(folder)
+    say_copies(found, recipe.duplicates)
+    if recipe.duplicates == "drop":
+        left_out = {name for name, _ in found}
+        kept = [index for index, name in enumerate(folder.files) if name not in left_out]
+        folder = replace(folder.only(kept), copies=tuple(found))
+    return folder
+
+
+def copies(folder: Folder) -> list[tuple[str, str]]:
+    """(relative path, the first file of the very same bytes) of every exact copy."""
+    first: dict[str, str] = {}
+    found = []
+    for name, digest in zip(folder.files, folder.digests, strict=True):
+        if digest != UNREADABLE and first.setdefault(digest, name) != name:
+            found.append((name, first[digest]))
+    return found
+
+
+def say_copies(found: Sequence[tuple[str, str]], duplicates: str) -> None:
+    """One line about exact copies, if there are any."""
+    if found:
+        fate = "left out" if duplicates == "drop" else "used like others; --set duplicates=drop leaves one of each"
+        console.say(f"{len(found):,} files are exact copies of another, for example {found[0][0]} of {found[0][1]}: {fate}")
+
+
+def refuse_bad(folder: Folder, bad: Sequence[tuple[str, str]], quarantine: Path) -> None:
+    """Raise BingoError if more of the folder's files are bad than folder.max_bad allows; all of `bad` is in `quarantine` then."""
+    broken = [(name, reason) for name, reason in bad if Path(name).suffix.lower() not in NOT_IMAGES]
+    tried = len(folder.files) + sum(Path(name).suffix.lower() not in NOT_IMAGES for name, _ in folder.bad)
+    share = folder.max_bad.removesuffix("%")
+    allowed = int(Decimal(share) * tried / 100) if share != folder.max_bad else int(share)
+    if len(broken) <= allowed:
+        return
+    write_quarantine(quarantine, sorted(bad))
+    raise BingoError(
+        f"--max-bad {folder.max_bad}: expected at most {allowed:,} of {tried:,} files that cannot be used, found {len(broken):,} so far "
+        f"({'; '.join(reasons(broken, 3))}); {quarantine} names each: mend or remove them, or raise --max-bad"
+    )
+
+
+def report(folder: Folder, quarantine: Path) -> None:
+    """Write `quarantine` and say how many files are in it."""
+    write_quarantine(quarantine, [*folder.bad, *((name, f"exact copy of {first}") for name, first in folder.copies)])
+    if folder.bad:
+        console.say(f"{len(folder.bad):,} files cannot be used and are left out; {quarantine} names each with its reason")
+
+
+def reasons(bad: Iterable[tuple[str, str]], most: int) -> list[str]:
+    """The `most` frequent reasons with their counts; those that differ in a number alone are one."""
+    counts = Counter(re.sub(r"\b\d+\b", "N", reason) for _, reason in bad)
+    return [f"{count:,} x {reason}" for reason, count in counts.most_common(most)]

@@ -1,0 +1,318 @@
+"""The proof of a finished run: teacher, student, its start, random weights and the exported file, on a folder of labelled images."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bingo_compress.data import image_folder, pixel_store
+from bingo_compress.errors import BingoError
+from bingo_compress.evaluation import finetune, intervals, probes, scores
+from bingo_compress.evaluation.scores import Sides
+from bingo_compress.exporters.onnx import onnx_runner
+from bingo_compress.features import extract
+from bingo_compress.models import exported, trained
+from bingo_compress.models.encoder import Encoder, Preprocessing
+from bingo_compress.models.trained import Models, build_student, load_student
+from bingo_compress.pipeline import choose_device, saved_recipe
+from bingo_compress.report import model_card
+from bingo_compress.report.tables import NAMES as NAMES
+from bingo_compress.report.tables import show
+from bingo_compress.runtime import console, distributed, run_dir
+
+REQUIRED = ("knn", "linear", "linear_balanced", "neighbour_recall")  # what a threshold may be set on
+
+
+def validate(
+    run_path: Path,
+    data: Path,
+    test: Path | None = None,
+    json_file: Path | None = None,
+    device: str = "auto",
+    *,
+    shots: str = "",
+    fine_tune: bool = False,
+    literature: bool = False,
+    against: Path | None = None,
+    require: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Probe every model of a run. data: the labelled bank; test: labelled queries, or None to set a quarter of each class of `data` aside.
+
+    shots: parts of the labels, such as "1%,10%,5", to probe with as well and, with fine_tune, to fine-tune on; literature: the linear probe with
+    augmentation too; against: another finished run, whose student is compared on the same images; require: "linear=0.6" and the like. Returns and
+    writes to RUN/validation.json and json_file {"protocol": ..., "rows": ...}, every figure with a 95% interval; the row of a file names its sha256. Saves
+    a linear head and a bank beside each exported file for the edge kit. Of several processes each embeds its share of the images; the first does the
+    rest. Raises BingoError, with exit status 3, when all is written, where an exported file (without any: the student) is below a figure that `require`
+    names; before anything is embedded, where one was exported from another student than the run's.
+    """
+    least = parse_required(require)
+    specs = finetune.parse_shots(shots) if shots else []
+    if fine_tune and not specs:
+        raise BingoError("--fine-tune: expected --shots beside it, found none; for example --shots 1%,10% --fine-tune")
+    run = run_dir.open_finished(run_path)
+    other = _open_against(against) if against else None
+    recipe = saved_recipe(run)
+    bank_folder = image_folder.list_folder(data)
+    classes, _ = image_folder.labels_of(bank_folder)
+    test_folder = image_folder.list_folder(test, "--test") if test else None
+    if test_folder:
+        image_folder.refuse_other_classes(bank_folder, test_folder, "--data")
+        scores.refuse_shared(bank_folder, test_folder, "--data")
+    where = choose_device(device)
+    distributed.from_first(lambda: run_dir.hold(run.path, "--run"))
+    weights = {file.stem: exported.weights_digest(file) for file in (run.student, run.start) if file.exists()}
+    contracts = {name: _contract(file, weights["student"]) for name, file in exported.files(run.export).items()}
+    teacher = trained.load_teacher(recipe, run)
+    student = load_student(recipe, run.student)
+    trainable = {"student": student}
+    if run.start.exists():
+        trainable["start"] = trained.load_start(recipe, run)
+    if run.bags.exists():
+        trained.refuse_other_bags(run)
+    trainable["random"] = build_student(recipe, "random", "random row")
+    encoders = {"teacher": teacher} | trainable
+    models = {name: extract.as_embed(encoder, where) for name, encoder in encoders.items()}
+    for name, contract in contracts.items():
+        file = run.export / contract["file"]
+        models[name] = _preprocessing(file, contract), _features_of(file)
+    if other:
+        encoders["against"] = load_student(saved_recipe(other), other.student)
+        models["against"] = extract.as_embed(encoders["against"], where)
+    made_from = {name: extract.weights_digest(encoder) for name, encoder in encoders.items()}
+    keep = extract.Keep(run.work, "proof", made_from | {name: contract["sha256"] for name, contract in contracts.items()})
+    distributed.from_first(lambda: run_dir.drop_stale(run.work, "proof", {keep.folder.name}))
+    sides = scores.sides(models, bank_folder, test_folder, classes, keep)
+
+    def judge() -> dict[str, Any]:
+        rows: list[dict[str, Any]] = []
+        heads: dict[str, probes.LinearHead] = {}
+        right: dict[str, dict[str, Tensor]] = {}
+        for name in models:
+            # The float file has the student's own head: one fitted anew on features that differ by rounding may end elsewhere. Where a file sees pictures
+            # otherwise, and in int8, the features are others, and the head that the device will have is fitted on those.
+            own = name == "onnx" and models[name][0] == models["student"][0]
+            heads[name] = heads["student"] if own else probes.fit_linear(sides.bank[name], sides.labels, len(classes), groups=sides.groups)
+            found, right[name] = scores.scores(name, sides, heads[name])
+            if name == "student" or name in contracts:
+                found |= scores.by_class(heads[name].predict(sides.queries[name]), sides)
+            if specs and name not in contracts:
+                found["shots"] = {spec: scores.few_labels(name, sides, spec) for spec in specs}
+            source = {"weights": weights[name]} if name in weights else {}
+            if name in contracts:
+                source = {key: contracts[name][key] for key in ("file", "sha256")}
+            rows.append({"name": name, **source, **found})
+        by_name = {row["name"]: row for row in rows}
+        by_name["student"] |= scores.gap_closed(right["random"]["linear"], right["student"]["linear"], right["teacher"]["linear"])
+        if fine_tune or literature:
+            _train_with_labels(by_name, trainable, sides, specs if fine_tune else [], literature, run, where)
+
+        result: dict[str, Any] = {"protocol": _protocol(sides, test_folder, specs, fine_tune, literature, against), "rows": rows}
+        if against:
+            result["paired"] = {key: scores.compared(right["student"][key], right["against"][key]) for key in ("knn", "linear")}
+        if run.bags.exists():
+            result |= scores.bag_purity(run.bags, bank_folder)
+            result["protocol"]["test_images_trained_on"] = scores.trained_on(run.bags, sides.query_folder.only(sides.query_places))
+        paths = [bank_folder.files[place] for place in sides.places]
+        for name, contract in contracts.items():
+            save_heads(run.export / contract["file"], contract["sha256"], heads[name], sides.bank[name], sides.labels, classes, paths)
+        for file in filter(None, (run.validation, json_file)):
+            run_dir.write_text(file, _json(result))
+        run_dir.drop_stale(run.work, "proof", set())
+        if contracts:
+            model_card.renew(run, run.export)
+        else:  # it would say how to use files that are not there
+            (run.export / exported.CARD).unlink(missing_ok=True)
+        show(result, run, Models(recipe, teacher, student))
+        _refuse_under(least, [by_name[name] for name in contracts or ("student",)], len(sides.labels))
+        return result
+
+    return distributed.from_first(judge)
+
+
+def parse_required(words: Sequence[str]) -> dict[str, float]:
+    """["linear=0.6"] to {"linear": 0.6}. Raises BingoError."""
+    least = {}
+    for word in words:
+        key, _, value = word.partition("=")
+        try:
+            least[key] = float(value)
+        except ValueError:
+            least[key] = -1.0
+        if key not in REQUIRED or not 0 <= least[key] <= 1:
+            raise BingoError(f"--require: expected {' or '.join(f'{name}=0.60' for name in REQUIRED)}, found {word!r}")
+    return least
+
+
+def _refuse_under(least: dict[str, float], rows: Sequence[dict[str, Any]], bank: int) -> None:
+    """Of what goes to devices: every exported file, or the student where there is none yet. bank: how many images recall's neighbours are found among."""
+    if not least:
+        return
+    if rows[0]["name"] == "student":
+        console.say("--require is asked of the student: there is no exported file yet; export, and validate again")
+    notes, chance = {"neighbour_recall": f"; {probes.recall_title(bank)}"}, probes.recall_facts(bank)["chance"]
+    under = []
+    for row in rows:
+        missed = [
+            f"{key} {row[key]:.4f} (at least {value:g}{notes.get(key, '')})"
+            if key in row
+            else f"{key} not measured (the bank of {bank:,} is too small)"
+            for key, value in least.items()
+            if not row.get(key, -1.0) >= value
+        ]
+        under += [f"{row.get('file', 'the student')} with {', '.join(missed)}"] if missed else []
+    if not under and "neighbour_recall" in least and least["neighbour_recall"] <= chance:
+        under = [f"neighbour_recall={least['neighbour_recall']:g} asks for no more than what is found by chance, {chance:.3f}"]
+    if under:
+        raise BingoError(f"--require: below what is asked for: {'; '.join(under)}", 3)
+
+
+def _contract(file: Path, student: str) -> dict[str, Any]:
+    """What an exported file says of itself. student: digest of the run's student's weights, of which the file must be. Raises BingoError."""
+    contract = exported.contract(file)
+    if contract.get("student_weights") != student:
+        found = str(contract.get("student_weights", "one that does not say of which, as earlier versions wrote"))[:80]
+        raise BingoError(
+            f"{file}: expected a file exported from the run's student (weights {student}), found {found}; export again, or delete the file"
+        )
+    return contract
+
+
+def _preprocessing(file: Path, contract: dict[str, Any]) -> Preprocessing:
+    """How an exported file's pictures are to be prepared, by its own word. Raises BingoError."""
+    with run_dir.made_by("export", file):
+        rule, values = contract["preprocess"], contract["normalization"]
+        size, mean, std = contract["input"]["size"], tuple(values["mean"]), tuple(values["std"])
+        return Preprocessing(size, rule["crop_pct"], rule["interpolation"], rule.get("crop_mode", "center"), mean, std)
+
+
+def _features_of(file: Path) -> extract.Embed:
+    run = onnx_runner(file)
+    return lambda batch: run(batch)[1]
+
+
+def _open_against(path: Path) -> run_dir.RunDir:
+    try:
+        return run_dir.open_finished(path)
+    except BingoError as error:
+        raise BingoError(f"--against:{str(error).removeprefix('--run:')}") from None
+
+
+def _train_with_labels(
+    rows: dict[str, dict[str, Any]],
+    encoders: dict[str, Encoder],
+    sides: Sides,
+    specs: list[str],
+    literature: bool,
+    run: run_dir.RunDir,
+    device: torch.device,
+) -> None:
+    """Add what costs training on pixels to the rows of `encoders`: fine-tuning on each of `specs`, and the literature's linear protocol."""
+    work = run.work / "labelled"  # of its own: building a store deletes the others of its folder
+    work.mkdir(parents=True, exist_ok=True)
+    classes = len(sides.classes)
+    store, stored = pixel_store.build(sides.bank_folder, pixel_store.store_side(encoders["student"].preprocessing.size, 0), work, device)
+    place = {path: position for position, path in enumerate(stored.files)}
+    bank = torch.tensor([place[sides.bank_folder.files[index]] for index in sides.places])
+    tuned: dict[str, tuple[Preprocessing, extract.Embed]] = {}
+    for name, encoder in encoders.items():
+        if literature:
+            head = finetune.linear_with_augmentation(encoder, store, bank, sides.labels, classes, device, what=f"linear, augmented: {name}")
+            rows[name] |= scores.with_interval("literature", head.predict(sides.queries[name]) == sides.query_labels)
+        for spec in specs:
+            chosen = finetune.subset(sides.labels, spec, 0)
+            what = f"fine-tune on {spec}: {name}"
+            predict = finetune.fine_tune(encoder, store, bank[chosen], sides.labels[chosen], classes, device, what=what)
+            tuned[f"{spec}: {name}"] = encoder.preprocessing, predict
+    if tuned:
+        for which, predicted in scores.again(tuned, sides.query_folder, sides.query_places, "test the fine-tuned").items():
+            spec, name = which.split(": ")
+            rows[name]["shots"][spec] |= scores.with_interval("fine_tuned", predicted == sides.query_labels)
+
+
+def _json(result: dict[str, Any]) -> str:
+    """Readable JSON: a list of plain numbers, such as a row of a confusion matrix, on one line."""
+    return re.sub(r"\[\n[\d\s.,eE+-]+\]", lambda found: f"[{' '.join(found[0][1:-1].split())}]", json.dumps(result, indent=2)) + "\n"
+
+
+def _protocol(
+    sides: Sides, test: image_folder.Folder | None, specs: list[str], fine_tune: bool, literature: bool, against: Path | None
+) -> dict[str, Any]:
+    root = sides.bank_folder.root
+    said: dict[str, Any] = {
+        "knn": f"weighted vote exp(cos/{probes.KNN_TEMPERATURE}), k = {probes.KNN_K} (DINO), plain view",
+        "linear": f"logistic regression (Newton, float64) on frozen standardised features; L2 strength of {min(probes.L2_STRENGTHS):g} to {max(probes.L2_STRENGTHS):g} by stratified "
+        f"{probes.FOLDS}-fold cross-validation in the bank, the strongest within one standard error of the best, never on the test set; refitted on the whole bank",
+        "neighbour_recall": _recall_text(len(sides.labels)),
+        "recall": probes.recall_facts(len(sides.labels)),
+        "onnx": "an exported file: kNN with a bank of its own features; in float the student's linear head where both see pictures alike, else, and in int8 "
+        "always, a head fitted on the file's own features",
+        "linear_balanced": "mean over classes of the linear probe's recall",
+        "intervals": f"95%, over test images: percentile bootstrap, {intervals.DRAWS} draws; Wilson's for a share of under {intervals.FEW} images or where all agree (balanced: Wilson's "
+        "of each class combined, MOVER), Newcombe's for the AUC; bank, weights and heads stay as they are, so that a second run of distill may land outside",
+        "per_class": "the linear probe's recall of each class; confusion: counts, rows the truth",
+        "gap_closed": "(student - random) / (teacher - random) of the linear probe; left out where teacher - random is under "
+        f"{scores.LEAST_GAP}",
+        "bank": str(root),
+        "test": str(test.root) if test else f"a quarter of each class of {root}, set aside",
+        "bank_images": len(sides.labels),
+        "test_images": len(sides.query_labels),
+        "classes": sides.classes,
+    }
+    if specs:
+        said["shots"] = (
+            f"the linear probe on a part of each class of the bank ({', '.join(specs)}; at least one image a class): mean over {scores.SUBSETS} draws of the part, "
+            "spread their standard deviation, interval over test images"
+        )
+    if fine_tune:
+        said["fine_tuned"] = (
+            "student, start and random weights (the teacher would be expensive), everything trained, on the first of the draws alone: random crops of "
+            f"{finetune.SCALE_MIN}-1 and flips, Nesterov SGD, cosine, no weight decay, batches of {finetune.TUNE_BATCH}, at least {finetune.TUNE_EPOCHS} epochs and "
+            f"{finetune.TUNE_STEPS} steps; learning rate {' or '.join(map(str, finetune.TUNE_LRS))} for the backbone, whichever does better on a fifth of the part held "
+            f"out, never on the test set, then all of the part; {finetune.HEAD_LR} for the classifier, on features of length one"
+        )
+    if literature:
+        said["literature"] = (
+            "student, start and random weights (the teacher would be expensive): MoCo's linear protocol, SGD with learning rate 30 (EfficientNet, MobileNet: 3), "
+            f"no weight decay, batches of {finetune.LINEAR_BATCH}, {finetune.LINEAR_EPOCHS} epochs, x0.1 at 60% and 80%, random crops of {finetune.SCALE_MIN}-1 and flips on frozen weights; "
+            "tested on the plain view"
+        )
+    if fine_tune or literature:
+        said["crops"] = "cut from images stored as squares of 9/8 of the student's input, as in distillation"
+    if against:
+        said["against"] = f"the student of {against} on the same images, each student with its own input size"
+        said["paired"] = "this student minus the other; 95% paired bootstrap over test images; exact two-sided McNemar test (p_value)"
+    return said
+
+
+def _recall_text(bank: int) -> str:
+    k = probes.recall_k(bank)
+    if not k:
+        return f"not measured: a bank of {bank:,} is too small (at least {probes.RECALL_SHARE})"
+    return f"share of the teacher's {k} nearest bank images of each test image that are also the model's; by chance {k / bank:.3f}; no labels used"
+
+
+def save_heads(
+    file: Path, sha256: str, head: probes.LinearHead, bank: Tensor, labels: Tensor, classes: list[str], paths: list[str]
+) -> None:
+    """STEM.linear.npz and STEM.bank.npz beside the exported file of that sha256, for `bingo-edge classify`: arrays only, no pickle."""
+    names, whose = np.array(classes), np.array(sha256)
+    contents = {
+        exported.LINEAR: {"model_sha256": whose, "weight": head.weight.numpy(), "bias": head.bias.numpy(), "classes": names},
+        exported.BANK: {
+            "model_sha256": whose,
+            "embeddings": probes.normalised(bank).half().numpy(),
+            "labels": labels.int().numpy(),
+            "classes": names,
+            "paths": np.array([path.encode("utf-8", "backslashreplace").decode() for path in paths]),
+            "k": np.array(probes.KNN_K),
+            "temperature": np.array(probes.KNN_TEMPERATURE),
+        },
+    }
+    for end, arrays in contents.items():
+        with run_dir.atomic(file.with_suffix(end)) as temporary, temporary.open("wb") as handle:
+            np.savez(handle, **arrays)  # type: ignore[arg-type]

@@ -1,0 +1,167 @@
+"""The gate of an int8 file: on the user's own images it must be the model that its float file is."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from bingo_compress.data import image_folder
+from bingo_compress.errors import BingoError
+from bingo_compress.evaluation import probes, scores
+from bingo_compress.exporters.int8 import Judge
+from bingo_compress.exporters.onnx import onnx_runner
+from bingo_compress.features.neighbours import Search, mates
+from bingo_compress.models.encoder import Preprocessing
+from bingo_compress.runtime import console
+
+LEAST_COSINE = 0.99
+LEAST_RECALL = 0.80
+MAX_LOSS = 0.5  # points of accuracy
+CHOOSE_SHARE = 0.25  # of each class of --labels that is in the bank
+
+Labels = tuple[image_folder.Folder, image_folder.Folder | None]  # the bank, and the test images where these have a folder of their own
+Accuracies = dict[str, dict[str, float]]  # of "knn" and "linear": {"float": .., "int8": ..}
+
+
+class Gate(NamedTuple):
+    """Of a quantised file: `choose` by what it is chosen, `report` how it does on test images that choose nothing, each its figures and those below the gate.
+    labelled: sha256 of the labelled images that either judges by."""
+
+    choose: Judge
+    report: Judge
+    labelled: set[str]
+
+
+def make_gate(float_file: Path, gallery: Tensor, preprocessing: Preprocessing, labels: Labels | None, max_loss: float) -> Gate:
+    """What compares a quantised file with `float_file`. gallery: uint8 (n, S, S, 3), images that no range was found on; labels: of `open_labelled`.
+
+    Figures of `choose`: mean and smallest cosine of the two embeddings of an image; share of an image's k nearest others in `gallery` (`probes.recall_k`)
+    that stay its nearest, where the gallery is large enough; with `labels`, kNN and linear accuracy on a part of each of its classes. Of `report`, with
+    `labels`: the same two accuracies on the test images (without a folder of these: a quarter of each class, set aside from the start). Always with the
+    float file's own bank and head, as the int8 file is to take its place. They name those below the gate: LEAST_COSINE, LEAST_RECALL, `max_loss` points of
+    accuracy. Raises BingoError.
+    """
+    exact = onnx_runner(float_file)
+    embedded = exact(gallery)[0]
+    k = probes.recall_k(len(gallery) - 1)
+    near = mates(embedded, k, Search("exact"))[0] if k else None
+    if near is None:
+        console.say(f"the int8 gate does not judge neighbours: {len(gallery)} images are too few (at least {probes.RECALL_SHARE + 1})")
+    labelled = _labelled(float_file, preprocessing, labels) if labels else None
+
+    def choose(file: Path) -> tuple[dict[str, Any], list[str]]:
+        found = onnx_runner(file)(gallery)[0]
+        cosines = cosine_similarity(found, embedded)
+        told: dict[str, Any] = {
+            "images": len(gallery),
+            "mean_cosine": float(cosines.mean()),
+            "min_cosine": float(cosines.min()),
+        }
+        missed = []
+        # "not >=" and not "<", so that a NaN is refused too.
+        if not told["mean_cosine"] >= LEAST_COSINE:
+            missed.append(f"mean cosine {told['mean_cosine']:.4f} (at least {LEAST_COSINE})")
+        if near is not None:
+            kept = (mates(found, k, Search("exact"))[0][:, :, None] == near[:, None, :]).any(2)
+            told |= {"recall": float(kept.double().mean()), "recall_k": k, "recall_chance": k / (len(gallery) - 1)}
+            if not told["recall"] >= LEAST_RECALL:
+                missed.append(f"neighbour recall@{k} {told['recall']:.3f} (at least {LEAST_RECALL}, by chance {told['recall_chance']:.3f})")
+        if not labelled:
+            return told, missed
+        accuracies = labelled.choose(file)
+        return told | accuracies, missed + _lost(accuracies, max_loss)
+
+    def report(file: Path) -> tuple[dict[str, Any], list[str]]:
+        if not labelled:
+            return {}, []
+        accuracies = labelled.report(file)
+        changes = [f"{name} {pair['float']:.4f} to {pair['int8']:.4f}" for name, pair in accuracies.items()]
+        console.say(f"int8 on the labelled test images: {', '.join(changes)}")
+        return {**accuracies, "test_images": labelled.tests}, _lost(accuracies, max_loss)
+
+    return Gate(choose, report, labelled.files if labelled else set())
+
+
+def _lost(accuracies: Accuracies, most: float) -> list[str]:
+    lost = {name: 100 * (pair["float"] - pair["int8"]) for name, pair in accuracies.items()}
+    return [
+        f"{name} accuracy {points:.2f} points below float's {accuracies[name]['float']:.4f} (at most {most:g})"
+        for name, points in lost.items()
+        if not points <= most + 1e-9
+    ]
+
+
+class _Labelled(NamedTuple):
+    choose: Callable[[Path], Accuracies]
+    report: Callable[[Path], Accuracies]
+    files: set[str]
+    tests: int
+
+
+def open_labelled(labels: Path, test: Path | None) -> Labels:
+    """The folders of --labels and --test. Raises BingoError where one has no classes, or the second others than the first."""
+    bank_folder = image_folder.list_folder(labels, "--labels")
+    image_folder.labels_of(bank_folder)
+    test_folder = image_folder.list_folder(test, "--test") if test else None
+    if test_folder:
+        image_folder.refuse_other_classes(bank_folder, test_folder, "--labels")
+        scores.refuse_shared(bank_folder, test_folder, "--labels")
+    return bank_folder, test_folder
+
+
+def _labelled(float_file: Path, preprocessing: Preprocessing, labels: Labels) -> _Labelled:
+    """The accuracies to choose by and those to report, the sha256 of the images behind both, and how many are reported on. Raises BingoError."""
+    bank_folder, test_folder = labels
+    classes, _ = image_folder.labels_of(bank_folder)
+    exact = onnx_runner(float_file)
+    sides = scores.sides({"float": (preprocessing, lambda batch: exact(batch)[1])}, bank_folder, test_folder, classes)
+    bank, labelled_as, places = sides.bank["float"], sides.labels, torch.tensor(sides.places)
+    contents = bank_folder.only(sides.places).digests
+    aside = _part(labelled_as, contents)
+    if len(labelled_as[~aside].unique()) < len(labelled_as.unique()):
+        raise BingoError(
+            f"--labels: expected {'two' if test_folder else 'three'} different images or more in every class of {bank_folder.root}, "
+            "so that a file can be chosen by one and not the others; add images"
+        )
+    tests = sides.query_folder.only(sides.query_places).digests
+
+    def compared(
+        kept: Tensor, queries: Tensor, wanted: Tensor, folder: image_folder.Folder, which: list[int], what: str
+    ) -> Callable[[Path], Accuracies]:
+        head = probes.fit_linear(bank[kept], labelled_as[kept], len(classes), groups=None if sides.groups is None else sides.groups[kept])
+
+        def accuracies(features: Tensor) -> dict[str, float]:
+            nearest = probes.knn_predict(bank[kept], labelled_as[kept], features, len(classes))
+            return {"knn": probes.accuracy(nearest, wanted), "linear": probes.accuracy(head.predict(features), wanted)}
+
+        before = accuracies(queries)
+        console.say(f"float on {len(wanted):,} {what}: kNN {before['knn']:.4f}, linear {before['linear']:.4f}")
+
+        def judged(file: Path) -> Accuracies:
+            run = onnx_runner(file)
+            model = {"int8": (preprocessing, lambda batch: run(batch)[1])}
+            after = accuracies(scores.again(model, folder, which, f"embed {what}")["int8"])
+            return {name: {"float": before[name], "int8": after[name]} for name in before}
+
+        return judged
+
+    choose = compared(~aside, bank[aside], labelled_as[aside], bank_folder, places[aside].tolist(), "labelled images to choose by")
+    everything = torch.ones_like(aside)
+    report = compared(
+        everything, sides.queries["float"], sides.query_labels, sides.query_folder, sides.query_places, "labelled test images"
+    )
+    return _Labelled(choose, report, {*tests, *(contents[row] for row in aside.nonzero()[:, 0].tolist())}, len(tests))
+
+
+def _part(labels: Tensor, contents: Sequence[str]) -> Tensor:
+    """CHOOSE_SHARE of each class, at random but always the same, copies of an image all on one side. contents: a digest an image. Returns bool (N,)."""
+    generator = torch.Generator().manual_seed(0)
+    chosen: set[str] = set()
+    for label in labels.unique():
+        different = list(dict.fromkeys(contents[row] for row in (labels == label).nonzero()[:, 0].tolist()))
+        take = max(1, int(len(different) * CHOOSE_SHARE))
+        chosen |= {different[place] for place in torch.randperm(len(different), generator=generator)[:take].tolist()}
+    return torch.tensor([content in chosen for content in contents])

@@ -1,0 +1,145 @@
+"""Bags: which images belong together, as the teacher sees it. A way of bagging is one function and one line in BAGGERS."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, normalize
+
+from bingo_compress.errors import BingoError
+from bingo_compress.features import neighbours
+from bingo_compress.features.memmap import Matrix, blocks
+from bingo_compress.features.neighbours import IN_MEMORY, Search
+
+ROWS = 1024
+CLUSTER = 20  # images in a k-means cluster, on average
+
+
+def knn(features: Matrix, bag_size: int, search: Search = IN_MEMORY) -> tuple[Tensor, Tensor]:
+    """The paper's bags: the K most cosine-similar other images. features: (N, D). Returns (bags (N, K) int64, similarities (N, K))."""
+    return neighbours.mates(features, bag_size, search)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a way of bagging may look at: features (N, D); own (N, V) cosine of each image's plain view with its augmented views (V may be 0);
+    labels (N,) by folder name, or None; clusters: 0 for one in every CLUSTER images; seed of the random draws; how neighbours are searched."""
+
+    features: Matrix
+    own: Tensor
+    labels: Tensor | None
+    clusters: int
+    seed: int
+    search: Search = IN_MEMORY
+
+
+def by_neighbours(seen: Seen, bag_size: int) -> Tensor:
+    """Bags (N, K) of `knn`."""
+    return knn(seen.features, bag_size, seen.search)[0]
+
+
+def by_trust(seen: Seen, bag_size: int) -> Tensor:
+    """The paper's limit is small data and few true neighbours: of the K nearest, only mutual ones that are as close as the image's own views.
+
+    j stays in i's bag if i is among j's K nearest too, and cos(i, j) is at least the smallest cosine of i to one of its own augmented views (where views
+    are stored). Bags (N, K), -1 for an empty place; a bag may be empty.
+    """
+    bags, similar = knn(seen.features, bag_size, seen.search)
+    trusted = mutual(bags)
+    if seen.own.shape[1]:
+        trusted &= similar >= seen.own.min(1).values[:, None]
+    return _packed(torch.where(trusted, bags, -1))
+
+
+def by_clusters(seen: Seen, bag_size: int) -> Tensor:
+    """K members, drawn at random, of the image's spherical k-means cluster (faiss). Bags (N, K), -1 where the cluster has fewer. Raises BingoError."""
+    faiss = neighbours.load_faiss()
+    if faiss is None:
+        raise BingoError("--bags kmeans: expected faiss, found none; next: pip install 'bingo-compress[cpu]', or --bags knn")
+    rows = normalize(seen.features[:].float(), dim=1).numpy()
+    count = min(seen.clusters or max(len(rows) // CLUSTER, 1), len(rows))
+    means = faiss.Kmeans(
+        rows.shape[1],
+        count,
+        niter=25,
+        nredo=3,
+        spherical=True,
+        seed=seen.seed % 2**31,
+        min_points_per_centroid=1,
+        max_points_per_centroid=len(rows),
+    )
+    means.train(rows)
+    return _drawn(torch.from_numpy(means.index.search(rows, 1)[1][:, 0]), bag_size, seen.seed)
+
+
+def by_labels(seen: Seen, bag_size: int) -> Tensor:
+    """An oracle, for ablation only: K images of the same folder name, drawn at random. Raises BingoError without at least two folders."""
+    if seen.labels is None:
+        raise BingoError("--bags labels: expected a folder a class in --data, found none; use --bags knn")
+    return _drawn(seen.labels, bag_size, seen.seed)
+
+
+def without(seen: Seen, bag_size: int) -> Tensor:
+    """Empty bags, (N, 0): the intra-sample term alone."""
+    return torch.empty(len(seen.features), 0, dtype=torch.int64)
+
+
+def _drawn(groups: Tensor, bag_size: int, seed: int) -> Tensor:
+    """`bag_size` others of each image's group, or all where there are fewer, any set of them as likely as any other. groups: (N,). Bags (N, K)."""
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    _, group, sizes = groups.unique(return_inverse=True, return_counts=True)
+    order, size, first = group.argsort(stable=True), sizes[group], (sizes.cumsum(0) - sizes)[group]
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order))) - first
+    others = size - 1
+    # Floyd's way to draw without putting back, for all images at once; what is drawn is how far on in its group the mate stands.
+    steps = torch.full((len(groups), bag_size), -1)
+    for column in range(bag_size):
+        last = others - others.clamp(max=bag_size) + column
+        drawn = (torch.rand(len(groups), generator=generator, dtype=torch.float64) * (last + 1)).long()
+        steps[:, column] = torch.where((steps == drawn[:, None]).any(1), last, drawn)
+    mates = order[first[:, None] + (place[:, None] + 1 + steps) % size[:, None]]
+    return torch.where(torch.arange(bag_size) < others[:, None], mates, -1)
+
+
+def _packed(bags: Tensor) -> Tensor:
+    """The same bags with their empty places (-1) last."""
+    return bags.gather(1, (bags < 0).int().argsort(dim=1, stable=True))
+
+
+def mutual(bags: Tensor) -> Tensor:
+    """(N, K) bool: the anchor is also in its mate's bag; False for an empty place."""
+    anchors = torch.arange(len(bags))[:, None, None].split(ROWS)
+    found = [(bags[rows.clamp(min=0)] == images).any(2) for rows, images in zip(bags.split(ROWS), anchors, strict=True)]
+    return torch.cat(found) & (bags >= 0)
+
+
+def purity(bags: Tensor, labels: Tensor) -> float:
+    """Share of (anchor, mate) pairs with the same label, -1 being no label; NaN where no pair has labels."""
+    mates = labels[bags.clamp(min=0)]
+    known = (bags >= 0) & (mates >= 0) & (labels >= 0)[:, None]
+    return float((mates == labels[:, None])[known].double().mean())
+
+
+def report(bags: Tensor, features: Matrix, labels: Tensor | None = None) -> dict[str, float]:
+    """What the bags are like: size (mean, least, most), share that is empty, mean similarity, share of mutual mates, and with labels the purity."""
+    sizes = (bags >= 0).sum(1)
+    similar = 0.0
+    for start, rows in blocks(bags, ROWS):
+        anchors, places = (rows >= 0).nonzero(as_tuple=True)
+        one, other = features[start + anchors], features[rows[anchors, places]]
+        similar += float(cosine_similarity(one.float(), other.float()).double().sum())
+    facts = {
+        "size_mean": float(sizes.double().mean()),
+        "size_least": float(sizes.min()),
+        "size_most": float(sizes.max()),
+        "empty": float((sizes == 0).double().mean()),
+    }
+    if int(sizes.sum()):
+        facts["similarity"] = similar / int(sizes.sum())
+        facts["mutual"] = int(mutual(bags).sum()) / int(sizes.sum())
+        if labels is not None:
+            facts["purity"] = purity(bags, labels)
+    return facts
+
+
+BAGGERS = {"knn": by_neighbours, "adaptive": by_trust, "kmeans": by_clusters, "labels": by_labels, "none": without}

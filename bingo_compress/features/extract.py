@@ -1,0 +1,304 @@
+"""Encoders over images: plain embeddings for the proof, and the targets that a student is trained towards."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import chain, islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from bingo_edge.image import ImageError, Pixels, preprocess
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from bingo_compress.data import augment
+from bingo_compress.data.image_folder import Folder, decode_all
+from bingo_compress.data.pixel_store import PixelStore
+from bingo_compress.errors import BingoError
+from bingo_compress.features.memmap import Matrix, blocks
+from bingo_compress.models.encoder import Encoder, Preprocessing, evaluating
+from bingo_compress.runtime import checkpoint, console, distributed
+from bingo_compress.runtime.made_of import made_of
+from bingo_compress.runtime.transfer import sent
+
+BATCH = 64
+PART = 8  # batches of plain embeddings in a file
+ROWS = 8192  # rows of a stored pass held in memory at once
+
+# A batch of one model's input, uint8 (B, S, S, 3), to features (B, width).
+Embed = Callable[[Tensor], Tensor]
+# Images (B,), the step's generator, and which rows of the batch are wanted (b,), to targets (b, D).
+TargetOf = Callable[[Tensor, torch.Generator, Tensor], Tensor]
+
+
+def as_embed(encoder: Encoder, device: torch.device) -> tuple[Preprocessing, Embed]:
+    """An encoder as a function of uint8 batches, in inference mode on `device`."""
+    encoder.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def run(batch: Tensor) -> Tensor:
+        with torch.inference_mode(), evaluating(encoder), exact(device):
+            features: Tensor = encoder(to_float(batch.to(device)))
+            return features.float().cpu()
+
+    return encoder.preprocessing, run
+
+
+@contextmanager
+def exact(device: torch.device) -> Iterator[None]:
+    """No TF32 on a GPU: figures are those of the numbers that a device would compute with, not of a tenth of their digits."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def to_float(pixels: Tensor) -> Tensor:
+    """uint8 (B, S, S, 3) to float32 (B, 3, S, S) in 0..1, channels last in memory."""
+    return pixels.permute(0, 3, 1, 2).float().div_(255)
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Where `plain` keeps finished parts of a stage `stem`. models: digests of the models' weights or files, by the names that `plain` has for them."""
+
+    work: Path
+    stem: str
+    models: Mapping[str, str]
+
+    @property
+    def folder(self) -> Path:
+        """Of these models alone, whatever the images."""
+        return self.work / f"{self.stem}-{made_of('embeddings', models=dict(self.models)).key}"
+
+
+def plain(
+    models: Mapping[str, tuple[Preprocessing, Embed]], folder: Folder, indices: Sequence[int], what: str, keep: Keep | None = None
+) -> tuple[dict[str, Tensor], list[int]]:
+    """Plain-view features of several models from one decoding of each image, with the device's own preprocessing.
+
+    Returns (features (n, width) by model, the n indices that could be decoded, in their order). Several processes share the images and each gets all.
+    keep: for finished parts, of these models and images alone: interrupted, the same call goes on after the last. Raises BingoError where no image can be
+    decoded, and for an image that a model makes no finite numbers of.
+    """
+    geometries = {name: model[0].geometry() for name, model in models.items()}
+    distinct = [dict(items) for items in {tuple(geometry.items()) for geometry in geometries.values()}]
+
+    def views(pixels: Pixels) -> list[Pixels]:
+        return [preprocess(pixels, **geometry) for geometry in distinct]
+
+    # Batches of places in `indices`, not of good images: they are the same, and so is their rounding, whatever the number of processes.
+    starts = distributed.stretch(range(0, len(indices), BATCH))
+    spans = {start: indices[start : start + BATCH] for start in starts}
+
+    def batches(mine: Sequence[int], advance: console.Advance) -> Iterator[list[Tensor]]:
+        decoded = decode_all(folder, chain(*(spans[start] for start in mine)), views)
+        for start in mine:
+            good = [(index, result) for index, result in islice(decoded, len(spans[start])) if not isinstance(result, ImageError)]
+            if good:
+                stacks = [torch.from_numpy(np.stack(seen)) for seen in zip(*(result for _, result in good), strict=True)]
+                places = [index for index, _ in good]
+                features = {name: run(stacks[distinct.index(geometries[name])]) for name, (_, run) in models.items()}
+                for name, rows in features.items():
+                    _refuse_no_numbers(rows, name, folder, places)
+                yield [torch.tensor(places), *features.values()]
+            advance(len(spans[start]))
+
+    def can_be_used_now(mine: Sequence[int], kept: list[int]) -> bool:
+        """Whether an image that could not be decoded when a part was kept can be now."""
+        bad = sorted({index for start in mine for index in spans[start]} - set(kept))
+        return any(not isinstance(result, ImageError) for _, result in decode_all(folder, bad, lambda pixels: None))
+
+    def parts() -> Iterator[list[Tensor]]:
+        with console.bar(what, sum(map(len, spans.values()))) as advance:
+            if keep is None or len(starts) <= PART:
+                yield from batches(starts, advance)
+                return
+            looks = {name: [keep.models[name], asdict(preprocessing)] for name, (preprocessing, _) in models.items()}
+            whole = made_of("embeddings", models=looks, images=folder.fingerprint(), places=str(hash_seed(*indices)))
+            home = keep.folder / whole.key
+            home.mkdir(parents=True, exist_ok=True)
+            for mine in (starts[first : first + PART] for first in range(0, len(starts), PART)):
+                file = home / f"{mine[0]:012d}-{mine[-1]:012d}.safetensors"
+                kinds = checkpoint.load(file)[0] if checkpoint.is_sound(file, whole) else None
+                if kinds is not None and not can_be_used_now(mine, kinds["0"].tolist() if kinds else []):
+                    made = [kinds[str(number)] for number in range(len(kinds))]
+                    advance(sum(len(spans[start]) for start in mine))
+                else:
+                    made = [torch.cat(kind) for kind in zip(*batches(mine, advance), strict=True)]
+                    checkpoint.save(file, {str(number): kind for number, kind in enumerate(made)}, whole)
+                if made:
+                    yield made
+
+    found = distributed.joined(parts())
+    if not found:
+        raise BingoError(
+            f"expected images in {folder.root}, found none that can be decoded; `bingo-compress check --data {folder.root}` says why"
+        )
+    return dict(zip(models, found[1:], strict=True)), found[0].tolist()
+
+
+def _refuse_no_numbers(rows: Tensor, name: str, folder: Folder, places: Sequence[int]) -> None:
+    """Raise BingoError if a row of `rows` (n, ...), what a model makes of the images `places`, is not finite."""
+    bad = rows.reshape(len(rows), -1).isfinite().all(1).logical_not().nonzero()[:, 0].tolist()
+    if bad:
+        raise BingoError(
+            f"{name}: expected finite features, found infinite ones or NaN for {folder.path(places[bad[0]])}; are the model's weights whole?"
+        )
+
+
+def pixels_of(preprocessing: Preprocessing, folder: Folder, order: Sequence[int], count: int) -> Tensor:
+    """The first `count` images in `order` that can be decoded, as a model's input: uint8 (n, S, S, 3). Raises BingoError where there is none."""
+    geometry = preprocessing.geometry()
+    found: list[Tensor] = []
+    for _, result in decode_all(folder, order, lambda picture: preprocess(picture, **geometry)):
+        if not isinstance(result, ImageError):
+            found.append(torch.from_numpy(result))
+        if len(found) == count:
+            break
+    if not found:
+        raise BingoError(
+            f"expected images in {folder.root}, found none that can be decoded; `bingo-compress check --data {folder.root}` says why"
+        )
+    return torch.stack(found)
+
+
+@dataclass(frozen=True)
+class TargetSpace:
+    """Where targets live: normalise, subtract `mean` (D,), project on `basis` (D, d), normalise. None leaves that step out."""
+
+    mean: Tensor | None
+    basis: Tensor | None
+
+    def __call__(self, embeddings: Tensor) -> Tensor:
+        """(..., D) -> (..., d) float32, L2-normalised."""
+        return normalize(self.project(embeddings), dim=-1)
+
+    def project(self, embeddings: Tensor) -> Tensor:
+        """The same without the last normalisation: (..., D) -> (..., d) float32."""
+        points = normalize(embeddings.float(), dim=-1)
+        if self.mean is not None:
+            points = points - self.mean.to(points.device)
+        return points if self.basis is None else points @ self.basis.to(points.device)
+
+
+def target_space(embeddings: Matrix, target: str, dim: int) -> TargetSpace:
+    """Fit on the plain-view embeddings (N, D). target: raw, centred, pca (at most `dim` dimensions kept) or whitened (the same, each scaled to variance 1)."""
+    if target == "raw":
+        return TargetSpace(None, None)
+    count, width = embeddings.shape
+    mean = torch.zeros(width, dtype=torch.float64)
+    for _, rows in blocks(embeddings, ROWS):
+        mean += normalize(rows.float(), dim=1).double().sum(0) / count
+    if target == "centred":
+        return TargetSpace(mean.float(), None)
+    covariance = torch.zeros(width, width, dtype=torch.float64)
+    for _, rows in blocks(embeddings, ROWS):
+        centred = normalize(rows.float(), dim=1).double() - mean
+        covariance += centred.T @ centred / count
+    keep = min(dim, width, count - 1)
+    values, vectors = torch.linalg.eigh(covariance)
+    basis = vectors[:, -keep:]
+    if target == "whitened":
+        # The floor keeps directions without spread (fewer images than dimensions) from being blown up to noise.
+        basis = basis / values[-keep:].clamp(min=1e-6 * float(values[-1])).sqrt()
+    return TargetSpace(mean.float(), basis.float())
+
+
+class StoredTargets:
+    """Targets from stored views: one of an image's V views, drawn anew each time, or (mean) the mean of all, always the same.
+
+    views: (N, V, D). lengths: not normalised at the end.
+    """
+
+    def __init__(self, views: Tensor, space: TargetSpace, device: torch.device, *, lengths: bool = False, mean: bool = False) -> None:
+        self._lengths = lengths
+        parts = (space.project(rows) if lengths else space(rows) for rows in views.split(ROWS))
+        self._views = torch.cat([(part.mean(1, keepdim=True) if mean else part).half() for part in parts])
+        if device.type == "cuda" and self._views.nbytes < 0.2 * torch.cuda.mem_get_info(device)[0]:
+            self._views = self._views.to(device)
+        self._device = device
+        self.dim = self._views.shape[2]
+
+    def __call__(self, indices: Tensor, generator: torch.Generator, mine: Tensor) -> Tensor:
+        """Targets (b, dim), float32, L2-normalised (unless `lengths`), of the images indices[mine]; drawn for all of `indices` (B,)."""
+        view = torch.randint(self._views.shape[1], (len(indices),), generator=generator)[mine]
+        rows = (sent(positions, self._views.device) for positions in (indices[mine], view))
+        drawn = sent(self._views[tuple(rows)], self._device).float()
+        return drawn if self._lengths else normalize(drawn, dim=1)
+
+
+class OnlineTargets:
+    """Targets from the teacher itself, run on a fresh view of each image. lengths: not normalised at the end."""
+
+    def __init__(
+        self,
+        teacher: Encoder,
+        pixels: PixelStore,
+        space: TargetSpace,
+        scale_min: float,
+        device: torch.device,
+        dim: int,
+        *,
+        features: bool = False,
+        lengths: bool = False,
+    ) -> None:
+        self._teacher = teacher.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._pixels, self._scale_min = pixels, scale_min
+        self._project = space.project if lengths else space.__call__
+        self._which = 0 if features else 1
+        self.dim = dim
+
+    @torch.no_grad()
+    def __call__(self, indices: Tensor, generator: torch.Generator, mine: Tensor) -> Tensor:
+        """Targets (b, dim), float32, L2-normalised (unless `lengths`), of the images indices[mine]; drawn for all of `indices` (B,)."""
+        drawn = augment.rows(augment.draw(self._pixels.aspect[indices], generator, self._scale_min), mine)
+        indices = indices[mine]
+        images = augment.apply(self._pixels.crops(indices, drawn.box, self._teacher.preprocessing.size), drawn)
+        return self._project(self._teacher.embed(images.contiguous(memory_format=torch.channels_last))[self._which])
+
+
+@torch.inference_mode()
+def store_features(encoder: Encoder, pixels: PixelStore, indices: Tensor, device: torch.device) -> Tensor:
+    """Features (n, width), on the CPU, of `plain_views` of the pixel store: close to those of the plain view, and nothing is decoded.
+
+    Several processes share the images and each gets all.
+    """
+
+    def features(rows: Tensor) -> Tensor:
+        views = plain_views(pixels, rows, encoder.preprocessing).float().div_(255)
+        found: Tensor = encoder(views.contiguous(memory_format=torch.channels_last))
+        return found.float().cpu()
+
+    with evaluating(encoder):
+        (found,) = distributed.joined([features(rows)] for rows in distributed.stretch(indices.split(BATCH)))
+    return found
+
+
+def plain_views(pixels: PixelStore, indices: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """What a model sees of images (B,), cut from the pixel store with its own crop: uint8 (B, 3, size, size)."""
+    aspect = pixels.aspect[indices]
+    share = torch.stack((1 / aspect, aspect), dim=1).clamp(max=1) * preprocessing.crop_pct  # of width and height
+    share = torch.ones_like(share) if preprocessing.crop_mode == "squash" else share.clamp(max=1)
+    return pixels.crops(indices, torch.cat((1 - share, 1 + share), dim=1) / 2, preprocessing.size)
+
+
+def hash_seed(*parts: object) -> int:
+    """A 63-bit seed from anything: streams with different parts are independent."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
+
+
+def weights_digest(encoder: Encoder) -> str:
+    """A hash of the encoder's name, normalisation and weights."""
+    digest = hashlib.sha256(f"{encoder.name} {encoder.preprocessing.mean} {encoder.preprocessing.std}".encode())
+    for name, tensor in sorted(encoder.state_dict().items()):
+        digest.update(f"{name} {checkpoint.tensor_digest(tensor)}".encode())
+    return digest.hexdigest()

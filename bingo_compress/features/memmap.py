@@ -1,0 +1,107 @@
+"""Matrices that need not fit into memory: rows of a raw float16 file, and some rows of another matrix."""
+
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bingo_compress.runtime import console
+from bingo_compress.runtime.run_dir import write_text
+
+READ = 1 << 24  # bytes read at once for a checksum
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of a matrix, read when they are asked for and never copied as a whole. matrix: (M, D); which: (N,) int64 positions in it."""
+
+    matrix: Tensor
+    which: Tensor
+
+    def __len__(self) -> int:
+        return len(self.which)
+
+    def __getitem__(self, rows: slice | Tensor) -> Tensor:
+        return self.matrix[self.which[rows]]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.which), self.matrix.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.matrix.dtype
+
+
+Matrix = Tensor | Rows
+
+
+def blocks(matrix: Matrix, rows: int) -> Iterator[tuple[int, Tensor]]:
+    """(number of the first row, the rows) of `matrix`, `rows` at a time."""
+    for start in range(0, len(matrix), rows):
+        yield start, matrix[start : start + rows]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A float16 matrix of `width` columns in the raw file `path`, written by ranges of rows, in any order and by several processes.
+
+    A range that is done has a marker beside the file, with the checksum of its rows.
+    """
+
+    path: Path
+    width: int
+
+    def reserve(self, rows: int) -> None:
+        """Make it at least `rows` rows long; what is in it stays."""
+        with os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as handle:
+            if handle.seek(0, os.SEEK_END) < self._bytes(rows):
+                handle.truncate(self._bytes(rows))
+
+    def write(self, first: int, rows: Tensor) -> None:
+        """Put `rows` (n, width) at row `first`; on the disk, with their marker, when this returns."""
+        content = rows.half().contiguous().numpy().tobytes()
+        with self.path.open("r+b") as handle:
+            handle.seek(self._bytes(first))
+            handle.write(content)
+            handle.flush()
+            os.fsync(handle.fileno())  # before the marker says so
+        write_text(self._marker(first), json.dumps({"rows": len(rows), "crc32": zlib.crc32(content)}))
+
+    def sound(self, first: int, rows: int) -> bool:
+        """Whether the `rows` rows from `first` are there as they were written; says so when they were written and are not."""
+        if not self._marker(first).exists():
+            return False
+        try:
+            told = json.loads(self._marker(first).read_text(encoding="utf-8"))
+            whole = bool(told == {"rows": rows, "crc32": self._checksum(first, rows)})
+        except (OSError, ValueError, RecursionError):
+            whole = False
+        if not whole:
+            console.say(f"rows {first:,} to {first + rows - 1:,} of {self.path} are damaged and are made again")
+        return whole
+
+    def read(self, *shape: int) -> Tensor:
+        """The rows as a tensor of this shape, read from disk as they are used. Writing to it changes memory alone, never the file."""
+        return torch.from_numpy(np.memmap(self.path, np.float16, "c", shape=shape))
+
+    def _bytes(self, rows: int) -> int:
+        return rows * self.width * 2
+
+    def _marker(self, first: int) -> Path:
+        return self.path.with_name(f"{self.path.stem}-{first:012d}.json")
+
+    def _checksum(self, first: int, rows: int) -> int:
+        found, left = 0, self._bytes(rows)
+        with self.path.open("rb") as handle:
+            handle.seek(self._bytes(first))
+            while left and (content := handle.read(min(READ, left))):
+                found = zlib.crc32(content, found)
+                left -= len(content)
+        return found

@@ -1,0 +1,200 @@
+"""The teacher's one pass over a folder: plain features, embeddings and augmented views, by shards that are never made twice."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import chain, islice
+from pathlib import Path
+
+import torch
+from bingo_edge.image import ImageError, preprocess
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from bingo_compress.data import augment
+from bingo_compress.data.image_folder import Folder, decode_all
+from bingo_compress.data.pixel_store import PixelStore
+from bingo_compress.errors import BingoError
+from bingo_compress.features import extract
+from bingo_compress.features.memmap import Stored
+from bingo_compress.models.encoder import Encoder
+from bingo_compress.runtime import console, distributed
+from bingo_compress.runtime.made_of import made_of
+from bingo_compress.runtime.run_dir import drop_stale, need_space
+
+SHARD = 1024
+ROWS = 1024  # of a sample
+TOO_ALIKE = 1 - 1.6e-5  # the mean cosine at which float16's rounding is 5% of the images' spread
+LARGE = 512  # images that the teacher is given at once on a GPU; halved until they fit
+
+
+@dataclass(frozen=True)
+class TeacherPass:
+    """What one pass of the teacher gave. features: (N, width) plain view; embeddings: (N, D) plain view; views: (N, V, D), V may be 0.
+
+    Float16, every row of length one: no method uses lengths, and float16 ends at 65504. All are read from disk as they are used. key: of what the pass was made from.
+    """
+
+    features: Tensor
+    embeddings: Tensor
+    views: Tensor
+    key: str
+
+
+def run(
+    teacher: Encoder,
+    folder: Folder,
+    pixels: PixelStore,
+    views: int,
+    scale_min: float,
+    work: Path,
+    device: torch.device,
+    *,
+    of_features: bool = False,
+) -> TeacherPass:
+    """Embed the plain view and `views` augmented views of every image of `folder`, by shards of rows in work/teacher-KEY that are never made twice.
+
+    Several processes share the shards.
+    folder and pixels hold the same images in the same order. View v of an image is the same whatever `views` and the run's seed are, so that runs
+    share them. of_features: views are backbone features, not embeddings. Raises BingoError when the disk is too small, and for an image that the teacher
+    makes no numbers of.
+    """
+    key = made_of(
+        "teacher",
+        images=folder.fingerprint(),
+        pictures=pixels.made_of,
+        teacher=extract.weights_digest(teacher),
+        preprocessing=asdict(teacher.preprocessing),
+        scale_min=scale_min,
+        of_features=of_features and teacher.projection is not None,
+    ).key
+    stem = "teacher_features" if of_features and teacher.projection is not None else "teacher"
+    shards = work / f"{stem}-{key}"
+    distributed.from_first(lambda: drop_stale(work, stem, {shards.name}))
+    shards.mkdir(exist_ok=True)
+    count, width = len(folder.files), embedding_width(teacher)
+    features, embeddings = Stored(shards / "features.f16", teacher.width), Stored(shards / "embeddings.f16", width)
+    # View by view, so that more views go on at the end: (V, N, width).
+    viewed = Stored(shards / "views.f16", teacher.width if of_features else width)
+
+    def sound(rows: range, view: int) -> bool:
+        if view < 0:
+            return features.sound(rows.start, len(rows)) and embeddings.sound(rows.start, len(rows))
+        return viewed.sound(view * count + rows.start, len(rows))
+
+    ranges = [range(start, min(start + SHARD, count)) for start in range(0, count, SHARD)]
+    wanted = [(rows, view) for view in range(-1, views) for rows in ranges]
+    lacking = set(chain(*distributed.exchange([shard for shard in distributed.mine(wanted) if not sound(*shard)])))
+    missing = [shard for shard in wanted if shard in lacking]
+    if missing:
+        size = sum(len(rows) * 2 * (teacher.width + width if view < 0 else viewed.width) for rows, view in missing)
+        distributed.from_first(lambda: need_space(work, size, "the teacher's embeddings"))
+        for part, high in ((features, count), (embeddings, count), (viewed, views * count)):
+            part.reserve(high)
+        teacher.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        fit = _Fit(LARGE if device.type == "cuda" else extract.BATCH)
+        mine = distributed.mine(missing)
+        with console.bar(f"teacher, {views + 1} views", sum(len(rows) for rows, _ in mine)) as advance:
+            for rows, view in mine:
+                if view < 0:
+                    batches = _plain_shard(teacher, folder, rows, device)
+                    for part, made in zip((features, embeddings), _embedded(teacher, batches, fit, advance), strict=True):
+                        _refuse_no_direction(made, folder, rows, teacher)
+                        part.write(rows.start, made)
+                else:
+                    batches = _view_shard(teacher, pixels, rows, view, scale_min)
+                    made = _embedded(teacher, batches, fit, advance)[0 if of_features else 1]
+                    _refuse_no_direction(made, folder, rows, teacher)
+                    viewed.write(view * count + rows.start, made)
+    distributed.barrier()
+    if missing:
+        _say_alike(embeddings.read(count, width))
+    views_seen = viewed.read(views, count, viewed.width).transpose(0, 1) if views else torch.empty(count, 0, width, dtype=torch.float16)
+    return TeacherPass(features.read(count, teacher.width), embeddings.read(count, width), views_seen, key)
+
+
+def _refuse_no_direction(made: Tensor, folder: Folder, rows: range, teacher: Encoder) -> None:
+    """Raise BingoError for a row of `made` (n, D), the images `rows`, that is not of length one: the teacher gave zeros, infinities or NaN."""
+    bad = ((made.float().norm(dim=1) - 1).abs() < 0.05).logical_not().nonzero()[:, 0].tolist()  # a NaN is no less than anything
+    if bad:
+        raise BingoError(
+            f"--teacher {teacher.name}: expected features with a direction, found zeros, infinities or NaN for {len(bad):,} of {len(rows):,} images, "
+            f"the first {folder.path(rows[bad[0]])}; are the teacher's weights whole, and does it take {teacher.preprocessing.size} px?"
+        )
+
+
+def _say_alike(embeddings: Tensor) -> None:
+    """Warn where the embeddings (N, D) of all images are so alike that float16 rounds off what tells them apart."""
+    sample = embeddings[:: -(-len(embeddings) // ROWS)].float()
+    alike = float(normalize(sample, dim=1).double().mean(0).square().sum())  # the mean cosine of any two
+    if len(sample) > 1 and alike > TOO_ALIKE:
+        console.say(
+            f"warning: the teacher tells these images hardly apart (mean cosine {alike:.6f}): float16 rounds off a good part of what differs. "
+            "Random weights, or another normalisation than the teacher's own, look like this"
+        )
+
+
+@torch.inference_mode()
+def embedding_width(teacher: Encoder) -> int:
+    """Dimensions of the embedding that targets are made of."""
+    if teacher.projection is None:
+        return teacher.width
+    size, device = teacher.preprocessing.size, next(teacher.parameters()).device
+    return teacher.embed(torch.zeros(1, 3, size, size, device=device))[1].shape[1]
+
+
+def _plain_shard(teacher: Encoder, folder: Folder, rows: range, device: torch.device) -> Iterator[Tensor]:
+    """The plain view of the images `rows`, BATCH at a time: (B, 3, S, S)."""
+    geometry = teacher.preprocessing.geometry()
+    decoded = decode_all(folder, rows, lambda picture: preprocess(picture, **geometry))
+    for start in range(rows.start, rows.stop, extract.BATCH):
+        batch = []
+        for index in range(start, min(start + extract.BATCH, rows.stop)):
+            result = next(decoded)[1]
+            if isinstance(result, ImageError):
+                raise BingoError(f"{folder.path(index)} changed while the run was reading it ({result}); start the command again")
+            batch.append(torch.from_numpy(result))
+        yield extract.to_float(torch.stack(batch).to(device))
+
+
+def _view_shard(teacher: Encoder, pixels: PixelStore, rows: range, view: int, scale_min: float) -> Iterator[Tensor]:
+    """An augmented view of the images `rows`, BATCH at a time: (B, 3, S, S)."""
+    for start in range(rows.start, rows.stop, extract.BATCH):
+        indices = torch.arange(start, min(start + extract.BATCH, rows.stop))
+        # One generator a batch and view: the views do not depend on where the pass was interrupted, nor on what the teacher takes at once.
+        generator = torch.Generator().manual_seed(extract.hash_seed("view", view, start))
+        drawn = augment.draw(pixels.aspect[indices], generator, scale_min)
+        yield augment.apply(pixels.crops(indices, drawn.box, teacher.preprocessing.size), drawn)
+
+
+@torch.inference_mode()
+def _embedded(teacher: Encoder, batches: Iterator[Tensor], fit: "_Fit", advance: console.Advance) -> tuple[Tensor, Tensor]:
+    """(features (n, width), embeddings (n, D)) of all images in `batches`, float16 of length one, on the CPU."""
+    found = []
+    while group := list(islice(batches, max(fit.images // extract.BATCH, 1))):
+        found.append(fit(teacher, torch.cat(group)))
+        advance(len(found[-1][0]))
+    return torch.cat([features for features, _ in found]), torch.cat([embeddings for _, embeddings in found])
+
+
+@dataclass
+class _Fit:
+    """How many images the teacher takes at once; halved whenever a GPU's memory does not suffice for them."""
+
+    images: int
+
+    def __call__(self, teacher: Encoder, images: Tensor) -> tuple[Tensor, Tensor]:
+        while True:
+            try:
+                found = [_both(teacher, part) for part in images.split(self.images)]
+                return torch.cat([features for features, _ in found]), torch.cat([embeddings for _, embeddings in found])
+            except torch.cuda.OutOfMemoryError:
+                if self.images == 1:
+                    raise
+                self.images //= 2
+            torch.cuda.empty_cache()
+
+
+def _both(teacher: Encoder, batch: Tensor) -> tuple[Tensor, Tensor]:
+    """(features, embeddings), float16 of length one, on the CPU."""
+    features, embeddings = teacher.embed(batch.contiguous(memory_format=torch.channels_last))
+    return normalize(features.float(), dim=1).half().cpu(), normalize(embeddings.float(), dim=1).half().cpu()

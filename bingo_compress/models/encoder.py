@@ -1,0 +1,221 @@
+"""Any timm model as an encoder of pixels in 0..1, with its own normalisation, size, interpolation and pooling."""
+
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from bingo_compress.errors import BingoError, nearest
+from bingo_compress.models import weights
+from bingo_compress.models.names import FAMILIES
+
+HUB_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a picture becomes a model's input: pixels a side, share of the short side kept, interpolation, mean and std in 0..1."""
+
+    size: int
+    crop_pct: float
+    interpolation: str
+    crop_mode: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def geometry(self) -> dict[str, Any]:
+        """The keyword arguments of bingo_edge.image.preprocess."""
+        return {"size": self.size, "crop_pct": self.crop_pct, "interpolation": self.interpolation, "crop_mode": self.crop_mode}
+
+    def describe(self) -> str:
+        """One line for the screen."""
+        part = "the whole picture, squashed" if self.crop_mode == "squash" else f"the centred {self.crop_pct:g} of the short side"
+        mean, std = (" ".join(f"{value:.3f}" for value in values) for values in (self.mean, self.std))
+        return f"{part}, {self.interpolation} to {self.size} px, less mean {mean}, by std {std}"
+
+
+class Encoder(nn.Module):
+    """A timm backbone without classifier. forward: float (B, 3, S, S) in 0..1 -> float (B, width), pooled as the model pools.
+
+    `projection`, where a checkpoint brought one (MoCo, SwAV, DINO), maps features to the embedding that the method's targets use.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, name: str, backbone: nn.Module, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.name = name
+        self.backbone = backbone
+        self.projection: nn.Module | None = None
+        self.preprocessing = preprocessing
+        self.register_buffer("mean", torch.tensor(preprocessing.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(preprocessing.std).view(1, 3, 1, 1), persistent=False)
+        self.width = self._measured_width()
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.backbone((images - self.mean) / self.std)
+        return features
+
+    def embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(features (B, width), embedding (B, D)): the embedding is the projection's output, or the features where there is none."""
+        features = self(images)
+        return features, features if self.projection is None else self.projection(features)
+
+    def normalised_by(self, mean: tuple[float, ...], std: tuple[float, ...]) -> "Encoder":
+        """The same backbone behind another normalisation, without projection."""
+        return Encoder(self.name, self.backbone, replace(self.preprocessing, mean=mean, std=std)).train(self.training)
+
+    def parameters_count(self) -> int:
+        """Parameters of the backbone: what is exported."""
+        return sum(parameter.numel() for parameter in self.backbone.parameters())
+
+    def _measured_width(self) -> int:
+        size = self.preprocessing.size
+        try:
+            with evaluating(self), torch.inference_mode():
+                features = self(torch.zeros(1, 3, size, size))
+        except Exception as error:  # Whatever a model raises for a size it cannot take.
+            raise BingoError(
+                f"{self.name} cannot take images of {size} x {size} pixels ({_first_line(error)}); choose another size"
+            ) from None
+        if features.ndim != 2:
+            raise BingoError(
+                f"{self.name} gives features of shape {tuple(features.shape)}, expected (batch, width); it cannot be used as an encoder"
+            )
+        return int(features.shape[1])
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Every layer in eval mode; afterwards each as it was, frozen ones among others that train included."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+class ProjectionHead(nn.Sequential):
+    """The paper's student head, used in training only: Linear(width, hidden)-ReLU-Linear(hidden, dim), (B, width) -> (B, dim)."""
+
+    def __init__(self, width: int, hidden: int, dim: int) -> None:
+        super().__init__(nn.Linear(width, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, dim))
+
+
+class RegressionHead(nn.Sequential):
+    """SimReg's student head, used in training only: four linear layers with BatchNorm and ReLU between them, the last to the teacher's width."""
+
+    def __init__(self, width: int, hidden: int, dim: int) -> None:
+        layers: list[nn.Module] = []
+        for before, after in ((width, hidden), (hidden, hidden // 2), (hidden // 2, hidden)):
+            layers += [nn.Linear(before, after), nn.BatchNorm1d(after), nn.ReLU(inplace=True)]
+        super().__init__(*layers, nn.Linear(hidden, dim))
+
+
+def resolve_name(word: str, option: str) -> str:
+    """The timm model that `word` means. Raises BingoError with the three nearest names for one that means none."""
+    if not word:
+        raise BingoError(f"{option}: expected a model name, found none; for example {option} mobilenetv3 (see `bingo-compress models`)")
+    name, separator, tag = word.removeprefix("timm/").partition(".")
+    if timm.is_model(name):
+        if not separator or word.removeprefix("timm/") in timm.list_pretrained(f"{name}*"):
+            return word.removeprefix("timm/")
+        known = timm.list_pretrained(f"{name}.*") or [name]
+        raise BingoError(f"{option}: unknown weights tag {tag!r} of {name}; the nearest are {', '.join(nearest(word, known))}")
+    if name in FAMILIES:
+        return FAMILIES[name]
+    known = [*timm.list_models(), *FAMILIES]
+    raise BingoError(f"{option}: unknown model {word!r}; the nearest are {', '.join(nearest(name, known))}; see `bingo-compress models`")
+
+
+def has_pretrained(name: str) -> bool:
+    """Whether timm knows weights for this model."""
+    config = timm.models.get_pretrained_cfg(name)
+    return config is not None and config.has_weights
+
+
+def build(name: str, size: int, source: str, option: str) -> Encoder:
+    """An encoder in eval mode with weights from `source`: "random", "pretrained" (timm's hub) or a file.
+
+    size: pixels a side, 0 for the model's own. Raises BingoError for a size or weights that do not fit and for a hub out of reach.
+    """
+    config = timm.models.get_pretrained_cfg(name)
+    own = min(config.input_size[1:]) if config else 224
+    arguments: dict[str, Any] = {"num_classes": 0}
+    if size and size != own and config and config.fixed_input_size:
+        arguments["img_size"] = size
+    if source == "pretrained" and not has_pretrained(name):
+        raise BingoError(f"{option}: timm has no pretrained weights for {name}; give a file with {option} PATH, or say {option} random")
+    try:
+        with _hub() if source == "pretrained" else contextlib.nullcontext():
+            backbone = timm.create_model(name, pretrained=source == "pretrained", **arguments)
+    except BingoError:
+        raise
+    except Exception as error:
+        if source == "pretrained":
+            raise BingoError(
+                f"{option}: pretrained weights of {name} could not be fetched ({_first_line(error)}). Ways out: try again online, "
+                f"fill the hub's cache on a machine that is (HF_HOME), give a local file with {option} PATH, or say {option} random"
+            ) from None
+        raise BingoError(f"{name} cannot be built at {size} x {size} pixels ({_first_line(error)}); choose another size") from None
+    data = timm.data.resolve_model_data_config(backbone)
+    encoder = Encoder(
+        name,
+        backbone,
+        Preprocessing(
+            size=size or own,
+            crop_pct=float(data["crop_pct"]),
+            interpolation=data["interpolation"] if data["interpolation"] != "random" else "bicubic",
+            crop_mode="squash" if data["crop_mode"] == "squash" else "center",
+            mean=tuple(map(float, data["mean"])),
+            std=tuple(map(float, data["std"])),
+        ),
+    )
+    if source not in ("pretrained", "random"):
+        layout, projection = weights.load_into(encoder.backbone, name, Path(source), option)
+        if layout is not None:
+            encoder = encoder.normalised_by(layout.mean, layout.std)
+            encoder.projection = projection
+    return encoder.eval()
+
+
+@contextlib.contextmanager
+def _hub() -> Iterator[None]:
+    """timm's own loader, without its minute of retries where there is no network: then the local cache alone is asked."""
+    import huggingface_hub
+
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    constants = huggingface_hub.constants
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or not _reachable(constants.ENDPOINT)
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _reachable(address: str) -> bool:
+    if any(name.lower() in ("https_proxy", "http_proxy", "all_proxy") for name in os.environ):
+        return True  # A proxy resolves names that we cannot.
+    url = urlparse(address)
+    try:
+        socket.create_connection((url.hostname or "", url.port or 443), timeout=HUB_SECONDS).close()
+    except OSError:
+        return False
+    return True
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

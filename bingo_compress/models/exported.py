@@ -1,0 +1,113 @@
+"""Exported files and what belongs to each: STEM.onnx has STEM.json, STEM.golden/, STEM.linear.npz and STEM.bank.npz beside it, which name its sha256.
+
+Where student.onnx and student-int8.onnx are both in a folder, the second is the first in int8 and was judged against it.
+"""
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from bingo_edge import EdgeError, Embedder
+
+from bingo_compress.errors import BingoError
+from bingo_compress.runtime import checkpoint, console
+from bingo_compress.runtime.made_of import file_digest
+from bingo_compress.runtime.run_dir import atomic, atomic_folder
+
+NAMES = {"onnx": "student.onnx", "onnx-int8": "student-int8.onnx"}  # by their rows in a proof
+CONTRACT, GOLDEN = ".json", ".golden"
+LINEAR, BANK = ".linear.npz", ".bank.npz"
+LATENCY, CARD = "latency.json", "MODEL_CARD.md"  # of all files in a folder
+
+
+def files(folder: Path) -> dict[str, Path]:
+    """The exported files in a folder by their rows in a proof, the float file first."""
+    return {row: folder / name for row, name in NAMES.items() if (folder / name).is_file()}
+
+
+def contract(file: Path) -> dict[str, Any]:
+    """What an exported file says of itself, as a device reads it, and "file", "bytes" and "sha256" as it is now. Raises BingoError."""
+    try:
+        held = Embedder(file)
+    except EdgeError as error:
+        raise BingoError(f"{file}: {error}; or delete it") from None
+    return held.contract | {"file": file.name, "bytes": file.stat().st_size, "sha256": held.sha256}
+
+
+def weights_digest(file: Path) -> str:
+    """A hash of the tensors in a safetensors file. Equal weights have one, while the file's bytes differ from save to save: safetensors writes what it says of
+    itself in any order. Raises BingoError."""
+    tensors, _ = checkpoint.load(file)
+    return hashlib.sha256("".join(f"{name} {checkpoint.tensor_digest(tensors[name])}\n" for name in sorted(tensors)).encode()).hexdigest()
+
+
+def heads(file: Path, sha256: str) -> list[Path]:
+    """The heads beside a file that were made for just this one."""
+    return [path for path in map(file.with_suffix, (LINEAR, BANK)) if path.is_file() and _made_for(path) == sha256]
+
+
+def _made_for(path: Path) -> str:
+    """The digest that a head names; "" where it is not one of ours."""
+    try:
+        with np.load(path, allow_pickle=False) as held:
+            return str(held["model_sha256"])
+    except Exception:  # zipfile's, numpy's and zlib's have no common base
+        return ""
+
+
+def put(made: Path, target: Path) -> Path:
+    """Move a file with its contract and golden pictures to `target`, after all that belonged to another file there. Returns `target`.
+
+    A kill in between leaves a file without some of what belongs to it, never one with what belongs to another.
+    """
+    if not target.is_file() or file_digest(target) != file_digest(made):
+        gone = _clear(target)
+        if any(name.endswith(".npz") for name in gone):
+            console.say(
+                f"removed {', '.join(name for name in gone if name.endswith('.npz'))}, of an older {target.name}: run validate again"
+            )
+    with atomic(target) as temporary:
+        os.replace(made, temporary)
+    with atomic_folder(target.with_suffix(GOLDEN)) as folder:
+        for path in made.with_suffix(GOLDEN).iterdir():
+            os.replace(path, folder / path.name)
+    with atomic(target.with_suffix(CONTRACT)) as temporary:
+        os.replace(made.with_suffix(CONTRACT), temporary)
+    return target
+
+
+def keep_pair(newest: Path) -> None:
+    """Drop the other file beside `newest` unless the int8 one of the two was made of the float one; says so."""
+    found = files(newest.parent)
+    if len(found) < len(NAMES):
+        return
+    try:
+        made_from = contract(found["onnx-int8"]).get("int8", {}).get("float_sha256")
+    except BingoError:
+        made_from = None
+    if made_from != file_digest(found["onnx"]):
+        drop(next(path for path in found.values() if path != newest), f"{newest.name} is of another export; --format all makes both")
+
+
+def drop(file: Path, why: str) -> None:
+    """Delete an exported file, if it is there, with all that belongs to it; says so."""
+    gone = [file.name] if file.exists() else []
+    file.unlink(missing_ok=True)
+    gone += _clear(file)
+    if gone:
+        console.say(f"removed {', '.join(gone)}: {why}")
+
+
+def _clear(file: Path) -> list[str]:
+    """Delete what belongs to a file, and what tells of all files in its folder. Returns the names of the former."""
+    for name in (LATENCY, CARD):
+        (file.parent / name).unlink(missing_ok=True)
+    gone = []
+    for path in map(file.with_suffix, (CONTRACT, GOLDEN, LINEAR, BANK)):
+        if path.exists():
+            gone.append(path.name)
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    return gone

