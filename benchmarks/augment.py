@@ -16,7 +16,7 @@ from synthetic import photo
 from torchvision.transforms import v2
 
 from bingo_compress.data import augment, pixel_store
-from bingo_compress.runtime.memory import keep_memory
+from bingo_compress.runtime.machine import keep_memory
 
 
 def main() -> None:

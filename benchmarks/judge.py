@@ -17,7 +17,7 @@ from bingo_compress.data import image_folder
 from bingo_compress.evaluation import probes, scores
 from bingo_compress.features import extract
 from bingo_compress.models.encoder import build
-from bingo_compress.pipeline import choose_device
+from bingo_compress.runtime.devices import choose_device
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from synthetic import photo
 
 from bingo_compress.data import pixel_store
+from bingo_compress.runtime import machine
 
 DIFFERENT = 200
 
@@ -27,7 +28,7 @@ def main() -> None:
     parser.add_argument("--teacher-size", type=int, default=224, help="decides the size of the stored pixels")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
-    limit = pixel_store.parse_memory(chosen.memory)
+    limit = machine.parse_memory(chosen.memory)
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         data = Path(scratch) / "photos"

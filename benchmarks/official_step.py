@@ -19,10 +19,10 @@ import torch
 from step import DIM, clocks, distill_recipe
 from synthetic import store_of
 
-from bingo_compress.features import extract
+from bingo_compress.features import extract, targets
 from bingo_compress.features.bagging import knn
 from bingo_compress.models.encoder import build
-from bingo_compress.runtime.memory import keep_memory
+from bingo_compress.runtime.machine import keep_memory
 from bingo_compress.training import loop
 
 
@@ -47,7 +47,7 @@ def main() -> None:
         start = time.perf_counter() if clock == 0 else time.process_time()
         found = torch.cat([extract.store_features(teacher, store, rows, device) for rows in torch.arange(32).split(8)])
         embedding = ((time.perf_counter() if clock == 0 else time.process_time()) - start) / 32
-    space = extract.target_space(found, "pca", min(DIM, 16))
+    space = targets.target_space(found, "pca", min(DIM, 16))
     dim = space(found[:1]).shape[1]
     views = torch.randn(count, 4, teacher.width)
     bags = knn(torch.randn(count, 8), 5)[0]
@@ -64,9 +64,9 @@ def main() -> None:
             }
         )
         if recipe.views == "online":
-            source: extract.TargetOf = extract.OnlineTargets(teacher, store, space, recipe.crop_scale_min, device, dim)
+            source: targets.TargetOf = targets.OnlineTargets(teacher, store, space, recipe.crop_scale_min, device, dim)
         else:
-            source = extract.StoredTargets(views, space, device, mean=True)
+            source = targets.StoredTargets(views, space, device, mean=True)
         student = build(chosen.student, chosen.size, "random", "--student")
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
             files = (Path(folder) / "metrics.jsonl", Path(folder) / "checkpoint.safetensors")

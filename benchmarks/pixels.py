@@ -27,7 +27,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from bingo_compress.data import augment, pixel_store
 from bingo_compress.data.image_folder import list_folder
-from bingo_compress.runtime.memory import keep_memory
+from bingo_compress.runtime.machine import keep_memory
 
 Decoder = Callable[[bytes, int], np.ndarray]
 Clock = Callable[[], float]

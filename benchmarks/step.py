@@ -24,12 +24,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bingo_compress.features.extract import StoredTargets, TargetSpace
+from bingo_compress.features.targets import StoredTargets, TargetSpace
 from bingo_compress.models.encoder import build
 from bingo_compress.recipe import make_recipe
 from bingo_compress.runtime import checkpoint
-from bingo_compress.runtime.memory import keep_memory
-from bingo_compress.training import loop
+from bingo_compress.runtime.machine import keep_memory
+from bingo_compress.training import loop, plan
 from bingo_compress.training.loader import Maker
 from bingo_compress.training.metrics import PARTS, Meter
 
@@ -145,9 +145,9 @@ def ours(case: Case, steps: int) -> tuple[tuple[float, float], dict[str, float]]
 def limit(case: Case, steps: int) -> tuple[float, float]:
     """(wall, CPU) seconds of `steps` of student and optimiser alone."""
     recipe, device, student = case.recipe, case.device, case.student()
-    head = loop.make_head(recipe, student.width, DIM).to(device)
+    head = plan.make_head(recipe, student.width, DIM).to(device)
     student.to(device, memory_format=torch.channels_last).train()
-    optimizer = loop.make_optimizer(recipe, loop.plan(recipe, SHOWN), [student, head])
+    optimizer = plan.make_optimizer(recipe, plan.plan(recipe, SHOWN), [student, head])
     model: Any = nn.Sequential(student, head)
     if recipe.compile == "on":
         model = torch.compile(model, dynamic=False)
@@ -168,7 +168,7 @@ def making(case: Case, steps: int) -> dict[str, float]:
     meter = Meter(case.device)
     maker = Maker(
         seed=0,
-        loss=loop.loss_of(case.recipe),
+        loss=plan.loss_of(case.recipe),
         pixels=case.store,
         training=case.training,
         batch=case.recipe.batch_size,

@@ -11,7 +11,7 @@ import typer
 from bingo_compress import __version__
 from bingo_compress.errors import BingoError
 from bingo_compress.runtime import signals
-from bingo_compress.runtime.memory import keep_memory
+from bingo_compress.runtime.machine import keep_memory
 
 app = typer.Typer(
     add_completion=False,
@@ -105,10 +105,10 @@ def distill(
 
     from bingo_compress import pipeline
     from bingo_compress.dry_run import estimate
-    from bingo_compress.training import unread
+    from bingo_compress.training import plan
 
     named = {key: getattr(chosen, key) for key in given_keys(settings or [], flags)}
-    unread.refuse_unread([chosen], named, "the command line")
+    plan.refuse_unread([chosen], named, "the command line")
     if dry_run:
         estimate(chosen, out)
     else:
@@ -165,7 +165,9 @@ def compare(
 
     from bingo_compress.comparison.arms import make_arms
     from bingo_compress.comparison.side_by_side import compare as run
-    from bingo_compress.training.unread import refuse_unread
+    from bingo_compress.training.plan import (
+        refuse_unread,
+    )
 
     named = {key: getattr(chosen, key) for key in given_keys(settings or [], flags)}
     refuse_unread([arm.recipe for arm in make_arms(methods, chosen)], named, "the command line")

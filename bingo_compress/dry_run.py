@@ -7,20 +7,18 @@ from pathlib import Path
 import torch
 
 from bingo_compress.data import image_folder, quarantine
+from bingo_compress.data.decode import decode_all
 from bingo_compress.data.pixel_store import guess, store_side
 from bingo_compress.errors import BingoError
 from bingo_compress.features import teacher_pass
 from bingo_compress.models.encoder import Encoder
 from bingo_compress.models.trained import build_models
-from bingo_compress.pipeline import choose_device
 from bingo_compress.recipe import Recipe, recipe_text
-from bingo_compress.report.header import header
+from bingo_compress.report.tables import header
 from bingo_compress.runtime import console
-from bingo_compress.runtime.devices import saved_bytes
-from bingo_compress.training.held_out import split
-from bingo_compress.training.loop import loss_of, make_head, plan
-from bingo_compress.training.material import step_memory, target_width, views_stored
-from bingo_compress.training.plan import resolve, use_threads
+from bingo_compress.runtime.devices import choose_device, saved_bytes, use_threads
+from bingo_compress.training.material import split, step_memory, target_width, views_stored
+from bingo_compress.training.plan import loss_of, make_head, plan, resolve
 
 SAMPLE = 64
 SAMPLE_VIEWS = 64
@@ -32,7 +30,7 @@ def estimate(recipe: Recipe, out: Path) -> None:
     plan(recipe, len(folder.files))
     device = choose_device(recipe.device)
     models = build_models(resolve(recipe))
-    recipe = use_threads(models.recipe, models.student, device)
+    recipe = use_threads(models.recipe, models.student, models.student.preprocessing.size, device)
     step_memory(recipe, models.student, len(folder.files), device)
     header(recipe, models.teacher, models.student, folder, device)
     console.say(recipe_text(recipe).rstrip())
@@ -83,7 +81,7 @@ def estimate(recipe: Recipe, out: Path) -> None:
 def _decode_seconds(folder: image_folder.Folder) -> float:
     sample = range(0, len(folder.files), max(1, len(folder.files) // SAMPLE))
     start = time.perf_counter()
-    good = sum(not isinstance(result, Exception) for _, result in image_folder.decode_all(folder, sample, lambda pixels: pixels.shape))
+    good = sum(not isinstance(result, Exception) for _, result in decode_all(folder, sample, lambda pixels: pixels.shape))
     if not good:
         raise BingoError(f"--data: expected images, found none that can be decoded among {len(sample)} tried in {folder.root}")
     return (time.perf_counter() - start) / len(sample)

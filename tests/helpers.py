@@ -17,14 +17,13 @@ from torch import Tensor
 
 from bingo_compress.cli import main
 from bingo_compress.data.pixel_store import PixelStore, store_of
-from bingo_compress.features import extract
 from bingo_compress.models import trained
-from bingo_compress.models.encoder import Encoder, build
+from bingo_compress.models.encoder import Encoder, build, weights_digest
 from bingo_compress.recipe import Recipe, make_recipe, recipe_text
 from bingo_compress.runtime import run_dir
-from bingo_compress.runtime.made_of import made_of
+from bingo_compress.runtime.made_of import hash_seed, made_of
 from bingo_compress.runtime.run_dir import RunDir
-from bingo_compress.training.unread import unread
+from bingo_compress.training.plan import unread
 
 CPU = torch.device("cpu")
 TINY = {
@@ -133,7 +132,7 @@ def whole_images(store: PixelStore, indices: Tensor, size: int) -> Tensor:
 
 def unit(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     """Random rows of length one, the last dimension being the vectors'."""
-    generator = torch.Generator().manual_seed(extract.hash_seed("unit", seed, shape))
+    generator = torch.Generator().manual_seed(hash_seed("unit", seed, shape))
     return torch.nn.functional.normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1).to(dtype)
 
 
@@ -213,6 +212,6 @@ def untrained_run(folder: Path, each: int) -> RunDir:
     settings = recipe(data=str(photos(folder / "photos", each)))
     run = run_dir.open_new(folder / "run", resume=False, overwrite=False)
     run_dir.write_text(run.recipe, recipe_text(settings))
-    made = made_of("training", teacher=extract.weights_digest(trained.build_teacher(settings)))
+    made = made_of("training", teacher=weights_digest(trained.build_teacher(settings)))
     trained.save_student(trained.build_student(settings, "random", "student"), run.student, settings, made)
     return run

@@ -14,7 +14,7 @@ from PIL import Image
 
 from bingo_compress.data import pixel_store
 from bingo_compress.data.image_folder import list_folder
-from bingo_compress.training import metrics
+from bingo_compress.runtime import machine
 
 SPEED_FILES, ROUNDS = 3000, 5
 
@@ -34,7 +34,7 @@ def decodes(count: int, home: Path, over: Callable[[], bool]) -> dict[str, Any]:
             bad += 1
         done = number + 1
         if done % (count // 10) == 0:
-            resident.append(pixel_store.resident())
+            resident.append(machine.resident())
             if over():
                 break
     # The first tenth fills the allocator's own stores.
@@ -45,7 +45,7 @@ def decodes(count: int, home: Path, over: Callable[[], bool]) -> dict[str, Any]:
         "images_per_second": round(done / (time.monotonic() - began)),
         "resident_mb": [round(value / 1e6, 1) for value in resident],
         "growth": round(max(steady) / steady[0] - 1, 4),
-        "peak_mb": round(metrics.peak_memory(CPU) / 1e6, 1),
+        "peak_mb": round(machine.peak_resident() / 1e6, 1),
     }
 
 

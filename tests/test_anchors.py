@@ -7,7 +7,7 @@ import torch
 from helpers import CPU, filled_store, recipe
 
 from bingo_compress.runtime import distributed
-from bingo_compress.training import loop
+from bingo_compress.training import loop, plan
 from bingo_compress.training.loader import Maker, anchors_of
 from bingo_compress.training.losses import make_loss
 from bingo_compress.training.metrics import Meter
@@ -20,7 +20,7 @@ def test_every_image_is_an_anchor_once_an_epoch(
     images: int, batch: int, epochs: float, processes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(distributed, "world", lambda: processes)
-    planned = loop.plan(recipe(batch_size=batch, epochs=epochs, bag_size=1), images)
+    planned = plan.plan(recipe(batch_size=batch, epochs=epochs, bag_size=1), images)
     training = torch.arange(images).flip(0)
     loss, bags = make_loss("seed", {}), torch.empty(images, 0, dtype=torch.int64)
     make = Maker(3, loss, filled_store(images, 8), training, planned.batch_size, 4, 1.0, None, CPU, Meter(CPU))
@@ -42,7 +42,7 @@ def test_every_image_is_an_anchor_once_an_epoch(
 def test_an_epoch_ends_with_the_step_that_shows_its_last_image() -> None:
     for images in (3, 7, 20, 255):
         for batch in range(2, images + 1):
-            planned = loop.plan(recipe(batch_size=batch, epochs=6, bag_size=1), images)
+            planned = plan.plan(recipe(batch_size=batch, epochs=6, bag_size=1), images)
             ends = [step for step in range(1, planned.steps + 1) if planned.epochs_after(step) > planned.epochs_after(step - 1)]
             assert ends == [planned.steps_of(epoch) for epoch in range(1, 7)] and ends[-1] == planned.steps
             assert all((end - 1) * batch < images * epoch <= end * batch for epoch, end in enumerate(ends, 1))

@@ -22,7 +22,8 @@ from helpers import RULES, SHAPES, encoder, photo
 from PIL import Image, PngImagePlugin
 
 from bingo_compress.exporters.golden import write_golden
-from bingo_compress.exporters.onnx import export_onnx, onnx_runner
+from bingo_compress.exporters.onnx import export_onnx
+from bingo_compress.models.exported import onnx_runner
 
 pytestmark = pytest.mark.slow
 

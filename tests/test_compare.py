@@ -28,8 +28,8 @@ from bingo_compress.models.trained import Models
 from bingo_compress.recipe import Recipe
 from bingo_compress.report.plots import dots
 from bingo_compress.runtime import checkpoint
-from bingo_compress.training import held_out, loop
-from bingo_compress.training.loop import plan
+from bingo_compress.training import loop, material
+from bingo_compress.training.plan import plan
 
 METHODS = "bingo,moco,bingo:variant=official:bag_size=1"
 OFFICIAL = "bingo:variant=official:bag_size=1"
@@ -168,7 +168,7 @@ def test_the_purity_of_bags_equals_brute_force(world: World) -> None:
     folder = image_folder.list_folder(world.data)
     teacher = encoder("test_resnet", 32, seed=9)
     features, good = extract.plain({"teacher": extract.as_embed(teacher, CPU)}, folder, range(len(folder.files)), "test")
-    _, training = held_out.split(len(good), world.base)
+    _, training = material.split(len(good), world.base)
     assert len(training) == TRAINING
     rows = torch.nn.functional.normalize(features["teacher"], dim=1).half().double().numpy()[training.numpy()]
     rows /= np.linalg.norm(rows, axis=1)[:, None]

@@ -17,7 +17,7 @@ from corpus import KINDS, Kind
 from helpers import Ran
 from PIL import AvifImagePlugin
 
-from bingo_compress.data import image_folder, pixel_store
+from bingo_compress.data import decode, image_folder, pixel_store
 from bingo_compress.errors import BingoError
 
 CPU = torch.device("cpu")
@@ -58,9 +58,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     root = tmp_path_factory.mktemp("world") / "photos"
     kinds = corpus.make(root)
     folder = image_folder.list_folder(root)
-    decoded = {
-        folder.files[index]: result for index, result in image_folder.decode_all(folder, range(len(folder.files)), lambda seen: seen)
-    }
+    decoded = {folder.files[index]: result for index, result in decode.decode_all(folder, range(len(folder.files)), lambda seen: seen)}
     return World(root, kinds, folder, decoded)
 
 

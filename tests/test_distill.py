@@ -14,10 +14,10 @@ from helpers import CPU, Trained, dropping, encoder, filled_store, kind_targets,
 from bingo_compress.data import augment
 from bingo_compress.errors import BingoError
 from bingo_compress.features.bagging import knn
-from bingo_compress.features.extract import OnlineTargets, StoredTargets, TargetSpace, target_space
+from bingo_compress.features.targets import OnlineTargets, StoredTargets, TargetSpace, target_space
 from bingo_compress.recipe import Recipe
 from bingo_compress.runtime import checkpoint
-from bingo_compress.training import loop, metrics
+from bingo_compress.training import loop, metrics, plan
 from bingo_compress.training.loader import AHEAD
 from bingo_compress.training.losses import Batch, Bingo
 from bingo_compress.training.out_of_memory import Frugal
@@ -54,48 +54,48 @@ def equal(one: Trained, two: Trained) -> bool:
 
 
 def test_a_plan_is_arithmetic() -> None:
-    made = loop.plan(recipe(batch_size=8, epochs=7, queue_size=30, optimizer="sgd"), 43)
+    made = plan.plan(recipe(batch_size=8, epochs=7, queue_size=30, optimizer="sgd"), 43)
     assert (made.batch_size, made.steps, made.warmup) == (8, 38, 0)  # 301 anchors
     assert made.peak_lr == pytest.approx(0.03 * 8 / 256)
     assert (made.optimizer, made.queue_size, made.student_views) == ("sgd", 30, 2)
 
 
 def test_the_paper_at_its_own_size_gets_its_own_constants() -> None:
-    made = loop.plan(recipe(batch_size=256, epochs=200, queue_size=65536), 1_281_167)
+    made = plan.plan(recipe(batch_size=256, epochs=200, queue_size=65536), 1_281_167)
     assert (made.optimizer, made.warmup, made.queue_size, made.steps) == ("sgd", 0, 65536, 1_000_912)
     assert made.peak_lr == pytest.approx(0.03)
 
 
 def test_few_steps_get_adamw_with_a_warm_up() -> None:
-    made = loop.plan(recipe(batch_size=128, epochs=100), 3000)
+    made = plan.plan(recipe(batch_size=128, epochs=100), 3000)
     assert (made.optimizer, made.steps, made.warmup) == ("adamw", 2344, 117)
     assert made.peak_lr == pytest.approx(0.003)
-    assert loop.plan(recipe(batch_size=32, epochs=1), 3000).peak_lr == pytest.approx(0.0015)
+    assert plan.plan(recipe(batch_size=32, epochs=1), 3000).peak_lr == pytest.approx(0.0015)
 
 
 def test_settings_win_over_what_follows() -> None:
-    made = loop.plan(recipe(batch_size=10, epochs=4, lr=0.7, warmup_epochs=1.5, optimizer="adamw", variant="official"), 100)
+    made = plan.plan(recipe(batch_size=10, epochs=4, lr=0.7, warmup_epochs=1.5, optimizer="adamw", variant="official"), 100)
     assert (made.peak_lr, made.warmup, made.student_views) == (0.7, 15, 3)
 
 
 def test_batch_and_queue_never_exceed_the_images() -> None:
-    made = loop.plan(recipe(batch_size=500, queue_size=65536, epochs=3), 20)
+    made = plan.plan(recipe(batch_size=500, queue_size=65536, epochs=3), 20)
     assert (made.batch_size, made.steps, made.queue_size) == (20, 3, 20)
 
 
 def test_the_plan_refuses_fewer_images_than_a_bag_needs() -> None:
     with pytest.raises(BingoError, match=r"expected more images than a bag holds \(3\), found 3"):
-        loop.plan(recipe(bag_size=3), 3)
-    assert loop.plan(recipe(bag_size=3, epochs=2), 4).steps == 2
+        plan.plan(recipe(bag_size=3), 3)
+    assert plan.plan(recipe(bag_size=3, epochs=2), 4).steps == 2
     with pytest.raises(BingoError, match="found 0"):
-        loop.plan(recipe(), 0)
+        plan.plan(recipe(), 0)
 
 
 def test_the_optimizer_decays_no_norms_and_biases_under_adamw_and_everything_under_sgd() -> None:
     model = encoder()
     for kind in ("adamw", "sgd"):
         settings = recipe(optimizer=kind, weight_decay=0.05)
-        made = loop.make_optimizer(settings, loop.plan(settings, IMAGES), [model])
+        made = plan.make_optimizer(settings, plan.plan(settings, IMAGES), [model])
         decay = {id(parameter): group["weight_decay"] for group in made.param_groups for parameter in group["params"]}
         assert len(decay) == len(list(model.parameters()))
         for parameter in model.parameters():

@@ -19,16 +19,14 @@ from torch import nn
 from torch.distributed.run import parse_args
 from two_processes import BATCHES, DISTILLED, HANDED_OVER, SHARDS, STOP_AT, TUNED, command, distill, validate
 
-from bingo_compress import pipeline
 from bingo_compress.data import image_folder, pixel_store
 from bingo_compress.errors import BingoError
-from bingo_compress.evaluation import finetune
+from bingo_compress.evaluation import finetune, held_out
 from bingo_compress.features import extract, neighbours, teacher_pass
 from bingo_compress.models import trained
 from bingo_compress.runtime import checkpoint, console, distributed, run_dir, signals
-from bingo_compress.training.held_out import halves
 from bingo_compress.training.loader import own_share
-from bingo_compress.training.material import prepare
+from bingo_compress.training.material import halves, prepare
 
 Bingo = Callable[..., Ran]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -132,15 +130,15 @@ def test_two_processes_check_the_student_as_one_does(two: Path, folder: Path) ->
     assert len(first["checked"]) == len(set(first["checked"])) == 3
     assert first["checked"] == second["checked"]  # all have the same student
     run = run_dir.RunDir(two / "kept")
-    recipe = pipeline.saved_recipe(run)
+    recipe = run_dir.saved_recipe(run)
     models = replace(trained.build_models(recipe), student=trained.load_student(recipe, run.student))
     side = pixel_store.store_side(recipe.image_size, recipe.teacher_size)
     material = prepare(models, image_folder.list_folder(folder), side, run.work, CPU)
-    assert json.loads(run.summary.read_text())["neighbour_recall"] == pipeline.held_out_recall(run, models, material, CPU)
+    assert json.loads(run.summary.read_text())["neighbour_recall"] == held_out.held_out_recall(run, models, material, CPU)
     checks = [line["neighbour_recall"] for line in lines(run.path) if "neighbour_recall" in line]
     assert len(checks) == 3
     choosing, reporting = halves(material.held, recipe)
-    assert max(checks) == pytest.approx(pipeline.recall_check(material, choosing, CPU)(models.student), abs=1e-6)  # the log rounds
+    assert max(checks) == pytest.approx(held_out.recall_check(material, choosing, CPU)(models.student), abs=1e-6)  # the log rounds
     assert json.loads(run.summary.read_text())["neighbour_recall"]["queries"] == len(reporting) == len(material.held) - len(choosing)
 
 

@@ -16,9 +16,10 @@ from torch.nn.functional import normalize
 from bingo_compress.data import augment, image_folder, pixel_store
 from bingo_compress.errors import BingoError
 from bingo_compress.features import extract
-from bingo_compress.features.extract import OnlineTargets, StoredTargets, TargetSpace, target_space
 from bingo_compress.features.memmap import Rows
-from bingo_compress.models.encoder import Encoder
+from bingo_compress.features.targets import OnlineTargets, StoredTargets, TargetSpace, target_space
+from bingo_compress.models.encoder import Encoder, weights_digest
+from bingo_compress.runtime.made_of import hash_seed
 
 COUNT = 18
 
@@ -99,7 +100,7 @@ def test_plain_goes_on_after_the_last_finished_part(
         return run(batch)
 
     expected = extract.plain({"a": (preprocessing, run)}, folder, range(COUNT), "test")
-    keep = extract.Keep(tmp_path, "keep", {"a": extract.weights_digest(teacher)})
+    keep = extract.Keep(tmp_path, "keep", {"a": weights_digest(teacher)})
     with pytest.raises(KeyboardInterrupt):
         extract.plain({"a": (preprocessing, counted)}, folder, range(COUNT), "test", keep)
     whole = sorted(keep.folder.glob("*/*"))
@@ -120,7 +121,7 @@ def test_parts_of_other_models_images_or_preprocessing_are_not_taken(
     root = photos(tmp_path / "photos", 2)
 
     def embedded(model: Encoder, order: list[int]) -> tuple[torch.Tensor, list[int]]:
-        keep = extract.Keep(tmp_path, "keep", {"a": extract.weights_digest(model)})
+        keep = extract.Keep(tmp_path, "keep", {"a": weights_digest(model)})
         found, good = extract.plain({"a": extract.as_embed(model, CPU)}, image_folder.list_folder(root), order, "test", keep)
         expected, _ = extract.plain({"a": extract.as_embed(model, CPU)}, image_folder.list_folder(root), order, "test")
         assert torch.equal(found["a"], expected["a"])
@@ -274,7 +275,7 @@ def test_a_space_fitted_by_blocks_equals_the_whole_in_float64(monkeypatch: pytes
     rows = (unit(70, 12) * torch.linspace(0.5, 9, 70)[:, None] + 0.2).half()
     points = normalize(rows.double(), dim=1)
     values, vectors = np.linalg.eigh(np.cov(points.numpy().T, bias=True))
-    monkeypatch.setattr(extract, "ROWS", 9)
+    monkeypatch.setattr("bingo_compress.features.targets.ROWS", 9)
     space = target_space(Rows(rows, torch.arange(70)), "whitened", 4)
     assert space.mean is not None and space.basis is not None
     assert space.mean.numpy() == pytest.approx(points.mean(0).numpy(), abs=1e-6)
@@ -368,19 +369,17 @@ def test_targets_carry_no_gradient_and_can_be_trained_against(kind: str, store: 
 
 
 def test_seeds_of_other_streams_differ_and_fit_torch() -> None:
-    seeds = {extract.hash_seed(0, "view", view, start) for view in range(10) for start in range(10)} | {
-        extract.hash_seed("0", "view", 0, 0)
-    }
+    seeds = {hash_seed(0, "view", view, start) for view in range(10) for start in range(10)} | {hash_seed("0", "view", 0, 0)}
     assert len(seeds) == 101
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
 def test_the_digest_sees_every_weight() -> None:
     one, two = encoder(), encoder()
-    assert extract.weights_digest(one) == extract.weights_digest(two)
+    assert weights_digest(one) == weights_digest(two)
     with torch.no_grad():
         next(two.parameters()).view(-1)[0] += 1e-6
-    assert extract.weights_digest(one) != extract.weights_digest(two)
+    assert weights_digest(one) != weights_digest(two)
 
 
 def test_half_made_photos_of_one_pixel_can_be_embedded(tmp_path: Path, teacher: Encoder) -> None:

@@ -15,16 +15,8 @@ from torch import Tensor, nn
 
 from bingo_compress.errors import BingoError
 from bingo_compress.models import encoder as module
-from bingo_compress.models.encoder import (
-    FAMILIES,
-    Encoder,
-    Preprocessing,
-    ProjectionHead,
-    RegressionHead,
-    build,
-    has_pretrained,
-    resolve_name,
-)
+from bingo_compress.models.encoder import FAMILIES, Encoder, Preprocessing, ProjectionHead, RegressionHead, build
+from bingo_compress.models.names import has_pretrained, resolve_name
 
 # model, pixels a side, width of the pooled features
 MODELS = [

@@ -21,7 +21,7 @@ from bingo_compress.data import pixel_store
 from bingo_compress.features import extract, teacher_pass
 from bingo_compress.features.bagging import knn
 from bingo_compress.recipe import load_recipe
-from bingo_compress.runtime import devices
+from bingo_compress.runtime import machine
 from bingo_compress.training import loop
 from bingo_compress.training.material import split
 
@@ -238,7 +238,7 @@ def test_another_number_of_loader_threads_changes_nothing(
 ) -> None:
     def cores(count: int) -> None:
         monkeypatch.setattr("os.cpu_count", lambda: count)  # of the decoding
-        monkeypatch.setattr(devices, "free_cores", lambda: count)  # of the next batches: with one they are made in the trainer's thread
+        monkeypatch.setattr(machine, "free_cores", lambda: count)  # of the next batches: with one they are made in the trainer's thread
 
     cores(1)
     assert interrupted(bingo, monkeypatch, world, tmp_path / "run", 10, "--set", "save_every_steps=4").status == 130

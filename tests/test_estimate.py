@@ -8,7 +8,7 @@ import torch
 from helpers import encoder, photos, recipe, unit
 
 from bingo_compress import dry_run
-from bingo_compress.features import extract, teacher_pass
+from bingo_compress.features import targets, teacher_pass
 from bingo_compress.runtime import console
 from bingo_compress.training.material import target_kind, target_width
 
@@ -24,7 +24,7 @@ def test_the_width_of_a_target_is_that_of_the_target_made(method: str, target: s
         if projected:
             teacher.projection = torch.nn.Linear(teacher.width, 24)
         seen = unit(count, teacher.width if method == "simreg" else teacher_pass.embedding_width(teacher))
-        made = extract.target_space(seen, target_kind(chosen, teacher), chosen.target_dim)(seen[:1]).shape[1]
+        made = targets.target_space(seen, target_kind(chosen, teacher), chosen.target_dim)(seen[:1]).shape[1]
         assert target_width(chosen, teacher, count) == made
 
 

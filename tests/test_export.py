@@ -13,15 +13,15 @@ import torch
 from helpers import CPU, encoder, photo, photos, untrained_run
 from PIL import Image
 
-from bingo_compress import pipeline
 from bingo_compress.data import image_folder
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation import probes, validation
 from bingo_compress.exporters import exporting
 from bingo_compress.exporters import onnx as exporter
-from bingo_compress.exporters.onnx import Deployed, export_onnx, onnx_runner
+from bingo_compress.exporters.onnx import Deployed, export_onnx
 from bingo_compress.features import extract
 from bingo_compress.models import trained
+from bingo_compress.models.exported import onnx_runner
 from bingo_compress.runtime import run_dir
 
 FACTS = {"version": "0", "run_id": "abc", "student": "s", "teacher": "t"}
@@ -226,7 +226,7 @@ def finished(tmp_path: Path) -> run_dir.RunDir:
 def test_a_run_is_exported_and_its_file_embeds_its_photos_as_torch_does(finished: run_dir.RunDir, tmp_path: Path) -> None:
     (path,) = exporting.export(finished.path, tmp_path / "elsewhere")
     assert path == tmp_path / "elsewhere" / "student.onnx"
-    settings = pipeline.saved_recipe(finished)
+    settings = run_dir.saved_recipe(finished)
     student = trained.load_student(settings, finished.student)
     folder = image_folder.list_folder(Path(settings.data))
     expected = extract.plain({"s": extract.as_embed(student, CPU)}, folder, range(9), "test")[0]["s"]

@@ -14,14 +14,13 @@ import torch
 from bingo_edge import EdgeError, load_head
 from helpers import encoder, interrupted_at, photos, untrained_run
 
-from bingo_compress import pipeline
 from bingo_compress.errors import BingoError
 from bingo_compress.exporters import exporting, timing
 from bingo_compress.exporters import onnx as exporter
 from bingo_compress.exporters.int8 import LadderEnds, Rung
 from bingo_compress.exporters.onnx import REFUSED
-from bingo_compress.features import extract
 from bingo_compress.models import exported, trained
+from bingo_compress.models.encoder import weights_digest
 from bingo_compress.runtime import checkpoint, run_dir
 from bingo_compress.runtime.made_of import file_digest
 
@@ -35,7 +34,7 @@ def quick() -> Iterator[None]:
     real = exporter._write_graph
 
     def once(module: Any, images: torch.Tensor, path: Path, wanted: Any) -> None:
-        key = (extract.weights_digest(module.student), images.shape[1], wanted)
+        key = (weights_digest(module.student), images.shape[1], wanted)
         if key not in GRAPHS:
             real(module, images, path, wanted)
             GRAPHS[key] = path.read_bytes()
@@ -249,7 +248,7 @@ def test_without_an_exported_file_the_student_is_asked_and_that_is_said(run: run
 
 
 def test_a_file_of_another_student_is_refused_before_anything(run: run_dir.RunDir, made: Path, bingo: Any) -> None:
-    recipe = pipeline.saved_recipe(run)
+    recipe = run_dir.saved_recipe(run)
     made_of = checkpoint.made_of(run.student)
     assert made_of
     trained.save_student(encoder("test_efficientnet", 32, seed=5), run.student, recipe, made_of)
@@ -263,7 +262,7 @@ def test_a_file_of_another_student_is_refused_before_anything(run: run_dir.RunDi
 
 
 def test_the_same_weights_saved_again_are_the_same_student(run: run_dir.RunDir) -> None:
-    digest, recipe, made_of = exported.weights_digest(run.student), pipeline.saved_recipe(run), checkpoint.made_of(run.student)
+    digest, recipe, made_of = exported.weights_digest(run.student), run_dir.saved_recipe(run), checkpoint.made_of(run.student)
     assert made_of
     student = trained.load_student(recipe, run.student)
     for _ in range(12):  # safetensors writes what a file says of itself in any order: the bytes differ

@@ -17,11 +17,12 @@ from bingo_compress.data import augment, pixel_store
 from bingo_compress.data.image_folder import list_folder
 from bingo_compress.data.pixel_store import PixelStore
 from bingo_compress.errors import BingoError
-from bingo_compress.features import extract, teacher_pass
+from bingo_compress.features import teacher_pass
 from bingo_compress.features.bagging import knn
 from bingo_compress.features.neighbours import nearest_neighbours
+from bingo_compress.features.targets import StoredTargets, TargetSpace
 from bingo_compress.models.encoder import build
-from bingo_compress.training import loop
+from bingo_compress.training import loop, plan
 from bingo_compress.training.losses import LOSSES, Batch, Queries, Targets, make_loss
 from bingo_compress.training.plan import settle
 
@@ -137,14 +138,14 @@ def train(folder: Path, device: torch.device, stops: tuple[int, ...], **settings
     """A distillation of 48 pictures that leaves after each of `stops` and goes on."""
     count, dim = 48, 16
     chosen = settle(recipe(**{"student": "test_resnet", "device": device.type, "compile": "off", **settings}))
-    loss = loop.loss_of(chosen)
+    loss = plan.loss_of(chosen)
     targets = kind_targets(count, 2, dim)
     bags = knn(targets[:, 0], 3)[0]
     store = filled_store(count)
     source = None
     if loss.teacher:
         mean = chosen.stored_views == "mean"
-        source = extract.StoredTargets(targets, extract.TargetSpace(None, None), device, lengths=loss.lengths, mean=mean)
+        source = StoredTargets(targets, TargetSpace(None, None), device, lengths=loss.lengths, mean=mean)
     folder.mkdir(parents=True, exist_ok=True)
     files = folder / "metrics.jsonl", folder / "checkpoint.safetensors"
     for steps in stops:
@@ -196,7 +197,7 @@ def test_too_little_memory_is_a_slower_step_with_the_same_result(name: str, tmp_
         for steps in (1, 2, 3):
             torch.manual_seed(0)
             student = build(name, size, "random", "--test")
-            source = extract.StoredTargets(targets, extract.TargetSpace(None, None), GPU, mean=True)
+            source = StoredTargets(targets, TargetSpace(None, None), GPU, mean=True)
             loop.distill(chosen, student, on_gpu(store), torch.arange(count), bags, source, dim, *files, GPU, stop_after=steps)
         return [json.loads(line)["loss"] for line in files[0].read_text().splitlines()]
 

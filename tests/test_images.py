@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 from bingo_edge.image import ImageError
 
-from bingo_compress.data.image_folder import Folder, decode_all, in_threads, labels_of, list_folder, write_quarantine
+from bingo_compress.data.decode import decode_all
+from bingo_compress.data.image_folder import Folder, labels_of, list_folder
+from bingo_compress.data.quarantine import write_quarantine
 from bingo_compress.errors import BingoError
+from bingo_compress.runtime.machine import in_threads
 
 MakePhoto = Callable[..., Path]
 NOT_UTF8 = os.fsdecode(b"caf\xe9.jpg")

@@ -16,9 +16,10 @@ from bingo_compress.data import image_folder
 from bingo_compress.errors import BingoError
 from bingo_compress.exporters import exporting, gate, int8, quantization_aware
 from bingo_compress.exporters.int8 import LadderEnds, Rung, quantise, sensitivity
-from bingo_compress.exporters.onnx import PROFILES, Deployed, Form, export_onnx, form, onnx_runner
+from bingo_compress.exporters.onnx import PROFILES, Deployed, Form, export_onnx, form
 from bingo_compress.features import extract
 from bingo_compress.models.encoder import Encoder
+from bingo_compress.models.exported import onnx_runner
 from bingo_compress.runtime import run_dir
 
 FACTS = {"version": "0", "run_id": "abc", "student": "s", "teacher": "t"}

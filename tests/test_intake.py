@@ -11,7 +11,8 @@ import torch
 from helpers import Ran, flags, photos, recipe
 
 from bingo_compress.data import image_folder, pixel_store, quarantine
-from bingo_compress.data.image_folder import list_folder, write_quarantine
+from bingo_compress.data.image_folder import list_folder
+from bingo_compress.data.quarantine import write_quarantine
 from bingo_compress.errors import BingoError
 from bingo_compress.models import weights
 from bingo_compress.recipe import KEYS, load_recipe, make_recipe

@@ -1,35 +1,34 @@
-"""Imports run one way, and the device never sees torch."""
+"""The house: rooms, what each may import, and how large anything may grow. The device never sees torch."""
 
 import ast
 import subprocess
 import sys
+from collections import Counter
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-# Lowest first; a module imports only from lower lines.
-LAYERS = (
-    "errors families memory processor stopping transfer",
-    "distributed made_of",
-    "recipe run_dir layouts kernels",
-    "screen feature_queue losses schedule chart evidence logistic meter",
-    "weights",
-    "augment images unread encoder checkpoint frugal speed profiling matrices golden latency",
-    "decoding intake resolving exported",
-    "pixels neighbours",
-    "bagging",
-    "embed probes exporters.onnx",
-    "teacher_pass batches held_out exporters.onnx_int8 trained",
-    "distill checking catalogue finetune",
-    "material header",
-    "pipeline figures arms",
-    "proof_table gate quantaware compare_table",
-    "model_card",
-    "validation exporting estimate compare",
-    "demo early",
+PACKAGE = ROOT / "bingo_compress"
+# A module imports from its own room and from lines above; rooms in one line do not know each other.
+ROOMS = (
+    "errors",
+    "recipe",
+    "runtime",
+    "data models",
+    "features",
+    "training",
+    "report",
+    "evaluation",
+    "exporters",
+    "pipeline",
+    "dry_run comparison demo",
+    "preflight",
     "cli",
     "__main__",
 )
-RANK = {name: rank for rank, line in enumerate(LAYERS) for name in line.split()}
+RANK = {name: rank for rank, line in enumerate(ROOMS) for name in line.split()}
+WITHOUT_TORCH = ("recipe", "preflight", "models.names", "runtime.machine", "runtime.signals", "data.image_folder")
+FLOORS, MODULES = 14, 8  # import floors with __main__, modules in a room
 
 
 def imported(file: Path) -> set[str]:
@@ -42,21 +41,35 @@ def imported(file: Path) -> set[str]:
     return found
 
 
-def test_imports_run_one_way() -> None:
-    package = ROOT / "bingo_compress"
-    for file in package.rglob("*.py"):
-        name = ".".join(file.relative_to(package).with_suffix("").parts)
-        if name.endswith("__init__"):
-            continue
-        used = {target.removeprefix("bingo_compress.") for target in imported(file) if target.startswith("bingo_compress.")}
-        for other in used & RANK.keys():
-            assert RANK[other] < RANK[name], f"{name} imports {other}, which stands above or beside it"
+def modules() -> dict[str, set[str]]:
+    """Every module, and those of ours that it imports, both as below the package."""
+    files = {".".join(file.relative_to(PACKAGE).with_suffix("").parts): file for file in PACKAGE.rglob("*.py")}
+    files = {name: file for name, file in files.items() if not name.endswith("__init__")}
+    return {name: {other.removeprefix("bingo_compress.") for other in imported(file)} & files.keys() for name, file in files.items()}
 
 
-def test_every_module_has_a_layer() -> None:
-    package = ROOT / "bingo_compress"
-    names = {".".join(file.relative_to(package).with_suffix("").parts) for file in package.rglob("*.py")}
-    assert {name for name in names if not name.endswith("__init__")} == set(RANK)
+def test_rooms_import_only_from_their_left() -> None:
+    for name, others in modules().items():
+        room = name.split(".")[0]
+        assert room in RANK, f"{name} is in no room"
+        for other in others:
+            there = other.split(".")[0]
+            assert there == room or RANK[there] < RANK[room], f"{name} imports {other}, which stands above or beside it"
+
+
+def test_there_is_no_circle_and_few_floors() -> None:
+    graph = modules()
+
+    @cache
+    def floor(name: str, below: tuple[str, ...] = ()) -> int:
+        assert name not in below, f"a circle: {' -> '.join((*below, name))}"
+        return 1 + max((floor(other, (*below, name)) for other in graph[name]), default=0)
+
+    assert max(map(floor, graph)) <= FLOORS
+
+
+def test_no_room_is_crowded() -> None:
+    assert max(Counter(name.split(".")[0] for name in modules() if "." in name).values()) <= MODULES
 
 
 def test_the_device_never_sees_torch() -> None:
@@ -69,6 +82,12 @@ def test_no_file_is_too_long() -> None:
     for folder in ("bingo_compress", "export", "tests", "benchmarks"):
         for file in (ROOT / folder).rglob("*.py"):
             assert len(file.read_text(encoding="utf-8").splitlines()) <= 400, file
+
+
+def test_what_is_refused_at_once_imports_neither_torch_nor_timm() -> None:
+    names = ", ".join(f"bingo_compress.{name}" for name in WITHOUT_TORCH)
+    code = f"import sys; import {names}; print(sorted({{'torch', 'timm'}} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
 def test_help_does_not_import_torch() -> None:

@@ -11,14 +11,15 @@ import torch
 from helpers import CPU, Trained, encoder, filled_store, kind_targets, recipe, unit
 
 from bingo_compress.features.bagging import knn
-from bingo_compress.features.extract import StoredTargets, TargetSpace
+from bingo_compress.features.targets import StoredTargets, TargetSpace
 from bingo_compress.models.encoder import Encoder, ProjectionHead, RegressionHead
 from bingo_compress.recipe import Recipe
 from bingo_compress.runtime import checkpoint
-from bingo_compress.training import loop
+from bingo_compress.training import loop, plan
 from bingo_compress.training.loader import pick_mates
-from bingo_compress.training.loop import Average, make_head
 from bingo_compress.training.losses import LOSSES, Batch, Loss, Queries, Targets, make_loss
+from bingo_compress.training.momentum import Average
+from bingo_compress.training.plan import make_head
 
 BATCH, DIM, QUEUE = 4, 6, 9
 OTHERS = sorted(set(LOSSES) - {"bingo"})
@@ -214,8 +215,8 @@ def test_temperature_zero_is_the_methods_own_and_any_other_is_taken(method: str)
 
 
 def test_settings_reach_the_methods_fields() -> None:
-    loss: Any = loop.loss_of(recipe(method="seed", teacher_temperature=0.03))
-    assert (loss.teacher_temperature, loop.loss_of(recipe(variant="official")).official) == (0.03, True)
+    loss: Any = plan.loss_of(recipe(method="seed", teacher_temperature=0.03))
+    assert (loss.teacher_temperature, plan.loss_of(recipe(variant="official")).official) == (0.03, True)
     heads = [type(make_head(recipe(method=method), 24, 16)) for method in ("bingo", "simreg")]
     assert heads == [ProjectionHead, RegressionHead]
 
@@ -231,7 +232,7 @@ BAGS = knn(TARGETS[:, 0], 3)[0]
 def train(folder: Path, settings: Recipe, stop_after: int | None = None, check: loop.Check | None = None) -> Trained:
     """The tiny problem of test_distill; a method without teacher gets no targets at all."""
     folder.mkdir(exist_ok=True)
-    loss = loop.loss_of(settings)
+    loss = plan.loss_of(settings)
     run = Trained(encoder("test_resnet", 32, seed=5), folder / "metrics.jsonl", folder / "checkpoint.safetensors")
     source = StoredTargets(TARGETS, TargetSpace(None, None), CPU, lengths=loss.lengths) if loss.teacher else None
     files = (run.metrics, run.saved)

@@ -16,7 +16,7 @@ from markdown_it import MarkdownIt
 
 from bingo_compress.data.image_folder import Folder
 from bingo_compress.errors import BingoError
-from bingo_compress.evaluation import probes, scores, validation
+from bingo_compress.evaluation import probes, protocol, scores
 from bingo_compress.evaluation.scores import Sides
 from bingo_compress.models import exported
 from bingo_compress.recipe import recipe_text
@@ -110,7 +110,7 @@ def judged() -> tuple[Sides, str]:
 def validated(run: run_dir.RunDir, test: Folder | None = None) -> dict[str, Any]:
     """Put RUN/validation.json there, as `validate` makes it."""
     sides, rows = judged()
-    result = {"protocol": validation._protocol(sides, test, [], False, False, run.path / "secret-run"), "rows": json.loads(rows)}
+    result = {"protocol": protocol._protocol(sides, test, [], False, False, run.path / "secret-run"), "rows": json.loads(rows)}
     result["rows"][1]["weights"] = exported.weights_digest(run.student)
     run.validation.write_text(json.dumps(result))
     return result

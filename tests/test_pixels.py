@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from bingo_compress.data import augment, image_folder, pixel_store
+from bingo_compress.data.decode import decode_all
 from bingo_compress.data.image_folder import Folder, list_folder
 from bingo_compress.data.pixel_store import build, kept_size, store_of
 from bingo_compress.errors import BingoError
@@ -67,7 +68,7 @@ def count_decoding(monkeypatch: pytest.MonkeyPatch, stop_after: int | None = Non
     seen: list[int] = []
 
     def decode(folder: Folder, indices: Iterable[int], use: Callable[..., Any], at_least: int = 0) -> Iterator[tuple[int, Any]]:
-        for index, result in image_folder.decode_all(folder, indices, use, at_least):
+        for index, result in decode_all(folder, indices, use, at_least):
             if len(seen) == stop_after:
                 raise KeyboardInterrupt
             seen.append(index)

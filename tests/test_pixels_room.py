@@ -6,6 +6,7 @@ import torch
 from bingo_compress.data import pixel_store
 from bingo_compress.data.pixel_store import kept_size, place, store_side
 from bingo_compress.errors import BingoError
+from bingo_compress.runtime import machine
 
 CPU = torch.device("cpu")
 
@@ -18,8 +19,8 @@ def test_sizes_as_kept() -> None:
 
 
 def test_auto_takes_memory_where_there_is_room_and_the_disk_where_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pixel_store, "resident", lambda: 10**9)
-    monkeypatch.setattr(pixel_store, "free_memory", lambda: 10 * 10**9)
+    monkeypatch.setattr(machine, "resident", lambda: 10**9)
+    monkeypatch.setattr(machine, "free_memory", lambda: 10 * 10**9)
     limit = 3 * 10**9
     room = limit - 10**9 - pixel_store.WORK
     assert place(room, CPU, "auto", limit)[0] == "memory" and place(room + 1, CPU, "auto", limit)[0] == "disk"
@@ -31,12 +32,12 @@ def test_auto_takes_memory_where_there_is_room_and_the_disk_where_not(monkeypatc
 
 @pytest.mark.parametrize(("text", "size"), [("", 0), ("4GB", 4 * 10**9), ("1.5g", 15 * 10**8), (" 800 MB ", 8 * 10**8), ("12", 12)])
 def test_a_size_is_read(text: str, size: int) -> None:
-    assert pixel_store.parse_memory(text) == size
+    assert machine.parse_memory(text) == size
 
 
 def test_a_size_that_is_none_is_refused() -> None:
     with pytest.raises(BingoError, match="--memory: expected a size such as 4GB, found 'much'"):
-        pixel_store.parse_memory("much")
+        machine.parse_memory("much")
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ from bingo_compress.evaluation.probes import (
     knn_predict,
     neighbour_recall,
     normalised,
+)
+from bingo_compress.features.neighbours import (
     recall_facts,
     recall_k,
     recall_title,

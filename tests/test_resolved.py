@@ -14,13 +14,14 @@ from bingo_compress import pipeline
 from bingo_compress.comparison import side_by_side
 from bingo_compress.data import augment
 from bingo_compress.errors import BingoError
-from bingo_compress.features import extract
+from bingo_compress.features.targets import OnlineTargets, StoredTargets, TargetSpace, target_space
 from bingo_compress.recipe import load_recipe
-from bingo_compress.runtime import devices, run_dir
+from bingo_compress.runtime import devices, machine, run_dir
+from bingo_compress.runtime.devices import use_threads
 from bingo_compress.training import loop, plan
-from bingo_compress.training.plan import resolve, use_threads
+from bingo_compress.training.plan import resolve
 
-RAW = extract.TargetSpace(None, None)
+RAW = TargetSpace(None, None)
 OPEN = {"threads": 0, "image_size": 0, "epochs": 2}
 
 
@@ -63,7 +64,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 def test_the_recipe_is_kept_as_asked_for_and_as_run(world: Any) -> None:
     data, run = world
     assert load_recipe(run / "recipe.yaml", [], {}) == recipe(data=str(data.resolve()), **OPEN)
-    was_run = pipeline.saved_recipe(run_dir.RunDir(run))
+    was_run = run_dir.saved_recipe(run_dir.RunDir(run))
     assert was_run == load_recipe(run / "resolved.yaml", [], {})
     assert (was_run.temperature, was_run.stored_views, was_run.threads) == (0.2, "mean", 2)
     assert was_run.image_size == encoder("test_efficientnet", 0).preprocessing.size
@@ -99,10 +100,10 @@ def test_what_a_newer_version_would_fill_in_otherwise_is_no_resume(run: Path, bi
 
 def test_a_run_of_an_earlier_version_has_one_file(run: Path, bingo: Any) -> None:
     (run / "resolved.yaml").replace(run / "recipe.yaml")
-    was_run = pipeline.saved_recipe(run_dir.RunDir(run))
+    was_run = run_dir.saved_recipe(run_dir.RunDir(run))
     assert was_run.temperature == 0.2
     assert bingo("distill", "--out", run, "--resume").status == 0
-    assert pipeline.saved_recipe(run_dir.RunDir(run)) == was_run
+    assert run_dir.saved_recipe(run_dir.RunDir(run)) == was_run
 
 
 def test_overwrite_leaves_nothing_of_the_earlier_recipe(run: Path) -> None:
@@ -133,16 +134,16 @@ def test_a_run_keeps_its_threads_when_it_goes_on(
 def test_fewer_cores_than_the_run_began_with_are_said(
     run: Path, bingo: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(devices, "free_cores", lambda: 1)
+    monkeypatch.setattr(machine, "free_cores", lambda: 1)
     before = torch.get_num_threads()
     student = encoder("test_efficientnet")
-    settled = use_threads(recipe(threads=0), student, CPU, kept=2)
+    settled = use_threads(recipe(threads=0), student, 32, CPU, kept=2)
     assert (settled.threads, torch.get_num_threads()) == (2, 1)  # where there are two again, it is two
     assert "threads: 1 instead of the 2 that this run began with, there are no more cores" in capsys.readouterr().out
-    assert use_threads(recipe(threads=1), student, CPU, kept=2).threads == 1
+    assert use_threads(recipe(threads=1), student, 32, CPU, kept=2).threads == 1
     assert "as asked for" in capsys.readouterr().out
     for asked, kept in ((1, 1), (1, 0), (0, 1)):
-        assert use_threads(recipe(threads=asked), student, CPU, kept=kept).threads == 1
+        assert use_threads(recipe(threads=asked), student, 32, CPU, kept=kept).threads == 1
         assert "threads" not in capsys.readouterr().out
     torch.set_num_threads(before)
 
@@ -151,10 +152,10 @@ def test_a_batch_is_the_same_whatever_the_threads_it_is_made_with() -> None:
     """So it does not matter whether a thread of one core makes it beside the student, or the trainer's own threads."""
     before, count = torch.get_num_threads(), 40
     targets, images = kind_targets(count, 3, 64), torch.arange(count)
-    space, pixels = extract.target_space(targets[:, 0].half(), "pca", 16), filled_store(count, 72)
+    space, pixels = target_space(targets[:, 0].half(), "pca", 16), filled_store(count, 72)
     sources = (
-        extract.StoredTargets(targets.half(), space, CPU),
-        extract.OnlineTargets(encoder("test_resnet", 64), pixels, RAW, 0.2, CPU, 16),
+        StoredTargets(targets.half(), space, CPU),
+        OnlineTargets(encoder("test_resnet", 64), pixels, RAW, 0.2, CPU, 16),
     )
     for source in sources:
         made = []

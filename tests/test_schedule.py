@@ -12,7 +12,7 @@ from torch import nn
 
 from bingo_compress.errors import BingoError
 from bingo_compress.runtime import checkpoint
-from bingo_compress.training.schedule import learning_rate
+from bingo_compress.training.plan import learning_rate
 
 # ---------------------------------------------------------------- learning rate
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from helpers import encoder
 
-from bingo_compress.runtime import devices
+from bingo_compress.runtime import devices, machine
 
 
 @pytest.mark.parametrize(("times", "wanted"), [([1.0, 0.5, 0.3], 4), ([1.0, 0.95, 0.3], 4), ([1.0, 0.95, 0.94], 1), ([1.0, 9.0, 0.1], 1)])
 def test_the_threads_are_those_measured_fastest(times: list[float], wanted: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "free_cores", lambda: 4)
+    monkeypatch.setattr(machine, "free_cores", lambda: 4)
     asked = iter(times)
     monkeypatch.setattr(devices, "seconds", lambda work, times=3: next(asked))
     before = torch.get_num_threads()
@@ -22,7 +22,7 @@ def test_the_threads_are_those_measured_fastest(times: list[float], wanted: int,
 def test_the_calibration_leaves_the_student_as_it_was() -> None:
     student = encoder()
     before = copy.deepcopy(student.state_dict())
-    assert 1 <= devices.choose_threads(student, 32) <= devices.free_cores()
+    assert 1 <= devices.choose_threads(student, 32) <= machine.free_cores()
     assert all(torch.equal(before[name], value) for name, value in student.state_dict().items())
     assert not student.training
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bingo_compress.data import image_folder, pixel_store
 from bingo_compress.evaluation import probes
-from bingo_compress.features import bagging, extract
+from bingo_compress.features import bagging, extract, targets
 from bingo_compress.models import trained
 from bingo_compress.models.encoder import Encoder
 from bingo_compress.runtime import checkpoint
@@ -74,7 +74,7 @@ def outputs(folder: Path) -> dict[str, list[float]]:
     plain, _ = extract.plain({"student": extract.as_embed(models.student, CPU)}, listed, range(len(listed.files)), "plain")
     found["embeddings"] = few(told_apart(plain["student"]), 40)
     bags = bagging.knn(kind_targets(len(material.training), 1, 16)[:, 0], 3)[0]
-    source = extract.StoredTargets(kind_targets(len(material.store), 2, 16), extract.TargetSpace(None, None), CPU)
+    source = targets.StoredTargets(kind_targets(len(material.store), 2, 16), targets.TargetSpace(None, None), CPU)
     files = folder / "metrics.jsonl", folder / "state.safetensors"
     loop.distill(settings, models.student, material.store, material.training, bags, source, 16, *files, CPU)
     losses = [json.loads(line)["loss"] for line in files[0].read_text(encoding="utf-8").splitlines()]

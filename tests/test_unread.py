@@ -12,12 +12,11 @@ from bingo_compress.comparison import tables
 from bingo_compress.comparison.arms import SHARED, make_arms, resolve_arms
 from bingo_compress.errors import BingoError
 from bingo_compress.features.bagging import knn
-from bingo_compress.features.extract import StoredTargets, TargetSpace
+from bingo_compress.features.targets import StoredTargets, TargetSpace
 from bingo_compress.recipe import KEYS, RESUME_MAY_CHANGE, Recipe, given_keys
-from bingo_compress.training import loop
+from bingo_compress.training import loop, plan
 from bingo_compress.training.losses import LOSSES
-from bingo_compress.training.plan import settle
-from bingo_compress.training.unread import refuse_unread, unread
+from bingo_compress.training.plan import refuse_unread, settle, unread
 
 # (the run, a setting that it does not read, a word of what does)
 NOT_READ: list[tuple[dict[str, Any], str, Any, str]] = [
@@ -94,7 +93,7 @@ def trained(folder: Path, chosen: Recipe) -> dict[str, torch.Tensor]:
     folder.mkdir()
     count = 16
     targets = kind_targets(count, 3, 16)
-    loss = loop.loss_of(chosen)
+    loss = plan.loss_of(chosen)
     source = StoredTargets(targets, TargetSpace(None, None), CPU, lengths=loss.lengths, mean=chosen.stored_views == "mean")
     bags = knn(targets[:, 0], chosen.bag_size)[0] if chosen.bags != "none" else torch.empty(count, 0, dtype=torch.int64)
     student = encoder("test_resnet", 32, seed=5)

@@ -24,6 +24,7 @@ from bingo_compress.data import image_folder, pixel_store
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation import finetune
 from bingo_compress.features import extract, neighbours, teacher_pass
+from bingo_compress.models.encoder import weights_digest
 from bingo_compress.runtime import checkpoint, distributed, signals
 from bingo_compress.training import loader
 
@@ -59,7 +60,7 @@ def command(*words: str, stop_at: int | None = None) -> dict[str, Any]:
     real, make, learning_rate = extract.store_features, loader.Maker.__call__, loop.learning_rate
 
     def recorded(student: Any, *rest: Any) -> torch.Tensor:
-        checked.append(extract.weights_digest(student))
+        checked.append(weights_digest(student))
         return real(student, *rest)
 
     def recorded_make(self: loader.Maker, step: int, bags: torch.Tensor) -> loader.Ready:

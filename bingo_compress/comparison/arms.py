@@ -6,9 +6,7 @@ from itertools import combinations
 
 from bingo_compress.errors import BingoError
 from bingo_compress.recipe import Recipe, make_recipe, parse_setting, repeated
-from bingo_compress.training.loop import loss_of
-from bingo_compress.training.plan import resolve
-from bingo_compress.training.unread import refuse_unread
+from bingo_compress.training.plan import loss_of, refuse_unread, resolve
 
 # Settings that are one for a whole comparison, with the way to give them.
 SHARED = {

@@ -18,17 +18,18 @@ from bingo_compress.data.image_folder import Folder
 from bingo_compress.data.pixel_store import store_side
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation import probes, scores
-from bingo_compress.features import extract
+from bingo_compress.features import extract, neighbours
+from bingo_compress.models import encoder
 from bingo_compress.models.encoder import Encoder
 from bingo_compress.models.trained import Models, build_models
-from bingo_compress.pipeline import choose_device, train
+from bingo_compress.pipeline import train
 from bingo_compress.recipe import WORDS, Recipe, deciding
 from bingo_compress.runtime import checkpoint, console, run_dir
+from bingo_compress.runtime.devices import choose_device, peak_memory, use_threads
 from bingo_compress.runtime.made_of import FORMATS, MadeOf, file_digest, made_of
 from bingo_compress.training import metrics
-from bingo_compress.training.loop import loss_of, plan
 from bingo_compress.training.material import Material, bag_facts, make_bags, prepare
-from bingo_compress.training.plan import resolve_names, use_threads
+from bingo_compress.training.plan import loss_of, plan, resolve_names
 
 FOLDS = 5
 
@@ -92,7 +93,9 @@ def compare(
             if not checkpoint.is_sound(judged, of_figures):
                 console.say(f"== {arm.name}, seed {seed} ({len(results) + 1} of {len(arms) * len(seeds)})")
                 models = build_models(recipe)
-                settled = use_threads(recipe, models.student, device, threads.get(recipe.student, 0)).threads
+                settled = use_threads(
+                    recipe, models.student, models.student.preprocessing.size, device, threads.get(recipe.student, 0)
+                ).threads
                 if recipe.student not in threads and not base.threads:  # once a student: its runs are then alike to the last bit
                     threads[recipe.student] = settled
                     run_dir.write_text(threads_file, json.dumps(threads) + "\n")
@@ -105,7 +108,7 @@ def compare(
                 measured, right = judge(models.student, labelled(models), device)
                 told = {key: value for key, value in found.items() if key != "made_of"} | measured
                 purity = scores.bag_purity(bags, bank) if bags.exists() and checkpoint.made_of(bags) == made else {}
-                checkpoint.save(judged, right, of_figures, **told, purity=purity, digest=extract.weights_digest(models.student))
+                checkpoint.save(judged, right, of_figures, **told, purity=purity, digest=encoder.weights_digest(models.student))
             right, found = checkpoint.load(judged)
             results.append({**found, "tensors": right})
     table = summarise(results, [arm.name for arm in arms], base, test)
@@ -233,7 +236,7 @@ def _train(models: Models, material: Material, work: Path, bags_file: Path, made
         "average_passes": passes * {"": 0, "views": 2, "fresh": 1}[loss.momentum],
         "teacher_passes": stored + online if loss.teacher else 0,
         "train_seconds": metrics.seconds_of(log),
-        "memory_mb": _memory_mb(device),
+        "memory_mb": peak_memory(device) / 1e6,
         "bags": bag_facts(recipe, bags, material),
         "checks": [[line["epoch"] + 1, line["neighbour_recall"]] for line in lines if line.get("neighbour_recall") is not None],
     }
@@ -257,7 +260,7 @@ def judge(student: Encoder, judged: Labelled, device: torch.device) -> tuple[dic
             inside, outside = (fold != number).nonzero()[:, 0], (fold == number).nonzero()[:, 0]
             parts.append((inside, bank[outside], seen[outside], outside))
     gallery = min(len(inside) for inside, *_ in parts)
-    k = probes.recall_k(gallery)
+    k = neighbours.recall_k(gallery)
     right = {name: torch.zeros(len(judged.test_labels), dtype=torch.uint8) for name in ("knn", "linear")}
     recalls, strengths = torch.zeros(len(judged.test_labels), dtype=torch.float64), []
     for inside, queries, wanted, places in parts:
@@ -272,12 +275,3 @@ def judge(student: Encoder, judged: Labelled, device: torch.device) -> tuple[dic
     found: dict[str, Any] = {name: float(values.double().mean()) for name, values in right.items()}
     recall = {"neighbour_recall": float(recalls.mean())} if k else {}
     return found | recall | {"gallery": gallery, "linear_strengths": strengths}, right
-
-
-def _memory_mb(device: torch.device) -> float:
-    """The most memory so far: of the GPU, else of this process (which has also run the arms before)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from bingo_compress.evaluation import intervals, probes
+from bingo_compress.features import neighbours
 from bingo_compress.recipe import Recipe
 from bingo_compress.report import plots
 from bingo_compress.runtime import console, run_dir
@@ -20,7 +21,7 @@ from bingo_compress.runtime import console, run_dir
 
 def titles(gallery: int) -> dict[str, str]:
     """The figures of a table and how they are headed; no recall where the smallest gallery, of so many images, is too small for one."""
-    recall = {"neighbour_recall": probes.recall_title(gallery)} if probes.recall_k(gallery) else {}
+    recall = {"neighbour_recall": neighbours.recall_title(gallery)} if neighbours.recall_k(gallery) else {}
     return {"knn": "kNN", "linear": "linear"} | recall
 
 
@@ -63,7 +64,7 @@ def summarise(results: list[dict[str, Any]], arms: list[str], base: Recipe, test
             "linear": "logistic regression on frozen standardised features, its strength by cross-validation inside the bank (one-standard-error rule)",
             "linear_strengths_at_the_grids_end": sum(bool(probes.grid_end(strength)) for strength in strengths),
             "linear_fits": len(strengths),
-            "recall": probes.recall_facts(gallery),
+            "recall": neighbours.recall_facts(gallery),
             "queries": f"all images of {test}"
             if test
             else "every labelled image once, cross-validated in stratified folds, exact copies in one fold",
@@ -139,7 +140,7 @@ def _closing(table: Mapping[str, Any], headed: Mapping[str, str]) -> list[str]:
         lines.append(f"{headed['neighbour_recall']} against linear over {ranks['runs']} runs: rank correlation {correlation}")
     else:
         lines.append(
-            f"neighbour recall is not measured: a gallery of {protocol['recall']['gallery']:,} is too small (at least {probes.RECALL_SHARE})"
+            f"neighbour recall is not measured: a gallery of {protocol['recall']['gallery']:,} is too small (at least {neighbours.RECALL_SHARE})"
         )
     if len(table["rows"][0]["seeds"]) == 1:
         lines.append("one seed: the intervals are over test images alone; another seed of the same arm may land outside")

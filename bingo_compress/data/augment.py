@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from bingo_compress.runtime import console
-from bingo_compress.runtime.transfer import sent
+from bingo_compress.runtime.machine import (
+    sent,
+)
 
 ORDERS = tuple(permutations(range(4)))
 GREY = (0.2989, 0.587, 0.114)

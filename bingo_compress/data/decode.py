@@ -1,22 +1,24 @@
 """Plain JPEGs decoded on a GPU for a store that streams, and the spoken way back to the CPU's decoder, which takes every other file."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 import torch
+from bingo_edge.image import ImageError, Pixels, load_image
 from PIL import ExifTags, Image
 from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
 from bingo_compress.data import augment
-from bingo_compress.data.image_folder import Folder, in_threads
+from bingo_compress.data.image_folder import Folder
 from bingo_compress.errors import BingoError
 from bingo_compress.runtime import console
+from bingo_compress.runtime.machine import Result, in_threads
 
 AT_ONCE = 16  # pictures of full size on the GPU
 LARGEST = 1 << 24  # pixels of a picture: AT_ONCE of them are 0.8 GB
@@ -123,3 +125,23 @@ def _cropped(pictures: list[Tensor], boxes: Tensor, size: int) -> list[Tensor]:
 def changed(path: Path, why: str) -> BingoError:
     """The error of a file that was whole when the run began."""
     return BingoError(f"{path} changed while the run was reading it ({why}); start the command again")
+
+
+def decode_all(
+    folder: Folder, indices: Iterable[int], use: Callable[[Pixels], Result], at_least: int = 0
+) -> Iterator[tuple[int, Result | ImageError]]:
+    """Decode the images `indices` of `folder` in threads, in order: (index, use(pixels)), or (index, ImageError) for a bad file.
+
+    at_least: as in `load_image`. pixels: uint8 (height, width, 3). A bounded number is in flight, so memory does not grow with the folder. Raises BingoError
+    for a file that changed since the folder's contents were read.
+    """
+
+    def job(index: int) -> Result | ImageError:
+        try:
+            picture: Pixels | ImageError = load_image(folder.path(index), at_least)
+        except ImageError as error:
+            picture = error
+        folder.refuse_changed(index)
+        return picture if isinstance(picture, ImageError) else use(picture)
+
+    yield from in_threads(job, indices)

@@ -1,32 +1,24 @@
 """A folder to a list of images, with every file that cannot be used named together with its reason."""
 
-import csv
 import errno
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
-from bingo_edge.image import ImageError, Pixels, load_image
 from numpy.typing import NDArray
 
 from bingo_compress.errors import BingoError
 from bingo_compress.runtime import console
+from bingo_compress.runtime.machine import in_threads
 from bingo_compress.runtime.made_of import file_digest
-from bingo_compress.runtime.run_dir import atomic
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 MANY = 20_000  # files whose reading is worth a bar
 UNREADABLE = "0" * 64
-FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 # Refused by name without a look inside: nobody means these to be images, and there may be millions of them.
 NOT_IMAGES = frozenset(
@@ -228,50 +220,3 @@ def refuse_other_classes(bank: Folder, test: Folder, option: str) -> None:
     known, unknown = labels_of(bank)[0], sorted(set(labels_of(test)[0]) - set(labels_of(bank)[0]))
     if unknown:
         raise BingoError(f"--test: expected the classes of {option} ({', '.join(known[:10])}), found others: {', '.join(unknown[:10])}")
-
-
-def decode_all(
-    folder: Folder, indices: Iterable[int], use: Callable[[Pixels], Result], at_least: int = 0
-) -> Iterator[tuple[int, Result | ImageError]]:
-    """Decode the images `indices` of `folder` in threads, in order: (index, use(pixels)), or (index, ImageError) for a bad file.
-
-    at_least: as in `load_image`. pixels: uint8 (height, width, 3). A bounded number is in flight, so memory does not grow with the folder. Raises BingoError
-    for a file that changed since the folder's contents were read.
-    """
-
-    def job(index: int) -> Result | ImageError:
-        try:
-            picture: Pixels | ImageError = load_image(folder.path(index), at_least)
-        except ImageError as error:
-            picture = error
-        folder.refuse_changed(index)
-        return picture if isinstance(picture, ImageError) else use(picture)
-
-    yield from in_threads(job, indices)
-
-
-def in_threads(job: Callable[[Item], Result], items: Iterable[Item], threads: int = 0, ahead: int = 64) -> Iterator[tuple[Item, Result]]:
-    """(item, job(item)) in the order of `items`, computed by `threads` threads at most `ahead` items early."""
-    queue = iter(items)
-    pool = ThreadPoolExecutor(threads or min(os.cpu_count() or 1, 16))
-    pending: list[tuple[Item, Future[Result]]] = []
-    try:
-        pending = [(item, pool.submit(job, item)) for item in islice(queue, ahead)]
-        while pending:
-            item, future = pending.pop(0)
-            result = future.result()
-            pending.extend((more, pool.submit(job, more)) for more in islice(queue, 1))
-            yield item, result
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def write_quarantine(path: Path, bad: Iterable[tuple[str, str]]) -> None:
-    """quarantine.csv: a header, then path and reason of every file that was not used.
-
-    A name that a spreadsheet would take for a formula is written as ./name, which is the same file.
-    """
-    with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as handle:
-        writer = csv.writer(handle)
-        writer.writerow(("path", "reason"))
-        writer.writerows((f"./{name}" if name.startswith(FORMULA) else name, reason) for name, reason in bad)

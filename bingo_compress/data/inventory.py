@@ -5,7 +5,7 @@ from pathlib import Path
 
 from bingo_edge.image import ImageError
 
-from bingo_compress.data import image_folder, quarantine
+from bingo_compress.data import decode, image_folder, quarantine
 from bingo_compress.errors import BingoError
 from bingo_compress.runtime import console
 
@@ -18,7 +18,7 @@ def check(data: Path) -> None:
     bad = list(folder.bad)
     sides: list[tuple[int, int]] = []
     with console.bar("decode", len(folder.files)) as advance:
-        for index, result in image_folder.decode_all(folder, range(len(folder.files)), lambda pixels: (pixels.shape[1], pixels.shape[0])):
+        for index, result in decode.decode_all(folder, range(len(folder.files)), lambda pixels: (pixels.shape[1], pixels.shape[0])):
             if isinstance(result, ImageError):
                 bad.append((folder.files[index], str(result)))
             else:

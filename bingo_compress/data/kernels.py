@@ -11,7 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bingo_compress.runtime.transfer import sent
+from bingo_compress.runtime.machine import (
+    sent,
+)
 
 BLOCK = 512  # pixels a program works on
 BRIGHTNESS, CONTRAST, SATURATION, HUE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)

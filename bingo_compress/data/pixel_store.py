@@ -17,13 +17,18 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from bingo_compress.data import augment, decode, quarantine
-from bingo_compress.data.image_folder import Folder, decode_all, in_threads
+from bingo_compress.data.decode import decode_all
+from bingo_compress.data.image_folder import Folder
 from bingo_compress.errors import BingoError
 from bingo_compress.runtime import console, distributed
+from bingo_compress.runtime.machine import (
+    free_memory,
+    in_threads,
+    resident,
+    sent,
+)
 from bingo_compress.runtime.made_of import made_of
 from bingo_compress.runtime.run_dir import atomic, drop_stale, need_space, write_text
-from bingo_compress.runtime.transfer import sent
-from bingo_compress.training import metrics
 
 SHARD = 512  # images in a file, more in a large folder: a build goes on after the last whole one
 SHARDS_AT_MOST = 200
@@ -198,35 +203,6 @@ def place(total: int, device: torch.device, wanted: str, memory: int, step: int 
     if total <= room:
         return "memory", f"there is room for {console.size(room)}"
     return "disk", f"memory has room for {console.size(max(room, 0))}; just the rows of a crop are read"
-
-
-def parse_memory(text: str) -> int:
-    """Bytes from 4GB, 800MB or a plain number; 0 for "". Raises BingoError."""
-    number, factor = text.strip().upper().removesuffix("B"), 1
-    for unit, value in (("K", 10**3), ("M", 10**6), ("G", 10**9), ("T", 10**12)):
-        if number.endswith(unit):
-            number, factor = number[:-1], value
-    try:
-        return int(float(number or 0) * factor)
-    except ValueError:
-        raise BingoError(f"--memory: expected a size such as 4GB, found {text!r}") from None
-
-
-def free_memory() -> int:
-    """Bytes of memory that the machine could still give."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) // 2
-
-
-def resident() -> int:
-    """Bytes of memory that this process holds now."""
-    try:
-        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return metrics.peak_memory(torch.device("cpu"))
 
 
 def guess(count: int, side: int) -> int:

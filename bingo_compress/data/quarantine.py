@@ -1,5 +1,6 @@
 """Which files of a folder a run takes: exact copies, and how many files may be bad before it is the folder that is wrong."""
 
+import csv
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -7,10 +8,13 @@ from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 
-from bingo_compress.data.image_folder import NOT_IMAGES, UNREADABLE, Folder, list_folder, write_quarantine
+from bingo_compress.data.image_folder import NOT_IMAGES, UNREADABLE, Folder, list_folder
 from bingo_compress.errors import BingoError
 from bingo_compress.recipe import Recipe
 from bingo_compress.runtime import console, distributed
+from bingo_compress.runtime.run_dir import atomic
+
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 def take(recipe: Recipe) -> Folder:
@@ -70,3 +74,14 @@ def reasons(bad: Iterable[tuple[str, str]], most: int) -> list[str]:
     """The `most` frequent reasons with their counts; those that differ in a number alone are one."""
     counts = Counter(re.sub(r"\b\d+\b", "N", reason) for _, reason in bad)
     return [f"{count:,} x {reason}" for reason, count in counts.most_common(most)]
+
+
+def write_quarantine(path: Path, bad: Iterable[tuple[str, str]]) -> None:
+    """quarantine.csv: a header, then path and reason of every file that was not used.
+
+    A name that a spreadsheet would take for a formula is written as ./name, which is the same file.
+    """
+    with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as handle:
+        writer = csv.writer(handle)
+        writer.writerow(("path", "reason"))
+        writer.writerows((f"./{name}" if name.startswith(FORMULA) else name, reason) for name, reason in bad)

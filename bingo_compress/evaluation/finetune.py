@@ -13,10 +13,11 @@ from bingo_compress.data import augment
 from bingo_compress.data.pixel_store import PixelStore
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation.probes import LinearHead
-from bingo_compress.features.extract import Embed, hash_seed, plain_views, to_float
+from bingo_compress.features.extract import Embed, plain_views, to_float
 from bingo_compress.models.encoder import Encoder
 from bingo_compress.runtime import console
-from bingo_compress.training.schedule import learning_rate
+from bingo_compress.runtime.made_of import hash_seed
+from bingo_compress.training.plan import learning_rate
 
 SCALE_MIN = 0.08
 LINEAR_BATCH, LINEAR_EPOCHS = 256, 100

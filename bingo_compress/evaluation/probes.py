@@ -11,11 +11,10 @@ from torch.nn.functional import normalize
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation import logistic
 from bingo_compress.evaluation.intervals import ranks
-from bingo_compress.features.neighbours import nearest_neighbours
+from bingo_compress.features.neighbours import RECALL_SHARE, nearest_neighbours, recall_k
 
 KNN_K = 20
 KNN_TEMPERATURE = 0.07
-RECALL_K, RECALL_SHARE = 20, 10  # neighbours at most, and gallery images for each of them at least
 L2_STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 FOLDS = 5
 
@@ -128,26 +127,6 @@ def auc(scores: Tensor, positive: Tensor) -> float:
     if not many or not few:
         return float("nan")
     return float((rank[positive].sum() - many * (many + 1) / 2) / (many * few))
-
-
-def recall_k(gallery: int) -> int:
-    """How many neighbours recall asks for in a gallery of so many images: RECALL_K, and a tenth of them at most, or much would be found by chance.
-
-    0 where there are too few images to ask.
-    """
-    return min(RECALL_K, gallery // RECALL_SHARE)
-
-
-def recall_title(gallery: int) -> str:
-    """Neighbour recall at the head of a table, with the k that `recall_k` gives and what a model finds by chance."""
-    k = recall_k(gallery)
-    return f"recall@{k} (chance {k / gallery:.3f})" if k else "recall"
-
-
-def recall_facts(gallery: int) -> dict[str, float]:
-    """The same for JSON: k, the gallery's size, and the recall that is found by chance."""
-    k = recall_k(gallery)
-    return {"k": k, "gallery": gallery, "chance": k / gallery if k else 1.0}
 
 
 def neighbour_recall(teacher: tuple[Tensor, Tensor], student: tuple[Tensor, Tensor], k: int = 0) -> float:

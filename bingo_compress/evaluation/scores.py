@@ -12,7 +12,7 @@ from torch import Tensor
 from bingo_compress.data.image_folder import Folder, labels_of
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation import finetune, intervals, probes
-from bingo_compress.features import extract
+from bingo_compress.features import extract, neighbours
 from bingo_compress.models.encoder import Preprocessing
 from bingo_compress.runtime import checkpoint, console
 from bingo_compress.runtime.run_dir import made_by
@@ -51,12 +51,14 @@ def scores(name: str, sides: Sides, head: probes.LinearHead) -> tuple[dict[str, 
     found["linear_balanced"] = probes.balanced_accuracy(predicted, labels)
     found["linear_balanced_interval"] = intervals.mean_share_interval(right["linear"], labels)
     found["linear_strength"] = head.strength
+    if probes.grid_end(head.strength):
+        found["linear_at_grid_end"] = probes.grid_end(head.strength)
     if classes == 2:
         # Not a softmax: where that rounds to 1, a sure answer and a surer one would be equal.
         logits, positive = head.logits(queries), labels == 0
         found["linear_auc"] = probes.auc(logits[:, 0] - logits[:, 1], positive)
         found["linear_auc_interval"] = intervals.area_interval(found["linear_auc"], int(positive.sum()), int((~positive).sum()))
-    if probes.recall_k(len(bank)):
+    if neighbours.recall_k(len(bank)):
         each = probes.neighbour_recalls((sides.queries["teacher"], sides.bank["teacher"]), (queries, bank))
         found |= {"neighbour_recall": float(each.mean()), "neighbour_recall_interval": intervals.mean_interval(each)}
     return found, right

@@ -12,18 +12,20 @@ from torch import Tensor
 
 from bingo_compress.data import image_folder, pixel_store
 from bingo_compress.errors import BingoError
-from bingo_compress.evaluation import finetune, intervals, probes, scores
+from bingo_compress.evaluation import finetune, probes, scores
+from bingo_compress.evaluation.protocol import _protocol
 from bingo_compress.evaluation.scores import Sides
-from bingo_compress.exporters.onnx import onnx_runner
-from bingo_compress.features import extract
+from bingo_compress.features import extract, neighbours
 from bingo_compress.models import exported, trained
-from bingo_compress.models.encoder import Encoder, Preprocessing
+from bingo_compress.models.encoder import Encoder, Preprocessing, weights_digest
+from bingo_compress.models.exported import onnx_runner
 from bingo_compress.models.trained import Models, build_student, load_student
-from bingo_compress.pipeline import choose_device, saved_recipe
 from bingo_compress.report import model_card
 from bingo_compress.report.tables import NAMES as NAMES
 from bingo_compress.report.tables import show
 from bingo_compress.runtime import console, distributed, run_dir
+from bingo_compress.runtime.devices import choose_device
+from bingo_compress.runtime.run_dir import saved_recipe
 
 REQUIRED = ("knn", "linear", "linear_balanced", "neighbour_recall")  # what a threshold may be set on
 
@@ -83,7 +85,7 @@ def validate(
     if other:
         encoders["against"] = load_student(saved_recipe(other), other.student)
         models["against"] = extract.as_embed(encoders["against"], where)
-    made_from = {name: extract.weights_digest(encoder) for name, encoder in encoders.items()}
+    made_from = {name: weights_digest(encoder) for name, encoder in encoders.items()}
     keep = extract.Keep(run.work, "proof", made_from | {name: contract["sha256"] for name, contract in contracts.items()})
     distributed.from_first(lambda: run_dir.drop_stale(run.work, "proof", {keep.folder.name}))
     sides = scores.sides(models, bank_folder, test_folder, classes, keep)
@@ -154,7 +156,7 @@ def _refuse_under(least: dict[str, float], rows: Sequence[dict[str, Any]], bank:
         return
     if rows[0]["name"] == "student":
         console.say("--require is asked of the student: there is no exported file yet; export, and validate again")
-    notes, chance = {"neighbour_recall": f"; {probes.recall_title(bank)}"}, probes.recall_facts(bank)["chance"]
+    notes, chance = {"neighbour_recall": f"; {neighbours.recall_title(bank)}"}, neighbours.recall_facts(bank)["chance"]
     under = []
     for row in rows:
         missed = [
@@ -237,63 +239,6 @@ def _train_with_labels(
 def _json(result: dict[str, Any]) -> str:
     """Readable JSON: a list of plain numbers, such as a row of a confusion matrix, on one line."""
     return re.sub(r"\[\n[\d\s.,eE+-]+\]", lambda found: f"[{' '.join(found[0][1:-1].split())}]", json.dumps(result, indent=2)) + "\n"
-
-
-def _protocol(
-    sides: Sides, test: image_folder.Folder | None, specs: list[str], fine_tune: bool, literature: bool, against: Path | None
-) -> dict[str, Any]:
-    root = sides.bank_folder.root
-    said: dict[str, Any] = {
-        "knn": f"weighted vote exp(cos/{probes.KNN_TEMPERATURE}), k = {probes.KNN_K} (DINO), plain view",
-        "linear": f"logistic regression (Newton, float64) on frozen standardised features; L2 strength of {min(probes.L2_STRENGTHS):g} to {max(probes.L2_STRENGTHS):g} by stratified "
-        f"{probes.FOLDS}-fold cross-validation in the bank, the strongest within one standard error of the best, never on the test set; refitted on the whole bank",
-        "neighbour_recall": _recall_text(len(sides.labels)),
-        "recall": probes.recall_facts(len(sides.labels)),
-        "onnx": "an exported file: kNN with a bank of its own features; in float the student's linear head where both see pictures alike, else, and in int8 "
-        "always, a head fitted on the file's own features",
-        "linear_balanced": "mean over classes of the linear probe's recall",
-        "intervals": f"95%, over test images: percentile bootstrap, {intervals.DRAWS} draws; Wilson's for a share of under {intervals.FEW} images or where all agree (balanced: Wilson's "
-        "of each class combined, MOVER), Newcombe's for the AUC; bank, weights and heads stay as they are, so that a second run of distill may land outside",
-        "per_class": "the linear probe's recall of each class; confusion: counts, rows the truth",
-        "gap_closed": "(student - random) / (teacher - random) of the linear probe; left out where teacher - random is under "
-        f"{scores.LEAST_GAP}",
-        "bank": str(root),
-        "test": str(test.root) if test else f"a quarter of each class of {root}, set aside",
-        "bank_images": len(sides.labels),
-        "test_images": len(sides.query_labels),
-        "classes": sides.classes,
-    }
-    if specs:
-        said["shots"] = (
-            f"the linear probe on a part of each class of the bank ({', '.join(specs)}; at least one image a class): mean over {scores.SUBSETS} draws of the part, "
-            "spread their standard deviation, interval over test images"
-        )
-    if fine_tune:
-        said["fine_tuned"] = (
-            "student, start and random weights (the teacher would be expensive), everything trained, on the first of the draws alone: random crops of "
-            f"{finetune.SCALE_MIN}-1 and flips, Nesterov SGD, cosine, no weight decay, batches of {finetune.TUNE_BATCH}, at least {finetune.TUNE_EPOCHS} epochs and "
-            f"{finetune.TUNE_STEPS} steps; learning rate {' or '.join(map(str, finetune.TUNE_LRS))} for the backbone, whichever does better on a fifth of the part held "
-            f"out, never on the test set, then all of the part; {finetune.HEAD_LR} for the classifier, on features of length one"
-        )
-    if literature:
-        said["literature"] = (
-            "student, start and random weights (the teacher would be expensive): MoCo's linear protocol, SGD with learning rate 30 (EfficientNet, MobileNet: 3), "
-            f"no weight decay, batches of {finetune.LINEAR_BATCH}, {finetune.LINEAR_EPOCHS} epochs, x0.1 at 60% and 80%, random crops of {finetune.SCALE_MIN}-1 and flips on frozen weights; "
-            "tested on the plain view"
-        )
-    if fine_tune or literature:
-        said["crops"] = "cut from images stored as squares of 9/8 of the student's input, as in distillation"
-    if against:
-        said["against"] = f"the student of {against} on the same images, each student with its own input size"
-        said["paired"] = "this student minus the other; 95% paired bootstrap over test images; exact two-sided McNemar test (p_value)"
-    return said
-
-
-def _recall_text(bank: int) -> str:
-    k = probes.recall_k(bank)
-    if not k:
-        return f"not measured: a bank of {bank:,} is too small (at least {probes.RECALL_SHARE})"
-    return f"share of the teacher's {k} nearest bank images of each test image that are also the model's; by chance {k / bank:.3f}; no labels used"
 
 
 def save_heads(

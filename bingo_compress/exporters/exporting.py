@@ -12,18 +12,18 @@ from torch import Tensor
 from bingo_compress import __version__
 from bingo_compress.data import image_folder
 from bingo_compress.errors import BingoError
-from bingo_compress.evaluation import probes
 from bingo_compress.exporters import gate, quantization_aware, timing
 from bingo_compress.exporters.golden import write_golden
 from bingo_compress.exporters.int8 import CALIBRATION, LadderEnds, quantise
-from bingo_compress.exporters.onnx import IMAGES, REFUSED, Form, export_onnx, form, onnx_runner, publish
-from bingo_compress.features import extract
+from bingo_compress.exporters.onnx import IMAGES, REFUSED, Form, export_onnx, form, publish
+from bingo_compress.features import extract, neighbours
 from bingo_compress.models import exported
 from bingo_compress.models.encoder import Encoder
+from bingo_compress.models.exported import onnx_runner
 from bingo_compress.models.trained import load_student
-from bingo_compress.pipeline import saved_recipe
 from bingo_compress.report import model_card
 from bingo_compress.runtime import console, run_dir
+from bingo_compress.runtime.run_dir import saved_recipe
 
 FORMATS = ("onnx", "onnx-int8", "all")
 GALLERY = 512  # images that an int8 file is judged on
@@ -220,7 +220,7 @@ def _table(tried: list[dict[str, Any]], float_file: Path) -> None:
     header = (
         "int8",
         "mean cosine",
-        probes.recall_title(tried[0]["images"] - 1),
+        neighbours.recall_title(tried[0]["images"] - 1),
         *(f"{name} lost" for name in names),
         "of float's size",
         "",

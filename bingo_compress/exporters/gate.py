@@ -12,9 +12,10 @@ from bingo_compress.data import image_folder
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation import probes, scores
 from bingo_compress.exporters.int8 import Judge
-from bingo_compress.exporters.onnx import onnx_runner
+from bingo_compress.features import neighbours
 from bingo_compress.features.neighbours import Search, mates
 from bingo_compress.models.encoder import Preprocessing
+from bingo_compress.models.exported import onnx_runner
 from bingo_compress.runtime import console
 
 LEAST_COSINE = 0.99
@@ -46,10 +47,10 @@ def make_gate(float_file: Path, gallery: Tensor, preprocessing: Preprocessing, l
     """
     exact = onnx_runner(float_file)
     embedded = exact(gallery)[0]
-    k = probes.recall_k(len(gallery) - 1)
+    k = neighbours.recall_k(len(gallery) - 1)
     near = mates(embedded, k, Search("exact"))[0] if k else None
     if near is None:
-        console.say(f"the int8 gate does not judge neighbours: {len(gallery)} images are too few (at least {probes.RECALL_SHARE + 1})")
+        console.say(f"the int8 gate does not judge neighbours: {len(gallery)} images are too few (at least {neighbours.RECALL_SHARE + 1})")
     labelled = _labelled(float_file, preprocessing, labels) if labels else None
 
     def choose(file: Path) -> tuple[dict[str, Any], list[str]]:

@@ -17,7 +17,8 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import Tensor
 
 from bingo_compress.errors import BingoError
-from bingo_compress.exporters.onnx import REFUSED, Form, described, onnx_runner
+from bingo_compress.exporters.onnx import REFUSED, Form, described
+from bingo_compress.models.exported import onnx_runner
 from bingo_compress.runtime import console
 
 CALIBRATION = 128  # images that the ranges are found on

@@ -8,14 +8,11 @@ import json
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
-import onnxruntime
 import timm
 import torch
 from torch import Tensor, nn
@@ -23,6 +20,7 @@ from torch.nn.functional import cosine_similarity
 
 from bingo_compress.errors import BingoError
 from bingo_compress.models.encoder import Encoder
+from bingo_compress.models.exported import onnx_runner
 from bingo_compress.runtime.run_dir import atomic, is_full, write_text
 
 MAX_DIFFERENCE = 1e-4
@@ -242,37 +240,3 @@ def _parity(path: Path, images: Tensor, embedding: Tensor, features: Tensor) -> 
             REFUSED,
         )
     return result
-
-
-def _session(path: Path) -> onnxruntime.InferenceSession:
-    """The file in onnxruntime on the CPU. Raises BingoError where it is not one of ours."""
-    try:
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        (given,), names = session.get_inputs(), {output.name for output in session.get_outputs()}
-        if given.name != "image" or len(given.shape) != 4 or not names >= {"embedding", "features"}:
-            raise ValueError(f"{given.name} {given.shape} in, {', '.join(sorted(names))} out")
-    except Exception as error:  # onnxruntime's have no base of their own
-        raise BingoError(
-            f"{path}: expected a file that `bingo-compress export` writes, found something else ({str(error).partition(chr(10))[0]}); export again or delete it"
-        ) from None
-    return session
-
-
-def onnx_runner(path: Path) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """The file in onnxruntime on the CPU, as a function of uint8 (B, S, S, 3) -> (embedding, features); a fixed batch is filled up and cut again.
-
-    Raises BingoError where it is not one of ours.
-    """
-    session = _session(path)
-    fixed = session.get_inputs()[0].shape[0]
-
-    def once(batch: Tensor) -> list[Tensor]:
-        return [torch.from_numpy(found) for found in session.run(["embedding", "features"], {"image": np.ascontiguousarray(batch.numpy())})]
-
-    def run(batch: Tensor) -> tuple[Tensor, Tensor]:
-        size = fixed if isinstance(fixed, int) else max(len(batch), 1)
-        parts = [once(part[torch.arange(size) % len(part)]) for part in batch.split(size)]
-        embedding, features = (torch.cat(kind)[: len(batch)] for kind in zip(*parts, strict=True))
-        return embedding, features
-
-    return run

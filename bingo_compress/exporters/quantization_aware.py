@@ -16,10 +16,9 @@ from bingo_compress.data.image_folder import Folder
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation.finetune import crops_and_flips
 from bingo_compress.models.encoder import Encoder
-from bingo_compress.pipeline import choose_device
 from bingo_compress.recipe import Recipe
-from bingo_compress.training.plan import use_threads
-from bingo_compress.training.schedule import learning_rate
+from bingo_compress.runtime.devices import choose_device, use_threads
+from bingo_compress.training.plan import learning_rate
 
 IMAGES = 20_000  # of the folder, at most
 EPOCHS, BATCH = 2, 64
@@ -42,7 +41,7 @@ def finetune(recipe: Recipe, student: Encoder, folder: Folder, work: Path, apart
     targets led away from it (docs/log.md). BatchNorm keeps its statistics, as in the file it is folded away.
     """
     device = choose_device(recipe.device)
-    use_threads(recipe.model_copy(update={"threads": 0}), student, device, recipe.threads)
+    use_threads(recipe.model_copy(update={"threads": 0}), student, student.preprocessing.size, device, recipe.threads)
     some = folder.only(range(0, len(folder.files), -(-len(folder.files) // IMAGES)))
     chosen = some.only([index for index, digest in enumerate(some.digests) if digest not in apart])
     if not chosen.files:

@@ -18,6 +18,8 @@ from bingo_compress.errors import BingoError
 from bingo_compress.features.memmap import Matrix, blocks
 from bingo_compress.runtime import checkpoint, console, distributed
 
+RECALL_K, RECALL_SHARE = 20, 10  # neighbours at most, and gallery images for each of them at least
+
 CPU = torch.device("cpu")
 BLOCK = 16384  # queries searched, and written, together
 TILE = 16384  # gallery rows held at once
@@ -289,3 +291,23 @@ def _kmeans(features: Matrix, count: int, device: torch.device) -> Tensor:
         # A centroid that no row is nearest to stays where it is.
         centroids = torch.where(sums.norm(dim=1, keepdim=True) > 0, normalize(sums, dim=1), centroids)
     return centroids
+
+
+def recall_k(gallery: int) -> int:
+    """How many neighbours recall asks for in a gallery of so many images: RECALL_K, and a tenth of them at most, or much would be found by chance.
+
+    0 where there are too few images to ask.
+    """
+    return min(RECALL_K, gallery // RECALL_SHARE)
+
+
+def recall_title(gallery: int) -> str:
+    """Neighbour recall at the head of a table, with the k that `recall_k` gives and what a model finds by chance."""
+    k = recall_k(gallery)
+    return f"recall@{k} (chance {k / gallery:.3f})" if k else "recall"
+
+
+def recall_facts(gallery: int) -> dict[str, float]:
+    """The same for JSON: k, the gallery's size, and the recall that is found by chance."""
+    k = recall_k(gallery)
+    return {"k": k, "gallery": gallery, "chance": k / gallery if k else 1.0}

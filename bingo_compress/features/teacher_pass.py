@@ -11,14 +11,16 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from bingo_compress.data import augment
-from bingo_compress.data.image_folder import Folder, decode_all
+from bingo_compress.data.decode import decode_all
+from bingo_compress.data.image_folder import Folder
 from bingo_compress.data.pixel_store import PixelStore
 from bingo_compress.errors import BingoError
 from bingo_compress.features import extract
 from bingo_compress.features.memmap import Stored
+from bingo_compress.models import encoder
 from bingo_compress.models.encoder import Encoder
 from bingo_compress.runtime import console, distributed
-from bingo_compress.runtime.made_of import made_of
+from bingo_compress.runtime.made_of import hash_seed, made_of
 from bingo_compress.runtime.run_dir import drop_stale, need_space
 
 SHARD = 1024
@@ -62,7 +64,7 @@ def run(
         "teacher",
         images=folder.fingerprint(),
         pictures=pixels.made_of,
-        teacher=extract.weights_digest(teacher),
+        teacher=encoder.weights_digest(teacher),
         preprocessing=asdict(teacher.preprocessing),
         scale_min=scale_min,
         of_features=of_features and teacher.projection is not None,
@@ -161,7 +163,7 @@ def _view_shard(teacher: Encoder, pixels: PixelStore, rows: range, view: int, sc
     for start in range(rows.start, rows.stop, extract.BATCH):
         indices = torch.arange(start, min(start + extract.BATCH, rows.stop))
         # One generator a batch and view: the views do not depend on where the pass was interrupted, nor on what the teacher takes at once.
-        generator = torch.Generator().manual_seed(extract.hash_seed("view", view, start))
+        generator = torch.Generator().manual_seed(hash_seed("view", view, start))
         drawn = augment.draw(pixels.aspect[indices], generator, scale_min)
         yield augment.apply(pixels.crops(indices, drawn.box, teacher.preprocessing.size), drawn)
 

@@ -6,8 +6,7 @@ import timm
 import torch
 
 from bingo_compress.errors import BingoError, nearest
-from bingo_compress.models.encoder import has_pretrained
-from bingo_compress.models.names import FAMILIES
+from bingo_compress.models.names import FAMILIES, has_pretrained
 from bingo_compress.runtime import console
 
 AT_MOST = 60

@@ -1,6 +1,7 @@
 """Any timm model as an encoder of pixels in 0..1, with its own normalisation, size, interpolation and pooling."""
 
 import contextlib
+import hashlib
 import logging
 import os
 import socket
@@ -14,9 +15,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from bingo_compress.errors import BingoError, nearest
+from bingo_compress.errors import BingoError
 from bingo_compress.models import weights
-from bingo_compress.models.names import FAMILIES
+from bingo_compress.models.names import has_pretrained
+from bingo_compress.runtime import checkpoint
 
 HUB_SECONDS = 3.0
 
@@ -124,28 +126,6 @@ class RegressionHead(nn.Sequential):
         super().__init__(*layers, nn.Linear(hidden, dim))
 
 
-def resolve_name(word: str, option: str) -> str:
-    """The timm model that `word` means. Raises BingoError with the three nearest names for one that means none."""
-    if not word:
-        raise BingoError(f"{option}: expected a model name, found none; for example {option} mobilenetv3 (see `bingo-compress models`)")
-    name, separator, tag = word.removeprefix("timm/").partition(".")
-    if timm.is_model(name):
-        if not separator or word.removeprefix("timm/") in timm.list_pretrained(f"{name}*"):
-            return word.removeprefix("timm/")
-        known = timm.list_pretrained(f"{name}.*") or [name]
-        raise BingoError(f"{option}: unknown weights tag {tag!r} of {name}; the nearest are {', '.join(nearest(word, known))}")
-    if name in FAMILIES:
-        return FAMILIES[name]
-    known = [*timm.list_models(), *FAMILIES]
-    raise BingoError(f"{option}: unknown model {word!r}; the nearest are {', '.join(nearest(name, known))}; see `bingo-compress models`")
-
-
-def has_pretrained(name: str) -> bool:
-    """Whether timm knows weights for this model."""
-    config = timm.models.get_pretrained_cfg(name)
-    return config is not None and config.has_weights
-
-
 def build(name: str, size: int, source: str, option: str) -> Encoder:
     """An encoder in eval mode with weights from `source`: "random", "pretrained" (timm's hub) or a file.
 
@@ -219,3 +199,11 @@ def _reachable(address: str) -> bool:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def weights_digest(encoder: Encoder) -> str:
+    """A hash of the encoder's name, normalisation and weights."""
+    digest = hashlib.sha256(f"{encoder.name} {encoder.preprocessing.mean} {encoder.preprocessing.std}".encode())
+    for name, tensor in sorted(encoder.state_dict().items()):
+        digest.update(f"{name} {checkpoint.tensor_digest(tensor)}".encode())
+    return digest.hexdigest()

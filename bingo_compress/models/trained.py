@@ -9,11 +9,10 @@ import torch
 
 from bingo_compress import __version__
 from bingo_compress.errors import BingoError
-from bingo_compress.features import extract
-from bingo_compress.models.encoder import Encoder, build
+from bingo_compress.models.encoder import Encoder, build, weights_digest
 from bingo_compress.recipe import Recipe
 from bingo_compress.runtime import checkpoint
-from bingo_compress.runtime.made_of import FORMATS, MadeOf, made_of
+from bingo_compress.runtime.made_of import FORMATS, MadeOf, hash_seed, made_of
 from bingo_compress.runtime.run_dir import RunDir, made_by
 
 
@@ -28,13 +27,13 @@ class Models:
 
 def build_teacher(recipe: Recipe) -> Encoder:
     """The recipe's teacher. Raises BingoError."""
-    torch.manual_seed(extract.hash_seed("teacher"))
+    torch.manual_seed(hash_seed("teacher"))
     return build(recipe.teacher, recipe.teacher_size, recipe.teacher_weights, "--teacher-weights")
 
 
 def build_student(recipe: Recipe, source: str, stream: str) -> Encoder:
     """A student of the recipe's kind and size; `stream` names the random numbers of its random weights."""
-    torch.manual_seed(extract.hash_seed(recipe.seed, stream))
+    torch.manual_seed(hash_seed(recipe.seed, stream))
     return build(recipe.student, recipe.image_size, source, "--student-weights")
 
 
@@ -53,7 +52,7 @@ def save_student(student: Encoder, path: Path, recipe: Recipe, made: MadeOf) -> 
 
 def save_start(student: Encoder, path: Path, recipe: Recipe) -> None:
     """The same of a student before training."""
-    _save(student, path, recipe, made_of("start", start=extract.weights_digest(student)))
+    _save(student, path, recipe, made_of("start", start=weights_digest(student)))
 
 
 def _save(student: Encoder, path: Path, recipe: Recipe, made: MadeOf) -> None:
@@ -109,7 +108,7 @@ def refuse_other_bags(run: RunDir) -> None:
 def _refuse_other(run: RunDir, name: str, encoder: Encoder, message: str) -> None:
     """Raise BingoError with `message` unless the run's student was made with just this encoder; those of earlier versions do not say."""
     made = checkpoint.made_of(run.student)
-    if made and made.inputs.get(name) != extract.weights_digest(encoder):
+    if made and made.inputs.get(name) != weights_digest(encoder):
         raise BingoError(message)
 
 

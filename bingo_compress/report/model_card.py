@@ -9,15 +9,14 @@ from typing import Any
 import timm
 
 from bingo_compress import __version__
-from bingo_compress.evaluation import probes
-from bingo_compress.exporters import timing
+from bingo_compress.features import neighbours
 from bingo_compress.models import exported
-from bingo_compress.pipeline import saved_recipe
 from bingo_compress.recipe import RESUME_MAY_CHANGE, Recipe
+from bingo_compress.report import timing_table
 from bingo_compress.report.tables import NAMES
 from bingo_compress.runtime import checkpoint, console
-from bingo_compress.runtime.run_dir import RunDir, made_by, read_json, write_text
-from bingo_compress.training.loop import loss_of
+from bingo_compress.runtime.run_dir import RunDir, made_by, read_json, saved_recipe, write_text
+from bingo_compress.training.plan import loss_of
 
 ELSEWHERE = {"teacher", "student", "teacher_weights", "student_weights", "teacher_size", "image_size"}
 # What of a validation's protocol is shown; its other entries name folders.
@@ -191,7 +190,7 @@ def _validation(run: RunDir, files: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _proof(protocol: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    titles = TITLES | {"neighbour_recall": probes.recall_title(protocol["bank_images"])}
+    titles = TITLES | {"neighbour_recall": neighbours.recall_title(protocol["bank_images"])}
     keys = [key for key in TITLES if any(key in row for row in rows)]
     explained = {*keys, *(str(row["name"]).partition("-")[0] for row in rows), "intervals", "gap_closed"}
     cells = [[plain(NAMES.get(row["name"], row["name"])), *(_figure(row, key) for key in keys)] for row in rows]
@@ -291,11 +290,11 @@ def _latency(rows: Sequence[dict[str, Any]] | None, files: Sequence[Mapping[str,
     if not rows:
         return ["## Latency", "Not measured:", f"    bingo-compress latency {names}"]
     named = [row | {"file": Path(row["file"]).name} for row in rows]
-    said = timing.said(named) if len(rows) == len(timed) else []  # ratios are to the first that was timed
+    said = timing_table.said(named) if len(rows) == len(timed) else []  # ratios are to the first that was timed
     return [
         "## Latency",
-        f"On {plain(timing.describe(rows[0]['machine']))}; {plain(timing.caption(rows))}.",
-        _table(timing.HEADER, [[plain(cell) for cell in line] for line in timing.cells(named)]),
+        f"On {plain(timing_table.describe(rows[0]['machine']))}; {plain(timing_table.caption(rows))}.",
+        _table(timing_table.HEADER, [[plain(cell) for cell in line] for line in timing_table.cells(named)]),
         *(["\n".join(f"- {plain(line)}" for line in said)] if said else []),
         f"It says nothing of another machine: `bingo-compress latency {names}` there, or `bingo-edge time {_names(files)[0]}` on the device.",
     ]

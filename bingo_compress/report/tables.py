@@ -3,11 +3,17 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bingo_compress.evaluation import probes
+import torch
+
+from bingo_compress import __version__
+from bingo_compress.data.image_folder import Folder
+from bingo_compress.features import neighbours
 from bingo_compress.models import exported
+from bingo_compress.models.encoder import Encoder
 from bingo_compress.models.trained import Models
-from bingo_compress.pipeline import closing_table
+from bingo_compress.recipe import Recipe
 from bingo_compress.runtime import console, run_dir
+from bingo_compress.training.plan import Plan, loss_of, unread
 
 NAMES = {
     "teacher": "teacher",
@@ -55,7 +61,7 @@ def _figure(row: Mapping[str, Any], key: str) -> str:
 
 def _main(protocol: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
     augmented, areas = any("literature" in row for row in rows), "linear_auc" in rows[0]
-    header = ["", "kNN", "linear", "balanced", *(["AUC"] if areas else []), probes.recall_title(protocol["bank_images"])]
+    header = ["", "kNN", "linear", "balanced", *(["AUC"] if areas else []), neighbours.recall_title(protocol["bank_images"])]
     cells = []
     for row in rows:
         plain = ["linear_balanced", *(["linear_auc"] if areas else []), "neighbour_recall"]
@@ -101,9 +107,9 @@ def _classes(found: Sequence[Mapping[str, Any]]) -> None:
 def _strengths(rows: Sequence[Mapping[str, Any]]) -> None:
     """Where the linear probe would perhaps have taken a penalty beyond its grid."""
     ends = [
-        f"{NAMES[row['name']]} ({row['linear_strength']:g}, the {probes.grid_end(row['linear_strength'])})"
+        f"{NAMES[row['name']]} ({row['linear_strength']:g}, the {row['linear_at_grid_end']})"
         for row in rows
-        if probes.grid_end(row["linear_strength"])
+        if row.get("linear_at_grid_end")
     ]
     if ends:
         console.say(f"linear probe: the L2 penalty is at the end of its grid for {', '.join(ends)}; one beyond it may do better")
@@ -128,3 +134,54 @@ def _paired(found: Mapping[str, Any], other: str) -> None:
             f"  {title}: {test['difference']:+.3f} [{low:+.3f}, {high:+.3f}] for this student; right alone on {test['only_this']:,} images, "
             f"the other on {test['only_other']:,}; McNemar p = {test['p_value']:.2g}"
         )
+
+
+def describe_bags(recipe: Recipe, facts: dict[str, float], images: int, device: torch.device) -> str:
+    """One line for the screen of what `bag_facts` found in a training set of `images`."""
+    if not facts:
+        return f"bags: {'none' if 'bag_size' in unread(recipe) else 'rebuilt from the student'} in method {recipe.method}"
+    by = neighbours.Search(recipe.search, device).describe(images)
+    line = f"bags: {recipe.bags} by {by}, {facts['size_mean']:.1f} mates on average ({facts['size_least']:.0f}-{facts['size_most']:.0f})"
+    line += f", {facts['empty']:.0%} empty" if facts["empty"] else ""
+    return line + (f", mean cosine {facts['similarity']:.3f}, {facts['mutual']:.0%} mutual" if "similarity" in facts else "")
+
+
+def say_smaller(recipe: Recipe, planned: Plan) -> None:
+    if planned.batch_size < recipe.batch_size:
+        console.say(f"batch size {planned.batch_size} instead of {recipe.batch_size}: there are no more images")
+    if planned.queue_size < recipe.queue_size:
+        console.say(f"queue {planned.queue_size:,} instead of {recipe.queue_size:,}: one entry an image")
+
+
+def closing_table(models: Models, rows: dict[str, dict[str, float]], gallery: int) -> None:
+    """Teacher, student before and after: recall in a gallery of so many images, kNN, linear (a dash is not measured); parameters, size and ratio."""
+    labels = {"teacher": "teacher", "start": "student before", "student": "student after"}
+    big, small = models.teacher.parameters_count(), models.student.parameters_count()
+    cells = []
+    for name, label in labels.items():
+        figures = rows.get(name, {})
+        count = big if name == "teacher" else small
+        scores = [f"{figures[key]:.3f}" if key in figures else "-" for key in ("neighbour_recall", "knn", "linear")]
+        cells.append((label, *scores, f"{count / 1e6:.2f} M", f"{count * 4 / 1e6:.1f}", f"{big / count:.1f}x"))
+    console.table("", ("", neighbours.recall_title(gallery), "kNN", "linear", "parameters", "MB", "smaller"), cells)
+
+
+def header(recipe: Recipe, teacher: Encoder, student: Encoder, folder: Folder, device: torch.device) -> None:
+    """The models with their sizes, weights and preprocessing; the images, the device and the method."""
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
+    roles = (("teacher", teacher, recipe.teacher_weights), ("student", student, recipe.student_weights))
+    rows = [
+        (role, encoder.name, f"{encoder.parameters_count() / 1e6:.2f} M", f"{encoder.preprocessing.size} px", str(encoder.width), source)
+        for role, encoder, source in roles
+    ]
+    console.table(f"bingo-compress {__version__}", ("", "model", "parameters", "input", "width", "weights"), rows)
+    for role, encoder, _ in roles:
+        console.say(f"{role} sees: {encoder.preprocessing.describe()}")
+    console.say(f"images: {len(folder.files):,} files in {folder.root}; device: {where}")
+    targets = "an online teacher" if recipe.views == "online" else f"{recipe.views} stored views an image"
+    method = f"bingo ({recipe.variant})" if recipe.method == "bingo" else recipe.method
+    source = targets if loss_of(recipe).teacher else "the student's own moving average"
+    idle = unread(recipe)
+    bags = "" if "bags" in idle else f", bags: {recipe.bags}" + ("" if "bag_size" in idle else f" of {recipe.bag_size}")
+    tau = "" if "temperature" in idle else f", temperature {recipe.temperature}"
+    console.say(f"method: {method}{bags}{tau}, targets from {source}, {recipe.epochs} epochs")

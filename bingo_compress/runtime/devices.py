@@ -1,25 +1,22 @@
 """What is tried out on the machine before a run: how many threads, how much memory a step takes, and whether torch.compile pays."""
 
 import copy
-import os
 import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from bingo_compress.runtime import console
+from bingo_compress.errors import BingoError
+from bingo_compress.recipe import Recipe
+from bingo_compress.runtime import console, distributed
+from bingo_compress.runtime.machine import free_cores, peak_resident
 
 TRIED = 16  # views in a calibration's step
 AHEAD = 2  # batches that wait to be used
 GRADIENTS = 1.4  # a step's peak, in its activations: measured 1.1 to 1.3 beside the rest, on five students
 BESIDE = 400_000_000  # bytes of the head, the targets and oneDNN's own buffers
 GAIN = 0.9  # more threads, or a compiled student, must take at most this share of the time
-
-
-def free_cores() -> int:
-    """CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def choose_threads(student: nn.Module, size: int) -> int:
@@ -113,3 +110,37 @@ def compiled_if_faster(model: nn.Module, views: Tensor, wanted: str) -> Callable
     console.say(f"torch.compile: {'used' if pays else 'not used'}, a step takes {compiled / plain:.2f} of the time without")
     run: Callable[[Tensor], Tensor] = torch.compile(model, dynamic=False)
     return run if pays else None
+
+
+def choose_device(wanted: str) -> torch.device:
+    """auto, cpu or cuda to this process's device; joins the other processes where torchrun started several. Raises BingoError without the GPU asked for."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise BingoError("--device: expected a CUDA GPU, torch sees none; use --device cpu or auto")
+    device = distributed.start(torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what is not bf16: the loss, the teacher
+    return device
+
+
+def use_threads(recipe: Recipe, student: nn.Module, size: int, device: torch.device, kept: int = 0) -> Recipe:
+    """torch's CPU threads set, and the recipe with them filled in: what it asks for; else `kept`, of the run that goes on; else, on a CPU, those with which
+    a step of `student` is fastest here, or what torchrun set for each of several processes.
+
+    A result depends on their number in its last bits, so a run settles it once. Where it cannot have as many again, that is said.
+    """
+    cores = max(1, free_cores() // distributed.world())
+    count = recipe.threads or min(kept, cores)
+    if not count and device.type == "cpu":
+        alone = distributed.world() == 1
+        count = choose_threads(student, size) if alone else torch.get_num_threads()
+    if count:
+        torch.set_num_threads(count)
+    if kept and count != kept:
+        why = "as asked for" if recipe.threads else "there are no more cores"
+        console.say(f"threads: {count} instead of the {kept} that this run began with, {why}: its result will differ in the last bits")
+    return recipe.model_copy(update={"threads": recipe.threads or kept or count})
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that torch held on the GPU, or the most that this process held in memory."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident()

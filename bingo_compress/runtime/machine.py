@@ -1,10 +1,28 @@
-"""What this machine's processor is, and what it can do with whole numbers of 8 bits."""
+"""This machine: its processor, its cores and threads, its memory and how a process asks for it, the way to its GPU. Imports no torch."""
 
+from __future__ import annotations
+
+import ctypes
 import os
 import platform
+import resource
 import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from bingo_compress.errors import BingoError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 # Best first, in Linux's names: the first that a processor has is what onnxruntime's int8 kernels (MLAS) take there.
 INT8 = {
@@ -69,3 +87,78 @@ def _sysctl() -> str:
         return subprocess.run(["sysctl", "hw", "machdep.cpu"], capture_output=True, text=True, check=False).stdout
     except OSError:
         return ""
+
+
+def keep_memory() -> None:
+    """Let glibc keep freed blocks: otherwise each large tensor is mapped and cleared anew by the kernel, half of a CPU run's time."""
+    if sys.platform != "linux" or "MALLOC_MMAP_THRESHOLD_" in os.environ:
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return  # another libc
+    trim_threshold, mmap_threshold = -1, -3
+    mallopt(mmap_threshold, 1 << 30)
+    mallopt(trim_threshold, 2**31 - 1)
+
+
+def parse_memory(text: str) -> int:
+    """Bytes from 4GB, 800MB or a plain number; 0 for "". Raises BingoError."""
+    number, factor = text.strip().upper().removesuffix("B"), 1
+    for unit, value in (("K", 10**3), ("M", 10**6), ("G", 10**9), ("T", 10**12)):
+        if number.endswith(unit):
+            number, factor = number[:-1], value
+    try:
+        return int(float(number or 0) * factor)
+    except ValueError:
+        raise BingoError(f"--memory: expected a size such as 4GB, found {text!r}") from None
+
+
+def free_memory() -> int:
+    """Bytes of memory that the machine could still give."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) // 2
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds now."""
+    try:
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return peak_resident()
+
+
+def peak_resident() -> int:
+    """Bytes: the most memory that this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def free_cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def in_threads(job: Callable[[Item], Result], items: Iterable[Item], threads: int = 0, ahead: int = 64) -> Iterator[tuple[Item, Result]]:
+    """(item, job(item)) in the order of `items`, computed by `threads` threads at most `ahead` items early."""
+    queue = iter(items)
+    pool = ThreadPoolExecutor(threads or min(os.cpu_count() or 1, 16))
+    pending: list[tuple[Item, Future[Result]]] = []
+    try:
+        pending = [(item, pool.submit(job, item)) for item in islice(queue, ahead)]
+        while pending:
+            item, future = pending.pop(0)
+            result = future.result()
+            pending.extend((more, pool.submit(job, more)) for more in islice(queue, 1))
+            yield item, result
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`. A GPU is not waited for: a plain copy would wait until all earlier work of its stream is done."""
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True)

@@ -78,3 +78,8 @@ def file_digest(file: Path) -> str:
     """sha256 of a file's bytes, in hex."""
     with file.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def hash_seed(*parts: object) -> int:
+    """A 63-bit seed from anything: streams with different parts are independent."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1

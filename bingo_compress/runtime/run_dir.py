@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from bingo_compress.errors import BingoError
+from bingo_compress.recipe import Recipe, load_recipe
 
 UMASK = os.umask(0o022)
 os.umask(UMASK)
@@ -245,3 +246,8 @@ def is_full(error: BaseException) -> bool:
     return (
         number in (errno.ENOSPC, errno.EDQUOT) or f"(os error {errno.ENOSPC})" in str(error) or f"(os error {errno.EDQUOT})" in str(error)
     )
+
+
+def saved_recipe(run: RunDir) -> Recipe:
+    """A run's recipe as it was run, nothing in it left open; of an earlier version that is its recipe.yaml. Raises BingoError."""
+    return load_recipe(run.resolved if run.resolved.is_file() else run.recipe, [], {})

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from bingo_compress.data import augment
 from bingo_compress.data.pixel_store import PixelStore
-from bingo_compress.features.extract import TargetOf, hash_seed
+from bingo_compress.features.targets import TargetOf
 from bingo_compress.runtime import distributed
 from bingo_compress.runtime.devices import AHEAD
+from bingo_compress.runtime.made_of import hash_seed
 from bingo_compress.training.losses import Loss, Targets
 from bingo_compress.training.metrics import Meter
 

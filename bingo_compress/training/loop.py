@@ -1,11 +1,9 @@
 """The training loop, top to bottom. It owns all state; every random number comes from (seed, epoch, step), so a resumed run draws the same."""
 
-import copy
 import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,86 +13,24 @@ from torch.nn.functional import normalize
 from bingo_compress.data.pixel_store import PixelStore
 from bingo_compress.errors import BingoError
 from bingo_compress.features.bagging import knn
-from bingo_compress.features.extract import TargetOf, hash_seed, store_features, weights_digest
-from bingo_compress.models.encoder import Encoder, ProjectionHead, RegressionHead
+from bingo_compress.features.extract import store_features
+from bingo_compress.features.targets import TargetOf
+from bingo_compress.models.encoder import Encoder, weights_digest
 from bingo_compress.recipe import Recipe, deciding
-from bingo_compress.runtime import checkpoint, console, devices, distributed, signals
-from bingo_compress.runtime.made_of import MadeOf, as_told, made_of
+from bingo_compress.runtime import checkpoint, console, devices, distributed, machine, signals
+from bingo_compress.runtime.made_of import MadeOf, as_told, hash_seed, made_of
 from bingo_compress.runtime.run_dir import write_text
 from bingo_compress.training.loader import Maker, Ready, ahead, anchors_of
-from bingo_compress.training.losses import Batch, Loss, Queries, Targets, make_loss
-from bingo_compress.training.metrics import Log, Meter, forget_after
-from bingo_compress.training.momentum import FeatureQueue
+from bingo_compress.training.losses import Batch, Queries, Targets
+from bingo_compress.training.metrics import Log, Meter, forget_after, profiled
+from bingo_compress.training.momentum import Average, FeatureQueue
 from bingo_compress.training.out_of_memory import Frugal
-from bingo_compress.training.profiling import profiled
-from bingo_compress.training.schedule import learning_rate
-from bingo_compress.training.unread import unread
+from bingo_compress.training.plan import Plan, learning_rate, loss_of, make_head, make_optimizer, plan
 
-ADAMW_BELOW = 50_000
 EPOCH_SAVES_APART = 30.0  # seconds: of a short epoch a save would be a good part
 COMPILE_FROM = 5_000  # steps that pay for the minute or two that the compiler takes
 CHECKS = 10  # in a run
-SLOW_AVERAGE, QUICK_AVERAGE = 0.999, 0.99
 Check = Callable[[Encoder], float]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a recipe means for a folder of a given size: nothing in it is a setting, all of it follows.
-
-    Every batch is full (`anchors_of`): an epoch may end within one, and the run's last one is filled up with images of the epoch that would come next.
-    A smaller last batch would let BatchNorm learn from a few views, and could not be shared among processes.
-    """
-
-    images: int
-    batch_size: int
-    steps: int
-    warmup: int
-    optimizer: str
-    peak_lr: float
-    queue_size: int
-    student_views: int
-    average: float
-
-    def steps_of(self, epochs: float) -> int:
-        """Steps after which so many epochs are complete."""
-        return steps_of(epochs, self.images, self.batch_size)
-
-    def epochs_after(self, steps: int) -> int:
-        """Epochs that are complete after so many steps: also the number, from 0, of the epoch that the next step's first anchor belongs to."""
-        return steps * self.batch_size // self.images
-
-    def describe(self) -> str:
-        """One line for the screen."""
-        return (
-            f"{self.steps:,} steps of {self.batch_size} anchors x {self.student_views} student views; {self.optimizer}, peak learning rate {self.peak_lr:.3g}, "
-            f"warm-up {self.warmup:,} steps; queue {self.queue_size:,}"
-        )
-
-
-def steps_of(epochs: float, images: int, batch: int) -> int:
-    """Batches that hold each of the images an anchor `epochs` times, the last one filled up."""
-    return -(-round(epochs * images) // batch)
-
-
-def plan(recipe: Recipe, images: int) -> Plan:
-    """The plan for a training set of `images`. Raises BingoError when there are too few for the bags."""
-    if "bag_size" not in unread(recipe) and images <= recipe.bag_size:
-        raise BingoError(
-            f"--data: expected more images than a bag holds ({recipe.bag_size}), found {images} to train on; add images or lower --bag-size"
-        )
-    if images < 2:
-        raise BingoError(f"--data: expected images, found {images} to train on; add some")
-    batch = min(recipe.batch_size, images)
-    if batch % distributed.world():
-        raise BingoError(f"--batch-size: expected a multiple of the {distributed.world()} processes, found {batch}")
-    steps = steps_of(recipe.epochs, images, batch)
-    optimizer = recipe.optimizer if recipe.optimizer != "auto" else "adamw" if steps < ADAMW_BELOW else "sgd"
-    peak = recipe.lr or (0.03 * batch / 256 if optimizer == "sgd" else 0.003 * math.sqrt(batch / 128))
-    warmup = round(recipe.warmup_epochs * images / batch) if recipe.warmup_epochs >= 0 else 0 if optimizer == "sgd" else round(0.05 * steps)
-    average = recipe.average or (SLOW_AVERAGE if steps >= ADAMW_BELOW else QUICK_AVERAGE)
-    views = 3 if loss_of(recipe).official else 2
-    return Plan(images, batch, steps, warmup, optimizer, peak, min(recipe.queue_size, images), views, average)
 
 
 def due(epoch: int, recipe: Recipe) -> bool:
@@ -102,54 +38,6 @@ def due(epoch: int, recipe: Recipe) -> bool:
     if recipe.check_every:
         return epoch % recipe.check_every == 0
     return epoch * CHECKS // recipe.epochs > (epoch - 1) * CHECKS // recipe.epochs
-
-
-def loss_of(recipe: Recipe) -> Loss:
-    """The recipe's method with its settings."""
-    return make_loss(recipe.method, recipe.model_dump())
-
-
-def make_head(recipe: Recipe, width: int, dim: int) -> nn.Module:
-    """The student's head for training, random by the recipe's seed: the paper's, or what the method defines."""
-    torch.manual_seed(hash_seed(recipe.seed, "head"))
-    if loss_of(recipe).regression:
-        return RegressionHead(width, recipe.head_hidden, dim)
-    return ProjectionHead(width, recipe.head_hidden, dim)
-
-
-class Average:
-    """The moving average of student and head (MoCo's key encoder), buffers included and always in eval mode (EMAN, arXiv 2101.08482): no batch leaks in."""
-
-    def __init__(self, student: Encoder, head: nn.Module) -> None:
-        self.student, self.head = copy.deepcopy(student).eval(), copy.deepcopy(head).eval()
-
-    @torch.no_grad()
-    def follow(self, student: Encoder, head: nn.Module, share: float) -> None:
-        """Keep `share` of the average, take the rest from the models; counters are copied."""
-        for mine, theirs in ((self.student, student), (self.head, head)):
-            for own, new in zip(mine.state_dict().values(), theirs.state_dict().values(), strict=True):
-                if own.is_floating_point():
-                    own.lerp_(new, 1 - share)
-                else:
-                    own.copy_(new)
-
-    @torch.no_grad()
-    def __call__(self, views: Tensor) -> Tensor:
-        """Keys (B, dim) of length one."""
-        keys: Tensor = self.head(self.student(views))
-        return normalize(keys.float(), dim=1)
-
-
-def make_optimizer(recipe: Recipe, planned: Plan, modules: list[nn.Module]) -> torch.optim.Optimizer:
-    """SGD with momentum 0.9 as in the paper, or AdamW, which leaves biases and norms undecayed."""
-    parameters = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
-    if planned.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=planned.peak_lr, momentum=0.9, weight_decay=recipe.weight_decay, fused=True)
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=planned.peak_lr, fused=True)
 
 
 def distill(
@@ -249,7 +137,7 @@ def distill(
     period = recipe.rebag_epochs if rebags else math.ceil(recipe.epochs)
     last = planned.steps if stop_after is None else min(stop_after, planned.steps)
     shown = planned.batch_size * planned.student_views
-    thread = devices.free_cores() > torch.get_num_threads() * distributed.world()
+    thread = machine.free_cores() > torch.get_num_threads() * distributed.world()
     log = Log(metrics if first else None, device, meter)
 
     def learn(ready: Ready, keys: Targets | None, masked: Tensor | None, epoch: int) -> dict[str, Tensor]:

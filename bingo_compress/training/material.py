@@ -9,15 +9,17 @@ from torch import Tensor
 
 from bingo_compress.data import image_folder, pixel_store
 from bingo_compress.errors import BingoError
-from bingo_compress.features import bagging, extract, neighbours, teacher_pass
+from bingo_compress.features import bagging, neighbours, targets, teacher_pass
 from bingo_compress.features.memmap import Rows
+from bingo_compress.models import encoder
 from bingo_compress.models.encoder import Encoder
 from bingo_compress.models.trained import Models
 from bingo_compress.recipe import Recipe
-from bingo_compress.runtime import console, devices, distributed, run_dir
-from bingo_compress.runtime.made_of import made_of
-from bingo_compress.training.held_out import split
-from bingo_compress.training.loop import loss_of, plan
+from bingo_compress.runtime import console, devices, distributed, machine, run_dir
+from bingo_compress.runtime.made_of import hash_seed, made_of
+from bingo_compress.training.plan import loss_of, plan
+
+AT_MOST = 1000
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Material:
 
 def sources_of(models: Models, folder: image_folder.Folder) -> dict[str, str]:
     """Digests by name of what a run is made from, beside its settings and its student's start."""
-    return {"images": folder.fingerprint(), "teacher": extract.weights_digest(models.teacher)}
+    return {"images": folder.fingerprint(), "teacher": encoder.weights_digest(models.teacher)}
 
 
 def prepare(models: Models, folder: image_folder.Folder, side: int, work: Path, device: torch.device, step: int = 0) -> Material:
@@ -47,7 +49,7 @@ def prepare(models: Models, folder: image_folder.Folder, side: int, work: Path, 
     recipe = models.recipe
     step = step or step_memory(recipe, models.student, len(folder.files), device)
     sources = sources_of(models, folder)
-    store, folder = pixel_store.build(folder, side, work, device, recipe.pixels, pixel_store.parse_memory(recipe.memory), step)
+    store, folder = pixel_store.build(folder, side, work, device, recipe.pixels, machine.parse_memory(recipe.memory), step)
     held, training = split(len(store), recipe)
     views = views_stored(recipe)
     features = loss_of(recipe).regression
@@ -63,8 +65,8 @@ def step_memory(recipe: Recipe, student: Encoder, count: int, device: torch.devi
     views = planned.batch_size * planned.student_views // distributed.world()
     step, limit, held = (
         devices.step_bytes(student, student.preprocessing.size, views),
-        pixel_store.parse_memory(recipe.memory),
-        pixel_store.resident(),
+        machine.parse_memory(recipe.memory),
+        machine.resident(),
     )
     if limit and held + step > limit:
         fits = int(planned.batch_size * (limit - held - devices.BESIDE) / (step - devices.BESIDE))
@@ -83,7 +85,7 @@ def make_bags(recipe: Recipe, teacher: Encoder, material: Material, device: torc
         return torch.empty(len(training), 0, dtype=torch.int64)
     own = torch.empty(len(training), 0)
     if recipe.bags == "adaptive" and teacher.projection is None and seen.views.shape[1]:
-        parts = training.split(extract.ROWS)
+        parts = training.split(targets.ROWS)
         own = torch.cat([torch.einsum("nd,nvd->nv", seen.embeddings[rows].float(), seen.views[rows].float()) for rows in parts])
     labels = None
     if recipe.bags == "labels":
@@ -96,7 +98,7 @@ def make_bags(recipe: Recipe, teacher: Encoder, material: Material, device: torc
     key = made_of("bags", training=split_digest, bag_size=recipe.bag_size, search=recipe.search).key
     search = neighbours.Search(recipe.search, device, material.work / f"bags-{seen.key}-{key}")
     features = Rows(seen.features, training)
-    looked = bagging.Seen(features, own, labels, recipe.clusters, extract.hash_seed(recipe.seed, "bags"), search)
+    looked = bagging.Seen(features, own, labels, recipe.clusters, hash_seed(recipe.seed, "bags"), search)
     return bagging.BAGGERS[recipe.bags](looked, recipe.bag_size)
 
 
@@ -127,16 +129,31 @@ def target_width(recipe: Recipe, teacher: Encoder, count: int) -> int:
     return min(recipe.target_dim, width, count - 1) if target_kind(recipe, teacher) in ("pca", "whitened") else width
 
 
-def target_source(models: Models, material: Material, device: torch.device) -> tuple[extract.TargetOf | None, int]:
+def target_source(models: Models, material: Material, device: torch.device) -> tuple[targets.TargetOf | None, int]:
     """(the teacher's targets, their width) for the recipe's method; None for a method without teacher."""
     recipe, loss, seen = models.recipe, loss_of(models.recipe), material.seen
     dim = target_width(recipe, models.teacher, len(material.training))
     if not loss.teacher:
         return None, dim
     source = seen.features if loss.regression else seen.embeddings
-    space = extract.target_space(Rows(source, material.training), target_kind(recipe, models.teacher), recipe.target_dim)
+    space = targets.target_space(Rows(source, material.training), target_kind(recipe, models.teacher), recipe.target_dim)
     if recipe.views == "online":
-        return extract.OnlineTargets(
+        return targets.OnlineTargets(
             models.teacher, material.store, space, recipe.crop_scale_min, device, dim, features=loss.regression, lengths=loss.lengths
         ), dim
-    return extract.StoredTargets(seen.views, space, device, lengths=loss.lengths, mean=recipe.stored_views == "mean"), dim
+    return targets.StoredTargets(seen.views, space, device, lengths=loss.lengths, mean=recipe.stored_views == "mean"), dim
+
+
+def split(count: int, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """(held out, training): positions of the images, each ascending, the same for every seed; the share is the recipe's, at most AT_MOST."""
+    keep = min(int(count * recipe.hold_out), AT_MOST)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(hash_seed("hold-out")))
+    return order[:keep].sort().values, order[keep:].sort().values
+
+
+def halves(held: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """(images that the checks during training are of, images that the closing figure is of): both `held`, but its halves where the checks choose.
+
+    The best of ten students by some images looks better on them than it is.
+    """
+    return (held[::2], held[1::2]) if recipe.keep_best else (held, held)

@@ -2,17 +2,20 @@
 
 import json
 import math
-import resource
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.profiler import profile, schedule, supported_activities
 
+from bingo_compress.runtime import console
+from bingo_compress.runtime.devices import peak_memory
 from bingo_compress.runtime.run_dir import write_text
+
+WARM, TRACED = 5, 10
 
 LOG_SECONDS = 5.0
 PARTS = ("pixels", "augment", "teacher", "student", "loss", "wait")
@@ -124,14 +127,6 @@ class Log:
         return f"share of the time: {parts} (parts run side by side); peak memory {peak_memory(self._device) / 1e9:.2f} GB"
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that torch held on the GPU, or the most that this process held in memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 def _short(value: float) -> float | None:
     """Six digits; None (JSON's null) for what JSON has no number for."""
     if isinstance(value, int):
@@ -164,3 +159,19 @@ def seconds_of(metrics: Path) -> float:
             total, began = total + last, start
         last = found["seconds"]
     return float(total + last)
+
+
+@contextmanager
+def profiled(wanted: bool, path: Path) -> Iterator[Callable[[], None]]:
+    """Call the yielded function after every step: steps WARM to WARM + TRACED go into the trace `path`. Does nothing unless `wanted`."""
+    if not wanted:
+        yield lambda: None
+        return
+
+    def write(tracer: profile) -> None:
+        tracer.export_chrome_trace(str(path))
+        console.say(f"trace of {TRACED} steps: {path} (open it in https://ui.perfetto.dev or chrome://tracing)")
+
+    steps = schedule(wait=0, warmup=WARM, active=TRACED, repeat=1)
+    with profile(activities=supported_activities(), schedule=steps, on_trace_ready=write) as tracer:
+        yield tracer.step

@@ -1,9 +1,15 @@
 """The negatives: a first-in first-out queue of teacher embeddings of earlier anchors, one preallocated tensor."""
 
-import torch
-from torch import Tensor
+import copy
 
-from bingo_compress.runtime.transfer import sent
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from bingo_compress.models.encoder import Encoder
+from bingo_compress.runtime.machine import (
+    sent,
+)
 
 
 class FeatureQueue:
@@ -48,3 +54,26 @@ class FeatureQueue:
         self._rows.copy_(state["rows"])
         self._images.copy_(state["images"])
         self._pushed = int(state["pushed"])
+
+
+class Average:
+    """The moving average of student and head (MoCo's key encoder), buffers included and always in eval mode (EMAN, arXiv 2101.08482): no batch leaks in."""
+
+    def __init__(self, student: Encoder, head: nn.Module) -> None:
+        self.student, self.head = copy.deepcopy(student).eval(), copy.deepcopy(head).eval()
+
+    @torch.no_grad()
+    def follow(self, student: Encoder, head: nn.Module, share: float) -> None:
+        """Keep `share` of the average, take the rest from the models; counters are copied."""
+        for mine, theirs in ((self.student, student), (self.head, head)):
+            for own, new in zip(mine.state_dict().values(), theirs.state_dict().values(), strict=True):
+                if own.is_floating_point():
+                    own.lerp_(new, 1 - share)
+                else:
+                    own.copy_(new)
+
+    @torch.no_grad()
+    def __call__(self, views: Tensor) -> Tensor:
+        """Keys (B, dim) of length one."""
+        keys: Tensor = self.head(self.student(views))
+        return normalize(keys.float(), dim=1)

@@ -1,0 +1,115 @@
+"""TODO."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from bingo_compress.data import augment
+from bingo_compress.data.pixel_store import PixelStore
+from bingo_compress.features.memmap import Matrix, blocks
+from bingo_compress.models.encoder import Encoder
+from bingo_compress.runtime.machine import (
+    sent,
+)
+
+ROWS = 8192  # rows of a stored pass held in memory at once
+# Images (B,), the step's generator, and which rows of the batch are wanted (b,), to targets (b, D).
+TargetOf = Callable[[Tensor, torch.Generator, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class TargetSpace:
+    """Where targets live: normalise, subtract `mean` (D,), project on `basis` (D, d), normalise. None leaves that step out."""
+
+    mean: Tensor | None
+    basis: Tensor | None
+
+    def __call__(self, embeddings: Tensor) -> Tensor:
+        """(..., D) -> (..., d) float32, L2-normalised."""
+        return normalize(self.project(embeddings), dim=-1)
+
+    def project(self, embeddings: Tensor) -> Tensor:
+        """The same without the last normalisation: (..., D) -> (..., d) float32."""
+        points = normalize(embeddings.float(), dim=-1)
+        if self.mean is not None:
+            points = points - self.mean.to(points.device)
+        return points if self.basis is None else points @ self.basis.to(points.device)
+
+
+def target_space(embeddings: Matrix, target: str, dim: int) -> TargetSpace:
+    """Fit on the plain-view embeddings (N, D). target: raw, centred, pca (at most `dim` dimensions kept) or whitened (the same, each scaled to variance 1)."""
+    if target == "raw":
+        return TargetSpace(None, None)
+    count, width = embeddings.shape
+    mean = torch.zeros(width, dtype=torch.float64)
+    for _, rows in blocks(embeddings, ROWS):
+        mean += normalize(rows.float(), dim=1).double().sum(0) / count
+    if target == "centred":
+        return TargetSpace(mean.float(), None)
+    covariance = torch.zeros(width, width, dtype=torch.float64)
+    for _, rows in blocks(embeddings, ROWS):
+        centred = normalize(rows.float(), dim=1).double() - mean
+        covariance += centred.T @ centred / count
+    keep = min(dim, width, count - 1)
+    values, vectors = torch.linalg.eigh(covariance)
+    basis = vectors[:, -keep:]
+    if target == "whitened":
+        # The floor keeps directions without spread (fewer images than dimensions) from being blown up to noise.
+        basis = basis / values[-keep:].clamp(min=1e-6 * float(values[-1])).sqrt()
+    return TargetSpace(mean.float(), basis.float())
+
+
+class StoredTargets:
+    """Targets from stored views: one of an image's V views, drawn anew each time, or (mean) the mean of all, always the same.
+
+    views: (N, V, D). lengths: not normalised at the end.
+    """
+
+    def __init__(self, views: Tensor, space: TargetSpace, device: torch.device, *, lengths: bool = False, mean: bool = False) -> None:
+        self._lengths = lengths
+        parts = (space.project(rows) if lengths else space(rows) for rows in views.split(ROWS))
+        self._views = torch.cat([(part.mean(1, keepdim=True) if mean else part).half() for part in parts])
+        if device.type == "cuda" and self._views.nbytes < 0.2 * torch.cuda.mem_get_info(device)[0]:
+            self._views = self._views.to(device)
+        self._device = device
+        self.dim = self._views.shape[2]
+
+    def __call__(self, indices: Tensor, generator: torch.Generator, mine: Tensor) -> Tensor:
+        """Targets (b, dim), float32, L2-normalised (unless `lengths`), of the images indices[mine]; drawn for all of `indices` (B,)."""
+        view = torch.randint(self._views.shape[1], (len(indices),), generator=generator)[mine]
+        rows = (sent(positions, self._views.device) for positions in (indices[mine], view))
+        drawn = sent(self._views[tuple(rows)], self._device).float()
+        return drawn if self._lengths else normalize(drawn, dim=1)
+
+
+class OnlineTargets:
+    """Targets from the teacher itself, run on a fresh view of each image. lengths: not normalised at the end."""
+
+    def __init__(
+        self,
+        teacher: Encoder,
+        pixels: PixelStore,
+        space: TargetSpace,
+        scale_min: float,
+        device: torch.device,
+        dim: int,
+        *,
+        features: bool = False,
+        lengths: bool = False,
+    ) -> None:
+        self._teacher = teacher.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._pixels, self._scale_min = pixels, scale_min
+        self._project = space.project if lengths else space.__call__
+        self._which = 0 if features else 1
+        self.dim = dim
+
+    @torch.no_grad()
+    def __call__(self, indices: Tensor, generator: torch.Generator, mine: Tensor) -> Tensor:
+        """Targets (b, dim), float32, L2-normalised (unless `lengths`), of the images indices[mine]; drawn for all of `indices` (B,)."""
+        drawn = augment.rows(augment.draw(self._pixels.aspect[indices], generator, self._scale_min), mine)
+        indices = indices[mine]
+        images = augment.apply(self._pixels.crops(indices, drawn.box, self._teacher.preprocessing.size), drawn)
+        return self._project(self._teacher.embed(images.contiguous(memory_format=torch.channels_last))[self._which])
