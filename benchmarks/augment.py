@@ -1,4 +1,5 @@
-"""Our crop and augmentation against torchvision v2's on tensors and on PIL images: MoCo-v2's list, the same stored pictures, one thread.
+"""Our crop and augmentation against torchvision v2's on tensors and on PIL images: MoCo-v2's list, the same stored
+pictures, one thread.
 
 python benchmarks/augment.py [--sizes 64,224] [--images 256] [--json FILE]
 """
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from synthetic import photo
@@ -30,13 +32,19 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = []
     print(
-        f"images per CPU-second, median of {chosen.rounds}\n{'px':<6}{'ours':>10}{'v2 tensor':>12}{'v2 PIL':>10}{'ours/tensor':>13}{'ours/PIL':>10}"
+        "images per CPU-second, median of"
+        f" {chosen.rounds}\n{'px':<6}{'ours':>10}{'v2 tensor':>12}{'v2 PIL':>10}{'ours/tensor':>13}{'ours/PIL':>10}"
     )
     for size in map(int, chosen.sizes.split(",")):
         side = pixel_store.store_side(size, 0)
         pictures = [photo(number % 64, side * 4 // 3, side) for number in range(chosen.images)]
         rates = measure({"ours": ours(pictures, size), **theirs(pictures, size)}, chosen.images, chosen.rounds)
-        row = {"size": size, **rates, "against_tensor": rates["ours"] / rates["tensor"], "against_pil": rates["ours"] / rates["pil"]}
+        row = {
+            "size": size,
+            **rates,
+            "against_tensor": rates["ours"] / rates["tensor"],
+            "against_pil": rates["ours"] / rates["pil"],
+        }
         print(
             f"{size:<6}{row['ours']:>10.0f}{row['tensor']:>12.0f}{row['pil']:>10.0f}{row['against_tensor']:>13.2f}{row['against_pil']:>10.2f}"
         )
@@ -46,7 +54,7 @@ def main() -> None:
 
 
 def ours(pictures: list[Image.Image], size: int) -> Callable[[], object]:
-    store = pixel_store.store_of([torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8).view(p.height, p.width, 3).numpy() for p in pictures],
+    store = pixel_store.store_of([np.asarray(picture).copy() for picture in pictures],
                             torch.tensor([p.width / p.height for p in pictures]), torch.device("cpu"))  # fmt: skip
     generator = torch.Generator().manual_seed(0)
 
@@ -59,7 +67,9 @@ def ours(pictures: list[Image.Image], size: int) -> Callable[[], object]:
 
 
 def theirs(pictures: list[Image.Image], size: int) -> dict[str, Callable[[], object]]:
-    """MoCo-v2's list of torchvision v2, image by image as its users run it. The blur's kernel reaches three sigma of the largest sigma, as ours does."""
+    """MoCo-v2's list of torchvision v2, image by image as its users run it. The blur's kernel reaches three sigma of
+    the largest sigma, as ours does.
+    """
     sigma = (0.1 * size / 224, 2.0 * size / 224)
     kernel = 2 * round(3 * sigma[1]) + 1
     steps = [

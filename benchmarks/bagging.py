@@ -1,11 +1,13 @@
-"""Seconds to find every image's nearest neighbours: ours against faiss's IndexFlatIP, on clustered synthetic embeddings of length one. No GPU needed.
+"""Seconds to find every image's nearest neighbours: ours against faiss's IndexFlatIP, on clustered synthetic embeddings
+of length one. No GPU needed.
 
 python benchmarks/bagging.py [--images 100000] [--dim 128] [--bag-size 5] [--repeats 3] [--threads 0] [--json FILE]
 python benchmarks/bagging.py --million [--dim 128] [--search auto|exact|ivf] [--queries-share 0.02] [--json FILE]
 
---million does it as the tool does: 1,000,000 x 128 in a memory-mapped float16 file, blocks of the result written; with the peak of resident memory, and the
-recall of some images against products in float64. On a GPU where there is one; no faiss is needed.
---queries-share searches for that share of the images alone and multiplies the seconds: an extrapolation, and called so.
+--million does it as the tool does: 1,000,000 x 128 in a memory-mapped float16 file, blocks of the result written; with
+the peak of resident memory, and the recall of some images against products in float64. On a GPU where there is one; no
+faiss is needed. --queries-share searches for that share of the images alone and multiplies the seconds: an
+extrapolation, and called so.
 """
 
 import argparse
@@ -45,7 +47,8 @@ def main() -> None:
     found = million(chosen) if chosen.million else side_by_side(chosen)
     if chosen.json:
         chosen.json.write_text(
-            json.dumps({"threads": torch.get_num_threads(), "dim": chosen.dim, "bag_size": chosen.bag_size} | found) + "\n"
+            json.dumps({"threads": torch.get_num_threads(), "dim": chosen.dim, "bag_size": chosen.bag_size} | found)
+            + "\n"
         )
 
 
@@ -55,7 +58,9 @@ def clustered(images: int, dim: int) -> Iterator[Tensor]:
     centres = normalize(torch.randn(max(images // 100, 1), dim, generator=generator), dim=1)
     for start in range(0, images, PART):
         which = torch.randint(len(centres), (min(PART, images - start),), generator=generator)
-        yield normalize(centres[which] + 0.7 * normalize(torch.randn(len(which), dim, generator=generator), dim=1), dim=1)
+        yield normalize(
+            centres[which] + 0.7 * normalize(torch.randn(len(which), dim, generator=generator), dim=1), dim=1
+        )
 
 
 def side_by_side(chosen: argparse.Namespace) -> dict[str, Any]:
@@ -85,14 +90,19 @@ def side_by_side(chosen: argparse.Namespace) -> dict[str, Any]:
             seconds[name].append(time.perf_counter() - began)
     first = results["faiss IndexFlatIP"]
     itself = torch.arange(len(rows))[:, None]
-    print(f"{chosen.images:,} x {chosen.dim}, {chosen.bag_size} neighbours, {torch.get_num_threads()} threads, least of {chosen.repeats}\n")
+    print(
+        f"{chosen.images:,} x {chosen.dim}, {chosen.bag_size} neighbours, {torch.get_num_threads()} threads, least of"
+        f" {chosen.repeats}\n"
+    )
     print(f"{'':<20}{'seconds':>10}{'ratio':>8}{f'recall@{chosen.bag_size}':>11}")
     table = []
     for name, result in results.items():
         least = min(seconds[name])
         # Of what IndexFlatIP found, the image itself aside.
         both = ((first[:, :, None] == result[:, None, :]).any(2) & (first != itself)).sum() / (first != itself).sum()
-        table.append({"name": name, "seconds": least, "ratio": least / min(seconds["faiss IndexFlatIP"]), "recall": float(both)})
+        table.append(
+            {"name": name, "seconds": least, "ratio": least / min(seconds["faiss IndexFlatIP"]), "recall": float(both)}
+        )
         print(f"{name:<20}{least:>10.2f}{table[-1]['ratio']:>8.2f}{float(both):>11.4f}")
     return {"images": chosen.images, "rows": table}
 
@@ -119,9 +129,13 @@ def million(chosen: argparse.Namespace, images: int = 1_000_000) -> dict[str, An
     print(f"{images:,} x {chosen.dim}, {chosen.bag_size} neighbours, search={chosen.search}, {where}")
     print(f"{queries:,} images searched for: {seconds:.0f} s")
     if queries < images:
-        print(f"all images, EXTRAPOLATED from {chosen.queries_share:.1%} of them and not run: {seconds * images / queries:.0f} s")
+        print(
+            f"all images, EXTRAPOLATED from {chosen.queries_share:.1%} of them and not run:"
+            f" {seconds * images / queries:.0f} s"
+        )
     print(
-        f"peak resident memory (VmHWM): {after:.0f} MB, before the search {before:.0f} MB; the mapped file alone is {images * chosen.dim * 2 / 1e6:.0f} MB"
+        f"peak resident memory (VmHWM): {after:.0f} MB, before the search {before:.0f} MB; the mapped file alone is"
+        f" {images * chosen.dim * 2 / 1e6:.0f} MB"
     )
     print(f"recall@{chosen.bag_size} of {CHECKED} of them against float64: {recall:.4f}")
     return {
@@ -139,7 +153,9 @@ def million(chosen: argparse.Namespace, images: int = 1_000_000) -> dict[str, An
 
 
 def recall_of(found: Tensor, features: Any) -> float:
-    """The share of the true neighbours, the images themselves aside, that `found` (n, K or K + 1) names; of CHECKED images spread over all n."""
+    """The share of the true neighbours, the images themselves aside, that `found` (n, K or K + 1) names; of CHECKED
+    images spread over all n.
+    """
     which = torch.linspace(0, len(found) - 1, CHECKED).long()
     rows = normalize(features[which].double(), dim=1)
     true = [torch.empty(CHECKED, 0, dtype=kind) for kind in (torch.float64, torch.int64)]

@@ -1,4 +1,5 @@
-"""Which timm students become a file in both profiles that equals torch? No GPU and no weights needed: random weights, drawn pictures.
+"""Which timm students become a file in both profiles that equals torch? No GPU and no weights needed: random weights,
+drawn pictures.
 
 python benchmarks/export_models.py [--models NAME,NAME] [--json FILE]
 
@@ -18,8 +19,10 @@ from bingo_compress.errors import BingoError
 from bingo_compress.exporters.onnx import PROFILES, export_onnx
 from bingo_compress.models.encoder import build
 
-MODELS = """mobilenetv3_large_100 mobilenetv3_small_050 mobilenetv4_conv_small mobilenetv4_hybrid_medium efficientnet_b0 efficientnet_lite0 resnet18
-fastvit_t8 repvit_m0_9 mobileone_s0 vit_tiny_patch16_224 mobilevit_xs convnext_atto levit_128s efficientformerv2_s0 edgenext_xx_small tiny_vit_5m_224
+MODELS = """mobilenetv3_large_100 mobilenetv3_small_050 mobilenetv4_conv_small
+mobilenetv4_hybrid_medium efficientnet_b0 efficientnet_lite0 resnet18
+fastvit_t8 repvit_m0_9 mobileone_s0 vit_tiny_patch16_224 mobilevit_xs convnext_atto
+levit_128s efficientformerv2_s0 edgenext_xx_small tiny_vit_5m_224
 ghostnet_100"""
 PICTURES = 8
 
@@ -36,10 +39,15 @@ def main() -> None:
             row = exported(name, profile)
             rows.append(row)
             told = row.get("refused") or (
-                f"{row['opset']:>6}{row['ir_version']:>4}{row['bytes'] / 1e6:>8.2f}{row['max_difference']:>12.1e}{row['min_cosine']:>11.6f}{row['seconds']:>9.1f}"
+                f"{row['opset']:>6}{row['ir_version']:>4}{row['bytes'] / 1e6:>8.2f}{row['max_difference']:>12.1e}"
+                f"{row['min_cosine']:>11.6f}{row['seconds']:>9.1f}"
             )
             print(f"{name:<28}{profile:<9}{told}", flush=True)
-    passed = {name for name in chosen.models.split(",") if not any(row.get("refused") for row in rows if row["student"] == name)}
+    passed = {
+        name
+        for name in chosen.models.split(",")
+        if not any(row.get("refused") for row in rows if row["student"] == name)
+    }
     print(f"\n{len(passed)} of {len(chosen.models.split(','))} pass in both profiles")
     if chosen.json:
         chosen.json.write_text(json.dumps(rows, indent=2) + "\n")

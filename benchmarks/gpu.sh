@@ -86,7 +86,7 @@ for wanted in ${*:-machine correctness steps distil million official}; do
         before) part before 60 20 env "PYTHONPATH=$pack/before:$pack/before/export:$PYTHONPATH" "$python" benchmarks/step.py --student resnet18 --batch 256 --size "$size" "${step[@]}" --json "$work/before.json" ;;
         # shellcheck disable=SC2086
         steps) part steps 150 20 "$python" benchmarks/step.py --student $students --batch $batches --size "$size" "${step[@]}" --json "$work/steps.json" ;;
-        correctness) part correctness 100 30 "$python" -m pytest -q -p no:cacheprovider --durations=5 -rPfE tests/test_gpu.py tests/test_decoding.py ;;
+        correctness) part correctness 100 30 "$python" -m pytest -q -p no:cacheprovider --durations=5 -rPfE tests/test_gpu.py tests/data/test_decode.py ;;
         distil) part distil 170 24 bash -c side_by_side ;;
         million) part million 120 6 "$python" benchmarks/bagging.py --million --dim 256 "${million[@]}" --json "$work/million.json" ;;
         official) part official 60 8 "$python" benchmarks/official_step.py --batch 128 --steps 10 --rounds 1 --json "$work/official.json" ;;

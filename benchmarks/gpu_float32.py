@@ -1,4 +1,6 @@
-"""bingo-compress with every product in float32, on a GPU too: what bf16 and TF32 are compared with. Arguments as the command's."""
+"""bingo-compress with every product in float32, on a GPU too: what bf16 and TF32 are compared with. Arguments as the
+command's.
+"""
 
 from typing import Any
 

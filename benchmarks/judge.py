@@ -1,9 +1,11 @@
 """Students of several versions of the program under one probe: this version's.
 
-python benchmarks/judge.py --bank FOLDER --test FOLDER --student mobilenetv3_small_050 --image-size 64 [--json FILE] RUN/student.safetensors ...
+python benchmarks/judge.py --bank FOLDER --test FOLDER --student mobilenetv3_small_050 --image-size 64 [--json FILE]
+RUN/student.safetensors ...
 
-Figures that two versions' own `validate` give are not to be compared where the probe has changed. One row a file, and mean and spread of all files whose path
-has the same second part from the end without its digits (before-0, before-1; after-0, ...).
+Figures that two versions' own `validate` give are not to be compared where the probe has changed. One row a file, and
+mean and spread of all files whose path has the same second part from the end without its digits (before-0, before-1;
+after-0, ...).
 """
 
 import argparse
@@ -29,24 +31,40 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("files", nargs="+", type=Path)
     chosen = parser.parse_args()
-    bank, test, where = image_folder.list_folder(chosen.bank), image_folder.list_folder(chosen.test), choose_device("auto")
+    bank, test, where = (
+        image_folder.list_folder(chosen.bank),
+        image_folder.list_folder(chosen.test),
+        choose_device("auto"),
+    )
     classes, _ = image_folder.labels_of(bank)
     students = {str(file): build(chosen.student, chosen.image_size, str(file), "FILE") for file in chosen.files}
-    sides = scores.sides({name: extract.as_embed(student, where) for name, student in students.items()}, bank, test, classes)
+    sides = scores.sides(
+        {name: extract.as_embed(student, where) for name, student in students.items()}, bank, test, classes
+    )
     found, groups = {}, defaultdict(list)
     for name in students:
         head = probes.fit_linear(sides.bank[name], sides.labels, len(classes), groups=sides.groups)
-        right = probes.knn_predict(sides.bank[name], sides.labels, sides.queries[name], len(classes)) == sides.query_labels
+        right = (
+            probes.knn_predict(sides.bank[name], sides.labels, sides.queries[name], len(classes)) == sides.query_labels
+        )
         linear = head.predict(sides.queries[name]) == sides.query_labels
-        found[name] = {"knn": float(right.double().mean()), "linear": float(linear.double().mean()), "strength": head.strength}
+        found[name] = {
+            "knn": float(right.double().mean()),
+            "linear": float(linear.double().mean()),
+            "strength": head.strength,
+        }
         groups[re.sub(r"[\d-]+$", "", Path(name).parent.name)].append(found[name])
         print(f"{name}: kNN {found[name]['knn']:.4f}, linear {found[name]['linear']:.4f}", flush=True)
     for group, rows in groups.items():
         told = [
-            f"{key} {statistics.mean(row[key] for row in rows):.4f} ± {statistics.stdev(row[key] for row in rows) if len(rows) > 1 else 0:.4f}"
+            f"{key} {statistics.mean(row[key] for row in rows):.4f} ±"
+            f" {statistics.stdev(row[key] for row in rows) if len(rows) > 1 else 0:.4f}"
             for key in ("knn", "linear")
         ]
-        print(f"{group}, {len(rows)} runs, {len(sides.labels):,} bank and {len(sides.query_labels):,} test images: {', '.join(told)}")
+        print(
+            f"{group}, {len(rows)} runs, {len(sides.labels):,} bank and {len(sides.query_labels):,} test images:"
+            f" {', '.join(told)}"
+        )
     if chosen.json:
         chosen.json.write_text(json.dumps(found, indent=1) + "\n")
 

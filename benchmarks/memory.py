@@ -1,9 +1,11 @@
-"""Peak memory of a whole run (pixels, teacher, bags, training, closing check) whose pixel store is larger than --memory allows.
+"""Peak memory of a whole run (pixels, teacher, bags, training, closing check) whose pixel store is larger than --memory
+allows.
 
 python benchmarks/memory.py [--memory 2GB] [--images 10000] [--teacher-size 224] [--json FILE]
 
-The photos are synthetic, 340 x 255, a few pictures under many names; teacher and student are timm's tiny test models, so that pixels are most of it.
-The same run without a limit, pixels in memory, stands beside it. Peak: the most that was resident, pages of mapped files included.
+The photos are synthetic, 340 x 255, a few pictures under many names; teacher and student are timm's tiny test models,
+so that pixels are most of it. The same run without a limit, pixels in memory, stands beside it. Peak: the most that was
+resident, pages of mapped files included.
 """
 
 import argparse
@@ -47,17 +49,44 @@ def main() -> None:
         print(f"{row['run']:<12}{row['peak_bytes'] / 1e9:>10.2f}{row['peak_bytes'] / limit:>12.2f}   {row['said']}")
     if chosen.json:
         chosen.json.write_text(
-            json.dumps({"images": chosen.images, "store_bytes": store, "limit_bytes": limit, "rows": rows}, indent=2) + "\n"
+            json.dumps({"images": chosen.images, "store_bytes": store, "limit_bytes": limit, "rows": rows}, indent=2)
+            + "\n"
         )
 
 
 def run(data: Path, out: Path, size: int, options: list[str]) -> tuple[str, int]:
     """(what the run said about its pixels, bytes of its peak)."""
-    command = [sys.executable, "-m", "bingo_compress", "distill", "--data", data, "--out", out, "--epochs", 1, "--threads", 1, *options]
-    command += ["--teacher", "test_resnet", "--teacher-weights", "random", "--student", "test_resnet", "--student-weights", "random"]
+    command = [
+        sys.executable,
+        "-m",
+        "bingo_compress",
+        "distill",
+        "--data",
+        data,
+        "--out",
+        out,
+        "--epochs",
+        1,
+        "--threads",
+        1,
+        *options,
+    ]
+    command += [
+        "--teacher",
+        "test_resnet",
+        "--teacher-weights",
+        "random",
+        "--student",
+        "test_resnet",
+        "--student-weights",
+        "random",
+    ]
     command += ["--image-size", 64, "--teacher-size", size, "--views", 1]
     # A small process of its own starts the run, so that the peak is that run's alone.
-    watched = "import resource, subprocess, sys; done = subprocess.run(sys.argv[1:]); print('PEAK', resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(done.returncode)"
+    watched = (
+        "import resource, subprocess, sys; done = subprocess.run(sys.argv[1:]); print('PEAK',"
+        " resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(done.returncode)"
+    )
     done = subprocess.run([sys.executable, "-c", watched, *map(str, command)], capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{done.stdout[-1500:]}\n{done.stderr[-3000:]}")

@@ -1,9 +1,12 @@
-"""A step of our default against the arithmetic of the official algorithm: three student passes and two passes of an online teacher an anchor.
+"""A step of our default against the arithmetic of the official algorithm: three student passes and two passes of an
+online teacher an anchor.
 
-python benchmarks/official_step.py [--teacher resnet152] [--student mobilenetv3_large_100] [--size 224] [--batch 8] [--steps 3] [--json FILE]
+python benchmarks/official_step.py [--teacher resnet152] [--student mobilenetv3_large_100] [--size 224] [--batch 8]
+[--steps 3] [--json FILE]
 
-The official side is ours too (variant official, online teacher), written from the paper's description; both train by `distill.distill` from pixels in memory,
-so that only the arithmetic differs: the official loader is not counted. Time an anchor: CPU seconds, or wall seconds on a GPU.
+The official side is ours too (variant official, online teacher), written from the paper's description; both train by
+`distill.distill` from pixels in memory, so that only the arithmetic differs: the official loader is not counted. Time
+an anchor: CPU seconds, or wall seconds on a GPU.
 """
 
 import argparse
@@ -71,7 +74,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
             files = (Path(folder) / "metrics.jsonl", Path(folder) / "checkpoint.safetensors")
             start = clocks(device)[clock]
-            loop.distill(recipe, student, store, torch.arange(count), bags, source, dim, *files, device, stop_after=steps)
+            loop.distill(
+                recipe, student, store, torch.arange(count), bags, source, dim, *files, device, stop_after=steps
+            )
             return clocks(device)[clock] - start
 
     spent: dict[str, list[float]] = {"official": [], "ours": []}
@@ -83,12 +88,16 @@ def main() -> None:
     with_embedding = ours + 5 * embedding / 200
     unit = "seconds" if clock == 0 else "CPU seconds"
     print(
-        f"{chosen.teacher} -> {chosen.student}, {chosen.size} px, {chosen.batch} anchors a step; {unit} an anchor, median of {chosen.rounds}"
+        f"{chosen.teacher} -> {chosen.student}, {chosen.size} px, {chosen.batch} anchors a step; {unit} an anchor,"
+        f" median of {chosen.rounds}"
     )
     print(f"{'':<52}{'seconds':>10}{'official/ours':>16}")
     print(f"{'official: 3 student, 2 teacher passes':<52}{official:>10.4f}")
     print(f"{'ours: 2 student passes, stored targets':<52}{ours:>10.4f}{official / ours:>16.2f}")
-    print(f"{'ours with 5 teacher passes an image over 200 epochs':<52}{with_embedding:>10.4f}{official / with_embedding:>16.2f}")
+    print(
+        f"{'ours with 5 teacher passes an image over 200 epochs':<52}{with_embedding:>10.4f}"
+        f"{official / with_embedding:>16.2f}"
+    )
     if chosen.json:
         facts = {key: value for key, value in vars(chosen).items() if key != "json"}
         rows = {

@@ -1,10 +1,12 @@
-"""JPEGs decoded to a store's size against the usual decoders, and crops out of each place that pixels are kept in: one thread, no network.
+"""JPEGs decoded to a store's size against the usual decoders, and crops out of each place that pixels are kept in: one
+thread, no network.
 
 python benchmarks/pixels.py [--images 64] [--rounds 7] [--json FILE]
 
-Decoders are timed by CPU-seconds, from bytes in memory: to an array whose short side is 256 px or more, and on to the store's own size, Pillow's row by Pillow's
-resizing, the others by ours. Crops are of 500 x 375 JPEGs; without a GPU they too are timed by CPU-seconds, with one by the clock, and `gpu` and
-`stream, nvJPEG` are added. simplejpeg has its row where it is installed.
+Decoders are timed by CPU-seconds, from bytes in memory: to an array whose short side is 256 px or more, and on to the
+store's own size, Pillow's row by Pillow's resizing, the others by ours. Crops are of 500 x 375 JPEGs; without a GPU
+they too are timed by CPU-seconds, with one by the clock, and `gpu` and `stream, nvJPEG` are added. simplejpeg has its
+row where it is installed.
 """
 
 import argparse
@@ -53,23 +55,35 @@ def decoders(size: tuple[int, int], count: int, rounds: int) -> list[dict[str, o
     """Images per CPU-second of each decoder, and how many times ours that is."""
     side = pixel_store.store_side(224, 0)
     files = [as_jpeg(photo(number, *size)) for number in range(max(8, count * 500 // size[0]))]
-    kinds: dict[str, Decoder | None] = {"ours": ours, "pillow, whole": whole, "torchvision": torchvision, "simplejpeg": simple()}
+    kinds: dict[str, Decoder | None] = {
+        "ours": ours,
+        "pillow, whole": whole,
+        "torchvision": torchvision,
+        "simplejpeg": simple(),
+    }
     works = {}
     for name, decode in kinds.items():
         if decode:
             works[name, "decoded"] = lambda decode=decode: [decode(file, side) for file in files]
             shrink = pillows_shrink if decode is whole else pixel_store._shrink
-            works[name, "kept"] = lambda decode=decode, shrink=shrink: [shrink(decode(file, side), side) for file in files]
+            works[name, "kept"] = lambda decode=decode, shrink=shrink: [
+                shrink(decode(file, side), side) for file in files
+            ]
     rates = measure(works, len(files), rounds, time.process_time)
     print(
-        f"\n{size[0]} x {size[1]} JPEG, images per CPU-second (to ours)\n{'':<18}{'decoded to >= ' + str(side):>22}{'in the store size':>22}"
+        f"\n{size[0]} x {size[1]} JPEG, images per CPU-second (to"
+        f" ours)\n{'':<18}{'decoded to >= ' + str(side):>22}{'in the store size':>22}"
     )
     rows: list[dict[str, object]] = []
     for name, decode in kinds.items():
         row: dict[str, object] = {"work": "decode", "size": f"{size[0]}x{size[1]}", "by": name}
         for kind in ("decoded", "kept") if decode else ():
             row |= {kind: rates[name, kind], f"{kind}_to_ours": rates[name, kind] / rates["ours", kind]}
-        cells = [f"{row[kind]:.0f} ({row[f'{kind}_to_ours']:.2f})" for kind in ("decoded", "kept")] if decode else ["not installed"]
+        cells = (
+            [f"{row[kind]:.0f} ({row[f'{kind}_to_ours']:.2f})" for kind in ("decoded", "kept")]
+            if decode
+            else ["not installed"]
+        )
         print(f"{name:<18}" + "".join(f"{cell:>22}" for cell in cells))
         rows.append(row)
     return rows
@@ -90,7 +104,9 @@ def whole(file: bytes, side: int) -> np.ndarray:
 
 
 def pillows_shrink(picture: np.ndarray, side: int) -> np.ndarray:
-    return np.array(Image.fromarray(picture).resize(pixel_store.kept_size(*picture.shape[:2], side)[::-1], Image.Resampling.BICUBIC))
+    return np.array(
+        Image.fromarray(picture).resize(pixel_store.kept_size(*picture.shape[:2], side)[::-1], Image.Resampling.BICUBIC)
+    )
 
 
 def torchvision(file: bytes, side: int) -> np.ndarray:
@@ -139,7 +155,9 @@ def places(size: int, count: int, rounds: int, device: torch.device) -> list[dic
                 torch.cuda.synchronize()
 
         clock = time.perf_counter if device.type == "cuda" else time.process_time
-        rates = measure({(name, ""): lambda store=store: crop(store) for name, store in stores.items()}, count, rounds, clock)
+        rates = measure(
+            {(name, ""): lambda store=store: crop(store) for name, store in stores.items()}, count, rounds, clock
+        )
     print(f"\n{size} px crops per {'second' if device.type == 'cuda' else 'CPU-second'} (to memory)")
     rows: list[dict[str, object]] = []
     for (name, _), rate in rates.items():
@@ -149,7 +167,9 @@ def places(size: int, count: int, rounds: int, device: torch.device) -> list[dic
     return rows
 
 
-def measure(works: dict[tuple[str, str], Callable[[], object]], count: int, rounds: int, clock: Clock) -> dict[tuple[str, str], float]:
+def measure(
+    works: dict[tuple[str, str], Callable[[], object]], count: int, rounds: int, clock: Clock
+) -> dict[tuple[str, str], float]:
     """Images per second of each, in turn, so that a busy moment hits all."""
     spent: dict[tuple[str, str], list[float]] = {name: [] for name in works}
     for number in range(rounds + 1):

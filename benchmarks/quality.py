@@ -1,9 +1,10 @@
-"""Is the fast path as good as the plain one? `compare` twice: as it is, and with an online teacher in fp32 and torchvision's operations image by image.
+"""Is the fast path as good as the plain one? `compare` twice: as it is, and with an online teacher in fp32 and
+torchvision's operations image by image.
 
 python benchmarks/quality.py fast|plain ...the options of `bingo-compress compare`...
 
-plain: every view is cropped and augmented by torchvision.transforms.v2.functional with the same drawn parameters, and the teacher runs in every step.
-Compare the two tables; figures count as equal within the spread over seeds.
+plain: every view is cropped and augmented by torchvision.transforms.v2.functional with the same drawn parameters, and
+the teacher runs in every step. Compare the two tables; figures count as equal within the spread over seeds.
 """
 
 import sys
@@ -24,7 +25,12 @@ def apply_plainly(views: Tensor, drawn: augment.Draw) -> Tensor:
 def _one(view: Tensor, drawn: augment.Draw) -> Tensor:
     image = reference.to_dtype(reference.horizontal_flip(view) if bool(drawn.flip) else view, torch.float32, scale=True)
     if int(drawn.order) >= 0:
-        steps = (reference.adjust_brightness, reference.adjust_contrast, reference.adjust_saturation, reference.adjust_hue)
+        steps = (
+            reference.adjust_brightness,
+            reference.adjust_contrast,
+            reference.adjust_saturation,
+            reference.adjust_hue,
+        )
         values = (drawn.brightness, drawn.contrast, drawn.saturation, drawn.hue)
         for step in augment.ORDERS[int(drawn.order)]:
             image = steps[step](image, float(values[step]))

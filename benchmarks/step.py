@@ -1,11 +1,14 @@
-"""Our loop against its limit: forward, backward and optimiser of the same student and head on one fixed batch in memory.
+"""Our loop against its limit: forward, backward and optimiser of the same student and head on one fixed batch in
+memory.
 
-python benchmarks/step.py [--student mobilenetv3_small_100 ...] [--size 224] [--batch 32 ...] [--threads 1] [--seconds 0] [--steps 12] [--json FILE]
+python benchmarks/step.py [--student mobilenetv3_small_100 ...] [--size 224] [--batch 32 ...] [--threads 1] [--seconds
+0] [--steps 12] [--json FILE]
 
-Ours is `distill.distill` itself on stored views and pixels in memory (on a GPU, on the GPU). A ratio of 1 would mean that crops, augmentation, bags, targets,
-queue and loss cost nothing. Wall time counts that batches are made ahead, on a free core or beside the student on the GPU; CPU time counts all cores' work.
-Several students and batches are measured in turn. --seconds: steps are chosen so that a measurement takes about so long. On a GPU the shares of the time by
-part are printed (side by side, so their sum may exceed 1; `wait` is the GPU's own), and what making a batch takes alone.
+Ours is `distill.distill` itself on stored views and pixels in memory (on a GPU, on the GPU). A ratio of 1 would mean
+that crops, augmentation, bags, targets, queue and loss cost nothing. Wall time counts that batches are made ahead, on a
+free core or beside the student on the GPU; CPU time counts all cores' work. Several students and batches are measured
+in turn. --seconds: steps are chosen so that a measurement takes about so long. On a GPU the shares of the time by part
+are printed (side by side, so their sum may exceed 1; `wait` is the GPU's own), and what making a batch takes alone.
 """
 
 import argparse
@@ -37,7 +40,9 @@ from synthetic import store_of  # isort: skip
 
 DIM = 256
 WARM, MOST = 5, 500  # steps
-SHOWN = 100_000  # images of the training set, by their bags and targets; their pixels are those of a few, again and again
+SHOWN = (
+    100_000  # images of the training set, by their bags and targets; their pixels are those of a few, again and again
+)
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", nargs="+", default=["mobilenetv3_small_100"])
     parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--batch", type=int, nargs="+", default=[32], help="anchors; the student sees two views of each")
+    parser.add_argument(
+        "--batch", type=int, nargs="+", default=[32], help="anchors; the student sees two views of each"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--seconds", type=float, default=0, help="of a measurement; 0: --steps steps")
@@ -83,16 +90,28 @@ def main() -> None:
     bags = torch.from_numpy(random.integers(0, SHOWN, (SHOWN, 5)))
     facts = {"device": where, "torch": torch.__version__, **{k: v for k, v in vars(chosen).items() if k != "json"}}
     rows: list[dict[str, Any]] = []
-    print(f"{chosen.size} px, 2 views an anchor, queue {chosen.queue:,}, compile {chosen.compile}, {where}; median of {chosen.rounds}")
+    print(
+        f"{chosen.size} px, 2 views an anchor, queue {chosen.queue:,}, compile {chosen.compile}, {where}; median of"
+        f" {chosen.rounds}"
+    )
     head = ("student", "batch", "limit s", "ours s", "wall", "CPU", "limit im/s", "ours im/s", *PARTS, "making s")
     print("{:<22}{:>6}{:>9}{:>9}{:>6}{:>6}{:>11}{:>10}{:>8}{:>8}{:>8}{:>8}{:>6}{:>6}{:>9}".format(*head))
     for student in chosen.student:
         for batch in chosen.batch:
             settings = {"student": student, "image_size": chosen.size, "batch_size": batch, "queue_size": chosen.queue}
-            recipe = distill_recipe({**settings, "epochs": 10_000, "student_weights": "random", "compile": chosen.compile})
+            recipe = distill_recipe(
+                {**settings, "epochs": 10_000, "student_weights": "random", "compile": chosen.compile}
+            )
             row = measured(Case(recipe, store, torch.arange(SHOWN) % chosen.images, bags, targets, device), chosen)
             rows.append({"student": student, "batch": batch, **row})
-            figures = [row["limit_wall"], row["ours_wall"], row["wall"], row["cpu"], row["limit_images_per_s"], row["ours_images_per_s"]]
+            figures = [
+                row["limit_wall"],
+                row["ours_wall"],
+                row["wall"],
+                row["cpu"],
+                row["limit_images_per_s"],
+                row["ours_images_per_s"],
+            ]
             shares = [row[f"share_{part}"] for part in PARTS]
             print(
                 "{:<22}{:>6}{:>9.4f}{:>9.4f}{:>6.2f}{:>6.2f}{:>11,.0f}{:>10,.0f}".format(student, batch, *figures)
@@ -104,7 +123,9 @@ def main() -> None:
 
 
 def measured(case: Case, chosen: argparse.Namespace) -> dict[str, float]:
-    """Seconds a step of both sides by both clocks, their ratios, views a second, shares of ours by part, and seconds to make a batch with nothing beside it."""
+    """Seconds a step of both sides by both clocks, their ratios, views a second, shares of ours by part, and seconds to
+    make a batch with nothing beside it.
+    """
     ours(case, WARM), limit(case, WARM)
     steps = chosen.steps
     if chosen.seconds:
@@ -121,7 +142,9 @@ def measured(case: Case, chosen: argparse.Namespace) -> dict[str, float]:
                 found[f"{name}_{clock}"].append((after[place] - before[place]) / steps)
     row = {name: statistics.median(values) for name, values in found.items()}
     views = 2 * case.recipe.batch_size
-    row |= {clock: row[f"limit_{clock}"] / row[f"ours_{clock}"] for clock in ("wall", "cpu")} | shares | {"steps": steps}
+    row |= (
+        {clock: row[f"limit_{clock}"] / row[f"ours_{clock}"] for clock in ("wall", "cpu")} | shares | {"steps": steps}
+    )
     row |= {f"{name}_images_per_s": views / row[f"{name}_wall"] for name in ("ours", "limit")}
     return row | making(case, min(steps, 30))
 
@@ -191,7 +214,9 @@ def distill_recipe(settings: dict[str, object]) -> loop.Recipe:
     """A default recipe of these settings, its open ends filled in."""
     from bingo_compress.training.plan import settle
 
-    return settle(make_recipe({"queue_size": 1024, "compile": "off", **settings, "save_every_minutes": 1000.0}, "benchmark"))
+    return settle(
+        make_recipe({"queue_size": 1024, "compile": "off", **settings, "save_every_minutes": 1000.0}, "benchmark")
+    )
 
 
 def clocks(device: torch.device) -> tuple[float, float]:

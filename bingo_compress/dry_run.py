@@ -25,7 +25,9 @@ SAMPLE_VIEWS = 64
 
 
 def estimate(recipe: Recipe, out: Path) -> None:
-    """Print the resolved recipe, model sizes, steps, memory and time, and write nothing. Raises BingoError as a real run would."""
+    """Print the resolved recipe, model sizes, steps, memory and time, and write nothing. Raises BingoError as a real
+    run would.
+    """
     folder = quarantine.take(recipe)
     plan(recipe, len(folder.files))
     device = choose_device(recipe.device)
@@ -45,7 +47,9 @@ def estimate(recipe: Recipe, out: Path) -> None:
     dim, loss = target_width(recipe, models.teacher, len(training)), loss_of(recipe)
     stored = (views + 1) * teacher_pass.embedding_width(models.teacher) + models.teacher.width  # numbers an image
     step, activations = _step_cost(models.student, recipe, planned.batch_size * planned.student_views, dim, device)
-    online = planned.batch_size * teacher * (2 if loss.both else 1) if loss.teacher and recipe.views == "online" else 0.0
+    online = (
+        planned.batch_size * teacher * (2 if loss.both else 1) if loss.teacher and recipe.views == "online" else 0.0
+    )
 
     head = sum(parameter.numel() for parameter in make_head(recipe, models.student.width, dim).parameters())
     parameters = models.student.parameters_count() + head
@@ -62,9 +66,14 @@ def estimate(recipe: Recipe, out: Path) -> None:
     console.table(
         "memory",
         ("", "estimate"),
-        [*((name, console.size(size)) for name, size in memory.items()), ("together, at most", console.size(sum(memory.values())))],
+        [
+            *((name, console.size(size)) for name, size in memory.items()),
+            ("together, at most", console.size(sum(memory.values()))),
+        ],
     )
-    console.table(f"disk, in {out / 'work'}", ("", "estimate"), [(name, console.size(size)) for name, size in disk.items()])
+    console.table(
+        f"disk, in {out / 'work'}", ("", "estimate"), [(name, console.size(size)) for name, size in disk.items()]
+    )
     stages = {
         "decode images": count * decode,
         f"teacher, {views + 1} views": count * (views + 1) * teacher,
@@ -73,7 +82,10 @@ def estimate(recipe: Recipe, out: Path) -> None:
     console.table(
         "time, from a few steps measured now",
         ("", "estimate"),
-        [*((name, console.duration(seconds)) for name, seconds in stages.items()), ("together", console.duration(sum(stages.values())))],
+        [
+            *((name, console.duration(seconds)) for name, seconds in stages.items()),
+            ("together", console.duration(sum(stages.values()))),
+        ],
     )
     console.say("dry run: nothing was written; leave --dry-run out to start")
 
@@ -81,9 +93,13 @@ def estimate(recipe: Recipe, out: Path) -> None:
 def _decode_seconds(folder: image_folder.Folder) -> float:
     sample = range(0, len(folder.files), max(1, len(folder.files) // SAMPLE))
     start = time.perf_counter()
-    good = sum(not isinstance(result, Exception) for _, result in decode_all(folder, sample, lambda pixels: pixels.shape))
+    good = sum(
+        not isinstance(result, Exception) for _, result in decode_all(folder, sample, lambda pixels: pixels.shape)
+    )
     if not good:
-        raise BingoError(f"--data: expected images, found none that can be decoded among {len(sample)} tried in {folder.root}")
+        raise BingoError(
+            f"--data: expected images, found none that can be decoded among {len(sample)} tried in {folder.root}"
+        )
     return (time.perf_counter() - start) / len(sample)
 
 

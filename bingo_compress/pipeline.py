@@ -1,4 +1,6 @@
-"""A whole run on one page: folder -> pixels -> teacher -> bags -> student. The stages are elsewhere; here is their order."""
+"""A whole run on one page: folder -> pixels -> teacher -> bags -> student. The stages are elsewhere; here is their
+order.
+"""
 
 import json
 import platform
@@ -52,11 +54,16 @@ def run_distill(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: b
     _refuse_other_recipe(before, models.recipe)
     distributed.refuse_unshared(models.student)
     if resume:
-        now = sources_of(models, folder) | {"start": weights_digest(models.student), "settings": deciding(models.recipe)}
+        now = sources_of(models, folder) | {
+            "start": weights_digest(models.student),
+            "settings": deciding(models.recipe),
+        }
         distributed.from_first(lambda: trained.refuse_other_inputs(run_dir.RunDir(out), now))
     models = replace(
         models,
-        recipe=use_threads(models.recipe, models.student, models.student.preprocessing.size, device, before.threads if before else 0),
+        recipe=use_threads(
+            models.recipe, models.student, models.student.preprocessing.size, device, before.threads if before else 0
+        ),
     )
     recipe = models.recipe
     step = step_memory(recipe, models.student, len(folder.files), device)
@@ -65,13 +72,17 @@ def run_distill(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: b
         extract.pixels_of(models.student.preprocessing, folder, range(len(folder.files)), 1)
         above = next(parent for parent in out.resolve().parents if parent.is_dir())
         views = views_stored(recipe)
-        run_dir.need_space(above, 2 * models.teacher.width * (views + 2) * len(folder.files), "the teacher's embeddings")
+        run_dir.need_space(
+            above, 2 * models.teacher.width * (views + 2) * len(folder.files), "the teacher's embeddings"
+        )
         if recipe.pixels not in ("auto", "stream"):  # auto streams where the store does not fit
             run_dir.need_space(above, pixel_store.guess(len(folder.files), side), "the pixel store")
     distributed.barrier()  # no process looks at --out after the first has made it
     run = distributed.from_first(lambda: run_dir.open_new(out, resume=resume, overwrite=overwrite))
     distributed.from_first(lambda: run_dir.write_text(run.resolved, recipe_text(recipe)))
-    distributed.from_first(lambda: run_dir.write_text(run.recipe, recipe_text(asked)))  # last: with it the folder is a run
+    distributed.from_first(
+        lambda: run_dir.write_text(run.recipe, recipe_text(asked))
+    )  # last: with it the folder is a run
     header(recipe, models.teacher, models.student, folder, device)
 
     material = prepare(models, folder, side, run.work, device, step)
@@ -97,9 +108,17 @@ def run_distill(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: b
 
 
 def train(
-    models: Models, material: Material, bags: Tensor, metrics: Path, saved: Path, device: torch.device, *, discard: bool = False
+    models: Models,
+    material: Material,
+    bags: Tensor,
+    metrics: Path,
+    saved: Path,
+    device: torch.device,
+    *,
+    discard: bool = False,
 ) -> MadeOf:
-    """Distil models.student in place, with checks of neighbour recall where the recipe asks for them. Returns what it is made of.
+    """Distil models.student in place, with checks of neighbour recall where the recipe asks for them. Returns what it
+    is made of.
 
     discard: a state in `saved` that is another run's is deleted instead of refused.
     """
@@ -110,14 +129,18 @@ def train(
         choosing, reporting = halves(material.held, recipe)
         if not len(reporting):
             raise BingoError(
-                f"--keep-best: expected 2 or more images held out, found {len(material.held)}; add images or raise --set hold_out=0.05"
+                f"--keep-best: expected 2 or more images held out, found {len(material.held)}; add images or raise"
+                " --set hold_out=0.05"
             )
         if recipe.keep_best:
             console.say(
-                f"--keep-best chooses by {len(choosing):,} of the images held out; the closing figure is of the other {len(reporting):,}"
+                f"--keep-best chooses by {len(choosing):,} of the images held out; the closing figure is of the other"
+                f" {len(reporting):,}"
             )
         check = recall_check(material, choosing, device)
-    loop = partial(distill, recipe, models.student, material.store, material.training, bags, target_of, dim, metrics, saved, device)
+    loop = partial(
+        distill, recipe, models.student, material.store, material.training, bags, target_of, dim, metrics, saved, device
+    )
     return loop(check=check, sources=material.sources, names=material.folder.files, discard=discard)
 
 
@@ -125,21 +148,35 @@ def _refuse_other_recipe(before: Recipe | None, now: Recipe) -> None:
     """--resume goes on with the run that is there; a changed setting would make it another one."""
     if before is None:
         return
-    changed = [key for key, value in now.model_dump().items() if getattr(before, key) != value and key not in RESUME_MAY_CHANGE]
+    changed = [
+        key for key, value in now.model_dump().items() if getattr(before, key) != value and key not in RESUME_MAY_CHANGE
+    ]
     if changed:
         difference = ", ".join(f"{key}: {getattr(before, key)} -> {getattr(now, key)}" for key in changed)
-        raise BingoError(f"--resume: the run was started with other settings ({difference}); use those, or start anew with --overwrite")
+        raise BingoError(
+            f"--resume: the run was started with other settings ({difference}); use those, or start anew with"
+            " --overwrite"
+        )
 
 
 def _close(
-    run: run_dir.RunDir, models: Models, material: Material, facts: dict[str, float], recall: dict[str, float], device: torch.device
+    run: run_dir.RunDir,
+    models: Models,
+    material: Material,
+    facts: dict[str, float],
+    recall: dict[str, float],
+    device: torch.device,
 ) -> None:
     """summary.json and the closing table. recall: of `held_out_recall`."""
     recipe, student = models.recipe, models.student
     summary: dict[str, Any] = {
         "version": __version__,
         "run_id": run_dir.stage_key(recipe=deciding(recipe), student=weights_digest(student)),
-        "images": {"training": len(material.training), "held_out": len(material.held), "unusable": len(material.folder.bad)},
+        "images": {
+            "training": len(material.training),
+            "held_out": len(material.held),
+            "unusable": len(material.folder.bad),
+        },
         "bags": facts,
         "machine": {
             "processor": platform.processor() or platform.machine(),
@@ -156,4 +193,7 @@ def _close(
     closing_table(models, rows, int(recall.get("gallery", 0)))
     console.say(f"weights: {run.student}   metrics: {run.metrics}   settings: {run.recipe}, as run: {run.resolved}")
     console.say(f"next: bingo-compress export --run {run.path}")
-    console.say(f"      bingo-compress validate --run {run.path} --data LABELLED_FOLDER   (kNN and linear need a folder of labels)")
+    console.say(
+        f"      bingo-compress validate --run {run.path} --data LABELLED_FOLDER   (kNN and linear need a folder of"
+        " labels)"
+    )

@@ -14,24 +14,31 @@ OWN = ("resnet50x2", "vit_small_moco_v3")  # models that weights.py adds to timm
 
 
 def refuse_early(recipe: Recipe, out: Path, resume: bool, overwrite: bool, dry_run: bool) -> None:
-    """Raise BingoError for everything that can be known to be wrong in a second. The pipeline checks all of it again, thoroughly."""
+    """Raise BingoError for everything that can be known to be wrong in a second. The pipeline checks all of it again,
+    thoroughly.
+    """
     if not recipe.data:
         raise BingoError("--data: expected a folder of images, found none given; for example --data photos/")
     for role in ("teacher", "student"):
         if not getattr(recipe, role):
             raise BingoError(
-                f"--{role}: expected a model name, found none given; for example --{role} {'resnet152' if role == 'teacher' else 'mobilenetv3'}"
+                f"--{role}: expected a model name, found none given; for example --{role}"
+                f" {'resnet152' if role == 'teacher' else 'mobilenetv3'}"
             )
         source = getattr(recipe, f"{role}_weights")
         if source not in ("auto", "pretrained", "random") and not Path(source).is_file():
-            raise BingoError(f"--{role.replace('_', '-')}-weights: expected pretrained, random or a weights file; found no file {source}")
+            raise BingoError(
+                f"--{role.replace('_', '-')}-weights: expected pretrained, random or a weights file; found no file"
+                f" {source}"
+            )
     if recipe.keep_best and not recipe.hold_out:
         raise BingoError("--keep-best: expected images held out, found none; raise --set hold_out=0.05")
     refuse_taken(out, may_hold_files=resume or overwrite or dry_run)
     folder = list_folder(Path(recipe.data))
     if len(folder.files) < 2:  # how many more it takes is the method's to say
         raise BingoError(
-            f"--data: expected images, found {len(folder.files)} that may be one among {len(folder.files) + len(folder.bad)} files in {folder.root}"
+            f"--data: expected images, found {len(folder.files)} that may be one among"
+            f" {len(folder.files) + len(folder.bad)} files in {folder.root}"
         )
     for role in ("teacher", "student"):
         _refuse_unknown(getattr(recipe, role), f"--{role}")
@@ -41,16 +48,23 @@ def refuse_early(recipe: Recipe, out: Path, resume: bool, overwrite: bool, dry_r
 
 
 def _refuse_unknown(word: str, option: str) -> None:
-    """timm's list of models costs seconds to import; a name that stands nowhere in its source is certainly none of them."""
+    """timm's list of models costs seconds to import; a name that stands nowhere in its source is certainly none of
+    them.
+    """
     spec = importlib.util.find_spec("timm")
     if spec is None or not spec.submodule_search_locations:
         return
     name = word.removeprefix("timm/").partition(".")[0]
-    source = "".join(file.read_text(encoding="utf-8") for file in Path(spec.submodule_search_locations[0], "models").glob("*.py"))
+    source = "".join(
+        file.read_text(encoding="utf-8") for file in Path(spec.submodule_search_locations[0], "models").glob("*.py")
+    )
     if name in FAMILIES or name in OWN or re.search(rf"\b{re.escape(name)}\b", source):
         return
     known = [*re.findall(r"^@register_model\s+def (\w+)", source, re.MULTILINE), *OWN, *FAMILIES]
-    raise BingoError(f"{option}: unknown model {word!r}; the nearest are {', '.join(nearest(name, known))}; see `bingo-compress models`")
+    raise BingoError(
+        f"{option}: unknown model {word!r}; the nearest are {', '.join(nearest(name, known))}; see `bingo-compress"
+        " models`"
+    )
 
 
 def _refuse_foreign(file: Path, option: str) -> None:

@@ -24,61 +24,97 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    data: str = Field("", description="folder of images, searched to any depth; its folder names are never used as labels")
+    data: str = Field(
+        "", description="folder of images, searched to any depth; its folder names are never used as labels"
+    )
     max_bad: Annotated[str, BeforeValidator(_number_as_text)] = Field(
         "100%",
         pattern=r"^([0-9]+|(100|[0-9]{1,2}(\.[0-9]+)?)%)$",
-        description="a share such as 5%, or a number: with more files that cannot be used the run ends (.txt, .json and the like are not counted)",
+        description=(
+            "a share such as 5%, or a number: with more files that cannot be used the run ends (.txt, .json and the"
+            " like are not counted)"
+        ),
     )
     duplicates: Literal["keep", "drop"] = Field("keep", description="exact copies of a file; drop: one of each is used")
     teacher: str = Field("", description="a timm model, or a family name such as resnet or mobilenetv3")
     student: str = Field("", description="a timm model, or a family name")
-    teacher_weights: str = Field("pretrained", description="pretrained (timm's own loader), a local file, or random (must be asked for)")
-    student_weights: str = Field("auto", description="auto (pretrained where timm has weights, else random), pretrained, random, or a file")
+    teacher_weights: str = Field(
+        "pretrained", description="pretrained (timm's own loader), a local file, or random (must be asked for)"
+    )
+    student_weights: str = Field(
+        "auto", description="auto (pretrained where timm has weights, else random), pretrained, random, or a file"
+    )
     teacher_size: int = Field(0, ge=0, description="pixels a side the teacher sees; 0: its own input size")
-    image_size: int = Field(0, ge=0, description="pixels a side the student sees, in training and on the device; 0: its own input size")
+    image_size: int = Field(
+        0, ge=0, description="pixels a side the student sees, in training and on the device; 0: its own input size"
+    )
 
     method: Literal["bingo", "seed", "disco", "compress", "simreg", "coss", "moco", "self"] = Field(
-        "bingo", description="distillation method; moco has no teacher, self takes the student's own moving average for one"
+        "bingo",
+        description="distillation method; moco has no teacher, self takes the student's own moving average for one",
     )
     variant: Literal["soft", "paper", "official"] = Field(
         "soft",
-        description="soft: 2 student views, 2 targets, the teacher's distribution; paper: 2 views, 1 target; official: CutMix, 3 views, 2 targets",
+        description=(
+            "soft: 2 student views, 2 targets, the teacher's distribution; paper: 2 views, 1 target; official: CutMix,"
+            " 3 views, 2 targets"
+        ),
     )
     inter_weight: float = Field(
         0.5, ge=0, description="soft: weight of a view against the target of its bag mate (its own image's target: 1)"
     )
-    switch_epoch: int = Field(11, ge=0, description="official: first epoch (from 0) whose weights are (0.5, 0.5) instead of (1, 0)")
+    switch_epoch: int = Field(
+        11, ge=0, description="official: first epoch (from 0) whose weights are (0.5, 0.5) instead of (1, 0)"
+    )
     bags: Literal["knn", "adaptive", "kmeans", "labels", "none"] = Field(
         "knn",
-        description="knn: nearest neighbours; adaptive: those of them that can be trusted; kmeans; labels: folder names, an oracle; none",
+        description=(
+            "knn: nearest neighbours; adaptive: those of them that can be trusted; kmeans; labels: folder names, an"
+            " oracle; none"
+        ),
     )
     bag_size: int = Field(5, ge=1, description="K: images that make an image's bag, at most (paper: 5)")
     clusters: int = Field(0, ge=0, description="kmeans: clusters; 0: one for every 20 images")
     search: Literal["auto", "exact", "ivf"] = Field(
-        "auto", description="nearest neighbours for bags: exact, or ivf with its recall measured; auto: exact up to 10 million images"
+        "auto",
+        description=(
+            "nearest neighbours for bags: exact, or ivf with its recall measured; auto: exact up to 10 million images"
+        ),
     )
     queue_size: int = Field(
-        65536, ge=1, description="teacher embeddings of earlier anchors kept as negatives; never more than there are images"
+        65536,
+        ge=1,
+        description="teacher embeddings of earlier anchors kept as negatives; never more than there are images",
     )
-    mask_mates: bool = Field(True, description="leave the anchor's own and its mates' embeddings out of its negatives (paper: false)")
+    mask_mates: bool = Field(
+        True, description="leave the anchor's own and its mates' embeddings out of its negatives (paper: false)"
+    )
     temperature: float = Field(0.0, ge=0, description="tau of the loss; 0: the method's own, 0.2 (compress: 0.04)")
     teacher_temperature: float = Field(
         0.0, ge=0, description="soft, seed: tau of the teacher's softmax; 0: the method's own, soft 0.1, seed 0.01"
     )
     average: float = Field(
-        0.0, ge=0, lt=1, description="disco, moco, self: share kept by the moving average; 0: 0.999, under 50,000 steps 0.99"
+        0.0,
+        ge=0,
+        lt=1,
+        description="disco, moco, self: share kept by the moving average; 0: 0.999, under 50,000 steps 0.99",
     )
     rebag_epochs: int = Field(5, ge=1, description="self: bags are rebuilt this often")
     views: Annotated[str, BeforeValidator(_number_as_text)] = Field(
-        "4", pattern=r"^([1-9][0-9]*|online)$", description="teacher views stored an image, or online: the teacher runs in every step"
+        "4",
+        pattern=r"^([1-9][0-9]*|online)$",
+        description="teacher views stored an image, or online: the teacher runs in every step",
     )
     stored_views: Literal["auto", "drawn", "mean"] = Field(
         "auto",
-        description="a target is one of the stored views, drawn in each step, or their mean; auto: mean for bingo's soft, else drawn",
+        description=(
+            "a target is one of the stored views, drawn in each step, or their mean; auto: mean for bingo's soft, else"
+            " drawn"
+        ),
     )
     target: Literal["auto", "raw", "centred", "pca", "whitened"] = Field(
-        "auto", description="teacher embedding as target; auto: raw where the checkpoint has a projection head, else pca"
+        "auto",
+        description="teacher embedding as target; auto: raw where the checkpoint has a projection head, else pca",
     )
     target_dim: int = Field(256, ge=1, description="pca, whitened: dimensions kept of the centred teacher embedding")
     head_hidden: int = Field(2048, ge=1, description="hidden width of the student's projection head (paper: 2048)")
@@ -86,40 +122,68 @@ class Recipe(BaseModel):
     epochs: Annotated[float, AfterValidator(_whole)] = Field(
         100, gt=0, description="passes over the folder, each image an anchor once; 2.5: half of the images once more"
     )
-    batch_size: int = Field(128, ge=2, description="anchors a step; the student sees two views an anchor (official: three)")
-    optimizer: Literal["auto", "sgd", "adamw"] = Field("auto", description="auto: adamw under 50,000 steps, else sgd as in the paper")
-    lr: float = Field(0.0, ge=0, description="peak learning rate; 0: sgd 0.03 x batch/256, adamw 0.003 x sqrt(batch/128)")
+    batch_size: int = Field(
+        128, ge=2, description="anchors a step; the student sees two views an anchor (official: three)"
+    )
+    optimizer: Literal["auto", "sgd", "adamw"] = Field(
+        "auto", description="auto: adamw under 50,000 steps, else sgd as in the paper"
+    )
+    lr: float = Field(
+        0.0, ge=0, description="peak learning rate; 0: sgd 0.03 x batch/256, adamw 0.003 x sqrt(batch/128)"
+    )
     weight_decay: float = Field(
         1e-4, ge=0, description="of weights, not of biases and norms under adamw (paper: 1e-4; EfficientNet-B0 4e-5)"
     )
-    warmup_epochs: float = Field(-1.0, ge=-1, description="linear warm-up before the cosine; -1: none with sgd, 5% of the run with adamw")
-    crop_scale_min: float = Field(0.2, gt=0, le=1, description="smallest share of the image's area that a random crop keeps (MoCo-v2: 0.2)")
+    warmup_epochs: float = Field(
+        -1.0, ge=-1, description="linear warm-up before the cosine; -1: none with sgd, 5% of the run with adamw"
+    )
+    crop_scale_min: float = Field(
+        0.2, gt=0, le=1, description="smallest share of the image's area that a random crop keeps (MoCo-v2: 0.2)"
+    )
 
-    hold_out: float = Field(0.05, ge=0, lt=1, description="share of the images kept out of training for the closing check (at most 1,000)")
+    hold_out: float = Field(
+        0.05, ge=0, lt=1, description="share of the images kept out of training for the closing check (at most 1,000)"
+    )
     check_every: int = Field(
         0, ge=0, description="epochs between two checks of neighbour recall on the held-out images; 0: only at the end"
     )
     keep_best: bool = Field(
         False,
-        description="leave the student of the best check (10 where check_every is 0): of one half of the held-out images, the closing figure of the other",
+        description=(
+            "leave the student of the best check (10 where check_every is 0): of one half of the held-out images, the"
+            " closing figure of the other"
+        ),
     )
     save_every_minutes: float = Field(
-        2.0, gt=0, description="a checkpoint is written this often, after an epoch if the last one is half a minute old, and at the end"
+        2.0,
+        gt=0,
+        description=(
+            "a checkpoint is written this often, after an epoch if the last one is half a minute old, and at the end"
+        ),
     )
     save_every_steps: int = Field(0, ge=0, description="and after so many steps; 0: by time alone")
     threads: int = Field(0, ge=0, description="CPU threads of torch; 0: a short calibration picks, once a run")
     pixels: Literal["auto", "gpu", "memory", "disk", "stream"] = Field(
         "auto",
-        description="where decoded images are kept; disk: read by the crop; stream: nowhere, files are decoded for every crop; auto: the first that fits",
+        description=(
+            "where decoded images are kept; disk: read by the crop; stream: nowhere, files are decoded for every crop;"
+            " auto: the first that fits"
+        ),
     )
     memory: str = Field(
         "",
         pattern=r"^\s*([0-9]+(\.[0-9]*)?\s*[kKmMgGtT]?[bB]?)?\s*$",
-        description="memory the run may hold at most, for example 4GB: what does not fit is read from disk; empty: 80% of what is free",
+        description=(
+            "memory the run may hold at most, for example 4GB: what does not fit is read from disk; empty: 80% of what"
+            " is free"
+        ),
     )
     compile: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="torch.compile of the student; auto: on a GPU, for runs of 5,000 steps or more, if a step is measured to be faster",
+        description=(
+            "torch.compile of the student; auto: on a GPU, for runs of 5,000 steps or more, if a step is measured to be"
+            " faster"
+        ),
     )
     profile: bool = Field(False, description="write a trace of ten steps beside metrics.jsonl")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where torch sees a GPU")
@@ -127,15 +191,31 @@ class Recipe(BaseModel):
 
 
 KEYS = tuple(Recipe.model_fields)
-# A run's result depends on these in its last bits at most (threads, device, compile; it is said), so --resume may change them.
+# A run's result depends on these in its last bits at most (threads, device, compile; it is said), so --resume may
+# change them.
 RESUME_MAY_CHANGE = frozenset(
-    {"data", "threads", "device", "save_every_minutes", "save_every_steps", "compile", "profile", "pixels", "memory", "max_bad"}
+    {
+        "data",
+        "threads",
+        "device",
+        "save_every_minutes",
+        "save_every_steps",
+        "compile",
+        "profile",
+        "pixels",
+        "memory",
+        "max_bad",
+    }
 )
 WORDS = frozenset({"auto", "pretrained", "random"})  # weights that are no file
 # Names of files: what is in them is what counts, and has a digest of its own.
 FILES = frozenset({"teacher_weights", "student_weights"})
 RECIPES_DIR = next(
-    (folder for folder in (Path(__file__).parent / "recipes", Path(__file__).parent.parent / "recipes") if folder.is_dir()),
+    (
+        folder
+        for folder in (Path(__file__).parent / "recipes", Path(__file__).parent.parent / "recipes")
+        if folder.is_dir()
+    ),
     Path("recipes"),
 )
 
@@ -161,7 +241,10 @@ def load_recipe(file: Path | None, settings: list[str], flags: dict[str, Any]) -
 
 def given_keys(settings: list[str], flags: dict[str, Any]) -> list[str]:
     """The keys that a command's words name: what `load_recipe` takes from elsewhere than a file."""
-    return [*(parse_setting(setting, "--set")[0] for setting in settings), *(key for key, value in flags.items() if value is not None)]
+    return [
+        *(parse_setting(setting, "--set")[0] for setting in settings),
+        *(key for key, value in flags.items() if value is not None),
+    ]
 
 
 def parse_setting(setting: str, option: str) -> tuple[str, Any]:
@@ -183,7 +266,8 @@ def make_recipe(values: dict[str, Any], source: str) -> Recipe:
         first = error.errors()[0]
         key = str(first["loc"][0])
         raise BingoError(
-            f"{source}: {key}: {first['msg']}, found {shortened(first['input'])[:200]}; {key} is {Recipe.model_fields[key].description}"
+            f"{source}: {key}: {first['msg']}, found {shortened(first['input'])[:200]}; {key} is"
+            f" {Recipe.model_fields[key].description}"
         ) from None
 
 

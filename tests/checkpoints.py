@@ -1,4 +1,6 @@
-"""Checkpoints in the layouts of MoCo, SwAV, DINO and DINOv2, of the real models with few channels, and what their heads make of features."""
+"""Checkpoints in the layouts of MoCo, SwAV, DINO and DINOv2, of the real models with few channels, and what their heads
+make of features.
+"""
 
 import argparse
 import re
@@ -35,7 +37,9 @@ def trained(name: str, size: int) -> nn.Module:
 
 
 def made_head(width: int, steps: str) -> Tensors:
-    """Tensors by "place.name" for steps such as "L0 relu L2": L and N are Linear and BatchNorm, small ones without bias, without weights."""
+    """Tensors by "place.name" for steps such as "L0 relu L2": L and N are Linear and BatchNorm, small ones without
+    bias, without weights.
+    """
     torch.manual_seed(2)
     layers = [step for step in steps.split() if step not in ("relu", "gelu")]
     last = [step for step in layers if step[0] in "Ll"][-1]
@@ -101,18 +105,31 @@ def moco_v3(trunk: Tensors, head: Tensors) -> Written:
     base = trunk | prefixed(head, "head." if "pos_embed" in trunk else "fc.")
     tensors = prefixed(base, "module.base_encoder.") | others(base, "module.momentum_encoder.")
     tensors |= prefixed(made_head(DIM, "l0 N1 relu l3 n4"), "module.predictor.")
-    return {"epoch": 300, "arch": "any", "state_dict": tensors, "optimizer": OPTIMIZER, "scaler": {"scale": 65536.0}}, tensors
+    return {
+        "epoch": 300,
+        "arch": "any",
+        "state_dict": tensors,
+        "optimizer": OPTIMIZER,
+        "scaler": {"scale": 65536.0},
+    }, tensors
 
 
 def swav(trunk: Tensors, head: Tensors, prototypes: str = "prototypes.weight") -> Written:
-    tensors = prefixed(trunk | prefixed(head, "projection_head.") | {prototypes: torch.randn(PROTOTYPES, DIM)}, "module.")
+    tensors = prefixed(
+        trunk | prefixed(head, "projection_head.") | {prototypes: torch.randn(PROTOTYPES, DIM)}, "module."
+    )
     return tensors, tensors
 
 
 def swav_training(trunk: Tensors, head: Tensors) -> Written:
     tensors = swav(trunk, head, "prototypes.prototypes0.weight")[1]
     tensors["module.prototypes.prototypes1.weight"] = torch.randn(PROTOTYPES, DIM)
-    return {"epoch": 400, "state_dict": tensors, "optimizer": OPTIMIZER, "amp": {"loss_scaler0": {"loss_scale": 1.0}}}, tensors
+    return {
+        "epoch": 400,
+        "state_dict": tensors,
+        "optimizer": OPTIMIZER,
+        "amp": {"loss_scaler0": {"loss_scale": 1.0}},
+    }, tensors
 
 
 def dino(trunk: Tensors, head: Tensors) -> Written:
@@ -164,13 +181,19 @@ class Case(NamedTuple):
 THREE, THREE_NORM = "L0 gelu L2 gelu L4", "L0 N1 gelu L3 N4 gelu L6"
 CASES = {
     "MoCo-v2": Case("resnet50", 32, "L0 relu L2", moco, "module.encoder_q.", "module.encoder_q.fc."),
-    "MoCo-v3 ResNet": Case("resnet50", 32, "l0 N1 relu l3 n4", moco_v3, "module.base_encoder.", "module.base_encoder.fc."),
-    "MoCo-v3 ViT": Case(BASE, 32, "l0 N1 relu l3 N4 relu l6 n7", moco_v3, "module.base_encoder.", "module.base_encoder.head."),
+    "MoCo-v3 ResNet": Case(
+        "resnet50", 32, "l0 N1 relu l3 n4", moco_v3, "module.base_encoder.", "module.base_encoder.fc."
+    ),
+    "MoCo-v3 ViT": Case(
+        BASE, 32, "l0 N1 relu l3 N4 relu l6 n7", moco_v3, "module.base_encoder.", "module.base_encoder.head."
+    ),
     "SwAV": Case("resnet50", 32, "L0 N1 relu L3", swav, "module.", "module.projection_head."),
     "SwAV, training": Case("resnet50", 32, "L0 N1 relu L3", swav_training, "module.", "module.projection_head."),
     "DINO ViT": Case(DINO_VIT, 32, THREE, dino, "backbone.", "head.mlp."),
     "DINO ResNet": Case("resnet50", 32, THREE_NORM, dino, "module.backbone.", "module.head.mlp."),
     "DINOv2": Case(DINOV2, 28, THREE, dinov2, "backbone.", "dino_head.mlp."),
-    "DINOv2 in chunks": Case(DINOV2, 28, THREE, lambda trunk, head: dinov2(trunk, head, 2), "backbone.", "dino_head.mlp."),
+    "DINOv2 in chunks": Case(
+        DINOV2, 28, THREE, lambda trunk, head: dinov2(trunk, head, 2), "backbone.", "dino_head.mlp."
+    ),
     "DINOv2, whole state": Case(DINOV2, 28, THREE_NORM, dinov2_state, "teacher.backbone.", "teacher.dino_head.mlp."),
 }

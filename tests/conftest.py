@@ -1,4 +1,6 @@
-"""Fixtures that several files share: a folder of odd-sized photos, what the program prints, and the pictures outside of the repository."""
+"""Fixtures that several files share: a folder of odd-sized photos, what the program prints, and the pictures outside of
+the repository.
+"""
 
 import io
 from collections.abc import Callable
@@ -59,7 +61,9 @@ def photos(tmp_path: Path, make_photo: Callable[..., Path]) -> Path:
 def printed(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     """What is printed on standard output, as to a log of 140 columns."""
     text = io.StringIO()
-    monkeypatch.setattr(console, "console", Console(file=text, highlight=False, soft_wrap=True, width=140, force_terminal=False))
+    monkeypatch.setattr(
+        console, "console", Console(file=text, highlight=False, soft_wrap=True, width=140, force_terminal=False)
+    )
     return text
 
 

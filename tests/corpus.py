@@ -1,4 +1,6 @@
-"""Pictures as the world has them: for every kind a file by formula, and what must come of it. `make` writes all of them into a folder."""
+"""Pictures as the world has them: for every kind a file by formula, and what must come of it. `make` writes all of them
+into a folder.
+"""
 
 import base64
 import io
@@ -20,9 +22,11 @@ Colour = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of file. Used: `size` (width, height) and mean `colour`, within `within` levels; or all `pixels`. Else `reason`, a regular expression.
+    """A kind of file. Used: `size` (width, height) and mean `colour`, within `within` levels; or all `pixels`. Else
+    `reason`, a regular expression.
 
-    listed: the reason that the listing of a folder gives, where the file is not even tried. make: its bytes, or a function that makes it at a path.
+    listed: the reason that the listing of a folder gives, where the file is not even tried. make: its bytes, or a
+    function that makes it at a path.
     """
 
     make: bytes | Callable[[Path], object]
@@ -77,7 +81,13 @@ def chunk(name: bytes, body: bytes) -> bytes:
 def png(width: int, height: int, raw: bytes, depth: int = 8, colour: int = 2, extra: bytes = b"") -> bytes:
     """A PNG whose `raw` are the filtered rows; Pillow writes neither 16-bit colour nor a picture that is not there."""
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + extra + chunk(b"IDAT", zlib.compress(raw, 9)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + extra
+        + chunk(b"IDAT", zlib.compress(raw, 9))
+        + chunk(b"IEND", b"")
+    )
 
 
 def wide_png(values: np.ndarray) -> bytes:
@@ -85,7 +95,11 @@ def wide_png(values: np.ndarray) -> bytes:
     height, width = values.shape[:2]
     rows = values.astype(">u2").reshape(height, -1)
     return png(
-        width, height, b"".join(b"\0" + row.tobytes() for row in rows), 16, {2: 0, 3: {2: 4, 3: 2}.get(values.shape[-1], 2)}[values.ndim]
+        width,
+        height,
+        b"".join(b"\0" + row.tobytes() for row in rows),
+        16,
+        {2: 0, 3: {2: 4, 3: 2}.get(values.shape[-1], 2)}[values.ndim],
     )
 
 
@@ -112,9 +126,16 @@ def wide_tiff(values: np.ndarray) -> bytes:
 
 
 def ycck() -> bytes:
-    """Red, as Adobe writes it: YCC of the inverted colours, K, and a marker that says so. Pillow writes CMYK only; the bytes differ in the marker alone."""
+    """Red, as Adobe writes it: YCC of the inverted colours, K, and a marker that says so. Pillow writes CMYK only; the
+    bytes differ in the marker alone.
+    """
     y, cb, cr = (
-        round(value) for value in (0.587 * 255 + 0.114 * 255, 128 - 0.331264 * 255 + 0.5 * 255, 128 - 0.418688 * 255 - 0.081312 * 255)
+        round(value)
+        for value in (
+            0.587 * 255 + 0.114 * 255,
+            128 - 0.331264 * 255 + 0.5 * 255,
+            128 - 0.418688 * 255 - 0.081312 * 255,
+        )
     )
     raw = bytearray(encoded(plain((255 - y, 255 - cb, 255 - max(cr, 0), 0), "CMYK"), "JPEG", quality=98, subsampling=0))
     raw[raw.index(b"Adobe") + 11] = 2
@@ -151,13 +172,17 @@ def many_scans() -> bytes:
 
 
 def closed_early(raw: bytes, share: int) -> bytes:
-    """A JPEG cut at `share` percent of its scans and then closed with an end marker, as some cameras and proxies do: a decoder makes up the rest."""
+    """A JPEG cut at `share` percent of its scans and then closed with an end marker, as some cameras and proxies do: a
+    decoder makes up the rest.
+    """
     start = raw.index(b"\xff\xda")
     return raw[: start + (len(raw) - start) * share // 100] + b"\xff\xd9"
 
 
 def between_scans() -> bytes:
-    """A progressive JPEG that ends before its fourth scan: every scan is whole, but what they began to send bit by bit is not."""
+    """A progressive JPEG that ends before its fourth scan: every scan is whole, but what they began to send bit by bit
+    is not.
+    """
     raw = TRUNCATED["progressive.jpg"]
     place = -1
     for _ in range(4):
@@ -166,8 +191,9 @@ def between_scans() -> bytes:
 
 
 def by_frequency() -> bytes:
-    """A progressive JPEG whose last scan holds most of the detail, which Pillow does not write: `jpegtran -scans` on a piece of PICTURE, with
-    "0: 0-0, 0, 0; 0: 1-5, 0, 0; 0: 6-63, 0, 0;"."""
+    """A progressive JPEG whose last scan holds most of the detail, which Pillow does not write: `jpegtran -scans` on a
+    piece of PICTURE, with "0: 0-0, 0, 0; 0: 1-5, 0, 0; 0: 6-63, 0, 0;".
+    """
     return base64.b64decode(
         "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDAA0JCgsKCA0LCgsODg0PEyAVExISEyccHhcgLikxMC4pLSwzOko+MzZGNywtQFdBRkxOUlNSMj5aYVpQYEpRUk//wgALCAAY"
         "ACABAREA/8QAGAAAAwEBAAAAAAAAAAAAAAAAAQIDBAb/2gAIAQEAAAAA4u7GNBXNV2//xAAYEAEBAQEBAAAAAAAAAAAAAAACAQMSE//aAAgBAQABBQCZI0QTLinIC9lU"
@@ -228,12 +254,14 @@ CLOSED = {
     "frequency": by_frequency(),
     "grey": encoded(Image.fromarray(PICTURE).convert("L"), "JPEG"),
     "cmyk": encoded(Image.fromarray(PICTURE).convert("CMYK"), "JPEG"),
-    "thumbnail": GOOD[:2]
-    + b"\xff\xe1"
-    + struct.pack(">H", 2 + 6 + len(encoded(plain(RED), "JPEG")))
-    + b"Exif\0\0"
-    + encoded(plain(RED), "JPEG")
-    + GOOD[2:],
+    "thumbnail": (
+        GOOD[:2]
+        + b"\xff\xe1"
+        + struct.pack(">H", 2 + 6 + len(encoded(plain(RED), "JPEG")))
+        + b"Exif\0\0"
+        + encoded(plain(RED), "JPEG")
+        + GOOD[2:]
+    ),
 }
 GREY16 = np.array([[0, 200, 300], [128 * 257, 40000, 65535]], np.uint16)
 SCALED = np.repeat(
@@ -282,7 +310,9 @@ KINDS: dict[str, Kind] = {
     "is_jpeg.txt": Kind(GOOD, listed=r"^not an image \(its name ends in .txt\)$"),
     "bomb.png": Kind(bomb(), reason="safety limit"),
     "declared_20000x20000.png": Kind(png(20_000, 20_000, b""), reason="safety limit"),
-    "declared_65500x65500.jpg": Kind(GOOD.replace(struct.pack(">HH", 90, 120), struct.pack(">HH", 65500, 65500), 1), reason="safety limit"),
+    "declared_65500x65500.jpg": Kind(
+        GOOD.replace(struct.pack(">HH", 90, 120), struct.pack(">HH", 65500, 65500), 1), reason="safety limit"
+    ),
     "declared_9000x9000.png": Kind(png(9000, 9000, b""), reason="truncated|cannot be decoded"),
     "zipped_text.png": Kind(zipped_text(), reason="cannot be decoded|not an image"),
     "scans.jpg": Kind(many_scans(), reason="scans"),
@@ -298,39 +328,70 @@ KINDS: dict[str, Kind] = {
     "rgb16.png": Kind(wide_png(RGB16), (32, 24), (233, 100, 4), 1),
     "rgb16.tiff": Kind(wide_tiff(RGB16), (32, 24), (233, 100, 4), 1),
     "integers.tiff": Kind(encoded(Image.fromarray(GREY16.astype(np.int32)), "TIFF"), pixels=SCALED),
-    "integers_too_large.tiff": Kind(encoded(Image.fromarray(np.full((8, 8), 70_000, np.int32)), "TIFF"), reason="scale is unknown"),
-    "integers_negative.tiff": Kind(encoded(Image.fromarray(np.full((8, 8), -1, np.int32)), "TIFF"), reason="scale is unknown"),
+    "integers_too_large.tiff": Kind(
+        encoded(Image.fromarray(np.full((8, 8), 70_000, np.int32)), "TIFF"), reason="scale is unknown"
+    ),
+    "integers_negative.tiff": Kind(
+        encoded(Image.fromarray(np.full((8, 8), -1, np.int32)), "TIFF"), reason="scale is unknown"
+    ),
     "float.tiff": Kind(encoded(Image.fromarray(np.full((24, 32), 0.4, np.float32)), "TIFF"), (32, 24), (102, 102, 102)),
-    "float_too_large.tiff": Kind(encoded(Image.fromarray(np.full((8, 8), 255, np.float32)), "TIFF"), reason="scale is unknown"),
-    "float_nan.tiff": Kind(encoded(Image.fromarray(np.full((8, 8), np.nan, np.float32)), "TIFF"), reason="scale is unknown"),
+    "float_too_large.tiff": Kind(
+        encoded(Image.fromarray(np.full((8, 8), 255, np.float32)), "TIFF"), reason="scale is unknown"
+    ),
+    "float_nan.tiff": Kind(
+        encoded(Image.fromarray(np.full((8, 8), np.nan, np.float32)), "TIFF"), reason="scale is unknown"
+    ),
     "palette_alpha.png": Kind(palette_with_alpha(), (32, 24), (255, 127, 127)),
     "alpha.png": Kind(encoded(plain((255, 0, 0, 128), "RGBA"), "PNG"), (32, 24), (255, 127, 127)),
     "clear.gif": Kind(encoded(plain(0, "P"), "GIF", transparency=0), (32, 24), WHITE),
     "animated.gif": Kind(animated("GIF"), (32, 24), RED),
     "animated.webp": Kind(animated("WEBP", lossless=True), (32, 24), RED),
     "animated.png": Kind(animated("PNG"), (32, 24), RED),
-    "exif_broken.jpg": Kind(encoded(plain(RED), "JPEG", quality=95, exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + bytes(9)), (32, 24), RED, 2),
-    "exif_no_tiff.jpg": Kind(encoded(plain(RED), "JPEG", quality=95, exif=b"Exif\0\0garbage and more"), (32, 24), RED, 2),
+    "exif_broken.jpg": Kind(
+        encoded(plain(RED), "JPEG", quality=95, exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + bytes(9)), (32, 24), RED, 2
+    ),
+    "exif_no_tiff.jpg": Kind(
+        encoded(plain(RED), "JPEG", quality=95, exif=b"Exif\0\0garbage and more"), (32, 24), RED, 2
+    ),
     "icc_broken.jpg": Kind(encoded(plain(RED), "JPEG", quality=95, icc_profile=b"no profile" * 9), (32, 24), RED, 2),
     "progressive.jpg": Kind(encoded(plain(BLUE), "JPEG", quality=95, progressive=True), (32, 24), BLUE, 3),
     "middle_grey.jpg": Kind(encoded(plain(MIDDLE), "JPEG"), (32, 24), MIDDLE),
-    "middle_grey_two.jpg": Kind(encoded(plain(MIDDLE), "MPO", save_all=True, append_images=[plain(RED)]), (32, 24), MIDDLE),
+    "middle_grey_two.jpg": Kind(
+        encoded(plain(MIDDLE), "MPO", save_all=True, append_images=[plain(RED)]), (32, 24), MIDDLE
+    ),
     "middle_grey_progressive.jpg": Kind(encoded(plain(MIDDLE), "JPEG", progressive=True), (32, 24), MIDDLE),
     "between_scans.jpg": Kind(between_scans(), reason="truncated"),
     "phone.heic": Kind(heic(), reason="HEIC or AVIF: .* no decoder|cannot be decoded|not an image"),
     "pipe.jpg": Kind(os.mkfifo, reason="not a regular file", listed="^not a regular file$"),
     "socket.jpg": Kind(_socket, reason="not a regular file", listed="^not a regular file$"),
     "dangling.jpg": Kind(_linked("nowhere.jpg"), reason="No such file", listed="^link that leads nowhere$"),
-    "itself.jpg": Kind(_linked("itself.jpg"), reason="cannot be decoded|symbolic links", listed="^link that leads nowhere$"),
+    "itself.jpg": Kind(
+        _linked("itself.jpg"), reason="cannot be decoded|symbolic links", listed="^link that leads nowhere$"
+    ),
     "locked.jpg": Kind(_locked, reason="Permission denied"),
     **{name: Kind(encoded(PICTURE, "PNG"), pixels=PICTURE) for name in STRANGE},
-    **{f"cut{share}.{end}": Kind(raw[: len(raw) * share // 100], reason=CUT) for end, raw in TRUNCATED.items() for share in (10, 50, 90)},
-    **{f"closed{share}_{name}.jpg": Kind(closed_early(raw, share), reason=CUT) for name, raw in CLOSED.items() for share in (10, 50)},
-    **{f"closed90_{name}.jpg": Kind(closed_early(raw, 90), reason=CUT) for name, raw in CLOSED.items() if name != "progressive"},
+    **{
+        f"cut{share}.{end}": Kind(raw[: len(raw) * share // 100], reason=CUT)
+        for end, raw in TRUNCATED.items()
+        for share in (10, 50, 90)
+    },
+    **{
+        f"closed{share}_{name}.jpg": Kind(closed_early(raw, share), reason=CUT)
+        for name, raw in CLOSED.items()
+        for share in (10, 50)
+    },
+    **{
+        f"closed90_{name}.jpg": Kind(closed_early(raw, 90), reason=CUT)
+        for name, raw in CLOSED.items()
+        if name != "progressive"
+    },
     "closed90_progressive.jpg": Kind(
         closed_early(CLOSED["progressive"], 90), (120, 90), mean_of(GOOD), 2
     ),  # all but last bits of detail is there
-    **{f"whole_{name}.jpg": Kind(raw, Image.open(io.BytesIO(raw)).size, mean_of(raw), 2) for name, raw in CLOSED.items()},
+    **{
+        f"whole_{name}.jpg": Kind(raw, Image.open(io.BytesIO(raw)).size, mean_of(raw), 2)
+        for name, raw in CLOSED.items()
+    },
     **{f"exif{turn}.jpg": Kind(turned(turn)[0], pixels=turned(turn)[1], within=12) for turn in range(1, 9)},
 }
 if features.check("avif"):
@@ -346,7 +407,9 @@ def near_limit(root: Path) -> str:
 
 
 def make(root: Path) -> dict[str, Kind]:
-    """Write one file of every kind into `root`, a folder named x.jpg, links in a loop, second names and a path of NEAR_LIMIT bytes. Returns all by relative path."""
+    """Write one file of every kind into `root`, a folder named x.jpg, links in a loop, second names and a path of
+    NEAR_LIMIT bytes. Returns all by relative path.
+    """
     root.mkdir(parents=True)
     kinds = {name: kind for name, kind in KINDS.items() if name not in NO_PERMISSION or os.geteuid()}
     good = Kind(encoded(PICTURE, "PNG"), pixels=PICTURE)
@@ -362,4 +425,6 @@ def make(root: Path) -> dict[str, Kind]:
     (root / "folder.jpg" / "round").symlink_to("round")
     (root / "z_second_name.png").hardlink_to(root / "UPPER.PNG")
     (root / "z_link.png").symlink_to("UPPER.PNG")
-    return kinds | {"folder.jpg/round": Kind(b"", reason="symbolic links|cannot be decoded", listed="^link that leads nowhere$")}
+    return kinds | {
+        "folder.jpg/round": Kind(b"", reason="symbolic links|cannot be decoded", listed="^link that leads nowhere$")
+    }

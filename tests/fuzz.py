@@ -1,4 +1,5 @@
-"""Broken and hostile input, seeded: recipes, pictures and the edge kit's files answer with a result or with their one kind of error.
+"""Broken and hostile input, seeded: recipes, pictures and the edge kit's files answer with a result or with their one
+kind of error.
 
 A long run: python tests/fuzz.py --inputs 100000 [--seed 0] [--targets recipe,image,...]
 """
@@ -97,7 +98,15 @@ def document(random: np.random.Generator, depth: int = 0) -> Any:
     if kind == 8:
         return {_key(random): document(random, depth + 1) for _ in range(random.integers(0, 4))}
     number = int(random.integers(-(2**62), 2**62)) >> int(random.integers(0, 62))
-    return (None, True, number, number * 1.5e300, float("nan"), _key(random), "".join(map(chr, random.integers(1, 0xD000, 6))))[kind]
+    return (
+        None,
+        True,
+        number,
+        number * 1.5e300,
+        float("nan"),
+        _key(random),
+        "".join(map(chr, random.integers(1, 0xD000, 6))),
+    )[kind]
 
 
 def _key(random: np.random.Generator) -> str:
@@ -113,10 +122,16 @@ def recipe_target(home: Path) -> Callable[[np.random.Generator], None]:
         if random.integers(0, 3):
             raw = mutated(seeds[random.integers(0, len(seeds))], random)
         else:
-            held = {_key(random): document(random) for _ in range(random.integers(1, 5))} if random.integers(0, 4) else document(random)
+            held = (
+                {_key(random): document(random) for _ in range(random.integers(1, 5))}
+                if random.integers(0, 4)
+                else document(random)
+            )
             raw = yaml.safe_dump(held, allow_unicode=True).encode("utf-8", "surrogatepass")
         file.write_bytes(raw)
-        words = mutated(f"{_key(random)}={document(random)}".encode("utf-8", "replace"), random).decode("utf-8", "replace")
+        words = mutated(f"{_key(random)}={document(random)}".encode("utf-8", "replace"), random).decode(
+            "utf-8", "replace"
+        )
         for settings, source in (([], file), ([words], None)):
             try:
                 assert isinstance(load_recipe(source, settings, {}), Recipe)
@@ -128,8 +143,15 @@ def recipe_target(home: Path) -> Callable[[np.random.Generator], None]:
 
 def image_target(home: Path) -> Callable[[np.random.Generator], None]:
     """Valid pictures of many formats damaged."""
-    seeds = [kind.make for kind in corpus.KINDS.values() if kind.used and isinstance(kind.make, bytes) and max(kind.size) < 1000]
-    seeds += [corpus.encoded(corpus.PICTURE, kind) for kind in ("TGA", "PPM", "SGI", "PCX", "ICO", "DDS", "JPEG2000", "GIF", "WEBP")]
+    seeds = [
+        kind.make
+        for kind in corpus.KINDS.values()
+        if kind.used and isinstance(kind.make, bytes) and max(kind.size) < 1000
+    ]
+    seeds += [
+        corpus.encoded(corpus.PICTURE, kind)
+        for kind in ("TGA", "PPM", "SGI", "PCX", "ICO", "DDS", "JPEG2000", "GIF", "WEBP")
+    ]
 
     def once(random: np.random.Generator) -> None:
         raw = mutated(seeds[random.integers(0, len(seeds))], random)
@@ -151,7 +173,14 @@ def npz_target(home: Path) -> Callable[[np.random.Generator], None]:
     files: list[dict[str, Any]] = [
         {"paths": names, "embeddings": rows, **digest},
         {"weight": rows, "bias": rows[0], "classes": names, **digest},
-        {"embeddings": rows, "labels": np.arange(DIM), "classes": names, "k": np.array(3), "temperature": np.array(0.1), **digest},
+        {
+            "embeddings": rows,
+            "labels": np.arange(DIM),
+            "classes": names,
+            "k": np.array(3),
+            "temperature": np.array(0.1),
+            **digest,
+        },
     ]
     odd = [
         np.array([]),
@@ -234,7 +263,11 @@ def golden_target(home: Path) -> Callable[[np.random.Generator], None]:
     assert not selftest(embedder, home)[0].failed
 
     def once(random: np.random.Generator) -> None:
-        text = mutated(json.dumps(whole).encode(), random) if random.integers(0, 2) else json.dumps(_replaced(whole, random)).encode()
+        text = (
+            mutated(json.dumps(whole).encode(), random)
+            if random.integers(0, 2)
+            else json.dumps(_replaced(whole, random)).encode()
+        )
         (home / "golden.json").write_bytes(text)
         try:
             selftest(embedder, home)
@@ -244,7 +277,13 @@ def golden_target(home: Path) -> Callable[[np.random.Generator], None]:
     return once
 
 
-TARGETS = {"recipe": recipe_target, "image": image_target, "npz": npz_target, "contract": contract_target, "golden": golden_target}
+TARGETS = {
+    "recipe": recipe_target,
+    "image": image_target,
+    "npz": npz_target,
+    "contract": contract_target,
+    "golden": golden_target,
+}
 
 
 def failures(target: str, inputs: Iterable[int], seed: int = 0) -> list[tuple[int, str]]:

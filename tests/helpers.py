@@ -1,4 +1,6 @@
-"""Small things that several test files make: photos on disk, pixel stores, tiny models, and the command line in this process."""
+"""Small things that several test files make: photos on disk, pixel stores, tiny models, and the command line in this
+process.
+"""
 
 import itertools
 import json
@@ -44,8 +46,21 @@ TINY = {
     "threads": 1,
 }
 
-# What every port of the preprocessing is tried on: (width, height), square, landscape, portrait, tiny (so enlarged), one pixel thin, the network's own size, and far from it.
-SHAPES = ((64, 64), (200, 31), (31, 200), (1, 1), (9, 7), (1, 90), (90, 1), (96, 96), (640, 427), (427, 640), (1201, 97))
+# What every port of the preprocessing is tried on: (width, height), square, landscape, portrait, tiny (so enlarged),
+# one pixel thin, the network's own size, and far from it.
+SHAPES = (
+    (64, 64),
+    (200, 31),
+    (31, 200),
+    (1, 1),
+    (9, 7),
+    (1, 90),
+    (90, 1),
+    (96, 96),
+    (640, 427),
+    (427, 640),
+    (1201, 97),
+)
 RULES: tuple[dict[str, Any], ...] = (
     {"crop_pct": 1.0, "interpolation": "bicubic"},
     {"crop_pct": 0.875, "interpolation": "bicubic", "crop_mode": "center"},
@@ -63,7 +78,9 @@ def recipe(**changes: Any) -> Recipe:
 
 
 def encoder(name: str = "test_resnet", size: int = 32, seed: int = 0) -> Encoder:
-    """A model with the random weights of `seed`, in eval mode, its BatchNorm statistics away from the trivial (0, 1)."""
+    """A model with the random weights of `seed`, in eval mode, its BatchNorm statistics away from the trivial (0,
+    1).
+    """
     torch.manual_seed(seed)
     made = build(name, size, "random", "--test")
     generator = torch.Generator().manual_seed(seed)
@@ -133,13 +150,19 @@ def whole_images(store: PixelStore, indices: Tensor, size: int) -> Tensor:
 def unit(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     """Random rows of length one, the last dimension being the vectors'."""
     generator = torch.Generator().manual_seed(hash_seed("unit", seed, shape))
-    return torch.nn.functional.normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1).to(dtype)
+    return torch.nn.functional.normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1).to(
+        dtype
+    )
 
 
 def kind_targets(count: int, views: int, dim: int) -> Tensor:
-    """(count, views, dim): targets that `filled_store` pictures tell: a direction for each of the three kinds, and a little of each image's own."""
+    """(count, views, dim): targets that `filled_store` pictures tell: a direction for each of the three kinds, and a
+    little of each image's own.
+    """
     kinds, own, noise = unit(3, dim, seed=1), unit(count, dim, seed=2), unit(count, views, dim, seed=3)
-    return torch.nn.functional.normalize(kinds[torch.arange(count) % 3][:, None] + 0.4 * own[:, None] + 0.2 * noise, dim=-1)
+    return torch.nn.functional.normalize(
+        kinds[torch.arange(count) % 3][:, None] + 0.4 * own[:, None] + 0.2 * noise, dim=-1
+    )
 
 
 @dataclass
@@ -197,8 +220,20 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 
 
 def flags(**changes: Any) -> list[str]:
-    """TINY as the words of the command line, with `changes` and without what their method does not read; settings without a flag of their own go through --set."""
-    own = ("teacher", "student", "teacher_weights", "student_weights", "teacher_size", "image_size", "batch_size", "bag_size", "views")
+    """TINY as the words of the command line, with `changes` and without what their method does not read; settings
+    without a flag of their own go through --set.
+    """
+    own = (
+        "teacher",
+        "student",
+        "teacher_weights",
+        "student_weights",
+        "teacher_size",
+        "image_size",
+        "batch_size",
+        "bag_size",
+        "views",
+    )
     own += ("epochs", "device", "seed", "data", "queue_size", "temperature")
     words: list[str] = []
     idle = unread(recipe(method=changes.get("method", "bingo")))
@@ -215,3 +250,9 @@ def untrained_run(folder: Path, each: int) -> RunDir:
     made = made_of("training", teacher=weights_digest(trained.build_teacher(settings)))
     trained.save_student(trained.build_student(settings, "random", "student"), run.student, settings, made)
     return run
+
+
+def clustered(count: int, dim: int = 16, centres: int = 60, spread: float = 0.5) -> torch.Tensor:
+    """Rows around `centres` directions, as features of images are."""
+    where = torch.randint(centres, (count,), generator=torch.Generator().manual_seed(5))
+    return unit(centres, dim, seed=1)[where] + spread * unit(count, dim, seed=2)

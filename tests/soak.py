@@ -1,9 +1,12 @@
-"""The long part of "never lose a run": runs are killed, stopped, starved of disk and of a worker at random moments, then resumed and compared bit for bit.
+"""The long part of "never lose a run": runs are killed, stopped, starved of disk and of a worker at random moments,
+then resumed and compared bit for bit.
 
-    python tests/soak.py [--trials 200] [--stops 50] [--two-trials 50] [--two-stops 20] [--disks 30] [--workers 3] [--decodes 1000000] [--minutes 60] [--seed 0] [--json FILE]
+    python tests/soak.py [--trials 200] [--stops 50] [--two-trials 50] [--two-stops 20] [--disks 30]
+        [--workers 3] [--decodes 1000000] [--minutes 60] [--seed 0] [--json FILE]
 
-A trial is the whole road - pixels, teacher, bags, training, proof, export - of the smallest models on drawn photos, forked from a process that has imported
-everything, so that no time goes into imports. --minutes bounds the whole: what was not reached is said. Linux only.
+A trial is the whole road - pixels, teacher, bags, training, proof, export - of the smallest models on drawn photos,
+forked from a process that has imported everything, so that no time goes into imports. --minutes bounds the whole:
+what was not reached is said. Linux only.
 """
 
 import argparse
@@ -48,16 +51,28 @@ def uninterrupted(home: Path, data: Path, *, exports: bool, processes: int) -> W
     began = time.monotonic()
     status = ended(road(data, out, log, exports=exports, processes=processes), PATIENCE)
     if status != 0:
-        raise SystemExit(f"the uninterrupted road of {processes} processes ended with status {status}:\n{log.read_text()[-2000:]}")
+        raise SystemExit(
+            f"the uninterrupted road of {processes} processes ended with status {status}:\n{log.read_text()[-2000:]}"
+        )
     return Whole(time.monotonic() - began, json.loads(log.with_suffix(".stages").read_text()), result(out))
 
 
 def interrupted(
-    number: int, signal_number: int, home: Path, data: Path, whole: Whole, seed: int, *, exports: bool = False, processes: int = 1
+    number: int,
+    signal_number: int,
+    home: Path,
+    data: Path,
+    whole: Whole,
+    seed: int,
+    *,
+    exports: bool = False,
+    processes: int = 1,
 ) -> list[str]:
-    """One trial: interrupt a road, all its processes at once, and resume it to its end. Returns the stage, then what went wrong.
+    """One trial: interrupt a road, all its processes at once, and resume it to its end. Returns the stage, then what
+    went wrong.
 
-    The moment is drawn from the whole road's time in every second trial, and from one stage's in the others, stage after stage.
+    The moment is drawn from the whole road's time in every second trial, and from one stage's in the others, stage
+    after stage.
     """
     random = np.random.default_rng([seed, number, signal_number, processes])
     out, log = home / "run", home / "log"
@@ -93,8 +108,12 @@ def interrupted(
     return [stage, *wrong, *(f"{name} differ" for name, value in result(out).items() if value != whole.left[name])]
 
 
-def full_disks(count: int, home: Path, data: Path, expected: dict[str, str], size: int, over: Callable[[], bool]) -> list[list[str]]:
-    """Roads on disks that are too small by more and more, from nothing left to nearly enough; each goes on when there is room."""
+def full_disks(
+    count: int, home: Path, data: Path, expected: dict[str, str], size: int, over: Callable[[], bool]
+) -> list[list[str]]:
+    """Roads on disks that are too small by more and more, from nothing left to nearly enough; each goes on when there
+    is room.
+    """
     if os.geteuid() or shutil.which("mount") is None:
         return []
     disk, log, found = home / "disk", home / "log", []
@@ -124,7 +143,9 @@ def full_disks(count: int, home: Path, data: Path, expected: dict[str, str], siz
 
 
 def lost_workers(count: int, home: Path, data: Path, over: Callable[[], bool]) -> list[list[str]]:
-    """Runs of two processes under torchrun, one of which is killed while they train: the other ends, and the run goes on to the same weights."""
+    """Runs of two processes under torchrun, one of which is killed while they train: the other ends, and the run goes
+    on to the same weights.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     words = flags(data=data, epochs=40, save_every_steps=SAVE_EVERY)
     launch = [
@@ -149,9 +170,15 @@ def lost_workers(count: int, home: Path, data: Path, over: Callable[[], bool]) -
         if over():
             break
         out, wrong = home / f"two-{number}", []
-        running = subprocess.Popen([*launch, "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+        running = subprocess.Popen(
+            [*launch, "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment
+        )
         until = time.monotonic() + PATIENCE
-        while not (out / "work" / "checkpoint.safetensors").exists() and time.monotonic() < until and running.poll() is None:
+        while (
+            not (out / "work" / "checkpoint.safetensors").exists()
+            and time.monotonic() < until
+            and running.poll() is None
+        ):
             time.sleep(0.02)
         workers = [int(word) for word in Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()]
         killed = time.monotonic()
@@ -169,7 +196,9 @@ def lost_workers(count: int, home: Path, data: Path, over: Callable[[], bool]) -
             wrong.append("a worker outlived torchrun")
         if (out / "student.safetensors").exists():
             wrong.append(f"was over before the kill: {told[-200:]}")
-        again = subprocess.run([*launch, "--out", str(out), "--resume"], capture_output=True, env=environment, timeout=600, check=False)
+        again = subprocess.run(
+            [*launch, "--out", str(out), "--resume"], capture_output=True, env=environment, timeout=600, check=False
+        )
         if again.returncode:
             wrong.append(f"resumed: status {again.returncode}: {again.stderr[-300:]!r}")
         elif not all(torch.equal(value, weights(out)[name]) for name, value in expected.items()):
@@ -226,10 +255,13 @@ def main() -> None:
         whole = {exports: uninterrupted(home, data, exports=exports, processes=1) for exports in (False, True)}
         size = sum(path.stat().st_blocks * 512 for path in (home / "whole").rglob("*"))
         print(
-            f"an uninterrupted road takes {whole[True].seconds:.1f} s ({whole[False].seconds:.1f} s without export) and {size / 1e6:.1f} MB",
+            f"an uninterrupted road takes {whole[True].seconds:.1f} s ({whole[False].seconds:.1f} s without export) and"
+            f" {size / 1e6:.1f} MB",
             flush=True,
         )
-        print(f"    {', '.join(f'{stage} {seconds:.3f} s' for stage, seconds in whole[True].stages.items())}", flush=True)
+        print(
+            f"    {', '.join(f'{stage} {seconds:.3f} s' for stage, seconds in whole[True].stages.items())}", flush=True
+        )
 
         def trials(count: int, number: int, processes: int = 1) -> list[list[str]]:
             found: list[list[str]] = []
@@ -238,7 +270,9 @@ def main() -> None:
                 # An export takes as long as all before it. Only one process exports.
                 exports = len(found) % 6 in (0, 1) and shared is None
                 way = shared or whole[exports]
-                found.append(interrupted(len(found), number, home, data, way, given.seed, exports=exports, processes=processes))
+                found.append(
+                    interrupted(len(found), number, home, data, way, given.seed, exports=exports, processes=processes)
+                )
             return found
 
         tell("full disk", full_disks(given.disks, home, data, whole[True].left, size, over), given.disks)

@@ -50,7 +50,9 @@ def decodes(count: int, home: Path, over: Callable[[], bool]) -> dict[str, Any]:
 
 
 def throughput(home: Path) -> dict[str, Any]:
-    """The pixel stage on 3,000 photos of 320 x 240, all whole, and with one in a hundred cut, in turn: files a second, each way's best of ROUNDS, and their ratio."""
+    """The pixel stage on 3,000 photos of 320 x 240, all whole, and with one in a hundred cut, in turn: files a second,
+    each way's best of ROUNDS, and their ratio.
+    """
     folders = {name: home / "speed" / name for name in ("whole", "one_percent_bad")}
     random = np.random.default_rng(0)
     noise = random.integers(0, 256, (12, 16, 3), dtype=np.uint8)
@@ -71,11 +73,15 @@ def throughput(home: Path) -> dict[str, Any]:
             best[name] = max(best[name], SPEED_FILES / (time.monotonic() - began))
             assert len(store) == SPEED_FILES - (name != "whole") * SPEED_FILES // 100
             shutil.rmtree(work)
-    return {**{name: round(value) for name, value in best.items()}, "ratio": round(best["one_percent_bad"] / best["whole"], 3)}
+    return {
+        **{name: round(value) for name, value in best.items()},
+        "ratio": round(best["one_percent_bad"] / best["whole"], 3),
+    }
 
 
 def closed_early(count: int) -> dict[str, int]:
-    """`count` drawn photos as JPEGs of several kinds, whole, and cut at a random place and closed with an end marker: how many of which were refused.
+    """`count` drawn photos as JPEGs of several kinds, whole, and cut at a random place and closed with an end marker:
+    how many of which were refused.
 
     A progressive one is cut before its last scan: see docs/reliability.md.
     """

@@ -1,4 +1,6 @@
-"""What tests/soak.py sends on its way and judges: the whole road - pixels, teacher, bags, training, proof, export - in forked processes that tell where they are."""
+"""What tests/soak.py sends on its way and judges: the whole road - pixels, teacher, bags, training, proof, export - in
+forked processes that tell where they are.
+"""
 
 import hashlib
 import json
@@ -29,7 +31,9 @@ NAMED = ("make_bags", "bag_facts", "held_out_recall", "_close")  # of pipeline: 
 
 
 class Watch:
-    """What a forked road tells its parent, in shared memory: the stage it is in, whether signals are heard, the first and the last step it began."""
+    """What a forked road tells its parent, in shared memory: the stage it is in, whether signals are heard, the first
+    and the last step it began.
+    """
 
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, 4096)
@@ -77,7 +81,8 @@ WATCH = Watch()
 
 
 def road(data: Path, out: Path, log: Path, *, exports: bool = True, processes: int = 1) -> int:
-    """Fork a process that distils, validates and, if asked to, exports; its number, which is also its group's. processes: 2 share the work, as torchrun's do.
+    """Fork a process that distils, validates and, if asked to, exports; its number, which is also its group's.
+    processes: 2 share the work, as torchrun's do.
 
     When it is over, log with the suffix .stages holds how long each stage took.
     """
@@ -102,7 +107,9 @@ def road(data: Path, out: Path, log: Path, *, exports: bool = True, processes: i
         WATCH.ready()
     sets = flags(data=data, epochs=EPOCHS, save_every_steps=SAVE_EVERY)
     commands = [["distill", *sets, "--out", str(out), *resume], *[["export", "--run", str(out)]] * exports]
-    status = _walk([*commands, ["validate", "--run", str(out), "--data", str(data)]], ports, first=bool(second) or processes == 1)
+    status = _walk(
+        [*commands, ["validate", "--run", str(out), "--data", str(data)]], ports, first=bool(second) or processes == 1
+    )
     try:
         if second:
             status = status or os.waitstatus_to_exitcode(os.waitpid(second, 0)[1])
@@ -118,7 +125,9 @@ def _walk(commands: list[list[str]], ports: list[int], *, first: bool) -> int:
     status = 0
     try:
         with ExitStack() as told:
-            told.enter_context(mock.patch.multiple(extract, BATCH=8, PART=1))  # several parts to a stage, of so few photos
+            told.enter_context(
+                mock.patch.multiple(extract, BATCH=8, PART=1)
+            )  # several parts to a stage, of so few photos
             if first:
                 _tell(told)
             for number, words in enumerate(commands):
@@ -175,7 +184,9 @@ def _free_port() -> int:
 
 
 def ended(child: int, within: float) -> int | None:
-    """Exit status of a child, minus the signal's number if one killed it; None, and the group is killed, if it is not over in time."""
+    """Exit status of a child, minus the signal's number if one killed it; None, and the group is killed, if it is not
+    over in time.
+    """
     until = time.monotonic() + within
     while time.monotonic() < until:
         found, status = os.waitpid(child, os.WNOHANG)
@@ -201,9 +212,13 @@ def orphans(child: int, within: float = 10) -> bool:
 
 
 def result(out: Path) -> dict[str, str]:
-    """What must be equal bit for bit: the student's weights, the proof's accuracies, the exported file if there is one."""
+    """What must be equal bit for bit: the student's weights, the proof's accuracies, the exported file if there is
+    one.
+    """
     tensors, _ = checkpoint.load(out / "student.safetensors")
-    weights = hashlib.sha256(b"".join(name.encode() + tensors[name].numpy().tobytes() for name in sorted(tensors))).hexdigest()
+    weights = hashlib.sha256(
+        b"".join(name.encode() + tensors[name].numpy().tobytes() for name in sorted(tensors))
+    ).hexdigest()
     proof = json.loads((out / "validation.json").read_text())
     proof["rows"] = proof["rows"][:4]  # a proof after an export has one of the file more
     found = {"weights": weights, "proof": json.dumps(list(_numbers(proof)))}

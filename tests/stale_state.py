@@ -1,11 +1,14 @@
-"""Stale state: random sequences of commands over a tiny world that changes between them; the last one's result against the same in clean folders.
+"""Stale state: random sequences of commands over a tiny world that changes between them; the last one's result against
+the same in clean folders.
 
     python tests/stale_state.py [--sequences 300] [--seed 0] [--length 6] [--only N] [--minutes 120] [--json FILE]
 
-A sequence is commands (distill, resumed, killed, overwritten; export, validate, compare; the kit's index, nearest, classify) in two runs and a comparison,
-and changes between them (pictures, folders, weights, times, copies of runs and of parts of them). What the last command made is compared with what it makes
-in clean folders: after the commands that it depends on, each with the world that it was given, but with what both read as it is now. A difference is fine
-where it was said: by exit status 2 or 3, or by a line on screen that the clean command does not print. Linux only; about a second a command.
+A sequence is commands (distill, resumed, killed, overwritten; export, validate, compare; the kit's index, nearest,
+classify) in two runs and a comparison, and changes between them (pictures, folders, weights, times, copies of runs and
+of parts of them). What the last command made is compared with what it makes in clean folders: after the commands that
+it depends on, each with the world that it was given, but with what both read as it is now. A difference is fine where
+it was said: by exit status 2 or 3, or by a line on screen that the clean command does not print. Linux only; about a
+second a command.
 """
 
 import argparse
@@ -29,7 +32,8 @@ RUNS = ("a", "b")
 HEAD = "student.linear.npz"
 KEPT = 60  # clean folders on the disk at once
 SAID = re.compile(
-    r"\b(again|anew|earlier|older|other|another|stale|chang|differ|does not fit|not of|no longer|remov|delet|damaged|warning|instead|copies)",
+    r"\b(again|anew|earlier|older|other|another|stale|chang|differ|does not fit|not of|no"
+    r" longer|remov|delet|damaged|warning|instead|copies)",
     re.I,
 )
 REFUSED = (2, 3)
@@ -37,7 +41,9 @@ REFUSED = (2, 3)
 
 @dataclass
 class Held:
-    """The last commands that ended well in a run's folder, each with the world it was given; a new distill forgets the rest."""
+    """The last commands that ended well in a run's folder, each with the world it was given; a new distill forgets the
+    rest.
+    """
 
     steps: dict[str, tuple[Command, World]] = field(default_factory=dict)
 
@@ -55,7 +61,9 @@ class Verdict:
 
 
 class Fuzzer:
-    """One home on disk: live/ for sequences, clean/ for what their last commands are compared with, which is kept for the next sequences."""
+    """One home on disk: live/ for sequences, clean/ for what their last commands are compared with, which is kept for
+    the next sequences.
+    """
 
     def __init__(self, home: Path) -> None:
         self.home, self.live, self.clean = home, home / "live", home / "clean"
@@ -89,7 +97,10 @@ class Fuzzer:
             line = words(command, self.live, world, self.live / "world")
             ended = self.fork(line, killed_at)
             shown = " ".join(f"{key}={value}" for key, value in command.settings)
-            history.append(f"{command.kind} {command.place} {shown}{f' killed at step {killed_at}' if killed_at else ''} -> {ended.status}")
+            history.append(
+                f"{command.kind} {command.place} {shown}{f' killed at step {killed_at}' if killed_at else ''} ->"
+                f" {ended.status}"
+            )
             if step == length - 1:
                 return self.judge(command, world, ended, held), history
             remember(command, world, ended, held)
@@ -109,8 +120,12 @@ class Fuzzer:
             f"{two}/export/student.onnx replaced by that of {one}": lambda: _copied(
                 *(it / "export" / "student.onnx" for it in (here, other))
             ),
-            f"{two}/export replaced by that of {one}": lambda: "export" in held[two].steps and _copied(here / "export", other / "export"),
-            f"{two}'s linear head replaced by that of {one}": lambda: _copied(*(it / "export" / HEAD for it in (here, other))),
+            f"{two}/export replaced by that of {one}": lambda: (
+                "export" in held[two].steps and _copied(here / "export", other / "export")
+            ),
+            f"{two}'s linear head replaced by that of {one}": lambda: _copied(
+                *(it / "export" / HEAD for it in (here, other))
+            ),
         }
         if random.random() < 0.4:
             for what in random.permutation(list(kinds)):
@@ -130,7 +145,9 @@ class Fuzzer:
         clean, expected = self.in_clean_folders(steps)
         if live.status != 0:
             kind = "refused" if clean.status == 0 else "same"
-            return Verdict(kind, (next((line for line in live.told.splitlines() if "error:" in line), live.told[-300:]),))
+            return Verdict(
+                kind, (next((line for line in live.told.splitlines() if "error:" in line), live.told[-300:]),)
+            )
         try:
             found = result(command, live, self.live, world, self.live / "world", self.fork)
         except (OSError, ValueError, KeyError) as error:
@@ -141,7 +158,9 @@ class Fuzzer:
                 dict(expected["figures"]) if expected else {}
             )  # work/ may be deleted after a run, and what is shown of it is then missing
             rows = {name: row for name, row in figures.get("rows", {}).items() if name != "start"}
-            expected = expected | {"figures": {key: value for key, value in figures.items() if not key.startswith("bag_")} | {"rows": rows}}
+            expected = expected | {
+                "figures": {key: value for key, value in figures.items() if not key.startswith("bag_")} | {"rows": rows}
+            }
         differences = tuple(differing(found, expected, tolerance=tolerance))
         if clean.status != 0:
             differences = (f"status 0 instead of {clean.status}: {clean.told[-300:]}",)
@@ -152,7 +171,9 @@ class Fuzzer:
         return Verdict("said", tuple(said)) if said else Verdict("not said", differences)
 
     def in_clean_folders(self, steps: list[tuple[Command, World]]) -> tuple[Ended, dict[str, Any]]:
-        """What the last of `steps` prints and makes after the others, in folders of their own; from an earlier sequence where it is known."""
+        """What the last of `steps` prints and makes after the others, in folders of their own; from an earlier sequence
+        where it is known.
+        """
         key = tuple((step, _read(step, world)) for step, world in steps)
         if key in self.known:
             return self.known[key]
@@ -240,15 +261,27 @@ def draw(random: np.random.Generator, held: dict[str, Held], *, last: bool) -> t
             settings = settings | {"bags": ""}  # read by no other
         return Command(kind, place, ()).but(**{**settings, "how": how}), killed_at
     if kind == "export":
-        settings = {"format": pick("onnx", "onnx", "onnx", "onnx", "all"), "image_size": pick("", "", 48), "elsewhere": pick("", "", "yes")}
+        settings = {
+            "format": pick("onnx", "onnx", "onnx", "onnx", "all"),
+            "image_size": pick("", "", 48),
+            "elsewhere": pick("", "", "yes"),
+        }
         return Command(kind, pick(*finished), ()).but(**settings), 0
     if kind == "validate":
-        return Command(kind, pick(*finished), ()).but(test=pick("test", "test", "", "bank"), bank=pick("", "", "photos")), 0
+        return (
+            Command(kind, pick(*finished), ()).but(test=pick("test", "test", "", "bank"), bank=pick("", "", "photos")),
+            0,
+        )
     if kind == "index":
         return Command(kind, pick(*exported), ()), 0
     if kind == "nearest":
         return Command(kind, pick(*[name for name in finished if "index" in held[name].steps]), ()), 0
-    return Command(kind, pick(*[name for name in exported if "validate" in held[name].steps]), ()).but(head=pick("linear", "bank")), 0
+    return (
+        Command(kind, pick(*[name for name in exported if "validate" in held[name].steps]), ()).but(
+            head=pick("linear", "bank")
+        ),
+        0,
+    )
 
 
 def remember(command: Command, world: World, ended: Ended, held: dict[str, Held]) -> None:
@@ -288,7 +321,10 @@ def chain(command: Command, world: World, held: Held) -> list[tuple[Command, Wor
 
 def _told(world: World) -> World:
     """The world with its folders under their first names and times, of which no result may depend."""
-    return World(*(part._replace(name=role, written=WRITTEN) for role, part in zip(World._fields, world[:3], strict=False)), *world[3:])
+    return World(
+        *(part._replace(name=role, written=WRITTEN) for role, part in zip(World._fields, world[:3], strict=False)),
+        *world[3:],
+    )
 
 
 def _read(command: Command, world: World) -> tuple[Any, ...]:
@@ -320,7 +356,9 @@ def fuzz(home: Path, numbers: list[int], seed: int, length: int, over: Callable[
         if verdict.kind in ("refused", "said"):
             refusals.update(_without_numbers(line)[:160] for line in verdict.why)
         if verdict.kind != "same":
-            found.append({"number": number, "verdict": verdict.kind, "sequence": history, "why": list(verdict.why[:12])})
+            found.append(
+                {"number": number, "verdict": verdict.kind, "sequence": history, "why": list(verdict.why[:12])}
+            )
         if verdict.kind in ("not said", "broken"):
             print(f"sequence {number} (--seed {seed} --only {number}): {verdict.kind.upper()}", flush=True)
             for line in (*history, *(f"    {why[:400]}" for why in verdict.why[:4])):
@@ -328,7 +366,8 @@ def fuzz(home: Path, numbers: list[int], seed: int, length: int, over: Callable[
         if done % 5 == 0 or done == len(numbers) or over():
             seconds = time.monotonic() - began
             print(
-                f"{done} of {len(numbers)} sequences, {seconds:.0f} s, {seconds / fuzzer.commands.total():.2f} s a command: {dict(counts)}",
+                f"{done} of {len(numbers)} sequences, {seconds:.0f} s, {seconds / fuzzer.commands.total():.2f} s a"
+                f" command: {dict(counts)}",
                 flush=True,
             )
         if over():
@@ -357,7 +396,9 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     if os.environ.get("OMP_NUM_THREADS") != "1":
-        raise SystemExit("start it with OMP_NUM_THREADS=1: a child of a process with several threads of torch would hang")
+        raise SystemExit(
+            "start it with OMP_NUM_THREADS=1: a child of a process with several threads of torch would hang"
+        )
     end = time.monotonic() + 60 * given.minutes
     numbers = [given.only] if given.only >= 0 else list(range(given.sequences))
     with tempfile.TemporaryDirectory(prefix="bingo-stale-") as name:

@@ -1,4 +1,6 @@
-"""What tests/stale_state.py works on: a small world of pictures and weights that is a value, and commands forked from a process that has imported everything."""
+"""What tests/stale_state.py works on: a small world of pictures and weights that is a value, and commands forked from a
+process that has imported everything.
+"""
 
 import contextlib
 import hashlib
@@ -58,7 +60,9 @@ NOT_COMPARED = (
 
 
 class Pictures(NamedTuple):
-    """A folder: its name, the seed of each file's contents by relative name, and when all were last written (seconds)."""
+    """A folder: its name, the seed of each file's contents by relative name, and when all were last written
+    (seconds).
+    """
 
     name: str
     files: tuple[tuple[str, int], ...]
@@ -66,7 +70,9 @@ class Pictures(NamedTuple):
 
 
 class World(NamedTuple):
-    """All that commands are given: pictures to train on, labelled ones, and the seeds of what is in teacher.safetensors and start.safetensors."""
+    """All that commands are given: pictures to train on, labelled ones, and the seeds of what is in teacher.safetensors
+    and start.safetensors.
+    """
 
     photos: Pictures
     bank: Pictures
@@ -76,7 +82,9 @@ class World(NamedTuple):
 
 
 class Command(NamedTuple):
-    """kind: a command of bingo-compress, or index, nearest or classify for the kit's. place: the run's folder; settings: of `words`."""
+    """kind: a command of bingo-compress, or index, nearest or classify for the kit's. place: the run's folder;
+    settings: of `words`.
+    """
 
     kind: str
     place: str
@@ -104,14 +112,21 @@ def first_world() -> World:
     """Bank and test have the same names, sizes and times, and nothing else in common."""
 
     def folder(name: str, each: int, start: int) -> Pictures:
-        return Pictures(name, tuple((f"kind{kind}/{number:02d}.bmp", start + number) for kind in range(CLASSES) for number in range(each)))
+        return Pictures(
+            name,
+            tuple(
+                (f"kind{kind}/{number:02d}.bmp", start + number) for kind in range(CLASSES) for number in range(each)
+            ),
+        )
 
     return World(folder("photos", 8, 0), folder("bank", 6, 100), folder("test", 6, 200))
 
 
 @cache
 def _contents(name: str, seed: int) -> bytes:
-    """A BMP file: all have the same size. One in three is of another kind than its folder says, so that no figure is perfect."""
+    """A BMP file: all have the same size. One in three is of another kind than its folder says, so that no figure is
+    perfect.
+    """
     kind, file = int(name[4]), io.BytesIO()
     Image.fromarray(photo(kind if seed % 3 else (kind + 1) % CLASSES, 10 * seed + kind, 32, 40)).save(file, "BMP")
     return file.getvalue()
@@ -123,9 +138,15 @@ def _weights(model: str, seed: int) -> bytes:
 
 
 def put(world: World, root: Path, *, told_apart: bool = False) -> None:
-    """Make `root` hold the world and nothing else; files that are the same are left as they are. told_apart: no two contents have the same time of change."""
+    """Make `root` hold the world and nothing else; files that are the same are left as they are. told_apart: no two
+    contents have the same time of change.
+    """
     root.mkdir(parents=True, exist_ok=True)
-    wanted = {f"{folder.name}/{name}": (_contents(name, seed), folder.written) for folder in world[:3] for name, seed in folder.files}
+    wanted = {
+        f"{folder.name}/{name}": (_contents(name, seed), folder.written)
+        for folder in world[:3]
+        for name, seed in folder.files
+    }
     wanted["teacher.safetensors"] = _weights("test_resnet", world.teacher), WRITTEN
     wanted["start.safetensors"] = _weights("test_efficientnet", world.start + 10), WRITTEN
     for path in root.rglob("*"):
@@ -155,12 +176,15 @@ def changed(random: np.random.Generator, world: World) -> tuple[str, World]:
     extra = f"kind{CLASSES - 1}/extra.bmp"
     picture = str(random.choice([name for name in files if name != extra][:4]))
     kinds: dict[str, Pictures] = {
-        f"{role}: {picture} replaced by another of the same size and time": _with(folder, files | {picture: files[picture] ^ 512}),
+        f"{role}: {picture} replaced by another of the same size and time": _with(
+            folder, files | {picture: files[picture] ^ 512}
+        ),
         f"{role}: another folder of as many pictures with equal names, sizes and times": _with(
             folder, {name: seed ^ 1024 for name, seed in files.items()}
         ),
         f"{role}: a picture added or taken away": _with(
-            folder, {name: seed for name, seed in files.items() if name != extra} | ({} if extra in files else {extra: 7})
+            folder,
+            {name: seed for name, seed in files.items() if name != extra} | ({} if extra in files else {extra: 7}),
         ),
         f"{role}: one removed or put back": _with(folder, _but_last(files)),
         f"{role}: moved to another name": folder._replace(name=role if folder.name != role else f"moved-{role}"),
@@ -182,7 +206,9 @@ def _but_last(files: dict[str, int]) -> dict[str, int]:
 
 def words(command: Command, root: Path, world: World, there: Path) -> list[str]:
     """The command's words. root: where runs are; there: where the world is."""
-    run, photos, bank, test = (str(path) for path in (root / command.place, *(there / folder.name for folder in world[:3])))
+    run, photos, bank, test = (
+        str(path) for path in (root / command.place, *(there / folder.name for folder in world[:3]))
+    )
     kind, get = command.kind, command.get
     if kind in ("distill", "compare"):
         start = str(there / "start.safetensors") if get("start") == "file" else "random"
@@ -199,7 +225,15 @@ def words(command: Command, root: Path, world: World, there: Path) -> list[str]:
         )
         if kind == "distill":
             return [kind, *sets, "--out", run, *([f"--{get('how')}"] if get("how") else [])]
-        judged = ["--labels", bank, *(["--test", test] if get("test") else []), "--methods", get("methods"), "--seeds", get("seeds")]
+        judged = [
+            "--labels",
+            bank,
+            *(["--test", test] if get("test") else []),
+            "--methods",
+            get("methods"),
+            "--seeds",
+            get("seeds"),
+        ]
         return [kind, *sets, *judged, "--out", run, *(["--overwrite"] if get("how") else [])]
     if kind == "export":
         elsewhere = ["--out", f"{run}-files"] if get("elsewhere") else []
@@ -207,7 +241,14 @@ def words(command: Command, root: Path, world: World, there: Path) -> list[str]:
         return [kind, "--run", run, "--data", photos, "--format", get("format"), *size, *elsewhere]
     if kind == "validate":
         bank = photos if get("bank") else bank
-        return [kind, "--run", run, "--data", bank, *({"test": ["--test", test], "bank": ["--test", bank]}.get(get("test"), []))]
+        return [
+            kind,
+            "--run",
+            run,
+            "--data",
+            bank,
+            *({"test": ["--test", test], "bank": ["--test", bank]}.get(get("test"), [])),
+        ]
     file = str((Path(f"{run}-files") if get("elsewhere") else Path(run, "export")) / f"student{get('file')}.onnx")
     index = f"{run}-index.npz"
     rest = {
@@ -219,7 +260,9 @@ def words(command: Command, root: Path, world: World, there: Path) -> list[str]:
 
 
 def run(line: list[str], log: Path, kept: Path, killed_at: int = 0) -> Ended:
-    """Fork a process that runs a command line. kept: a folder for graphs that torch traced; killed_at: a step before which it is killed, as by kill -9."""
+    """Fork a process that runs a command line. kept: a folder for graphs that torch traced; killed_at: a step before
+    which it is killed, as by kill -9.
+    """
     log.unlink(missing_ok=True)
     sys.stdout.flush()
     if not (child := os.fork()):
@@ -228,7 +271,9 @@ def run(line: list[str], log: Path, kept: Path, killed_at: int = 0) -> Ended:
     while time.monotonic() < until:
         found, status, used = os.wait4(child, os.WNOHANG)
         if found:
-            return Ended(os.waitstatus_to_exitcode(status), log.read_text(errors="replace"), used.ru_utime + used.ru_stime)
+            return Ended(
+                os.waitstatus_to_exitcode(status), log.read_text(errors="replace"), used.ru_utime + used.ru_stime
+            )
         time.sleep(0.005)
     os.killpg(child, signal.SIGKILL)
     os.waitpid(child, 0)
@@ -248,7 +293,12 @@ def _command(line: list[str], log: Path, kept: Path, killed_at: int) -> None:
             _quicken(patched, kept)
             if killed_at:
                 rate = loop.learning_rate
-                stop = lambda step, *rest: os.kill(os.getpid(), signal.SIGKILL) if step == killed_at else rate(step, *rest)  # noqa: E731
+
+                def stop(step: int, *rest: Any) -> float:
+                    if step == killed_at:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    return rate(step, *rest)
+
                 patched.enter_context(mock.patch.object(loop, "learning_rate", stop))
             if line[0] == "bingo-edge":
                 status = edge.main(line[1:])
@@ -268,7 +318,8 @@ def _command(line: list[str], log: Path, kept: Path, killed_at: int) -> None:
 
 
 def _quicken(patched: contextlib.ExitStack, kept: Path) -> None:
-    """What has no part in a result is not done: timing files in fresh processes, tracing the same network with other weights, fits of a finer grid.
+    """What has no part in a result is not done: timing files in fresh processes, tracing the same network with other
+    weights, fits of a finer grid.
 
     `export` itself compares each file with torch.
     """
@@ -302,8 +353,12 @@ def _quicken(patched: contextlib.ExitStack, kept: Path) -> None:
             patched.enter_context(mock.patch.object(owner, name, value))
 
 
-def result(command: Command, ended: Ended, root: Path, world: World, there: Path, again: Callable[[list[str]], Ended]) -> dict[str, Any]:
-    """What a command made, without times, paths and versions: figures by name, and digests of what must be equal bit for bit. again: forks a command."""
+def result(
+    command: Command, ended: Ended, root: Path, world: World, there: Path, again: Callable[[list[str]], Ended]
+) -> dict[str, Any]:
+    """What a command made, without times, paths and versions: figures by name, and digests of what must be equal bit
+    for bit. again: forks a command.
+    """
     run, kind = root / command.place, command.kind
     if kind == "distill":
         recipe = load_recipe(run / "recipe.yaml", [], {}).model_dump()
@@ -318,8 +373,15 @@ def result(command: Command, ended: Ended, root: Path, world: World, there: Path
         table = json.loads((run / "table.json").read_text())
         named = {f"{part['arm']} {part['seed']}": part for part in table["runs"]}
         told = {file: checkpoint.load(file)[1] for file in (run / "runs").glob("*.student.safetensors")}
-        used = {name: _tensors(file) for file, facts in told.items() if (name := f"{facts['arm']} {facts['seed']}") in named}
-        return {"rows": _figures(table["rows"]), "runs": _figures(named), "references": _figures(table["references"]), "weights": used}
+        used = {
+            name: _tensors(file) for file, facts in told.items() if (name := f"{facts['arm']} {facts['seed']}") in named
+        }
+        return {
+            "rows": _figures(table["rows"]),
+            "runs": _figures(named),
+            "references": _figures(table["references"]),
+            "weights": used,
+        }
     if kind == "validate":
         proof = json.loads((run / "validation.json").read_text())
         found: dict[str, Any] = {"figures": _figures(proof | {"rows": {row["name"]: row for row in proof["rows"]}})}
@@ -327,14 +389,21 @@ def result(command: Command, ended: Ended, root: Path, world: World, there: Path
         for model in sorted((run / "export").glob("*.onnx")):  # heads of a file that was deleted serve no other
             for file in sorted(model.parent.glob(f"{model.stem}.*.npz")):
                 with np.load(file) as held:
-                    found[file.name] = {key: held[key].tolist() for key in held.files if not any(word in key for word in NOT_COMPARED)}
+                    found[file.name] = {
+                        key: held[key].tolist() for key in held.files if not any(word in key for word in NOT_COMPARED)
+                    }
         return found
     if kind == "export":
         folder = Path(f"{run}-files") if command.get("elsewhere") else run / "export"
         found = {}
-        for file in [f"student{end}" for end in {"onnx": [""], "onnx-int8": ["-int8"], "all": ["", "-int8"]}[command.get("format")]]:
+        for file in [
+            f"student{end}"
+            for end in {"onnx": [""], "onnx-int8": ["-int8"], "all": ["", "-int8"]}[command.get("format")]
+        ]:
             contract = json.loads((folder / f"{file}.json").read_text())
-            embedded = again(["bingo-edge", "embed", str(folder / f"{file}.onnx"), str(there / world.test.name), "--json"])
+            embedded = again(
+                ["bingo-edge", "embed", str(folder / f"{file}.onnx"), str(there / world.test.name), "--json"]
+            )
             checked = again(["bingo-edge", "selftest", str(folder / f"{file}.onnx")])
             found[file] = {
                 "contract": _figures({key: value for key, value in contract.items() if key != "onnx"}),
@@ -344,7 +413,10 @@ def result(command: Command, ended: Ended, root: Path, world: World, there: Path
         return found | {"named but not there": _lacking(folder)}
     if kind == "index":
         with np.load(f"{run}-index.npz") as held:
-            return {"embeddings": held["embeddings"].tolist(), "paths": [_tail(path) for path in held["paths"].tolist()]}
+            return {
+                "embeddings": held["embeddings"].tolist(),
+                "paths": [_tail(path) for path in held["paths"].tolist()],
+            }
     told = json.loads(ended.told)
     return {"answer": _figures(told), "paths": [_tail(path) for path in _paths(told)]}
 
@@ -375,7 +447,11 @@ def _paths(held: Any) -> Iterator[str]:
 def _figures(held: Any) -> Any:
     """What of a JSON document is compared: words that are paths or keys, and times, are left out."""
     if isinstance(held, dict):
-        return {key: _figures(value) for key, value in held.items() if not any(word in key for word in NOT_COMPARED) and key != "protocol"}
+        return {
+            key: _figures(value)
+            for key, value in held.items()
+            if not any(word in key for word in NOT_COMPARED) and key != "protocol"
+        }
     if isinstance(held, list):
         return [_figures(value) for value in held]
     return None if isinstance(held, str) and "/" in held else held
@@ -386,7 +462,9 @@ def _tensors(file: Path) -> str:
     if not file.exists():
         return ""
     tensors, _ = checkpoint.load(file)
-    return hashlib.sha256(b"".join(name.encode() + tensors[name].numpy().tobytes() for name in sorted(tensors))).hexdigest()[:16]
+    return hashlib.sha256(
+        b"".join(name.encode() + tensors[name].numpy().tobytes() for name in sorted(tensors))
+    ).hexdigest()[:16]
 
 
 def differing(live: Any, clean: Any, path: str = "", tolerance: float = 0.0) -> Iterator[str]:

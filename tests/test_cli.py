@@ -1,4 +1,6 @@
-"""The command line, in this process: what it prints, and every bad input as one line, exit status 2 and nothing written."""
+"""The command line, in this process: what it prints, and every bad input as one line, exit status 2 and nothing
+written.
+"""
 
 import os
 import subprocess
@@ -76,7 +78,9 @@ def test_a_folder_whose_images_are_all_broken(bingo: Any, tmp_path: Path) -> Non
 
 
 def test_fewer_images_than_the_bag_needs(bingo: Any, data: Path, tmp_path: Path) -> None:
-    one_error(bingo("distill", *flags(data=data, bag_size=12), "--out", "run"), "a bag holds (12)", "found 12", "--bag-size")
+    one_error(
+        bingo("distill", *flags(data=data, bag_size=12), "--out", "run"), "a bag holds (12)", "found 12", "--bag-size"
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -126,18 +130,28 @@ def test_an_out_folder_that_is_not_empty_offers_both_ways(bingo: Any, data: Path
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine.txt").write_text("mine")
     one_error(bingo("distill", *flags(data=data), "--out", "run"), "not empty", "--resume", "--overwrite")
-    one_error(bingo("distill", *flags(data=data), "--out", "run", "--overwrite"), "not a run of this program", "nothing in it is deleted")
+    one_error(
+        bingo("distill", *flags(data=data), "--out", "run", "--overwrite"),
+        "not a run of this program",
+        "nothing in it is deleted",
+    )
     assert files(tmp_path / "run") == {"mine.txt": b"mine"}
     one_error(bingo("distill", *flags(data=data), "--out", "run/mine.txt"), "--out", "found the file")
     one_error(bingo("distill", *flags(data=data), "--out", "none", "--resume"), "--resume", "found none")
-    one_error(bingo("distill", *flags(data=data), "--out", "none", "--resume", "--overwrite"), "--overwrite", "found both")
+    one_error(
+        bingo("distill", *flags(data=data), "--out", "none", "--resume", "--overwrite"), "--overwrite", "found both"
+    )
     assert not (tmp_path / "none").exists()
 
 
 def test_no_space(bingo: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
-    one_error(bingo("distill", *flags(data=data), "--out", "run"), "no space", "teacher's embeddings", "--out on another disk")
-    one_error(bingo("distill", *flags(data=data), "--pixels", "memory", "--out", "run"), "no space", "--out on another disk")
+    one_error(
+        bingo("distill", *flags(data=data), "--out", "run"), "no space", "teacher's embeddings", "--out on another disk"
+    )
+    one_error(
+        bingo("distill", *flags(data=data), "--pixels", "memory", "--out", "run"), "no space", "--out on another disk"
+    )
     assert not [name for name in files(tmp_path / "run") if name.startswith(("work", "student"))]
 
 
@@ -153,7 +167,9 @@ def test_a_disk_that_fills_up_while_writing(bingo: Any, data: Path, monkeypatch:
         raise OSError(28, "No space left on device", "run/work/pixels")
 
     monkeypatch.setattr(teacher_pass, "run", full)
-    one_error(bingo("distill", *flags(data=data), "--out", "run"), "no space: the disk is full", "run/work/pixels", "--resume")
+    one_error(
+        bingo("distill", *flags(data=data), "--out", "run"), "no space: the disk is full", "run/work/pixels", "--resume"
+    )
 
 
 def test_weights_that_are_missing_unreadable_or_another_models(bingo: Any, data: Path, tmp_path: Path) -> None:
@@ -174,7 +190,9 @@ def test_weights_that_are_missing_unreadable_or_another_models(bingo: Any, data:
     assert not (tmp_path / "run").exists()
 
 
-def test_a_hub_out_of_reach_says_the_ways_out(bingo: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_out_of_reach_says_the_ways_out(
+    bingo: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def unreachable(*_: Any, **__: Any) -> None:
         raise OSError("Network is unreachable")
 
@@ -190,7 +208,9 @@ def test_a_hub_out_of_reach_says_the_ways_out(bingo: Any, data: Path, tmp_path: 
 
 def test_models_without_weights_in_timm_are_named_and_never_random(bingo: Any, data: Path) -> None:
     one_error(
-        bingo("distill", *flags(data=data, teacher="resnet50x2", teacher_weights="pretrained")), "no pretrained weights", "resnet50x2"
+        bingo("distill", *flags(data=data, teacher="resnet50x2", teacher_weights="pretrained")),
+        "no pretrained weights",
+        "resnet50x2",
     )
 
 
@@ -229,7 +249,16 @@ def test_a_dry_run_prints_all_and_writes_nothing(bingo: Any, data: Path, tmp_pat
     ran = bingo("distill", *flags(data=data, epochs=3), "--out", "run", "--dry-run")
     assert ran.status == 0, ran.err
     assert sorted(tmp_path.rglob("*")) == before
-    for text in ("test_resnet", "test_efficientnet", "epochs: 3", "temperature: 0.2", "5 steps of 8 anchors", "memory", "disk", "time"):
+    for text in (
+        "test_resnet",
+        "test_efficientnet",
+        "epochs: 3",
+        "temperature: 0.2",
+        "5 steps of 8 anchors",
+        "memory",
+        "disk",
+        "time",
+    ):
         assert text in ran.out
     one_error(bingo("distill", *flags(data=data, bag_size=40), "--out", "run", "--dry-run"), "found 12")
 
@@ -256,12 +285,23 @@ def test_help_and_version_as_a_module_without_torch(words: tuple[str, ...]) -> N
         "except SystemExit as stop: print('status', stop.code)\n"
         "print('heavy', sorted({'torch', 'timm', 'numpy', 'onnx', 'PIL', 'faiss'} & set(sys.modules)))"
     )
-    ran = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"})
+    ran = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}
+    )
     assert ran.stderr == ""
     assert "status 0" in ran.stdout and "heavy []" in ran.stdout
     assert __version__ in ran.stdout if words == ("--version",) else "Usage" in ran.stdout
     if words == ("distill", "--help"):
-        for option in ("--data", "--teacher-weights", "--set", "--resume", "--overwrite", "--dry-run", "--views", "--seed"):
+        for option in (
+            "--data",
+            "--teacher-weights",
+            "--set",
+            "--resume",
+            "--overwrite",
+            "--dry-run",
+            "--views",
+            "--seed",
+        ):
             assert option in ran.stdout
 
 
@@ -284,7 +324,9 @@ def test_names_with_brackets_are_printed_as_they_are(bingo: Any, tmp_path: Path)
     one_error(bingo("check", "--data", tmp_path / "[red]gone"), "[red]gone")
 
 
-def test_an_out_folder_that_cannot_be_made(bingo: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_out_folder_that_cannot_be_made(
+    bingo: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def denied(*_: Any, **__: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
@@ -295,7 +337,9 @@ def test_an_out_folder_that_cannot_be_made(bingo: Any, data: Path, tmp_path: Pat
 
 def test_a_full_gpu_is_one_clear_line(bingo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 139.80 GiB")
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 139.80 GiB"
+        )
 
     monkeypatch.setattr(teacher_pass, "run", full)
     found = bingo("distill", *flags(data=photos(tmp_path / "photos", 6)), "--out", "run")

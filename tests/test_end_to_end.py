@@ -1,4 +1,6 @@
-"""The whole road through the command line on small synthetic photos: files, figures, interruption, and the same again."""
+"""The whole road through the command line on small synthetic photos: files, figures, interruption, and the same
+again.
+"""
 
 import csv
 import json
@@ -36,7 +38,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     data, test = photos(root / "photos", 22), photos(root / "test", 6, start=200)
     bad = bad_files(data)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["bingo-compress", "distill", *flags(data=data, epochs=2), "--out", str(root / "run")])
+        patch.setattr(
+            "sys.argv", ["bingo-compress", "distill", *flags(data=data, epochs=2), "--out", str(root / "run")]
+        )
         with pytest.raises(SystemExit) as stop:
             main()
     assert not stop.value.code
@@ -67,10 +71,23 @@ def equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
 def test_a_run_leaves_the_files_that_it_promises(world: dict[str, Any]) -> None:
     run = world["run"]
     names = {path.name for path in run.iterdir()}
-    assert names == {"recipe.yaml", "resolved.yaml", "student.safetensors", "metrics.jsonl", "quarantine.csv", "summary.json", "work"}
+    assert names == {
+        "recipe.yaml",
+        "resolved.yaml",
+        "student.safetensors",
+        "metrics.jsonl",
+        "quarantine.csv",
+        "summary.json",
+        "work",
+    }
     assert not list(run.rglob("*.tmp"))
     settings = load_recipe(run / "recipe.yaml", [], {})
-    assert (settings.teacher, settings.student, settings.epochs, settings.image_size) == ("test_resnet", "test_efficientnet", 2, 32)
+    assert (settings.teacher, settings.student, settings.epochs, settings.image_size) == (
+        "test_resnet",
+        "test_efficientnet",
+        2,
+        32,
+    )
     assert Path(settings.data) == world["data"].resolve()
 
 
@@ -127,8 +144,22 @@ def test_export_then_validate_with_a_test_folder(bingo: Any, world: dict[str, An
     result = json.loads((tmp_path / "v.json").read_text())
     assert result == json.loads((run / "validation.json").read_text())
     card = (run / "export" / "MODEL_CARD.md").read_text()
-    assert "Not validated on labels yet" not in card and str(tmp_path) not in card  # written again, and no path of this machine in it
-    ran = bingo("validate", "--run", run, "--data", labelled, "--test", world["test"], "--require", "linear=1.0", "--require", "knn=0.1")
+    assert (
+        "Not validated on labels yet" not in card and str(tmp_path) not in card
+    )  # written again, and no path of this machine in it
+    ran = bingo(
+        "validate",
+        "--run",
+        run,
+        "--data",
+        labelled,
+        "--test",
+        world["test"],
+        "--require",
+        "linear=1.0",
+        "--require",
+        "knn=0.1",
+    )
     missed = result["rows"][-1]["linear"] < 1
     assert ran.status == (3 if missed else 0) and ("linear" in ran.err and "(at least 1)" in ran.err) == missed
     assert bingo("validate", "--run", run, "--data", labelled, "--require", "colour=0.5").status == 2
@@ -150,15 +181,22 @@ def test_export_then_validate_with_a_test_folder(bingo: Any, world: dict[str, An
     embedded = kit.embed(str(world["test"]))
     truth = np.array([Path(name).parent.name for name in embedded.names])
     for head, figure in (("student.linear.npz", "linear"), ("student.bank.npz", "knn")):
-        named, _ = bingo_edge.classify(bingo_edge.load_head(run / "export" / head, kit), embedded.embeddings, embedded.features)
+        named, _ = bingo_edge.classify(
+            bingo_edge.load_head(run / "export" / head, kit), embedded.embeddings, embedded.features
+        )
         assert float((named == truth).mean()) == pytest.approx(rows["onnx"][figure], abs=1e-6)
 
 
-def test_validate_without_a_test_folder_sets_a_quarter_aside(bingo: Any, world: dict[str, Any], run: Path, tmp_path: Path) -> None:
+def test_validate_without_a_test_folder_sets_a_quarter_aside(
+    bingo: Any, world: dict[str, Any], run: Path, tmp_path: Path
+) -> None:
     ran = bingo("validate", "--run", run, "--data", world["test"], "--json", tmp_path / "v.json")
     assert ran.status == 0, ran.err
     result = json.loads((tmp_path / "v.json").read_text())
-    assert (result["protocol"]["bank_images"], result["protocol"]["test_images"]) == (15, 3)  # one of the six of each kind
+    assert (result["protocol"]["bank_images"], result["protocol"]["test_images"]) == (
+        15,
+        3,
+    )  # one of the six of each kind
     assert "set aside" in result["protocol"]["test"]
     assert [row["name"] for row in result["rows"]] == ROWS
     assert not (run / "export").exists()  # no file, so no head for one
@@ -172,7 +210,9 @@ def test_a_file_of_another_input_size_is_proven_at_its_own(bingo: Any, world: di
     rows = {row["name"]: row for row in json.loads((run / "validation.json").read_text())["rows"]}
     kit = bingo_edge.Embedder(run / "export" / "student.onnx")
     found = kit.embed(world["test"])
-    classes, _ = bingo_edge.classify(bingo_edge.load_head(run / "export" / "student.linear.npz", kit), found.embeddings, found.features)
+    classes, _ = bingo_edge.classify(
+        bingo_edge.load_head(run / "export" / "student.linear.npz", kit), found.embeddings, found.features
+    )
     right = np.mean([f"/{kind}/" in name for name, kind in zip(found.names, classes, strict=True)])
     assert kit.contract["input"]["size"] == 48
     # Of the photos that the device's head saw all but a few, and of the others what the proof says.
@@ -185,7 +225,9 @@ def test_the_test_images_never_reach_the_heads(bingo: Any, world: dict[str, Any]
     for number in (300, 400):
         test = photos(tmp_path / f"test{number}", 3, start=number)
         assert bingo("validate", "--run", run, "--data", world["test"], "--test", test).status == 0
-        heads.append({name: dict(np.load(run / "export" / name)) for name in ("student.linear.npz", "student.bank.npz")})
+        heads.append(
+            {name: dict(np.load(run / "export" / name)) for name in ("student.linear.npz", "student.bank.npz")}
+        )
     for name, arrays in heads[0].items():
         assert all(np.array_equal(array, heads[1][name][key]) for key, array in arrays.items())
 
@@ -206,7 +248,9 @@ def test_validate_refuses_classes_it_does_not_know_and_folders_without_classes(
 # ---------------------------------------------------------------- interruption
 
 
-def interrupted(bingo: Any, monkeypatch: pytest.MonkeyPatch, world: dict[str, Any], out: Path, at: int, *words: str) -> Ran:
+def interrupted(
+    bingo: Any, monkeypatch: pytest.MonkeyPatch, world: dict[str, Any], out: Path, at: int, *words: str
+) -> Ran:
     """The same run, cut off by Ctrl-C in step `at`."""
     with interrupted_at(monkeypatch, loop, "learning_rate", at):
         ran: Ran = bingo("distill", *flags(data=world["data"], epochs=2), *words, "--out", out)
@@ -229,7 +273,9 @@ def test_a_run_cut_off_and_resumed_equals_the_uninterrupted_one(
     assert equal(weights(out), weights(world["run"]))
     steps = [line["step"] for line in lines(out)]
     assert steps == sorted(set(steps)) and steps[-1] == 15
-    ours, theirs = (json.loads((folder / "summary.json").read_text())["neighbour_recall"] for folder in (out, world["run"]))
+    ours, theirs = (
+        json.loads((folder / "summary.json").read_text())["neighbour_recall"] for folder in (out, world["run"])
+    )
     assert ours == theirs
 
 
@@ -238,7 +284,9 @@ def test_another_number_of_loader_threads_changes_nothing(
 ) -> None:
     def cores(count: int) -> None:
         monkeypatch.setattr("os.cpu_count", lambda: count)  # of the decoding
-        monkeypatch.setattr(machine, "free_cores", lambda: count)  # of the next batches: with one they are made in the trainer's thread
+        monkeypatch.setattr(
+            machine, "free_cores", lambda: count
+        )  # of the next batches: with one they are made in the trainer's thread
 
     cores(1)
     assert interrupted(bingo, monkeypatch, world, tmp_path / "run", 10, "--set", "save_every_steps=4").status == 130
@@ -332,7 +380,9 @@ def test_the_demo_on_a_few_of_its_photos(bingo: Any, tmp_path: Path, monkeypatch
     assert again.status == 2 and "--overwrite" in again.err
 
 
-def test_the_demo_without_its_packages_says_how_to_get_them(bingo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demo_without_its_packages_says_how_to_get_them(
+    bingo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     ran = bingo("demo", "--out", tmp_path / "demo")
     assert ran.status == 2 and "pip install" in ran.err and len(ran.err.splitlines()) == 1

@@ -1,4 +1,6 @@
-"""Some hundred damaged inputs for each reader of files from elsewhere; `python tests/fuzz.py --inputs N` runs as many as wanted."""
+"""Some hundred damaged inputs for each reader of files from elsewhere; `python tests/fuzz.py --inputs N` runs as many
+as wanted.
+"""
 
 import os
 

@@ -1,4 +1,6 @@
-"""What a GPU computes against what the CPU computes: crops, augmentation, neighbours, the teacher, every method's loss; and its memory. Skipped without one."""
+"""What a GPU computes against what the CPU computes: crops, augmentation, neighbours, the teacher, every method's loss;
+and its memory. Skipped without one.
+"""
 
 import gc
 import io
@@ -29,7 +31,9 @@ from bingo_compress.training.plan import settle
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 LEVEL = 1 / 255
-METHODS = [{"method": name} for name in LOSSES] + [{"method": "bingo", "variant": name} for name in ("paper", "official")]
+METHODS = [{"method": name} for name in LOSSES] + [
+    {"method": "bingo", "variant": name} for name in ("paper", "official")
+]
 
 
 @pytest.fixture(autouse=True)
@@ -151,14 +155,19 @@ def train(folder: Path, device: torch.device, stops: tuple[int, ...], **settings
     for steps in stops:
         student = encoder(chosen.student)
         pictures = on_gpu(store) if device == GPU else store
-        loop.distill(chosen, student, pictures, torch.arange(count), bags, source, dim, *files, device, stop_after=steps)
+        loop.distill(
+            chosen, student, pictures, torch.arange(count), bags, source, dim, *files, device, stop_after=steps
+        )
     return Trained(student, *files)
 
 
 @pytest.mark.parametrize("settings", METHODS, ids=lambda settings: "-".join(settings.values()))
 def test_a_distillation_has_the_cpus_losses(settings: dict[str, str], tmp_path: Path) -> None:
     # A line of metrics a step: it stops after each and goes on.
-    losses = [[line["loss"] for line in train(tmp_path / kind.type, kind, (1, 2, 3, 4, 5, 6), **settings).lines] for kind in (CPU, GPU)]
+    losses = [
+        [line["loss"] for line in train(tmp_path / kind.type, kind, (1, 2, 3, 4, 5, 6), **settings).lines]
+        for kind in (CPU, GPU)
+    ]
     assert len(losses[1]) == 6
     # bf16 against fp32: a step is close, and six of them drift apart.
     assert losses[1][0] == pytest.approx(losses[0][0], rel=0.02)
@@ -178,7 +187,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(method: str, tmp_path: Path, mon
 
 # (student, BatchNorm in it): the first can but recompute, the second is cut into micro-batches as well.
 @pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224"])
-def test_too_little_memory_is_a_slower_step_with_the_same_result(name: str, tmp_path: Path, printed: io.StringIO) -> None:
+def test_too_little_memory_is_a_slower_step_with_the_same_result(
+    name: str, tmp_path: Path, printed: io.StringIO
+) -> None:
     total, held = torch.cuda.get_device_properties(0).total_memory, 0
     # Of a ResNet recomputing saves less than half of the activations; they must be most of what is held.
     count, dim, size = (256, 16, 160) if name == "resnet18" else (128, 16, 128)
@@ -198,7 +209,9 @@ def test_too_little_memory_is_a_slower_step_with_the_same_result(name: str, tmp_
             torch.manual_seed(0)
             student = build(name, size, "random", "--test")
             source = StoredTargets(targets, TargetSpace(None, None), GPU, mean=True)
-            loop.distill(chosen, student, on_gpu(store), torch.arange(count), bags, source, dim, *files, GPU, stop_after=steps)
+            loop.distill(
+                chosen, student, on_gpu(store), torch.arange(count), bags, source, dim, *files, GPU, stop_after=steps
+            )
         return [json.loads(line)["loss"] for line in files[0].read_text().splitlines()]
 
     try:
@@ -218,7 +231,8 @@ def test_too_little_memory_is_a_slower_step_with_the_same_result(name: str, tmp_
             except torch.OutOfMemoryError:  # not in a step: cli.py says it in a line
                 outcomes.append((percent, -2))
         print(
-            f"{name}: peak {peak / 1e6:.0f} MB; (percent of it; 1 recomputed, 2 in parts, -1 for the ladder's end, -2 elsewhere): {outcomes}"
+            f"{name}: peak {peak / 1e6:.0f} MB; (percent of it; 1 recomputed, 2 in parts, -1 for the ladder's end, -2"
+            f" elsewhere): {outcomes}"
         )
         assert any(rungs > 0 for _, rungs in outcomes) and outcomes[-1][1] < 0
         if name.startswith("vit"):
@@ -236,8 +250,13 @@ def test_photos_streamed_through_nvjpeg_are_pillows(clothing: Path, tmp_path: Pa
         (tmp_path / device.type).mkdir()
         store = pixel_store.build(folder, 256, tmp_path / device.type, device, "stream")[0]
         rows = torch.arange(96)
-        found.append(store.crops(rows, augment.draw(store.aspect, torch.Generator().manual_seed(0)).box, 224).cpu().int())
+        found.append(
+            store.crops(rows, augment.draw(store.aspect, torch.Generator().manual_seed(0)).box, 224).cpu().int()
+        )
     assert "nvJPEG cannot" not in printed.getvalue() and "of them by nvJPEG" in printed.getvalue()
     away = (found[0] - found[1]).abs().float()
-    print(f"nvJPEG against Pillow, 96 photos: mean {away.mean():.3f} levels, 99% under {away.flatten()[::97].quantile(0.99):.0f}")
+    print(
+        f"nvJPEG against Pillow, 96 photos: mean {away.mean():.3f} levels, 99% under"
+        f" {away.flatten()[::97].quantile(0.99):.0f}"
+    )
     assert away.mean() < 2

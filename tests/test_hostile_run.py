@@ -1,4 +1,6 @@
-"""A run folder from elsewhere: whatever is in it, every command ends with a result or one error, and nothing outside of it is written, run or waited for."""
+"""A run folder from elsewhere: whatever is in it, every command ends with a result or one error, and nothing outside of
+it is written, run or waited for.
+"""
 
 import hashlib
 import json
@@ -85,7 +87,9 @@ def command(world: World, name: str, bingo: Bingo) -> Ran:
 
 def digest(folder: Path) -> str:
     files = sorted(path for path in folder.rglob("*"))
-    return hashlib.sha256(b"".join(os.fsencode(path) + (path.read_bytes() if path.is_file() else b"") for path in files)).hexdigest()
+    return hashlib.sha256(
+        b"".join(os.fsencode(path) + (path.read_bytes() if path.is_file() else b"") for path in files)
+    ).hexdigest()
 
 
 @pytest.mark.parametrize("name", READ_BY)

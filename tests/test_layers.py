@@ -45,7 +45,10 @@ def modules() -> dict[str, set[str]]:
     """Every module, and those of ours that it imports, both as below the package."""
     files = {".".join(file.relative_to(PACKAGE).with_suffix("").parts): file for file in PACKAGE.rglob("*.py")}
     files = {name: file for name, file in files.items() if not name.endswith("__init__")}
-    return {name: {other.removeprefix("bingo_compress.") for other in imported(file)} & files.keys() for name, file in files.items()}
+    return {
+        name: {other.removeprefix("bingo_compress.") for other in imported(file)} & files.keys()
+        for name, file in files.items()
+    }
 
 
 def test_rooms_import_only_from_their_left() -> None:
@@ -87,11 +90,16 @@ def test_no_file_is_too_long() -> None:
 def test_what_is_refused_at_once_imports_neither_torch_nor_timm() -> None:
     names = ", ".join(f"bingo_compress.{name}" for name in WITHOUT_TORCH)
     code = f"import sys; import {names}; print(sorted({{'torch', 'timm'}} & sys.modules.keys()))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
 
 
 def test_help_does_not_import_torch() -> None:
-    code = "import sys; sys.argv = ['bingo-compress', '--help']\ntry:\n    from bingo_compress.cli import main; main()\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
+    code = (
+        "import sys; sys.argv = ['bingo-compress', '--help']\ntry:\n    from bingo_compress.cli import main;"
+        " main()\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
+    )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown.strip().endswith("False")
     assert "distill" in shown

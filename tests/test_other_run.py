@@ -1,4 +1,6 @@
-"""A run goes on, and is proven, with what it was made from and with nothing else; and an arm of a comparison is the same run as `distill`."""
+"""A run goes on, and is proven, with what it was made from and with nothing else; and an arm of a comparison is the
+same run as `distill`.
+"""
 
 import os
 import shutil
@@ -25,7 +27,9 @@ SAVES = {"save_every_steps": 1, "batch_size": 8}
 
 @pytest.fixture
 def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
-    """tmp_path/run: interrupted after three steps, on tmp_path/photos, with weights from the files teacher.safetensors and student.safetensors."""
+    """tmp_path/run: interrupted after three steps, on tmp_path/photos, with weights from the files teacher.safetensors
+    and student.safetensors.
+    """
     for name, model in (("teacher", "test_resnet"), ("student", "test_efficientnet")):
         save_weights(tmp_path / f"{name}.safetensors", model, seed=1)
     settings = recipe(
@@ -42,7 +46,9 @@ def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
 
 
 def save_weights(file: Path, model: str, seed: int) -> None:
-    safetensors.torch.save_file({name: value.contiguous() for name, value in encoder(model, 32, seed).backbone.state_dict().items()}, file)
+    safetensors.torch.save_file(
+        {name: value.contiguous() for name, value in encoder(model, 32, seed).backbone.state_dict().items()}, file
+    )
 
 
 def another_folder(folder: Path, settings: Recipe) -> Recipe:
@@ -117,7 +123,9 @@ def test_resume_refuses_the_state_of_another_run_and_leaves_it(
 def test_photos_and_weights_that_moved_are_the_same_run(begun: Recipe, tmp_path: Path) -> None:
     pipeline.run_distill(begun, tmp_path / "whole")
     (tmp_path / "photos").rename(tmp_path / "moved")
-    run = pipeline.run_distill(begun.model_copy(update={"data": str(tmp_path / "moved")}), tmp_path / "run", resume=True)
+    run = pipeline.run_distill(
+        begun.model_copy(update={"data": str(tmp_path / "moved")}), tmp_path / "run", resume=True
+    )
     one, other = (checkpoint.load(path / "student.safetensors")[0] for path in (run.path, tmp_path / "whole"))
     assert all(torch.equal(one[name], other[name]) for name in other)
 
@@ -149,7 +157,9 @@ def test_every_arm_and_seed_of_a_comparison_is_the_same_distillation_bit_for_bit
     side_by_side.compare(base, data, None, "bingo,seed,moco", [0, 1], tmp_path / "compared")
     for method in ("bingo", "seed", "moco"):
         for seed in (0, 1):
-            run = pipeline.run_distill(base.model_copy(update={"method": method, "seed": seed}), tmp_path / f"{method}{seed}")
+            run = pipeline.run_distill(
+                base.model_copy(update={"method": method, "seed": seed}), tmp_path / f"{method}{seed}"
+            )
             alone = checkpoint.load(run.student)[0]
             arm = checkpoint.load(tmp_path / "compared" / "runs" / f"{method}-seed{seed}.student.safetensors")[0]
             assert all(torch.equal(arm[name], alone[name]) for name in alone), (method, seed)
@@ -157,7 +167,9 @@ def test_every_arm_and_seed_of_a_comparison_is_the_same_distillation_bit_for_bit
 
 
 @pytest.mark.slow
-def test_what_an_earlier_version_trained_is_told_and_trained_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_an_earlier_version_trained_is_told_and_trained_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data, out = photos(tmp_path / "photos", 8), tmp_path / "compared"
     base = recipe(data=str(data), epochs=1)
     side_by_side.compare(base, data, None, "bingo", [0], out)

@@ -47,7 +47,9 @@ def test_nothing_given_is_the_defaults(tmp_path: Path) -> None:
 
 
 def test_flags_that_are_false_or_zero_count_as_given(tmp_path: Path) -> None:
-    recipe = load_recipe(written(tmp_path, "mask_mates: true\nhold_out: 0.1\n"), [], {"mask_mates": False, "hold_out": 0.0})
+    recipe = load_recipe(
+        written(tmp_path, "mask_mates: true\nhold_out: 0.1\n"), [], {"mask_mates": False, "hold_out": 0.0}
+    )
     assert (recipe.mask_mates, recipe.hold_out) == (False, 0.0)
 
 
@@ -55,7 +57,8 @@ def test_flags_that_are_false_or_zero_count_as_given(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("3e-4", 3e-4), ("3E-4", 3e-4), ("0.03", 0.03), ("1", 1.0), ("1e-05", 1e-5), (" .5", 0.5), ("'2'", 2.0)]
+    ("text", "value"),
+    [("3e-4", 3e-4), ("3E-4", 3e-4), ("0.03", 0.03), ("1", 1.0), ("1e-05", 1e-5), (" .5", 0.5), ("'2'", 2.0)],
 )
 def test_numbers_are_read_alike_from_set_and_file(tmp_path: Path, text: str, value: float) -> None:
     for recipe in (load_recipe(None, [f"lr={text}"], {}), load_recipe(written(tmp_path, f"lr: {text}\n"), [], {})):
@@ -66,7 +69,11 @@ def test_numbers_are_read_alike_from_set_and_file(tmp_path: Path, text: str, val
 @pytest.mark.parametrize(("value", "stored"), [(4, "4"), ("4", "4"), ("online", "online"), (200, "200")])
 def test_views_are_a_count_or_online(tmp_path: Path, value: object, stored: str) -> None:
     file = written(tmp_path, yaml.safe_dump({"views": value}))
-    for recipe in (load_recipe(file, [], {}), load_recipe(None, [f"views={value}"], {}), load_recipe(None, [], {"views": str(value)})):
+    for recipe in (
+        load_recipe(file, [], {}),
+        load_recipe(None, [f"views={value}"], {}),
+        load_recipe(None, [], {"views": str(value)}),
+    ):
         assert recipe.views == stored
 
 
@@ -130,7 +137,9 @@ def test_an_unknown_key_names_the_nearest(tmp_path: Path, wrong: str, meant: str
         ("seed", "-1", "greater than or equal to 0", "-1"),
     ],
 )
-def test_a_wrong_value_names_the_key_what_is_wanted_and_what_was_found(key: str, value: str, wanted: str, found: str) -> None:
+def test_a_wrong_value_names_the_key_what_is_wanted_and_what_was_found(
+    key: str, value: str, wanted: str, found: str
+) -> None:
     message = refusal(None, f"{key}={value}")
     assert message.startswith(f"the command line: {key}: ")
     assert wanted in message
@@ -195,7 +204,14 @@ def test_it_is_frozen() -> None:
     [
         {},
         {"data": "photos/☃ é: '#x' \n y", "teacher": "resnet152", "views": "online", "lr": 3e-4, "mask_mates": False},
-        {"data": "caf\udce9", "views": 12, "weight_decay": 1e-12, "warmup_epochs": -1, "variant": "official", "temperature": 0.1 + 0.2},
+        {
+            "data": "caf\udce9",
+            "views": 12,
+            "weight_decay": 1e-12,
+            "warmup_epochs": -1,
+            "variant": "official",
+            "temperature": 0.1 + 0.2,
+        },
         {"data": "yes", "teacher_weights": "null", "student": "1e5"},
     ],
 )
@@ -230,12 +246,17 @@ def test_a_shipped_recipe_loads(file: Path | None) -> None:
         pytest.skip("no recipes yet")
     given = yaml.safe_load(file.read_text(encoding="utf-8"))
     dumped = load_recipe(file, [], {}).model_dump()
-    assert given and {key: dumped[key] for key in given} == {**given, **({"views": str(given["views"])} if "views" in given else {})}
+    assert given and {key: dumped[key] for key in given} == {
+        **given,
+        **({"views": str(given["views"])} if "views" in given else {}),
+    }
 
 
 @pytest.mark.parametrize("file", SHIPPED or [None], ids=lambda file: file.stem if file else "none")
 def test_a_shipped_recipe_opens_with_command_cost_and_result(file: Path | None) -> None:
-    """`# bingo-compress COMMAND ...`, `# cost: ...` and `# result: ...`, the two last with a figure or the words "not measured"."""
+    """`# bingo-compress COMMAND ...`, `# cost: ...` and `# result: ...`, the two last with a figure or the words "not
+    measured".
+    """
     if file is None:
         pytest.skip("no recipes yet")
     lines = file.read_text(encoding="utf-8").splitlines()

@@ -1,6 +1,8 @@
-"""What a stage computes, and its number in made_of.FORMATS: the one never changes without the other, or an artefact of the old code would be read as the new's.
+"""What a stage computes, and its number in made_of.FORMATS: the one never changes without the other, or an artefact of
+the old code would be read as the new's.
 
-After a change that is meant: raise the stage's number, then `python tests/test_stages.py` records the new outputs in stages.json.
+After a change that is meant: raise the stage's number, then `python tests/test_stages.py` records the new outputs in
+stages.json.
 """
 
 import json
@@ -34,9 +36,17 @@ def by_formula(encoder: Encoder) -> Encoder:
     """Weights that no version of torch or timm draws otherwise."""
     with torch.no_grad():
         for number, (name, parameter) in enumerate(sorted(encoder.backbone.named_parameters())):
-            wave = torch.sin(torch.arange(parameter.numel(), dtype=torch.float64) * (1.37 + number / 50)).view_as(parameter)
+            wave = torch.sin(torch.arange(parameter.numel(), dtype=torch.float64) * (1.37 + number / 50)).view_as(
+                parameter
+            )
             fan = max(1, parameter[0].numel()) if parameter.ndim > 1 else 1
-            parameter.copy_(wave * math.sqrt(2 / fan) if parameter.ndim > 1 else 1 + 0.1 * wave if name.endswith("weight") else 0.1 * wave)
+            parameter.copy_(
+                wave * math.sqrt(2 / fan)
+                if parameter.ndim > 1
+                else 1 + 0.1 * wave
+                if name.endswith("weight")
+                else 0.1 * wave
+            )
     return encoder
 
 
@@ -62,16 +72,24 @@ def outputs(folder: Path) -> dict[str, list[float]]:
     listed = image_folder.list_folder(folder / "photos")
     (folder / "work").mkdir()
     material = prepare(models, listed, pixel_store.store_side(32, 32), folder / "work", CPU)
-    whole = material.store.crops(torch.arange(len(material.store)), torch.tensor([[0.1, 0.2, 0.8, 0.9]]).expand(len(material.store), 4), 16)
+    whole = material.store.crops(
+        torch.arange(len(material.store)), torch.tensor([[0.1, 0.2, 0.8, 0.9]]).expand(len(material.store), 4), 16
+    )
     found["pixels"] = few(whole.float() / 255)
     seen = material.seen
     found["teacher"] = (
-        few(told_apart(seen.features[:]), 24) + few(told_apart(seen.embeddings[:]), 24) + few(told_apart(seen.views[:].flatten(1)), 24)
+        few(told_apart(seen.features[:]), 24)
+        + few(told_apart(seen.embeddings[:]), 24)
+        + few(told_apart(seen.views[:].flatten(1)), 24)
     )
     rows, labels = kind_targets(60, 1, 16)[:, 0], torch.arange(60) % 3
     looked = bagging.Seen(rows, torch.ones(60, 1), labels, 4, seed=3)
-    found["bags"] = [value for how in ("knn", "adaptive", "labels") for value in few(bagging.BAGGERS[how](looked, 3).double(), 30)]
-    plain, _ = extract.plain({"student": extract.as_embed(models.student, CPU)}, listed, range(len(listed.files)), "plain")
+    found["bags"] = [
+        value for how in ("knn", "adaptive", "labels") for value in few(bagging.BAGGERS[how](looked, 3).double(), 30)
+    ]
+    plain, _ = extract.plain(
+        {"student": extract.as_embed(models.student, CPU)}, listed, range(len(listed.files)), "plain"
+    )
     found["embeddings"] = few(told_apart(plain["student"]), 40)
     bags = bagging.knn(kind_targets(len(material.training), 1, 16)[:, 0], 3)[0]
     source = targets.StoredTargets(kind_targets(len(material.store), 2, 16), targets.TargetSpace(None, None), CPU)
@@ -81,7 +99,9 @@ def outputs(folder: Path) -> dict[str, list[float]]:
     state = checkpoint.load(files[1])[0]
     found["training"] = [
         *losses,
-        *few(torch.cat([value.double().flatten() for name, value in sorted(state.items()) if name.startswith("head.")])),
+        *few(
+            torch.cat([value.double().flatten() for name, value in sorted(state.items()) if name.startswith("head.")])
+        ),
     ]
     noisy = rows + 0.8 * unit(60, 16, seed=7)
     head = probes.fit_linear(noisy[:40], labels[:40], 3)
@@ -102,7 +122,9 @@ def test_no_stage_computes_something_else_under_its_old_number(tmp_path: Path) -
         same = values == pytest.approx(recorded[role]["values"], abs=TOLERANCE)
         if FORMATS[role] != recorded[role]["format"]:
             pytest.fail(f"FORMATS[{role!r}] was raised: record what the stage gives now, python tests/test_stages.py")
-        assert same, f"{role} gives something else than it did: raise FORMATS[{role!r}], then python tests/test_stages.py"
+        assert same, (
+            f"{role} gives something else than it did: raise FORMATS[{role!r}], then python tests/test_stages.py"
+        )
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ import sys
 from pathlib import Path
 import torch
 import stale_state, stale_world
-from bingo_compress import checkpoint
+from bingo_compress.runtime import checkpoint
 torch.set_num_threads(1)
 real = stale_state.put
 
@@ -55,8 +55,14 @@ for world in (FIRST, FIRST._replace(photos=FIRST.photos._replace(files=files))):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
 def test_a_stale_result_is_found(tmp_path: Path) -> None:
-    """The pictures that are read stay as they were while the world says that they changed: what every cache that is too old amounts to."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    """The pictures that are read stay as they were while the world says that they changed: what every cache that is too
+    old amounts to.
+    """
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
+    }
     command = [sys.executable, "-c", PLANTED, str(tmp_path / "home")]
     ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=WITHIN, check=False)
     assert ended.stdout.split("\n")[:2] == ["same", "not said"], ended.stdout + ended.stderr
@@ -65,7 +71,10 @@ def test_a_stale_result_is_found(tmp_path: Path) -> None:
 def test_a_world_is_put_as_it_is_and_nothing_else(tmp_path: Path) -> None:
     world = first_world()
     put(world, tmp_path)
-    names = {f"{folder.name}/{name}" for folder in world[:3] for name, _ in folder.files} | {"teacher.safetensors", "start.safetensors"}
+    names = {f"{folder.name}/{name}" for folder in world[:3] for name, _ in folder.files} | {
+        "teacher.safetensors",
+        "start.safetensors",
+    }
     found = {str(path.relative_to(tmp_path)): path for path in tmp_path.rglob("*") if path.is_file()}
     assert found.keys() == names
     pictures = [path for name, path in found.items() if name.endswith(".bmp")]
@@ -105,6 +114,9 @@ def test_a_command_depends_on_the_last_of_each_kind_and_reads_the_teacher_as_it_
 def test_a_sequence_is_drawn_alike_again() -> None:
     import numpy as np
 
-    drawn = [[draw(np.random.default_rng([3, number]), {"a": Held(), "b": Held()}, last=False) for number in range(20)] for _ in range(2)]
+    drawn = [
+        [draw(np.random.default_rng([3, number]), {"a": Held(), "b": Held()}, last=False) for number in range(20)]
+        for _ in range(2)
+    ]
     assert drawn[0] == drawn[1]
     assert {command.kind for command, _ in drawn[0]} == {"distill", "compare"}

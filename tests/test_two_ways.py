@@ -21,9 +21,15 @@ Bingo = Callable[..., Ran]
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """data: photos of three kinds; bank and test: others, of which some are in another kind's folder, so that nobody is always right."""
+    """data: photos of three kinds; bank and test: others, of which some are in another kind's folder, so that nobody is
+    always right.
+    """
     root = tmp_path_factory.mktemp("ways")
-    made = {"data": photos(root / "data", 8), "bank": photos(root / "bank", 9, start=100), "test": photos(root / "test", 9, start=200)}
+    made = {
+        "data": photos(root / "data", 8),
+        "bank": photos(root / "bank", 9, start=100),
+        "test": photos(root / "test", 9, start=200),
+    }
     for folder in (made["bank"], made["test"]):
         for file in sorted(folder.glob("kind0/*"))[:3]:
             file.rename(folder / "kind1" / f"of-kind0-{file.name}")
@@ -49,23 +55,41 @@ def same(one: Path, other: Path) -> bool:
 
 
 def test_an_arm_is_the_same_whatever_stands_before_it(bingo: Bingo, world: dict[str, Path], tmp_path: Path) -> None:
-    """Weights and figures, with a save after every step, so that saves of the arm before could be taken up; one arm stands there twice, under two names."""
+    """Weights and figures, with a save after every step, so that saves of the arm before could be taken up; one arm
+    stands there twice, under two names.
+    """
     students, figures = [], []
     for number, methods in enumerate(("bingo,seed,bingo:temperature=0.2", "seed,bingo:temperature=0.2,bingo")):
         out = tmp_path / str(number)
-        words = ("--labels", world["bank"], "--test", world["test"], "--methods", methods, "--seeds", "1,0", "--out", out)
+        words = (
+            "--labels",
+            world["bank"],
+            "--test",
+            world["test"],
+            "--methods",
+            methods,
+            "--seeds",
+            "1,0",
+            "--out",
+            out,
+        )
         ran = bingo("compare", *flags(data=world["data"], save_every_steps=1), *words)
         assert ran.status == 0, ran.err
         students.append({file.name: weights(file) for file in (out / "runs").glob("*.student.safetensors")})
         table = json.loads((out / "table.json").read_text())
         figures.append(
-            {(run["arm"], run["seed"]): [run.get(figure) for figure in ("knn", "linear", "neighbour_recall")] for run in table["runs"]}
+            {
+                (run["arm"], run["seed"]): [run.get(figure) for figure in ("knn", "linear", "neighbour_recall")]
+                for run in table["runs"]
+            }
         )
     assert figures[0] == figures[1]
     assert students[0].keys() == students[1].keys()
     assert not [name for name, tensors in students[0].items() if not equal(tensors, students[1][name])]
     for seed in (0, 1):
-        assert equal(*(students[0][f"{name}-seed{seed}.student.safetensors"] for name in ("bingo", "bingo+temperature=0.2")))
+        assert equal(
+            *(students[0][f"{name}-seed{seed}.student.safetensors"] for name in ("bingo", "bingo+temperature=0.2"))
+        )
     assert not equal(*(students[0][f"bingo-seed{seed}.student.safetensors"] for seed in (0, 1)))
 
 
@@ -141,7 +165,11 @@ def test_the_kit_is_right_as_often_as_the_proof_says(
         words = ["classify", run / "export" / "student.onnx", world["test"], "--head", file, "--json"]
         assert edge([str(word) for word in words]) == 0
         found = json.loads(capsys.readouterr().out)
-        answers = found if isinstance(found, list) else next(value for value in found.values() if isinstance(value, list) and value)
+        answers = (
+            found
+            if isinstance(found, list)
+            else next(value for value in found.values() if isinstance(value, list) and value)
+        )
         right = [answer["class"] == Path(answer["path"]).parent.name for answer in answers]
         assert len(right) == 27
         assert np.mean(right) == pytest.approx(row[figure], abs=1e-12)
@@ -155,7 +183,10 @@ def test_a_second_proof_is_the_first(bingo: Bingo, world: dict[str, Path], prove
 
     def left() -> list[Any]:
         heads = [np.load(file) for file in sorted((run / "export").glob("*.npz"))]
-        return [(run / "validation.json").read_text(), *({key: head[key].tolist() for key in head.files} for head in heads)]
+        return [
+            (run / "validation.json").read_text(),
+            *({key: head[key].tolist() for key in head.files} for head in heads),
+        ]
 
     assert bingo(*words, "--test", world["test"]).status == 0
     first = left()

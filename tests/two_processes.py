@@ -1,4 +1,5 @@
-"""What test_distributed.py asks of two processes, case after case in one start of them: torchrun two_processes.py DATA TEST OUT.
+"""What test_distributed.py asks of two processes, case after case in one start of them: torchrun two_processes.py DATA
+TEST OUT.
 
 Each case leaves its files in OUT; OUT/CASE.RANK.json is what its process did.
 """
@@ -15,8 +16,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from helpers import CPU, encoder, flags
-from test_neighbours import clustered
+from helpers import CPU, clustered, encoder, flags
 
 import bingo_compress.training.loop as loop
 from bingo_compress import cli
@@ -50,12 +50,27 @@ def distill(data: Path, out: Path, **settings: Any) -> list[str]:
 
 def validate(run: Path, data: Path, test: Path, file: Path) -> list[str]:
     """The words of a command."""
-    return ["validate", "--run", str(run), "--data", str(data), "--test", str(test), "--json", str(file), "--shots", "2", "--fine-tune"]
+    return [
+        "validate",
+        "--run",
+        str(run),
+        "--data",
+        str(data),
+        "--test",
+        str(test),
+        "--json",
+        str(file),
+        "--shots",
+        "2",
+        "--fine-tune",
+    ]
 
 
 def command(*words: str, stop_at: int | None = None) -> dict[str, Any]:
-    """The command line in this process: its exit status, what it printed, the students it checked during training, and of each step that it trained the images
-    that it showed as anchors and the seed of other random numbers. stop_at: a step before which the last process gets a SIGTERM."""
+    """The command line in this process: its exit status, what it printed, the students it checked during training, and
+    of each step that it trained the images that it showed as anchors and the seed of other random numbers. stop_at: a
+    step before which the last process gets a SIGTERM.
+    """
     out, err, checked, made, trained, seeds = io.StringIO(), io.StringIO(), [], {}, [], {}
     real, make, learning_rate = extract.store_features, loader.Maker.__call__, loop.learning_rate
 
@@ -88,7 +103,14 @@ def command(*words: str, stop_at: int | None = None) -> dict[str, Any]:
             cli.main()
         except SystemExit as stop:
             shown = {step: made[step] for step in trained}
-            return {"status": stop.code, "out": out.getvalue(), "err": err.getvalue(), "checked": checked, "shown": shown, "seeds": seeds}
+            return {
+                "status": stop.code,
+                "out": out.getvalue(),
+                "err": err.getvalue(),
+                "checked": checked,
+                "shown": shown,
+                "seeds": seeds,
+            }
     raise AssertionError("the command line always exits")
 
 
@@ -160,7 +182,11 @@ def main(data: Path, test: Path, out: Path) -> None:
         "ivf": lambda: search("ivf", out),
         "joined": joined,
     }
-    with mock.patch.multiple(extract, **BATCHES), mock.patch.multiple(teacher_pass, **SHARDS), mock.patch.multiple(finetune, **TUNED):
+    with (
+        mock.patch.multiple(extract, **BATCHES),
+        mock.patch.multiple(teacher_pass, **SHARDS),
+        mock.patch.multiple(finetune, **TUNED),
+    ):
         for name, case in cases.items():
             (out / f"{name}.{distributed.rank()}.json").write_text(json.dumps(case()))
     sys.argv = ["bingo-compress", *distill(data, out / "refused", batch_size=7)]

@@ -13,7 +13,18 @@ SHARED = {
     "method": "the method is the word before the first colon",
     "seed": "give all arms their seeds by --seeds",
     **dict.fromkeys(
-        ("data", "duplicates", "max_bad", "device", "threads", "pixels", "memory", "save_every_minutes", "save_every_steps", "profile"),
+        (
+            "data",
+            "duplicates",
+            "max_bad",
+            "device",
+            "threads",
+            "pixels",
+            "memory",
+            "save_every_minutes",
+            "save_every_steps",
+            "profile",
+        ),
         "it is the same for all arms; give it once for the whole comparison",
     ),
 }
@@ -28,8 +39,8 @@ class Arm:
 
 
 def make_arms(methods: str, base: Recipe) -> list[Arm]:
-    """Arms of a comma-separated list; each may change settings after colons. Epochs follow from the base recipe, and may be fractions: student passes are
-    equal to within a batch.
+    """Arms of a comma-separated list; each may change settings after colons. Epochs follow from the base recipe, and
+    may be fractions: student passes are equal to within a batch.
 
     Raises BingoError for an unknown method or setting.
     """
@@ -39,9 +50,13 @@ def make_arms(methods: str, base: Recipe) -> list[Arm]:
         pairs = [parse_setting(change, f"--methods {name}") for change in changes]
         values = dict(pairs)
         if twice := repeated([key for key, _ in pairs]):
-            raise BingoError(f"--methods {name}: expected each setting once, found {twice} more often; leave one of them")
+            raise BingoError(
+                f"--methods {name}: expected each setting once, found {twice} more often; leave one of them"
+            )
         if shared := [key for key in values if key in SHARED]:
-            raise BingoError(f"--methods {name}: expected settings of one method, found {shared[0]}; {SHARED[shared[0]]}")
+            raise BingoError(
+                f"--methods {name}: expected settings of one method, found {shared[0]}; {SHARED[shared[0]]}"
+            )
         recipe = make_recipe(base.model_dump() | {"method": method} | values, "--methods")
         refuse_unread([recipe], {key: getattr(recipe, key) for key in values}, f"--methods {name}")
         if "epochs" not in values:
@@ -56,7 +71,9 @@ def make_arms(methods: str, base: Recipe) -> list[Arm]:
 
 
 def resolve_arms(arms: list[Arm], say: Callable[[str], None]) -> list[Arm]:
-    """The arms with nothing left open, each student with weights of its own; says what that is, and which arms are one. Raises BingoError."""
+    """The arms with nothing left open, each student with weights of its own; says what that is, and which arms are one.
+    Raises BingoError.
+    """
     resolved = [Arm(arm.name, resolve(arm.recipe, say)) for arm in arms]
     for one, other in combinations(resolved, 2):
         if one.recipe == other.recipe:

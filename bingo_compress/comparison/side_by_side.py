@@ -36,8 +36,9 @@ FOLDS = 5
 
 @dataclass(frozen=True)
 class Labelled:
-    """Labelled images as every student is judged on them. bank, test: folders (test None: cross-validated over the bank); teacher: its features;
-    groups: (N,) exact copies in the bank, as `figures.copies` tells them."""
+    """Labelled images as every student is judged on them. bank, test: folders (test None: cross-validated over the
+    bank); teacher: its features; groups: (N,) exact copies in the bank, as `figures.copies` tells them.
+    """
 
     bank: Folder
     test: Folder | None
@@ -51,7 +52,8 @@ class Labelled:
 def compare(
     base: Recipe, labels: Path, test: Path | None, methods: str, seeds: list[int], out: Path, *, overwrite: bool = False
 ) -> dict[str, Any]:
-    """Distil every arm with every seed and judge all students on the labelled images; table.txt, .json, .csv and .svg land in `out`.
+    """Distil every arm with every seed and judge all students on the labelled images; table.txt, .json, .csv and .svg
+    land in `out`.
 
     Called again with the same settings it goes on where it was. Raises BingoError.
     """
@@ -73,7 +75,11 @@ def compare(
     judging: dict[str, Labelled] = {}
     threads_file = out / "runs" / "threads.json"
     with run_dir.made_by("compare", threads_file):
-        threads = {} if base.threads else {name: int(count) for name, count in run_dir.read_json("compare", threads_file).items()}
+        threads = (
+            {}
+            if base.threads
+            else {name: int(count) for name, count in run_dir.read_json("compare", threads_file).items()}
+        )
 
     def labelled(models: Models) -> Labelled:
         """The labelled images as this teacher sees them, embedded once."""
@@ -87,28 +93,40 @@ def compare(
         for seed in seeds:
             recipe = arm.recipe.model_copy(update={"seed": seed})
             name = f"{_file_name(arm.name)}-seed{seed}"
-            student, judged, bags = (out / "runs" / f"{name}.{kind}.safetensors" for kind in ("student", "figures", "bags"))
+            student, judged, bags = (
+                out / "runs" / f"{name}.{kind}.safetensors" for kind in ("student", "figures", "bags")
+            )
             made = _made_of(recipe, folder, device)
-            of_figures = made_of("figures", arm=made.key, bank=bank.fingerprint(), test=tested.fingerprint() if tested else "")
+            of_figures = made_of(
+                "figures", arm=made.key, bank=bank.fingerprint(), test=tested.fingerprint() if tested else ""
+            )
             if not checkpoint.is_sound(judged, of_figures):
                 console.say(f"== {arm.name}, seed {seed} ({len(results) + 1} of {len(arms) * len(seeds)})")
                 models = build_models(recipe)
                 settled = use_threads(
                     recipe, models.student, models.student.preprocessing.size, device, threads.get(recipe.student, 0)
                 ).threads
-                if recipe.student not in threads and not base.threads:  # once a student: its runs are then alike to the last bit
+                if (
+                    recipe.student not in threads and not base.threads
+                ):  # once a student: its runs are then alike to the last bit
                     threads[recipe.student] = settled
                     run_dir.write_text(threads_file, json.dumps(threads) + "\n")
                 if not checkpoint.is_sound(student, made):
-                    material = prepare(models, folder, store_side(models.recipe.image_size, models.recipe.teacher_size), work, device)
+                    material = prepare(
+                        models, folder, store_side(models.recipe.image_size, models.recipe.teacher_size), work, device
+                    )
                     facts = _train(models, material, work, bags, made, device)
-                    checkpoint.save(student, models.student.backbone.state_dict(), made, arm=arm.name, seed=seed, **facts)
+                    checkpoint.save(
+                        student, models.student.backbone.state_dict(), made, arm=arm.name, seed=seed, **facts
+                    )
                 tensors, found = checkpoint.load(student)
                 models.student.backbone.load_state_dict(tensors)
                 measured, right = judge(models.student, labelled(models), device)
                 told = {key: value for key, value in found.items() if key != "made_of"} | measured
                 purity = scores.bag_purity(bags, bank) if bags.exists() and checkpoint.made_of(bags) == made else {}
-                checkpoint.save(judged, right, of_figures, **told, purity=purity, digest=encoder.weights_digest(models.student))
+                checkpoint.save(
+                    judged, right, of_figures, **told, purity=purity, digest=encoder.weights_digest(models.student)
+                )
             right, found = checkpoint.load(judged)
             results.append({**found, "tensors": right})
     table = summarise(results, [arm.name for arm in arms], base, test)
@@ -119,7 +137,12 @@ def compare(
 
 
 def _references(
-    base: Recipe, bank: Folder, test: Folder | None, out: Path, labelled: Callable[[Models], Labelled], device: torch.device
+    base: Recipe,
+    bank: Folder,
+    test: Folder | None,
+    out: Path,
+    labelled: Callable[[Models], Labelled],
+    device: torch.device,
 ) -> list[dict[str, Any]]:
     """What the students are to be read against: the teacher, and a student with the random weights of seed 0."""
     recipe = base.model_copy(update={"student_weights": "random", "seed": 0})
@@ -143,7 +166,9 @@ def _references(
 
 
 def _made_of(recipe: Recipe, folder: Folder, device: torch.device) -> MadeOf:
-    """What an arm's student is made from; all students of a table are of one version of the program and of what it stands on."""
+    """What an arm's student is made from; all students of a table are of one version of the program and of what it
+    stands on.
+    """
     return made_of(
         "arm",
         settings=deciding(recipe),
@@ -165,7 +190,10 @@ def _program(device: torch.device) -> dict[str, str]:
 
 
 def _file_name(arm: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in "=._-" else "+" if letter == ":" else f"+{ord(letter):x}" for letter in arm)
+    return "".join(
+        letter if letter.isalnum() or letter in "=._-" else "+" if letter == ":" else f"+{ord(letter):x}"
+        for letter in arm
+    )
 
 
 def _open(out: Path, base: Recipe, overwrite: bool) -> Path:
@@ -204,16 +232,31 @@ def _labelled(bank: Folder, test: Folder | None, teacher: Encoder, device: torch
             features[role] = found["teacher"]
             kept[role] = folder.only(good)
     groups = scores.copies(kept["bank"])
-    return Labelled(kept["bank"], kept.get("test"), labels["bank"], labels.get("test", labels["bank"]), len(classes), features, groups)
+    return Labelled(
+        kept["bank"],
+        kept.get("test"),
+        labels["bank"],
+        labels.get("test", labels["bank"]),
+        len(classes),
+        features,
+        groups,
+    )
 
 
 def _in_training(judged: Folder, folder: Folder) -> dict[str, Any]:
-    """How many of the images that students are judged on are, by content, also in --data: without their labels, which is legitimate, but is to be known."""
+    """How many of the images that students are judged on are, by content, also in --data: without their labels, which
+    is legitimate, but is to be known.
+    """
     known = set(folder.digests)
-    return {"judged_images": len(judged.files), "judged_images_in_data": sum(digest in known for digest in judged.digests)}
+    return {
+        "judged_images": len(judged.files),
+        "judged_images_in_data": sum(digest in known for digest in judged.digests),
+    }
 
 
-def _train(models: Models, material: Material, work: Path, bags_file: Path, made: MadeOf, device: torch.device) -> dict[str, Any]:
+def _train(
+    models: Models, material: Material, work: Path, bags_file: Path, made: MadeOf, device: torch.device
+) -> dict[str, Any]:
     """Distil one arm with one seed, its bags in `bags_file` if it has some; says what it took."""
     recipe, loss = models.recipe, loss_of(models.recipe)
     bags = make_bags(recipe, models.teacher, material, device)
@@ -238,7 +281,9 @@ def _train(models: Models, material: Material, work: Path, bags_file: Path, made
         "train_seconds": metrics.seconds_of(log),
         "memory_mb": peak_memory(device) / 1e6,
         "bags": bag_facts(recipe, bags, material),
-        "checks": [[line["epoch"] + 1, line["neighbour_recall"]] for line in lines if line.get("neighbour_recall") is not None],
+        "checks": [
+            [line["epoch"] + 1, line["neighbour_recall"]] for line in lines if line.get("neighbour_recall") is not None
+        ],
     }
 
 

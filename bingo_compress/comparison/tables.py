@@ -1,4 +1,6 @@
-"""What a comparison found: mean and spread of every arm and its difference from the first, as a table, JSON, CSV and a picture."""
+"""What a comparison found: mean and spread of every arm and its difference from the first, as a table, JSON, CSV and a
+picture.
+"""
 
 import csv
 import io
@@ -20,13 +22,17 @@ from bingo_compress.runtime import console, run_dir
 
 
 def titles(gallery: int) -> dict[str, str]:
-    """The figures of a table and how they are headed; no recall where the smallest gallery, of so many images, is too small for one."""
+    """The figures of a table and how they are headed; no recall where the smallest gallery, of so many images, is too
+    small for one.
+    """
     recall = {"neighbour_recall": neighbours.recall_title(gallery)} if neighbours.recall_k(gallery) else {}
     return {"knn": "kNN", "linear": "linear"} | recall
 
 
 def summarise(results: list[dict[str, Any]], arms: list[str], base: Recipe, test: Path | None) -> dict[str, Any]:
-    """Mean and spread (standard deviation over seeds, None for one) of every arm; its paired difference from the first; recall's rank correlation with labels."""
+    """Mean and spread (standard deviation over seeds, None for one) of every arm; its paired difference from the first;
+    recall's rank correlation with labels.
+    """
     rows = []
     gallery = int(results[0]["gallery"])
     headed, strengths = titles(gallery), [strength for run in results for strength in run["linear_strengths"]]
@@ -54,28 +60,40 @@ def summarise(results: list[dict[str, Any]], arms: list[str], base: Recipe, test
             row[f"{figure}_minus_first_interval"] = list(intervals.seeds_interval(mine - theirs))
         rows.append(row)
     ranks = {
-        figure: intervals.spearman([run.get("neighbour_recall", 0.0) for run in results], [run[figure] for run in results])
+        figure: intervals.spearman(
+            [run.get("neighbour_recall", 0.0) for run in results], [run[figure] for run in results]
+        )
         for figure in ("knn", "linear")
     }
     alone = len(first) == 1
     return {
         "protocol": {
             "knn": f"weighted vote exp(cos/{probes.KNN_TEMPERATURE}), k = {probes.KNN_K} (DINO), plain view",
-            "linear": "logistic regression on frozen standardised features, its strength by cross-validation inside the bank (one-standard-error rule)",
+            "linear": (
+                "logistic regression on frozen standardised features, its strength by cross-validation inside the bank"
+                " (one-standard-error rule)"
+            ),
             "linear_strengths_at_the_grids_end": sum(bool(probes.grid_end(strength)) for strength in strengths),
             "linear_fits": len(strengths),
             "recall": neighbours.recall_facts(gallery),
-            "queries": f"all images of {test}"
-            if test
-            else "every labelled image once, cross-validated in stratified folds, exact copies in one fold",
-            "spread": "standard deviation over seeds (student's weights, order, augmentation and mates; teacher views and split are shared)",
-            "minus_first": "difference from the first arm; 95% interval over "
-            + (
-                "test images alone: one seed, the spread between runs is not known"
-                if alone
-                else "seeds and test images, both as random effects"
-            )
-            + "; each for itself: of twenty intervals of equal arms one leaves out zero",
+            "queries": (
+                f"all images of {test}"
+                if test
+                else "every labelled image once, cross-validated in stratified folds, exact copies in one fold"
+            ),
+            "spread": (
+                "standard deviation over seeds (student's weights, order, augmentation and mates; teacher views and"
+                " split are shared)"
+            ),
+            "minus_first": (
+                "difference from the first arm; 95% interval over "
+                + (
+                    "test images alone: one seed, the spread between runs is not known"
+                    if alone
+                    else "seeds and test images, both as random effects"
+                )
+                + "; each for itself: of twenty intervals of equal arms one leaves out zero"
+            ),
             "student_passes": "views through the student, forward and backward",
             "memory_mb": "highest so far in this process: it also holds the arms before",
         },
@@ -97,7 +115,9 @@ def write(table: dict[str, Any], out: Path) -> None:
     flat = [{key: value for key, value in row.items() if not isinstance(value, dict)} for row in rows]
     writer = csv.DictWriter(buffer, list(flat[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows({key: json.dumps(value) if isinstance(value, list) else value for key, value in row.items()} for row in flat)
+    writer.writerows(
+        {key: json.dumps(value) if isinstance(value, list) else value for key, value in row.items()} for row in flat
+    )
     run_dir.write_text(out / "table.csv", buffer.getvalue())
     protocol = table["protocol"]
     headed, alone = titles(protocol["recall"]["gallery"]), len(rows[0]["seeds"]) == 1
@@ -106,15 +126,24 @@ def write(table: dict[str, Any], out: Path) -> None:
     for row in rows:
         means = [f"{row[figure]:.3f}" + ("" if alone else f" ± {row[f'{figure}_spread']:.3f}") for figure in headed]
         differences = [
-            "-"
-            if row is rows[0]
-            else "{:+.3f} [{:+.3f}, {:+.3f}]".format(row[f"{figure}_minus_first"], *row[f"{figure}_minus_first_interval"])
+            (
+                "-"
+                if row is rows[0]
+                else "{:+.3f} [{:+.3f}, {:+.3f}]".format(
+                    row[f"{figure}_minus_first"], *row[f"{figure}_minus_first_interval"]
+                )
+            )
             for figure in ("knn", "linear")
         ]
         quality.append((row["name"], *means, *differences))
         passes = [f"{row[name]:,}" for name in ("epochs", "student_passes", "teacher_passes", "average_passes")]
-        bags = [f"{row['bags'][name]:.{digits}f}" if name in row["bags"] else "-" for name, digits in (("size_mean", 1), ("bag_purity", 2))]
-        cost.append((row["name"], *passes, console.duration(row["train_seconds"]), f"{row['memory_mb']:,.0f} MB", *bags))
+        bags = [
+            f"{row['bags'][name]:.{digits}f}" if name in row["bags"] else "-"
+            for name, digits in (("size_mean", 1), ("bag_purity", 2))
+        ]
+        cost.append(
+            (row["name"], *passes, console.duration(row["train_seconds"]), f"{row['memory_mb']:,.0f} MB", *bags)
+        )
     for reference in table["references"]:
         quality.append((str(reference["name"]), *(f"{reference[figure]:.3f}" for figure in headed), "-", "-"))
     closing = _closing(table, headed)
@@ -122,7 +151,9 @@ def write(table: dict[str, Any], out: Path) -> None:
     run_dir.write_text(out / "table.txt", "\n".join((f"{text}\n", *closing, "")))
     run_dir.write_text(out / "table.svg", plots.dots(rows, list(headed), headed))
     spread = (
-        "one seed: the spread between runs is not known" if alone else "mean ± spread over seeds; differences: 95% over seeds and images"
+        "one seed: the spread between runs is not known"
+        if alone
+        else "mean ± spread over seeds; differences: 95% over seeds and images"
     )
     for title, part in ((spread, quality), ("cost of one seed", cost)):
         console.table(title, part[0], part[1:])
@@ -137,22 +168,29 @@ def _closing(table: Mapping[str, Any], headed: Mapping[str, str]) -> list[str]:
     lines = []
     if "neighbour_recall" in headed:
         correlation = "not defined" if ranks["linear"] is None else f"{ranks['linear']:.2f}"
-        lines.append(f"{headed['neighbour_recall']} against linear over {ranks['runs']} runs: rank correlation {correlation}")
+        lines.append(
+            f"{headed['neighbour_recall']} against linear over {ranks['runs']} runs: rank correlation {correlation}"
+        )
     else:
         lines.append(
-            f"neighbour recall is not measured: a gallery of {protocol['recall']['gallery']:,} is too small (at least {neighbours.RECALL_SHARE})"
+            f"neighbour recall is not measured: a gallery of {protocol['recall']['gallery']:,} is too small (at least"
+            f" {neighbours.RECALL_SHARE})"
         )
     if len(table["rows"][0]["seeds"]) == 1:
-        lines.append("one seed: the intervals are over test images alone; another seed of the same arm may land outside")
+        lines.append(
+            "one seed: the intervals are over test images alone; another seed of the same arm may land outside"
+        )
     ends = protocol["linear_strengths_at_the_grids_end"]
     if ends:
         lines.append(
-            f"linear probe: {ends} of {protocol['linear_fits']} fits took an L2 penalty at the end of the grid; one beyond it may do better"
+            f"linear probe: {ends} of {protocol['linear_fits']} fits took an L2 penalty at the end of the grid; one"
+            " beyond it may do better"
         )
     lines += same_students(table["runs"])
     if protocol["judged_images_in_data"]:
         lines.append(
-            f"{protocol['judged_images_in_data']:,} of the {protocol['judged_images']:,} images that students are judged on are also in --data, without labels"
+            f"{protocol['judged_images_in_data']:,} of the {protocol['judged_images']:,} images that students are"
+            " judged on are also in --data, without labels"
         )
     return lines
 

@@ -6,7 +6,7 @@ Parameters come from a CPU generator, so the same seed gives the same views on C
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import permutations
 from types import ModuleType
 
@@ -30,8 +30,9 @@ BLUR_SIZE = 224  # MoCo-v2's sigma of 0.1-2.0 is in pixels of a 224 px crop; sma
 class Draw:
     """The random parameters of B views. All float32 (B,) unless said.
 
-    box: (B, 4) left, top, right, bottom as shares of the image; flip, grey: bool; order: index into ORDERS, -1 for no colour jitter;
-    brightness, contrast, saturation: factors; hue: shift in turns; sigma: blur in pixels of a 224 px crop, 0 for none.
+    box: (B, 4) left, top, right, bottom as shares of the image; flip, grey: bool; order: index into ORDERS, -1 for no
+    colour jitter; brightness, contrast, saturation: factors; hue: shift in turns; sigma: blur in pixels of a 224 px
+    crop, 0 for none.
     """
 
     box: Tensor
@@ -51,7 +52,9 @@ class Draw:
 
 
 def draw(aspect: Tensor, generator: torch.Generator, scale_min: float = 0.2) -> Draw:
-    """Parameters for one view of each image. aspect: (B,) width / height. MoCo-v2: crop scale 0.2-1, jitter 0.4/0.4/0.4/0.1 p 0.8, grey p 0.2, blur p 0.5."""
+    """Parameters for one view of each image. aspect: (B,) width / height. MoCo-v2: crop scale 0.2-1, jitter
+    0.4/0.4/0.4/0.1 p 0.8, grey p 0.2, blur p 0.5.
+    """
     count = len(aspect)
 
     def uniform(low: float, high: float) -> Tensor:
@@ -81,7 +84,9 @@ def rows(drawn: Draw, which: Tensor) -> Draw:
 
 
 def _boxes(aspect: Tensor, generator: torch.Generator, scale_min: float) -> Tensor:
-    """torchvision's RandomResizedCrop: the first of ten tries that fits, else the largest centred box with a ratio in 3/4..4/3."""
+    """torchvision's RandomResizedCrop: the first of ten tries that fits, else the largest centred box with a ratio in
+    3/4..4/3.
+    """
     tries = (len(aspect), 10)
     wide = aspect[:, None]  # the image is `aspect` wide and 1 high
     area = wide * torch.empty(tries).uniform_(scale_min, 1.0, generator=generator)
@@ -99,7 +104,9 @@ def _boxes(aspect: Tensor, generator: torch.Generator, scale_min: float) -> Tens
 
 
 def apply(views: Tensor, drawn: Draw) -> Tensor:
-    """All but the crop. views: uint8 (B, 3, size, size), cropped to drawn.box. Returns float32 of the same shape in 0..1 on the same device, channels last."""
+    """All but the crop. views: uint8 (B, 3, size, size), cropped to drawn.box. Returns float32 of the same shape in
+    0..1 on the same device, channels last.
+    """
     out = torch.empty(views.shape, dtype=torch.float32, device=views.device, memory_format=torch.channels_last)
     if not views.is_cuda:
         return _image_by_image(views, drawn, out)
@@ -116,11 +123,14 @@ def fused() -> ModuleType | None:
         device, corners = torch.device("cuda"), torch.tensor([[0, 0], [8, 8]])
         flat, places = torch.zeros(8 * 8 * 3, dtype=torch.uint8, device=device), torch.zeros(2, dtype=torch.int64)
         views = kernels.crop(flat, places, places + 8, corners[[0, 0]], corners[[1, 1]], 8)
-        kernels.colours(views, torch.tensor(ORDERS)[:2], torch.stack(drawn.factors, 1), drawn.flip, drawn.grey, views.float())
+        kernels.colours(
+            views, torch.tensor(ORDERS)[:2], torch.stack(drawn.factors, 1), drawn.flip, drawn.grey, views.float()
+        )
         return kernels
     except Exception as error:  # Whatever the compiler raises.
         console.say(
-            f"warning: Triton cannot be used ({(str(error).splitlines() or [''])[0][:120]}); views are made step by step, which takes longer"
+            f"warning: Triton cannot be used ({(str(error).splitlines() or [''])[0][:120]}); views are made step by"
+            " step, which takes longer"
         )
         return None
 
@@ -131,7 +141,9 @@ def _fused(views: Tensor, drawn: Draw, out: Tensor) -> Tensor:
 
     size = views.shape[-1]
     orders = _orders(drawn)
-    kernels.colours(views, orders, torch.stack(drawn.factors, 1).gather(1, orders.clamp(min=0)), drawn.flip, drawn.grey, out)
+    kernels.colours(
+        views, orders, torch.stack(drawn.factors, 1).gather(1, orders.clamp(min=0)), drawn.flip, drawn.grey, out
+    )
     which = (drawn.sigma > 0).nonzero()[:, 0]
     if len(which):
         sigma = drawn.sigma[which] * (size / BLUR_SIZE)
@@ -167,15 +179,21 @@ def _image_by_image(views: Tensor, drawn: Draw, out: Tensor) -> Tensor:
 
 
 def _step_by_step(views: Tensor, drawn: Draw, out: Tensor) -> Tensor:
-    """For a GPU without Triton: one step of all images that take it next, so that few and large kernels are launched. The same result."""
+    """For a GPU without Triton: one step of all images that take it next, so that few and large kernels are launched.
+    The same result.
+    """
     size = views.shape[-1]
     out.copy_(torch.where(_column(drawn.flip, views), views.flip(-1), views)).div_(255)
     for now in _orders(drawn).unbind(1):
         for step, work in enumerate(STEPS):
-            _some(out, now == step, lambda batch, which, work=work, step=step: work(batch, _column(drawn.factors[step][which], batch)))  # type: ignore[misc]
+            _some(out, now == step, partial(_stepped, work, drawn.factors[step]))
     _some(out, drawn.grey, lambda batch, which: _saturation(batch, torch.zeros(1, device=batch.device)))
     _some(out, drawn.sigma > 0, lambda batch, which: blur(batch, drawn.sigma[which] * (size / BLUR_SIZE)))
     return out
+
+
+def _stepped(work: Callable[[Tensor, Tensor], Tensor], factors: Tensor, batch: Tensor, which: Tensor) -> Tensor:
+    return work(batch, _column(factors[which], batch))
 
 
 def _some(images: Tensor, chosen: Tensor, work: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -187,14 +205,18 @@ def _some(images: Tensor, chosen: Tensor, work: Callable[[Tensor, Tensor], Tenso
 
 
 def window(box: Tensor, height: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
-    """(left, top) and (right, bottom), each (B, 2) int64: the whole pixels that boxes (B, 4), in shares, mean in pictures of height and width (B,)."""
+    """(left, top) and (right, bottom), each (B, 2) int64: the whole pixels that boxes (B, 4), in shares, mean in
+    pictures of height and width (B,).
+    """
     sides = torch.stack((width, height), dim=1)
     low = torch.minimum((box[:, :2] * sides).round().long().clamp(min=0), sides - 1)
     return low, torch.maximum(torch.minimum((box[:, 2:] * sides).round().long(), sides), low + 1)
 
 
 def crop(pixels: Tensor, box: Tensor, size: int) -> Tensor:
-    """Antialiased bilinear crops. pixels: uint8 (B, H, W, 3); box: (B, 4) shares, rounded to whole pixels. Returns uint8 (B, 3, size, size)."""
+    """Antialiased bilinear crops. pixels: uint8 (B, H, W, 3); box: (B, 4) shares, rounded to whole pixels. Returns
+    uint8 (B, 3, size, size).
+    """
     sides = torch.tensor(pixels.shape[1:3]).expand(len(pixels), 2)
     low, high = window(box, sides[:, 0], sides[:, 1])
     places = zip(pixels, low.tolist(), high.tolist(), strict=True)
@@ -210,10 +232,12 @@ def resize(pieces: Iterable[Tensor], count: int, size: int) -> Tensor:
 
 
 def crop_flat(flat: Tensor, offset: Tensor, width: Tensor, low: Tensor, high: Tensor, size: int) -> Tensor:
-    """The same crops for a GPU, out of ragged pictures in one flat uint8 tensor, as two batched matrix products: no loop over images.
+    """The same crops for a GPU, out of ragged pictures in one flat uint8 tensor, as two batched matrix products: no
+    loop over images.
 
-    offset, width: (B,) start in `flat` and width of each picture; low, high: (B, 2) of `window`. All but `flat` are on the CPU, so that the sizes
-    of the tensors are known without waiting for the device. Returns uint8 (B, 3, size, size) on the device of `flat`.
+    offset, width: (B,) start in `flat` and width of each picture; low, high: (B, 2) of `window`. All but `flat` are on
+    the CPU, so that the sizes of the tensors are known without waiting for the device. Returns uint8 (B, 3, size, size)
+    on the device of `flat`.
     """
     if flat.is_cuda and fused() is not None:
         from bingo_compress.data import kernels
@@ -223,23 +247,30 @@ def crop_flat(flat: Tensor, offset: Tensor, width: Tensor, low: Tensor, high: Te
     for rows in torch.arange(len(offset)).split(FLAT_ROWS):
         wide, high_ = (int(side) for side in (high[rows] - low[rows]).amax(0))
         start, stride, first, last = (sent(values[rows], flat.device) for values in (offset, width, low, high))
-        # A window of the largest size for all; where a picture's own ends, its last pixel is repeated, and has no weight.
+        # A window of the largest size for all; where a picture's own ends, its last pixel is repeated, and has no
+        # weight.
         across = torch.minimum(first[:, :1] + torch.arange(wide, device=flat.device), last[:, :1] - 1)
         down = torch.minimum(first[:, 1:] + torch.arange(high_, device=flat.device), last[:, 1:] - 1)
         pixel = start[:, None, None] + (down[:, :, None] * stride[:, None, None] + across[:, None, :]) * 3
         # float16 holds 0 to 255 exactly, and the sums to a sixteenth: half of the traffic, and the GPU's matrix units.
         planes = (
-            flat.as_strided((len(flat) - 2, 3), (1, 1))[pixel].permute(0, 3, 1, 2).to(torch.float16, memory_format=torch.contiguous_format)
+            flat.as_strided((len(flat) - 2, 3), (1, 1))[pixel]
+            .permute(0, 3, 1, 2)
+            .to(torch.float16, memory_format=torch.contiguous_format)
         )
         sides = last - first
         views.append(
-            _resize_weights(sides[:, 1], high_, size)[:, None] @ planes @ _resize_weights(sides[:, 0], wide, size).transpose(1, 2)[:, None]
+            _resize_weights(sides[:, 1], high_, size)[:, None]
+            @ planes
+            @ _resize_weights(sides[:, 0], wide, size).transpose(1, 2)[:, None]
         )
     return torch.cat(views).round_().clamp_(0, 255).to(torch.uint8)
 
 
 def _resize_weights(length: Tensor, side: int, size: int) -> Tensor:
-    """Triangle-filter weights (B, size, side) that resize the first `length` (B,) of `side` pixels to `size`, as Pillow and torch do with antialiasing."""
+    """Triangle-filter weights (B, size, side) that resize the first `length` (B,) of `side` pixels to `size`, as Pillow
+    and torch do with antialiasing.
+    """
     scale = length[:, None, None] / size
     pixel = torch.arange(side, device=length.device)[None, None]
     centre = (torch.arange(size, device=length.device)[None, :, None] + 0.5) * scale
@@ -275,8 +306,9 @@ def _saturation(images: Tensor, factor: Tensor) -> Tensor:
 def _hue(images: Tensor, shift: Tensor) -> Tensor:
     """Turn the hue of HSV by `shift` turns (at most 1/6); value and saturation stay.
 
-    Without branches and divisions. In units of the chroma c (largest less smallest channel), the hue's distance from red, going round a circle of 6, is
-    |g - b| + (v - r) + 2 min(c - |g - b|, v - r); its sign is that of g - b. A channel whose own hue is d away is v - min(max(d - c, 0), c).
+    Without branches and divisions. In units of the chroma c (largest less smallest channel), the hue's distance from
+    red, going round a circle of 6, is |g - b| + (v - r) + 2 min(c - |g - b|, v - r); its sign is that of g - b. A
+    channel whose own hue is d away is v - min(max(d - c, 0), c).
     """
     red, green, blue = images.unbind(1)
     value = torch.maximum(torch.maximum(red, green), blue)
@@ -293,11 +325,18 @@ def _hue(images: Tensor, shift: Tensor) -> Tensor:
     return images
 
 
-STEPS = (_brightness, _contrast, _saturation, _hue)  # each in place, on planes (B, 3, H, W); the order that Draw.factors has
+STEPS = (
+    _brightness,
+    _contrast,
+    _saturation,
+    _hue,
+)  # each in place, on planes (B, 3, H, W); the order that Draw.factors has
 
 
 def blur(images: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur. images: (B, C, H, W); sigma: (B,) pixels above 0, on the CPU. Edges are reflected; a kernel reaches three of its own sigma."""
+    """Gaussian blur. images: (B, C, H, W); sigma: (B,) pixels above 0, on the CPU. Edges are reflected; a kernel
+    reaches three of its own sigma.
+    """
     count, channels, height, width = images.shape
     radius = _radius(float(sigma.max()), height, width)
     offsets = torch.arange(-radius, radius + 1)
@@ -310,7 +349,9 @@ def blur(images: Tensor, sigma: Tensor) -> Tensor:
 
 
 def _blur_one(image: Tensor, sigma: float) -> Tensor:
-    """`blur` of one image (C, H, W) on a CPU, as sums of shifted copies: on planes this narrow several times faster than a convolution."""
+    """`blur` of one image (C, H, W) on a CPU, as sums of shifted copies: on planes this narrow several times faster
+    than a convolution.
+    """
     channels, height, width = image.shape
     radius = _radius(sigma, height, width)
     weights = [math.exp(-0.5 * (offset / sigma) ** 2) for offset in range(radius + 1)]
@@ -333,7 +374,8 @@ def _radius(sigma: float, height: int, width: int) -> int:
 
 
 def cutmix(images: Tensor, others: Tensor, generator: torch.Generator) -> tuple[Tensor, float]:
-    """The official code's CutMix: one patch of `others` (B, 3, H, W) in every image. Returns the images and lam, the area share that stays.
+    """The official code's CutMix: one patch of `others` (B, 3, H, W) in every image. Returns the images and lam, the
+    area share that stays.
 
     lam ~ Beta(2, 2), one draw a batch; it is recomputed from the patch after clipping at the border.
     """

@@ -1,4 +1,6 @@
-"""Plain JPEGs decoded on a GPU for a store that streams, and the spoken way back to the CPU's decoder, which takes every other file."""
+"""Plain JPEGs decoded on a GPU for a store that streams, and the spoken way back to the CPU's decoder, which takes
+every other file.
+"""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -22,12 +24,16 @@ from bingo_compress.runtime.machine import Result, in_threads
 
 AT_ONCE = 16  # pictures of full size on the GPU
 LARGEST = 1 << 24  # pixels of a picture: AT_ONCE of them are 0.8 GB
-STRETCH = 64  # torch's antialiased resize holds its weights in a GPU's shared memory, which is full at a factor of 45; the long side is kept at 2 `side`
+# torch's antialiased resize holds its weights in a GPU's shared memory, which is full at a factor of 45; the long side
+# is kept at 2 `side`
+STRETCH = 64
 Crops = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
 def plain_jpeg(path: Path, side: int) -> int:
-    """Bytes of a file that nvJPEG decodes as Pillow does: an upright JPEG in grey or YCbCr, not too large for pictures of short side `side`. Otherwise 0."""
+    """Bytes of a file that nvJPEG decodes as Pillow does: an upright JPEG in grey or YCbCr, not too large for pictures
+    of short side `side`. Otherwise 0.
+    """
     try:
         with Image.open(path) as opened:
             plain = (
@@ -51,12 +57,14 @@ def on_gpu(device: torch.device) -> bool:
 
 
 def crops_of(folder: Folder, sizes: list[int], kept: list[tuple[int, int]], side: int, device: torch.device) -> Crops:
-    """A function that crops the images of `folder` that nvJPEG decodes. sizes: `plain_jpeg` of each; kept: (height, width) of each in a store of `side`.
+    """A function that crops the images of `folder` that nvJPEG decodes. sizes: `plain_jpeg` of each; kept: (height,
+    width) of each in a store of `side`.
 
-    It takes indices (B,), boxes (B, 4) in shares of the image and a size, and returns (done, views): which images it decoded, bool (B,), and the
-    antialiased bilinear crops, uint8 (B, 3, size, size) on `device`, not filled where not done. A picture is shrunk as a store's before it is cropped, so
-    that views do not depend on who decodes: half a level away on average, a few at sharp edges. The first refusal of nvJPEG is said on screen; from then
-    on nothing is done. Raises BingoError for a file that has changed since its size was taken.
+    It takes indices (B,), boxes (B, 4) in shares of the image and a size, and returns (done, views): which images it
+    decoded, bool (B,), and the antialiased bilinear crops, uint8 (B, 3, size, size) on `device`, not filled where not
+    done. A picture is shrunk as a store's before it is cropped, so that views do not depend on who decodes: half a
+    level away on average, a few at sharp edges. The first refusal of nvJPEG is said on screen; from then on nothing is
+    done. Raises BingoError for a file that has changed since its size was taken.
     """
     bytes_of = torch.tensor(sizes)
 
@@ -81,7 +89,10 @@ def crops_of(folder: Folder, sizes: list[int], kept: list[tuple[int, int]], side
                 for row, view in zip(rows.tolist(), _cropped(small, boxes[rows], size), strict=True):
                     views[row] = view
             except (RuntimeError, ImportError) as error:
-                console.say(f"warning: nvJPEG cannot be used ({str(error).partition(chr(10))[0]}); the CPU decodes the JPEGs from here on")
+                console.say(
+                    f"warning: nvJPEG cannot be used ({str(error).partition(chr(10))[0]}); the CPU decodes the JPEGs"
+                    " from here on"
+                )
                 bytes_of.zero_()
                 return torch.zeros_like(done), views
         return done, views
@@ -90,7 +101,9 @@ def crops_of(folder: Folder, sizes: list[int], kept: list[tuple[int, int]], side
 
 
 def nvjpeg(files: list[Tensor], device: torch.device) -> list[Tensor]:
-    """Pictures, each uint8 (3, height, width) on `device`, of JPEG files, each uint8 (bytes,) on the CPU. Raises RuntimeError or ImportError when refused."""
+    """Pictures, each uint8 (3, height, width) on `device`, of JPEG files, each uint8 (bytes,) on the CPU. Raises
+    RuntimeError or ImportError when refused.
+    """
     from torchvision.io import ImageReadMode, decode_jpeg  # type: ignore[import-untyped]  # deprecated: may be gone one day
 
     # It writes at once into memory that torch counts as free only after this stream's work (pytorch/vision#9606).
@@ -102,7 +115,9 @@ def _shrunk(picture: Tensor, size: tuple[int, int], side: int) -> Tensor:
     """A picture, uint8 (3, height, width), as the store keeps it: at `size`, float32 of whole levels."""
     height, width = picture.shape[1:]
     planes = picture[None].float()
-    if min(height, width) > side:  # libjpeg decodes at 1/2, 1/4 or 1/8, by means of blocks, as `load_image` and Pillow ask it to
+    if (
+        min(height, width) > side
+    ):  # libjpeg decodes at 1/2, 1/4 or 1/8, by means of blocks, as `load_image` and Pillow ask it to
         scale = side / min(height, width)
         times = min(height // math.ceil(height * scale), width // math.ceil(width * scale))
         planes = avg_pool2d(planes, next(step for step in (8, 4, 2, 1) if times >= step), ceil_mode=True).round_()
@@ -130,10 +145,11 @@ def changed(path: Path, why: str) -> BingoError:
 def decode_all(
     folder: Folder, indices: Iterable[int], use: Callable[[Pixels], Result], at_least: int = 0
 ) -> Iterator[tuple[int, Result | ImageError]]:
-    """Decode the images `indices` of `folder` in threads, in order: (index, use(pixels)), or (index, ImageError) for a bad file.
+    """Decode the images `indices` of `folder` in threads, in order: (index, use(pixels)), or (index, ImageError) for a
+    bad file.
 
-    at_least: as in `load_image`. pixels: uint8 (height, width, 3). A bounded number is in flight, so memory does not grow with the folder. Raises BingoError
-    for a file that changed since the folder's contents were read.
+    at_least: as in `load_image`. pixels: uint8 (height, width, 3). A bounded number is in flight, so memory does not
+    grow with the folder. Raises BingoError for a file that changed since the folder's contents were read.
     """
 
     def job(index: int) -> Result | ImageError:

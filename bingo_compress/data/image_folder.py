@@ -50,8 +50,10 @@ NOT_IMAGES = frozenset(
 
 @dataclass(frozen=True)
 class Contents:
-    """What was in the N files of a folder when they were read. digests: (N, 32) uint8, sha256, zeros for a file that cannot be read;
-    stamps: (N, 3) int64 size, time of change of the contents, and of anything (ns), by which a later change is noticed."""
+    """What was in the N files of a folder when they were read. digests: (N, 32) uint8, sha256, zeros for a file that
+    cannot be read; stamps: (N, 3) int64 size, time of change of the contents, and of anything (ns), by which a later
+    change is noticed.
+    """
 
     digests: NDArray[np.uint8]
     stamps: NDArray[np.int64]
@@ -59,9 +61,11 @@ class Contents:
 
 @dataclass(frozen=True)
 class Folder:
-    """Files found under `root`: `files` to be tried as images (relative paths, sorted), `bad` as (relative path, reason).
+    """Files found under `root`: `files` to be tried as images (relative paths, sorted), `bad` as (relative path,
+    reason).
 
-    copies: exact copies that were left out as asked for, as (relative path, the file that is kept). max_bad: share or number of files that may be bad.
+    copies: exact copies that were left out as asked for, as (relative path, the file that is kept). max_bad: share or
+    number of files that may be bad.
     """
 
     root: Path
@@ -101,13 +105,20 @@ class Folder:
         return replace(self, files=tuple(self.files[index] for index in indices), read=read)
 
     def refuse_changed(self, index: int) -> None:
-        """Raise BingoError if image number `index` is another one than when its contents were read; call it after reading the file."""
+        """Raise BingoError if image number `index` is another one than when its contents were read; call it after
+        reading the file.
+        """
         if self.read is None:
             return
         path = self.path(index)
-        if _stamp(path) == tuple(self.read.stamps[index].tolist()) or _digest(path) == bytes(self.read.digests[index]).hex():
+        if (
+            _stamp(path) == tuple(self.read.stamps[index].tolist())
+            or _digest(path) == bytes(self.read.digests[index]).hex()
+        ):
             return
-        raise BingoError(f"{path} changed while the command was running; start it again, with nothing else writing to {self.root}")
+        raise BingoError(
+            f"{path} changed while the command was running; start it again, with nothing else writing to {self.root}"
+        )
 
 
 def _read_contents(folder: Folder) -> Contents:
@@ -142,7 +153,9 @@ def _digest(path: Path) -> str:
 
 
 def list_folder(root: Path, option: str = "--data") -> Folder:
-    """Every regular file below `root`, links followed, each real file once. Raises BingoError for a folder that is not one."""
+    """Every regular file below `root`, links followed, each real file once. Raises BingoError for a folder that is not
+    one.
+    """
     if not root.exists():
         raise BingoError(f"{option}: expected a folder of images, found nothing at {root}; check the path")
     if not root.is_dir():
@@ -176,7 +189,9 @@ def list_folder(root: Path, option: str = "--data") -> Folder:
             elif reason:
                 bad.append((relative, reason))
     if not anything:
-        raise BingoError(f"{option}: expected images, found an empty folder: {root}; put photos in it or name another folder")
+        raise BingoError(
+            f"{option}: expected images, found an empty folder: {root}; put photos in it or name another folder"
+        )
     return Folder(root, tuple(files), tuple(bad))
 
 
@@ -189,7 +204,11 @@ def _unusable(path: str, seen: set[tuple[int, int]]) -> str | None:
     try:
         status = os.stat(path)
     except OSError as error:
-        return "link that leads nowhere" if error.errno in (errno.ENOENT, errno.ELOOP) else error.strerror or type(error).__name__
+        return (
+            "link that leads nowhere"
+            if error.errno in (errno.ENOENT, errno.ELOOP)
+            else error.strerror or type(error).__name__
+        )
     if not stat.S_ISREG(status.st_mode):
         return "not a regular file"
     identity = (status.st_dev, status.st_ino)
@@ -204,7 +223,9 @@ def _unusable(path: str, seen: set[tuple[int, int]]) -> str | None:
 
 
 def labels_of(folder: Folder) -> tuple[list[str], list[int]]:
-    """Classes and one class index an image, from the first folder below the root. Raises BingoError where there are no such folders."""
+    """Classes and one class index an image, from the first folder below the root. Raises BingoError where there are no
+    such folders.
+    """
     names = [Path(name).parts[0] if len(Path(name).parts) > 1 else "" for name in folder.files]
     if "" in names or len(set(names)) < 2:
         raise BingoError(
@@ -219,4 +240,7 @@ def refuse_other_classes(bank: Folder, test: Folder, option: str) -> None:
     """Raise BingoError if `test` (--test) has classes that `bank` (given by `option`) does not have."""
     known, unknown = labels_of(bank)[0], sorted(set(labels_of(test)[0]) - set(labels_of(bank)[0]))
     if unknown:
-        raise BingoError(f"--test: expected the classes of {option} ({', '.join(known[:10])}), found others: {', '.join(unknown[:10])}")
+        raise BingoError(
+            f"--test: expected the classes of {option} ({', '.join(known[:10])}), found others:"
+            f" {', '.join(unknown[:10])}"
+        )

@@ -13,12 +13,16 @@ SHOWN = 50
 
 
 def check(data: Path) -> None:
-    """Decode every image below `data` and print counts, sizes and each unusable file with its reason. Raises BingoError when none is usable."""
+    """Decode every image below `data` and print counts, sizes and each unusable file with its reason. Raises BingoError
+    when none is usable.
+    """
     folder = image_folder.list_folder(data)
     bad = list(folder.bad)
     sides: list[tuple[int, int]] = []
     with console.bar("decode", len(folder.files)) as advance:
-        for index, result in decode.decode_all(folder, range(len(folder.files)), lambda pixels: (pixels.shape[1], pixels.shape[0])):
+        for index, result in decode.decode_all(
+            folder, range(len(folder.files)), lambda pixels: (pixels.shape[1], pixels.shape[0])
+        ):
             if isinstance(result, ImageError):
                 bad.append((folder.files[index], str(result)))
             else:
@@ -34,15 +38,19 @@ def check(data: Path) -> None:
         raise BingoError(f"--data: expected images, found none that can be decoded among {len(bad)} files in {data}")
     short = sorted(min(side) for side in sides)
     console.say(
-        f"{len(sides):,} usable images in {data}; short side {short[0]} to {short[-1]} px, half of them {short[len(short) // 2]} px or more"
+        f"{len(sides):,} usable images in {data}; short side {short[0]} to {short[-1]} px, half of them"
+        f" {short[len(short) // 2]} px or more"
     )
     quarantine.say_copies(quarantine.copies(folder), "keep")
     try:
         classes, labels = image_folder.labels_of(image_folder.Folder(folder.root, folder.files, ()))
         counts = Counter(labels)
         console.say(
-            f"as labels (only `validate` reads them): {len(classes)} folders of {min(counts.values()):,} to {max(counts.values()):,} images"
+            f"as labels (only `validate` reads them): {len(classes)} folders of {min(counts.values()):,} to"
+            f" {max(counts.values()):,} images"
         )
     except BingoError:
         console.say("no folder names that could be labels; none are needed to distil")
-    console.say(f"next: bingo-compress distill --data {data} --teacher resnet152 --student mobilenetv3 --out runs/first")
+    console.say(
+        f"next: bingo-compress distill --data {data} --teacher resnet152 --student mobilenetv3 --out runs/first"
+    )

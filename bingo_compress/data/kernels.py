@@ -1,7 +1,8 @@
 """A GPU's views in five launches: crops, the mean that the contrast needs, all colours, and blur across and down.
 
-What they compute is what `augment` does step by step; there each step would read and write all pixels once more. Written in Triton, which torch brings
-along on Linux. Sums are taken in a fixed order, so that a run is the same bit for bit.
+What they compute is what `augment` does step by step; there each step would read and write all pixels once more.
+Written in Triton, which torch brings along on Linux. Sums are taken in a fixed order, so that a run is the same bit for
+bit.
 """
 
 from typing import Any
@@ -89,19 +90,33 @@ def _colours(views, orders, factors, flips, greys, means, out, size, MEASURE: tl
             red, green, blue = _clamp(red * factor), _clamp(green * factor), _clamp(blue * factor)
         if step == CONTRAST:
             shift = tl.load(means + image) * (1 - factor)
-            red, green, blue = _clamp(red * factor + shift), _clamp(green * factor + shift), _clamp(blue * factor + shift)
+            red, green, blue = (
+                _clamp(red * factor + shift),
+                _clamp(green * factor + shift),
+                _clamp(blue * factor + shift),
+            )
         if step == SATURATION:
             shade = _grey(red, green, blue) * (1 - factor)
-            red, green, blue = _clamp(red * factor + shade), _clamp(green * factor + shade), _clamp(blue * factor + shade)
+            red, green, blue = (
+                _clamp(red * factor + shade),
+                _clamp(green * factor + shade),
+                _clamp(blue * factor + shade),
+            )
         if step == HUE:  # the reasoning is at augment._hue
             value = tl.maximum(tl.maximum(red, green), blue)
             chroma = value - tl.minimum(tl.minimum(red, green), blue)
             side, below = green - blue, value - red
             hue = tl.abs(side) + below + 2 * tl.minimum(chroma - tl.abs(side), below)
             hue = tl.where(side < 0, -hue, hue) + chroma * factor * 6
-            red, green, blue = _turned(hue, chroma, value, 0), _turned(hue, chroma, value, 2), _turned(hue, chroma, value, -2)
+            red, green, blue = (
+                _turned(hue, chroma, value, 0),
+                _turned(hue, chroma, value, 2),
+                _turned(hue, chroma, value, -2),
+            )
     if MEASURE:
-        tl.store(out + image * tl.num_programs(1) + tl.program_id(1), tl.sum(tl.where(inside, _grey(red, green, blue), 0.0)))
+        tl.store(
+            out + image * tl.num_programs(1) + tl.program_id(1), tl.sum(tl.where(inside, _grey(red, green, blue), 0.0))
+        )
     else:
         if tl.load(greys + image) != 0:
             red = _clamp(_grey(red, green, blue))
@@ -159,7 +174,8 @@ def crop(flat: Tensor, offset: Tensor, width: Tensor, low: Tensor, high: Tensor,
 def colours(views: Tensor, orders: Tensor, factors: Tensor, flips: Tensor, greys: Tensor, out: Tensor) -> None:
     """Flip, jitter and grey of views, uint8 (B, 3, S, S), into `out`, float32 of the same shape in 0..1, channels last.
 
-    orders: (B, 4) the step that comes first, second, ...: its place in augment.STEPS, -1 for none; factors: (B, 4) what that step takes; flips, greys: (B,) bool.
+    orders: (B, 4) the step that comes first, second, ...: its place in augment.STEPS, -1 for none; factors: (B, 4) what
+    that step takes; flips, greys: (B,) bool.
     """
     count, size = len(views), views.shape[-1]
     contrast = orders == CONTRAST.value
@@ -173,7 +189,9 @@ def colours(views: Tensor, orders: Tensor, factors: Tensor, flips: Tensor, greys
 
 
 def blur(images: Tensor, which: Tensor, sigma: Tensor, radius: Tensor) -> None:
-    """Gaussian blur, in place, of images[which] (b,); images: float32 (B, 3, S, S), channels last. sigma: (b,) pixels; radius: (b,) where its kernel ends."""
+    """Gaussian blur, in place, of images[which] (b,); images: float32 (B, 3, S, S), channels last. sigma: (b,) pixels;
+    radius: (b,) where its kernel ends.
+    """
     count, size = len(which), images.shape[-1]
     between = torch.empty((count, size, size, 3), device=images.device)
     places, rows = sent(which, images.device), torch.arange(count, device=images.device)

@@ -1,4 +1,6 @@
-"""The pixel store: every image decoded once and kept as uint8 in its own proportions; on the GPU, in memory, on disk, or decoded anew each time."""
+"""The pixel store: every image decoded once and kept as uint8 in its own proportions; on the GPU, in memory, on disk,
+or decoded anew each time.
+"""
 
 import json
 import os
@@ -17,14 +19,13 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from bingo_compress.data import augment, decode, quarantine
+from bingo_compress.data import shards as shard_files
 from bingo_compress.data.decode import decode_all
 from bingo_compress.data.image_folder import Folder
 from bingo_compress.errors import BingoError
-from bingo_compress.runtime import console, distributed
+from bingo_compress.runtime import console, distributed, machine
 from bingo_compress.runtime.machine import (
-    free_memory,
     in_threads,
-    resident,
     sent,
 )
 from bingo_compress.runtime.made_of import made_of
@@ -34,8 +35,8 @@ SHARD = 512  # images in a file, more in a large folder: a build goes on after t
 SHARDS_AT_MOST = 200
 LONGEST = 2  # sides: a longer panorama is squeezed, or one picture could be as large as a folder
 WORK = 1 << 30  # bytes for the models and a step, where nobody has measured them
-# torch's resizing takes half as long as Pillow's where it has vector code, and twice as long elsewhere. They round alike, to one level; Pillow's shortcut for
-# much larger pictures (reducing_gap) is a few levels off on noise.
+# torch's resizing takes half as long as Pillow's where it has vector code, and twice as long elsewhere. They round
+# alike, to one level; Pillow's shortcut for much larger pictures (reducing_gap) is a few levels off on noise.
 VECTORS = torch.backends.cpu.get_cpu_capability().startswith("AVX")
 PLACES = ("gpu", "memory", "disk", "stream")
 Read = Callable[[int, int, int], Tensor]  # (image, top, bottom) to its rows, uint8 (bottom - top, width, 3)
@@ -44,8 +45,9 @@ Read = Callable[[int, int, int], Tensor]  # (image, top, bottom) to its rows, ui
 class PixelStore:
     """N images in their own proportions. height, width: (N,) as kept; aspect: (N,) width / height of the original.
 
-    Crops are shares of the whole original image, so no corner of it is out of reach. where: one of PLACES; the crops are the same in each, bit for bit on a CPU.
-    by_gpu: crops what it can before `read` is asked. made_of: a name for all that the pictures depend on, for what is made from them.
+    Crops are shares of the whole original image, so no corner of it is out of reach. where: one of PLACES; the crops
+    are the same in each, bit for bit on a CPU. by_gpu: crops what it can before `read` is asked. made_of: a name for
+    all that the pictures depend on, for what is made from them.
     """
 
     def __init__(
@@ -69,7 +71,9 @@ class PixelStore:
             self._offset = torch.cat((torch.zeros(1, dtype=torch.int64), (height * width * 3).cumsum(0)))
             self._flat = torch.empty(int(self._offset[-1]), dtype=torch.uint8, device=device)
             for image in range(len(self)):
-                self._flat[self._offset[image] : self._offset[image + 1]] = read(image, 0, int(height[image])).reshape(-1).to(device)
+                self._flat[self._offset[image] : self._offset[image + 1]] = (
+                    read(image, 0, int(height[image])).reshape(-1).to(device)
+                )
 
     def __len__(self) -> int:
         return len(self.height)
@@ -82,7 +86,8 @@ class PixelStore:
     def crops(self, indices: Tensor, boxes: Tensor, size: int) -> Tensor:
         """Antialiased bilinear crops of the images `indices` (B,): uint8 (B, 3, size, size) on the run's device.
 
-        boxes: (B, 4) left, top, right, bottom as shares of the image; a box is rounded to whole pixels of the picture as it is kept.
+        boxes: (B, 4) left, top, right, bottom as shares of the image; a box is rounded to whole pixels of the picture
+        as it is kept.
         """
         if self._by_gpu is None:
             return self._crops(indices, boxes, size)
@@ -110,14 +115,17 @@ class PixelStore:
 def store_of(pictures: Sequence[Pixels], aspect: Tensor, device: torch.device) -> PixelStore:
     """A store of pictures that are in memory already, each uint8 (height, width, 3)."""
     height, width = (torch.tensor([picture.shape[axis] for picture in pictures]) for axis in (0, 1))
-    return PixelStore(height, width, aspect, lambda image, top, bottom: torch.from_numpy(pictures[image][top:bottom]), device)
+    return PixelStore(
+        height, width, aspect, lambda image, top, bottom: torch.from_numpy(pictures[image][top:bottom]), device
+    )
 
 
 def store_side(image_size: int, teacher_size: int) -> int:
     """Pixels of the short side of the store: a little over the largest crop, a multiple of 8.
 
-    Crops are cut from pictures of this size wherever they are kept, never from the file: a crop of 20-40% of the area is enlarged and has 57% of the
-    gradient energy of one from the file, a crop of all but the edges 87% (measured 2026-11-26). A larger side keeps more and costs memory and time.
+    Crops are cut from pictures of this size wherever they are kept, never from the file: a crop of 20-40% of the area
+    is enlarged and has 57% of the gradient energy of one from the file, a crop of all but the edges 87% (measured
+    2026-11-26). A larger side keeps more and costs memory and time.
     """
     return -(-max(image_size, teacher_size) * 9 // 64) * 8
 
@@ -131,11 +139,14 @@ def kept_size(height: int, width: int, side: int) -> tuple[int, int]:
 def build(
     folder: Folder, side: int, work: Path, device: torch.device, wanted: str = "auto", memory: int = 0, step: int = WORK
 ) -> tuple[PixelStore, Folder]:
-    """Decode `folder` into work/pixels-KEY (or find it there). Returns the store and the folder without the files that could not be decoded.
+    """Decode `folder` into work/pixels-KEY (or find it there). Returns the store and the folder without the files that
+    could not be decoded.
 
-    wanted: auto or one of PLACES; memory: bytes that this process may hold at most, 0 for 80% of what is free; step: bytes of them that are not for pixels.
-    Shards are written as they finish, shared out among the processes; an interrupted build goes on after the last. Files that could not be decoded are tried
-    again each time: what was missing (a permission, a decoder) may be there now. Raises BingoError when the disk is too small, and as soon as more files are bad than folder.max_bad allows; quarantine.csv beside `work` names them then.
+    wanted: auto or one of PLACES; memory: bytes that this process may hold at most, 0 for 80% of what is free; step:
+    bytes of them that are not for pixels. Shards are written as they finish, shared out among the processes; an
+    interrupted build goes on after the last. Files that could not be decoded are tried again each time: what was
+    missing (a permission, a decoder) may be there now. Raises BingoError when the disk is too small, and as soon as
+    more files are bad than folder.max_bad allows; quarantine.csv beside `work` names them then.
     """
     streamed = wanted == "stream" or (wanted == "auto" and not _fits_the_disk(folder, side, work))
     stem = "sizes" if streamed else "pixels"
@@ -147,50 +158,70 @@ def build(
         drop_stale(work, stem, {shards.name})
         shards.mkdir(exist_ok=True)
     distributed.barrier()
-    standing = [(rows, _standing(folder, rows, side, shards, streamed)) for rows in distributed.mine(ranges)]
-    missing, done = [rows for rows, facts in standing if facts is None], [facts for _, facts in standing if facts is not None]
+    standing = [(rows, shard_files.standing(folder, rows, side, shards, streamed)) for rows in distributed.mine(ranges)]
+    missing, done = (
+        [rows for rows, facts in standing if facts is None],
+        [facts for _, facts in standing if facts is not None],
+    )
     count = sum(map(len, missing))
     listed = work.parent / "quarantine.csv"
-    quarantine.refuse_bad(folder, _bad(folder, done), listed)
+    quarantine.refuse_bad(folder, shard_files.bad(folder, done), listed)
     if missing:
         if not streamed:
             need_space(work, guess(count, side), "the pixel store")
-        with console.bar("check images" if streamed else "decode images", sum(map(len, distributed.mine(ranges)))) as advance:
+        with console.bar(
+            "check images" if streamed else "decode images", sum(map(len, distributed.mine(ranges)))
+        ) as advance:
             advance(sum(map(len, distributed.mine(ranges))) - count)
             for rows in missing:
                 done.append(_fill(folder, rows, side, shards, streamed, advance))
-                quarantine.refuse_bad(folder, _bad(folder, done), listed)
+                quarantine.refuse_bad(folder, shard_files.bad(folder, done), listed)
     distributed.barrier()
-    found = [_read_facts(shards, rows) for rows in ranges]
+    found = [shard_files.read_facts(shards, rows) for rows in ranges]
     good = [index for facts in found for index in facts["good"]]
-    bad = _bad(folder, found)
+    bad = shard_files.bad(folder, found)
     quarantine.refuse_bad(folder, bad, listed)
     if not good:
         raise BingoError(
-            f"--data: expected images, found none that can be decoded among {len(folder.files) + len(folder.bad)} files in {folder.root}"
+            f"--data: expected images, found none that can be decoded among {len(folder.files) + len(folder.bad)} files"
+            f" in {folder.root}"
         )
     kept = replace(folder.only(good), bad=bad)
-    height, width, aspect = ([value for facts in found for value in facts[name]] for name in ("height", "width", "aspect"))
+    height, width, aspect = (
+        [value for facts in found for value in facts[name]] for name in ("height", "width", "aspect")
+    )
     total = sum(high * wide for high, wide in zip(height, width, strict=True)) * 3
-    where, why = ("stream", "the files are decoded again for every crop") if streamed else place(total, device, wanted, memory, step)
+    where, why = (
+        ("stream", "the files are decoded again for every crop")
+        if streamed
+        else place(total, device, wanted, memory, step)
+    )
     by_gpu = None
     if streamed and decode.on_gpu(device):
         jpegs = [size for facts in found for size in facts["jpeg"]]
         by_gpu = decode.crops_of(kept, jpegs, list(zip(height, width, strict=True)), side, device)
         why += f", {sum(map(bool, jpegs)):,} of them by nvJPEG"
     console.say(
-        f"pixels: {console.size(total)} of {len(good):,} images, {where} ({why}); views are cut from pictures shrunk to a short side of {side} px"
+        f"pixels: {console.size(total)} of {len(good):,} images, {where} ({why}); views are cut from pictures shrunk to"
+        f" a short side of {side} px"
     )
     read = (
         _from_files(kept, side, list(zip(height, width, strict=True)))
         if streamed
         else _from_shards(shards, ranges, found, mapped=where != "disk")
     )
-    return PixelStore(torch.tensor(height), torch.tensor(width), torch.tensor(aspect), read, device, where, by_gpu, made.key), kept
+    return (
+        PixelStore(
+            torch.tensor(height), torch.tensor(width), torch.tensor(aspect), read, device, where, by_gpu, made.key
+        ),
+        kept,
+    )
 
 
 def place(total: int, device: torch.device, wanted: str, memory: int, step: int = WORK) -> tuple[str, str]:
-    """(where pixels of `total` bytes are kept, why). Raises BingoError for a GPU that is asked for and cannot hold them."""
+    """(where pixels of `total` bytes are kept, why). Raises BingoError for a GPU that is asked for and cannot hold
+    them.
+    """
     if device.type == "cuda":
         room = int(0.4 * torch.cuda.mem_get_info(device)[0])
         if wanted == "gpu" or (wanted == "auto" and total < room):
@@ -199,7 +230,7 @@ def place(total: int, device: torch.device, wanted: str, memory: int, step: int 
         raise BingoError("--pixels gpu: expected a CUDA GPU, found none; use --pixels auto")
     if wanted != "auto":
         return wanted, "as asked for"
-    room = (memory or free_memory() * 4 // 5) - resident() - step
+    room = (memory or machine.free_memory() * 4 // 5) - machine.resident() - step
     if total <= room:
         return "memory", f"there is room for {console.size(room)}"
     return "disk", f"memory has room for {console.size(max(room, 0))}; just the rows of a crop are read"
@@ -218,76 +249,6 @@ def _fits_the_disk(folder: Folder, side: int, work: Path) -> bool:
     return True
 
 
-def _data(shards: Path, rows: range) -> Path:
-    return shards / f"{rows.start:09d}.u8"
-
-
-def _facts(shards: Path, rows: range) -> Path:
-    return shards / f"{rows.start:09d}.json"
-
-
-def _read_facts(shards: Path, rows: range) -> dict[str, Any]:
-    facts: dict[str, Any] = json.loads(_facts(shards, rows).read_text())
-    return facts
-
-
-def _bad(folder: Folder, found: list[dict[str, Any]]) -> tuple[tuple[str, str], ...]:
-    """All that is known to be bad once the shards of `found` were made."""
-    return folder.bad + tuple((folder.files[index], why) for facts in found for index, why in facts["bad"])
-
-
-def _standing(folder: Folder, rows: range, side: int, shards: Path, streamed: bool) -> dict[str, Any] | None:
-    """The facts of a whole shard, its bad files with today's reasons; None for a shard to be made: it is not whole, or a bad file can be decoded now."""
-    if not _is_whole(shards, rows, streamed):
-        return None
-    facts = _read_facts(shards, rows)
-    again = list(decode_all(folder, [index for index, _ in facts["bad"]], lambda pixels: None, at_least=side))
-    mended = [folder.files[index] for index, result in again if result is None]
-    if mended:
-        console.say(
-            f"{len(mended):,} files that could not be used can be now, for example {mended[0]}: {len(rows):,} images are decoded again"
-        )
-        return None
-    reasons = [[index, str(result)] for index, result in again]
-    if reasons != facts["bad"]:
-        write_text(_facts(shards, rows), json.dumps(facts := facts | {"bad": reasons}))
-    return facts
-
-
-def _is_whole(shards: Path, rows: range, streamed: bool) -> bool:
-    """Whether a shard is there and its checksum holds; a damaged one is said and made again."""
-    try:
-        facts = _read_facts(shards, rows)
-        if not _fits(facts, rows, streamed):
-            return False
-        if streamed:
-            return True
-        checksum, total = 0, sum(height * width * 3 for height, width in zip(facts["height"], facts["width"], strict=True))
-        with _data(shards, rows).open("rb") as handle:
-            while piece := handle.read(1 << 24):
-                checksum = zlib.crc32(piece, checksum)
-        if checksum == facts["crc32"] and _data(shards, rows).stat().st_size == total:
-            return True
-        console.say(f"warning: {_data(shards, rows)} is damaged; its {len(rows):,} images are decoded again")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        pass  # not there, cut short by a kill, or not ours
-    return False
-
-
-def _fits(facts: dict[str, Any], rows: range, streamed: bool) -> bool:
-    """Whether facts are of these images, each once, and of as many sizes as there are good ones."""
-    good, sizes = facts["good"], [*facts["height"], *facts["width"]]
-    tried = sorted([*good, *(index for index, _ in facts["bad"])])
-    lists = [facts[name] for name in ("height", "width", "aspect", *(("jpeg",) if streamed else ()))]
-    return (
-        facts["tried"] == len(rows)
-        and tried == list(rows)
-        and all(len(values) == len(good) for values in lists)
-        and all(isinstance(size, int) and size > 0 for size in sizes)
-        and all(isinstance(aspect, float) and aspect > 0 for aspect in facts["aspect"])
-    )
-
-
 def _shrink(pixels: Pixels, side: int) -> tuple[Pixels, float]:
     """(the picture as it is kept, width / height of the original)."""
     height, width = pixels.shape[:2]
@@ -301,19 +262,35 @@ def _shrink(pixels: Pixels, side: int) -> tuple[Pixels, float]:
     return pixels, width / height
 
 
-def _fill(folder: Folder, rows: range, side: int, shards: Path, streamed: bool, advance: console.Advance) -> dict[str, Any]:
-    facts: dict[str, Any] = {"tried": len(rows), "good": [], "height": [], "width": [], "aspect": [], "jpeg": [], "bad": [], "crc32": 0}
+def _fill(
+    folder: Folder, rows: range, side: int, shards: Path, streamed: bool, advance: console.Advance
+) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "tried": len(rows),
+        "good": [],
+        "height": [],
+        "width": [],
+        "aspect": [],
+        "jpeg": [],
+        "bad": [],
+        "crc32": 0,
+    }
 
     def add(result: tuple[Pixels, float] | ImageError, index: int) -> Pixels | None:
         if isinstance(result, ImageError):
             facts["bad"].append((index, str(result)))
             return None
         pixels, aspect = result
-        for name, value in (("good", index), ("height", pixels.shape[0]), ("width", pixels.shape[1]), ("aspect", aspect)):
+        for name, value in (
+            ("good", index),
+            ("height", pixels.shape[0]),
+            ("width", pixels.shape[1]),
+            ("aspect", aspect),
+        ):
             facts[name].append(value)
         return pixels
 
-    with atomic(_data(shards, rows)) as temporary, temporary.open("wb") as handle:
+    with atomic(shard_files.data_file(shards, rows)) as temporary, temporary.open("wb") as handle:
         for index, result in decode_all(folder, rows, lambda pixels: _shrink(pixels, side), at_least=side):
             pixels = add(result, index)
             if pixels is not None and streamed:
@@ -323,12 +300,15 @@ def _fill(folder: Folder, rows: range, side: int, shards: Path, streamed: bool, 
                 facts["crc32"] = zlib.crc32(raw, facts["crc32"])
                 handle.write(raw)
             advance(1, note=f"{len(facts['bad'])} bad" if facts["bad"] else None)
-    write_text(_facts(shards, rows), json.dumps(facts))  # after the pixels: what it says is there, is there
+    # After the pixels: what it says is there, is there.
+    write_text(shard_files.facts_file(shards, rows), json.dumps(facts))
     return facts
 
 
 def _from_shards(shards: Path, ranges: list[range], found: list[dict[str, Any]], *, mapped: bool) -> Read:
-    """Rows of images out of the shards: mapped into memory, or (not mapped) read from the file, so that they never count as this process's memory."""
+    """Rows of images out of the shards: mapped into memory, or (not mapped) read from the file, so that they never
+    count as this process's memory.
+    """
     files: list[int] = []
     starts: list[int] = []
     widths: list[int] = []
@@ -338,7 +318,7 @@ def _from_shards(shards: Path, ranges: list[range], found: list[dict[str, Any]],
         starts += [0, *accumulate(sizes)][: len(sizes)]
         files += [number] * len(sizes)
         widths += facts["width"]
-        maps.append(_open(_data(shards, rows), sum(sizes), mapped))
+        maps.append(_open(shard_files.data_file(shards, rows), sum(sizes), mapped))
 
     def read(image: int, top: int, bottom: int) -> Tensor:
         width, source = widths[image], maps[files[image]]
@@ -355,11 +335,15 @@ def _from_shards(shards: Path, ranges: list[range], found: list[dict[str, Any]],
 def _open(path: Path, size: int, mapped: bool) -> Any:
     if not mapped:
         return path.open("rb", buffering=0)
-    return np.memmap(path, np.uint8, "c", shape=(size,)) if size else np.empty(0, np.uint8)  # "c": torch wants writable memory
+    return (
+        np.memmap(path, np.uint8, "c", shape=(size,)) if size else np.empty(0, np.uint8)
+    )  # "c": torch wants writable memory
 
 
 def _from_files(folder: Folder, side: int, sizes: list[tuple[int, int]]) -> Read:
-    """Rows of images decoded anew, shrunk as the store would. sizes: (height, width) that each had when it was checked."""
+    """Rows of images decoded anew, shrunk as the store would. sizes: (height, width) that each had when it was
+    checked.
+    """
 
     def read(image: int, top: int, bottom: int) -> Tensor:
         try:

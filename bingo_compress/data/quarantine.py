@@ -1,4 +1,6 @@
-"""Which files of a folder a run takes: exact copies, and how many files may be bad before it is the folder that is wrong."""
+"""Which files of a folder a run takes: exact copies, and how many files may be bad before it is the folder that is
+wrong.
+"""
 
 import csv
 import re
@@ -18,7 +20,9 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 def take(recipe: Recipe) -> Folder:
-    """The files of recipe.data, exact copies counted on screen and dropped where the recipe says so, with the recipe's limit on bad files. Raises BingoError."""
+    """The files of recipe.data, exact copies counted on screen and dropped where the recipe says so, with the recipe's
+    limit on bad files. Raises BingoError.
+    """
     listed = list_folder(Path(recipe.data))
     read = distributed.from_first(lambda: listed.contents)  # by one process, and so the same for all
     folder = replace(listed, max_bad=recipe.max_bad, read=read)
@@ -45,11 +49,15 @@ def say_copies(found: Sequence[tuple[str, str]], duplicates: str) -> None:
     """One line about exact copies, if there are any."""
     if found:
         fate = "left out" if duplicates == "drop" else "used like others; --set duplicates=drop leaves one of each"
-        console.say(f"{len(found):,} files are exact copies of another, for example {found[0][0]} of {found[0][1]}: {fate}")
+        console.say(
+            f"{len(found):,} files are exact copies of another, for example {found[0][0]} of {found[0][1]}: {fate}"
+        )
 
 
 def refuse_bad(folder: Folder, bad: Sequence[tuple[str, str]], quarantine: Path) -> None:
-    """Raise BingoError if more of the folder's files are bad than folder.max_bad allows; all of `bad` is in `quarantine` then."""
+    """Raise BingoError if more of the folder's files are bad than folder.max_bad allows; all of `bad` is in
+    `quarantine` then.
+    """
     broken = [(name, reason) for name, reason in bad if Path(name).suffix.lower() not in NOT_IMAGES]
     tried = len(folder.files) + sum(Path(name).suffix.lower() not in NOT_IMAGES for name, _ in folder.bad)
     share = folder.max_bad.removesuffix("%")
@@ -58,8 +66,9 @@ def refuse_bad(folder: Folder, bad: Sequence[tuple[str, str]], quarantine: Path)
         return
     write_quarantine(quarantine, sorted(bad))
     raise BingoError(
-        f"--max-bad {folder.max_bad}: expected at most {allowed:,} of {tried:,} files that cannot be used, found {len(broken):,} so far "
-        f"({'; '.join(reasons(broken, 3))}); {quarantine} names each: mend or remove them, or raise --max-bad"
+        f"--max-bad {folder.max_bad}: expected at most {allowed:,} of {tried:,} files that cannot be used, found"
+        f" {len(broken):,} so far ({'; '.join(reasons(broken, 3))}); {quarantine} names each: mend or remove them, or"
+        " raise --max-bad"
     )
 
 
@@ -67,7 +76,9 @@ def report(folder: Folder, quarantine: Path) -> None:
     """Write `quarantine` and say how many files are in it."""
     write_quarantine(quarantine, [*folder.bad, *((name, f"exact copy of {first}") for name, first in folder.copies)])
     if folder.bad:
-        console.say(f"{len(folder.bad):,} files cannot be used and are left out; {quarantine} names each with its reason")
+        console.say(
+            f"{len(folder.bad):,} files cannot be used and are left out; {quarantine} names each with its reason"
+        )
 
 
 def reasons(bad: Iterable[tuple[str, str]], most: int) -> list[str]:
@@ -81,7 +92,10 @@ def write_quarantine(path: Path, bad: Iterable[tuple[str, str]]) -> None:
 
     A name that a spreadsheet would take for a formula is written as ./name, which is the same file.
     """
-    with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as handle:
+    with (
+        atomic(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as handle,
+    ):
         writer = csv.writer(handle)
         writer.writerow(("path", "reason"))
         writer.writerows((f"./{name}" if name.startswith(FORMULA) else name, reason) for name, reason in bad)

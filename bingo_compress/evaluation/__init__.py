@@ -1,0 +1,1 @@
+"""The proof: probes, figures with intervals, the protocol."""

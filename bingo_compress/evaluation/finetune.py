@@ -1,4 +1,6 @@
-"""Training with labels on top of a student, for proof only: subsets of the labels, the literature's linear protocol, and full fine-tuning."""
+"""Training with labels on top of a student, for proof only: subsets of the labels, the literature's linear protocol,
+and full fine-tuning.
+"""
 
 import copy
 import dataclasses
@@ -22,7 +24,10 @@ from bingo_compress.training.plan import learning_rate
 SCALE_MIN = 0.08
 LINEAR_BATCH, LINEAR_EPOCHS = 256, 100
 TUNE_BATCH, TUNE_EPOCHS, TUNE_STEPS = 64, 30, 300
-TUNE_LRS = (0.01, 0.1)  # on 279 photos of clothing a distilled student did best with the one, random weights with the other
+TUNE_LRS = (
+    0.01,
+    0.1,
+)  # on 279 photos of clothing a distilled student did best with the one, random weights with the other
 HEAD_LR = 1.0
 
 
@@ -39,12 +44,15 @@ def _amount(spec: str) -> tuple[float, bool]:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)%|(\d+)", spec, re.ASCII)
     value = float(found[1] or found[2]) if found else 0.0
     if found is None or value <= 0 or (found[1] and value > 100):
-        raise BingoError(f"--shots: expected a share or a number of images a class such as 1%, 10% or 5, found {spec!r}")
+        raise BingoError(
+            f"--shots: expected a share or a number of images a class such as 1%, 10% or 5, found {spec!r}"
+        )
     return (value / 100, True) if found[1] else (value, False)
 
 
 def subset(labels: Tensor, spec: str, seed: int) -> Tensor:
-    """Positions, ascending, of a part of each class drawn at random: "1%" of it, at least one image, or "5" images, all where there are fewer.
+    """Positions, ascending, of a part of each class drawn at random: "1%" of it, at least one image, or "5" images, all
+    where there are fewer.
 
     labels: (N,). The same seed gives nested subsets: 1% lies in 10%. Raises BingoError for a spec that is neither.
     """
@@ -76,10 +84,11 @@ def linear_with_augmentation(
     seed: int = 0,
     what: str = "linear, augmented",
 ) -> LinearHead:
-    """MoCo's linear protocol (arXiv 1911.05722; SEED, DisCo and BINGO use it too): a classifier on the frozen encoder's features of random crops and flips.
+    """MoCo's linear protocol (arXiv 1911.05722; SEED, DisCo and BINGO use it too): a classifier on the frozen encoder's
+    features of random crops and flips.
 
-    rows, labels: (n,) positions in the store and their classes. SGD, momentum 0.9, no weight decay, batches of 256, x0.1 at 60% and 80% of the epochs;
-    lr: 0 for `literature_lr`. Returns a head on raw features, on the CPU.
+    rows, labels: (n,) positions in the store and their classes. SGD, momentum 0.9, no weight decay, batches of 256,
+    x0.1 at 60% and 80% of the epochs; lr: 0 for `literature_lr`. Returns a head on raw features, on the CPU.
     """
     encoder.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     peak = lr or literature_lr(encoder.name)
@@ -110,11 +119,13 @@ def fine_tune(
     seed: int = 0,
     what: str = "fine-tune",
 ) -> Embed:
-    """Train a copy of the encoder and a linear classifier on a few labels, after SimCLR's and SwAV's semi-supervised protocols (2002.05709, 2006.09882).
+    """Train a copy of the encoder and a linear classifier on a few labels, after SimCLR's and SwAV's semi-supervised
+    protocols (2002.05709, 2006.09882).
 
-    rows, labels: (n,) positions in the store and their classes. Crops and flips only, Nesterov SGD, no weight decay, cosine. lr: the backbone's, 0 for
-    the one of TUNE_LRS that does best on a fifth of the rows held out; the classifier's is HEAD_LR, as for features of length one: BatchNorm without
-    weights before it (as MAE's probe has, 2111.06377) makes it fit features of any scale. epochs: 0 for TUNE_EPOCHS, more where that is under TUNE_STEPS
+    rows, labels: (n,) positions in the store and their classes. Crops and flips only, Nesterov SGD, no weight decay,
+    cosine. lr: the backbone's, 0 for the one of TUNE_LRS that does best on a fifth of the rows held out; the
+    classifier's is HEAD_LR, as for features of length one: BatchNorm without weights before it (as MAE's probe has,
+    2111.06377) makes it fit features of any scale. epochs: 0 for TUNE_EPOCHS, more where that is under TUNE_STEPS
     steps. Returns a function of plain views as `embed.as_embed` takes them, uint8 (B, S, S, 3), to classes (B,) int64.
     """
     lr = lr or _best_lr(encoder, store, rows, labels, classes, device, epochs, seed, what)
@@ -132,7 +143,9 @@ def fine_tune(
     # A single image has no spread to normalise by: BatchNorm then keeps its statistics.
     model.train(len(rows) > 1)
     torch.manual_seed(hash_seed("fine-tune", seed))  # for students with dropout
-    for step, (_, views, wanted) in enumerate(crops_and_flips(encoder, store, rows, labels, device, epochs, TUNE_BATCH, seed, what)):
+    for step, (_, views, wanted) in enumerate(
+        crops_and_flips(encoder, store, rows, labels, device, epochs, TUNE_BATCH, seed, what)
+    ):
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = learning_rate(step, epochs * each, 0, peak)
         optimizer.zero_grad(set_to_none=True)
@@ -159,13 +172,17 @@ def _best_lr(
     seed: int,
     what: str,
 ) -> float:
-    """The learning rate that does best on a fifth of the rows, held out; a tie, or fewer than five rows, takes the smaller."""
+    """The learning rate that does best on a fifth of the rows, held out; a tie, or fewer than five rows, takes the
+    smaller.
+    """
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(hash_seed("held out", seed)))
     held, kept = order[: len(order) // 5], order[len(order) // 5 :]
     right = [0] * len(TUNE_LRS)
     for number, lr in enumerate(TUNE_LRS if len(held) else ()):
         words = f"{what}, learning rate {lr}"
-        predict = fine_tune(encoder, store, rows[kept], labels[kept], classes, device, epochs=epochs, lr=lr, seed=seed, what=words)
+        predict = fine_tune(
+            encoder, store, rows[kept], labels[kept], classes, device, epochs=epochs, lr=lr, seed=seed, what=words
+        )
         for part in held.split(TUNE_BATCH):
             plain = plain_views(store, rows[part], encoder.preprocessing)
             right[number] += int((predict(plain.permute(0, 2, 3, 1)) == labels[part]).sum())
@@ -188,7 +205,9 @@ def crops_and_flips(
     what: str,
     scale_min: float = SCALE_MIN,
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(epoch, views (B, 3, S, S), labels (B,)) of `epochs` passes in random order; batches differ by one image at most, so none is left with a single one."""
+    """(epoch, views (B, 3, S, S), labels (B,)) of `epochs` passes in random order; batches differ by one image at most,
+    so none is left with a single one.
+    """
     with console.bar(what, epochs * len(rows)) as advance:
         for epoch in range(epochs):
             generator = torch.Generator().manual_seed(hash_seed("labelled", seed, epoch))
@@ -201,8 +220,13 @@ def crops_and_flips(
 
 
 def crop_and_flip(aspect: Tensor, generator: torch.Generator, scale_min: float = SCALE_MIN) -> augment.Draw:
-    """Parameters of supervised training's views: RandomResizedCrop of scale_min-1 and a flip, colours left alone. aspect: (B,) width / height."""
+    """Parameters of supervised training's views: RandomResizedCrop of scale_min-1 and a flip, colours left alone.
+    aspect: (B,) width / height.
+    """
     drawn = augment.draw(aspect, generator, scale_min)
     return dataclasses.replace(
-        drawn, order=torch.full_like(drawn.order, -1), grey=torch.zeros_like(drawn.grey), sigma=torch.zeros_like(drawn.sigma)
+        drawn,
+        order=torch.full_like(drawn.order, -1),
+        grey=torch.zeros_like(drawn.grey),
+        sigma=torch.zeros_like(drawn.sigma),
     )

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Neighbour recall on images that were kept out of training: the only figure that needs no label."""
 
 import torch
 from torch import Tensor
@@ -18,26 +18,35 @@ CHECK_GALLERY = 2000
 
 
 def recall_check(material: Material, held: Tensor, device: torch.device) -> Check:
-    """A student's neighbour recall on the images `held`, from the pixel store, in a gallery of at most CHECK_GALLERY; several processes share them."""
+    """A student's neighbour recall on the images `held`, from the pixel store, in a gallery of at most CHECK_GALLERY;
+    several processes share them.
+    """
     gallery = material.training[:: -(-len(material.training) // CHECK_GALLERY)]
     if not neighbours.recall_k(len(gallery)):
-        raise BingoError(f"--keep-best: expected {neighbours.RECALL_SHARE} images to train on, found {len(gallery)}; add images")
+        raise BingoError(
+            f"--keep-best: expected {neighbours.RECALL_SHARE} images to train on, found {len(gallery)}; add images"
+        )
     truth = material.seen.features
 
     def check(student: Encoder) -> float:
-        found = extract.store_features(student, material.store, torch.cat((held, gallery)), device).split((len(held), len(gallery)))
+        found = extract.store_features(student, material.store, torch.cat((held, gallery)), device).split(
+            (len(held), len(gallery))
+        )
         return distributed.from_first(lambda: probes.neighbour_recall((truth[held], truth[gallery]), found))
 
     return check
 
 
 def held_out_recall(run: run_dir.RunDir, models: Models, material: Material, device: torch.device) -> dict[str, float]:
-    """Neighbour recall on the held-out images before and after ("start", "student"), its k and counts; nothing without such. Several processes share them."""
+    """Neighbour recall on the held-out images before and after ("start", "student"), its k and counts; nothing without
+    such. Several processes share them.
+    """
     held, training, truth = halves(material.held, models.recipe)[1], material.training, material.seen.features
     gallery = training[:: -(-len(training) // GALLERY_AT_MOST)]
     if not len(held) or not neighbours.recall_k(len(gallery)):
         console.say(
-            f"neighbour recall is not measured: {len(held):,} images held out, a gallery of {len(gallery):,} (at least {neighbours.RECALL_SHARE})"
+            f"neighbour recall is not measured: {len(held):,} images held out, a gallery of {len(gallery):,} (at least"
+            f" {neighbours.RECALL_SHARE})"
         )
         return {}
     encoders = {"start": trained.load_start(models.recipe, run), "student": models.student}
@@ -46,9 +55,14 @@ def held_out_recall(run: run_dir.RunDir, models: Models, material: Material, dev
     keep = extract.Keep(run.work, "closing", {name: weights_digest(each) for name, each in encoders.items()})
     found, good = extract.plain(ready, material.folder, order, "check held-out images", keep)
     if len(good) < len(held) + len(gallery):
-        raise BingoError(f"an image in {material.folder.root} changed during the run; start the command again with --resume")
+        raise BingoError(
+            f"an image in {material.folder.root} changed during the run; start the command again with --resume"
+        )
     sides = {name: features.split((len(held), len(gallery))) for name, features in found.items()}
     counts = neighbours.recall_facts(len(gallery)) | {"queries": len(held)}
     return distributed.from_first(
-        lambda: counts | {name: probes.neighbour_recall((truth[held], truth[gallery]), side) for name, side in sides.items()}
+        lambda: (
+            counts
+            | {name: probes.neighbour_recall((truth[held], truth[gallery]), side) for name, side in sides.items()}
+        )
     )

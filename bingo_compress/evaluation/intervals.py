@@ -21,15 +21,21 @@ Z = statistics.NormalDist().inv_cdf(0.975)
 def interval(figure: Callable[[Tensor], float], count: int, draws: int = DRAWS, seed: int = 0) -> tuple[float, float]:
     """95% percentile bootstrap of any figure of `count` queries (Efron 1979).
 
-    figure: takes positions (count,), drawn with replacement, and gives the figure of those queries; a NaN (a class that was not drawn) is left out.
-    Returns (low, high). Raises BingoError without queries.
+    figure: takes positions (count,), drawn with replacement, and gives the figure of those queries; a NaN (a class that
+    was not drawn) is left out. Returns (low, high). Raises BingoError without queries.
     """
     generator = _generator(count, seed)
-    return _middle(torch.tensor([figure(torch.randint(count, (count,), generator=generator)) for _ in range(draws)], dtype=torch.float64))
+    return _middle(
+        torch.tensor(
+            [figure(torch.randint(count, (count,), generator=generator)) for _ in range(draws)], dtype=torch.float64
+        )
+    )
 
 
 def mean_interval(values: Tensor, draws: int = DRAWS, seed: int = 0) -> tuple[float, float]:
-    """95% percentile bootstrap of the mean of per-query values (M,): `interval` of the mean, many draws at once. Raises BingoError without queries."""
+    """95% percentile bootstrap of the mean of per-query values (M,): `interval` of the mean, many draws at once. Raises
+    BingoError without queries.
+    """
     count = len(values)
     generator = _generator(count, seed)
     rows = max(1, AT_ONCE // count)
@@ -41,8 +47,9 @@ def mean_interval(values: Tensor, draws: int = DRAWS, seed: int = 0) -> tuple[fl
 
 
 def share_interval(values: Tensor, draws: int = DRAWS, seed: int = 0) -> tuple[float, float]:
-    """95% interval of a share, the mean of votes (M,) in 0-1: `mean_interval`, and Wilson's under FEW queries or where all agree, which a bootstrap takes for
-    certainty. Raises BingoError without queries."""
+    """95% interval of a share, the mean of votes (M,) in 0-1: `mean_interval`, and Wilson's under FEW queries or where
+    all agree, which a bootstrap takes for certainty. Raises BingoError without queries.
+    """
     if len(values) >= FEW and bool((values != values[0]).any()):
         return mean_interval(values, draws, seed)
     return wilson(float(values.double().sum()), len(values))
@@ -58,7 +65,9 @@ def wilson(found: float, count: int) -> tuple[float, float]:
 
 
 def mean_share_interval(right: Tensor, labels: Tensor) -> tuple[float, float]:
-    """95% interval of the mean over classes of the share found, of right, labels (M,): `wilson` of each class, combined as MOVER does (Zou and Donner 2008)."""
+    """95% interval of the mean over classes of the share found, of right, labels (M,): `wilson` of each class, combined
+    as MOVER does (Zou and Donner 2008).
+    """
     low = high = mean = 0.0
     classes = labels.unique()
     for label in classes:
@@ -71,13 +80,20 @@ def mean_share_interval(right: Tensor, labels: Tensor) -> tuple[float, float]:
 
 
 def area_interval(area: float, positives: int, negatives: int) -> tuple[float, float]:
-    """95% score interval of an area under the ROC curve (Newcombe 2006, method 5, on the variance of Hanley and McNeil 1982). NaN without both kinds."""
+    """95% score interval of an area under the ROC curve (Newcombe 2006, method 5, on the variance of Hanley and McNeil
+    1982). NaN without both kinds.
+    """
     if not positives or not negatives:
         return float("nan"), float("nan")
 
     def error(truth: float) -> float:
         pairs = (positives + negatives) / 2 - 1
-        variance = truth * (1 - truth) * (1 + pairs * ((1 - truth) / (2 - truth) + truth / (1 + truth))) / (positives * negatives)
+        variance = (
+            truth
+            * (1 - truth)
+            * (1 + pairs * ((1 - truth) / (2 - truth) + truth / (1 + truth)))
+            / (positives * negatives)
+        )
         return Z * math.sqrt(max(variance, 0.0))
 
     def end(outer: float) -> float:
@@ -105,7 +121,8 @@ def _middle(drawn: Tensor) -> tuple[float, float]:
 class Paired:
     """Two models on the same queries. difference: accuracy of a minus b; low, high: its 95% paired bootstrap interval.
 
-    only_a, only_b: queries that one alone got right; p_value: the exact two-sided McNemar test of the two being equally likely.
+    only_a, only_b: queries that one alone got right; p_value: the exact two-sided McNemar test of the two being equally
+    likely.
     """
 
     difference: float
@@ -117,12 +134,19 @@ class Paired:
 
 
 def paired(a: Tensor, b: Tensor, draws: int = DRAWS, seed: int = 0) -> Paired:
-    """Compare per-query correctness a, b (M,) bool of two models on the same queries. Raises BingoError where they are not the same queries."""
+    """Compare per-query correctness a, b (M,) bool of two models on the same queries. Raises BingoError where they are
+    not the same queries.
+    """
     if a.shape != b.shape:
-        raise BingoError(f"a paired test: expected the same queries for both models, found {len(a)} and {len(b)}; test both on one folder")
+        raise BingoError(
+            f"a paired test: expected the same queries for both models, found {len(a)} and {len(b)}; test both on one"
+            " folder"
+        )
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
     difference = a.double() - b.double()
-    return Paired(float(difference.mean()), *mean_interval(difference, draws, seed), only_a, only_b, _sign_test(only_a, only_b))
+    return Paired(
+        float(difference.mean()), *mean_interval(difference, draws, seed), only_a, only_b, _sign_test(only_a, only_b)
+    )
 
 
 def _sign_test(one: int, other: int) -> float:
@@ -133,11 +157,13 @@ def _sign_test(one: int, other: int) -> float:
 
 
 def seeds_interval(differences: Tensor) -> tuple[float, float]:
-    """95% interval of the mean of differences (S, M) of S seeds on M test images, for other seeds and other images of their kind.
+    """95% interval of the mean of differences (S, M) of S seeds on M test images, for other seeds and other images of
+    their kind.
 
-    Seeds and images are two crossed random effects. The seeds' part of the mean's variance, which holds the chance of each single answer too, is known to
-    S - 1 degrees of freedom; what images add beyond that chance to M - 1: each has its own quantile of t, and their half widths add as squares do (the
-    modified large-sample interval of Graybill and Wang 1980). A bootstrap of three seeds would be too narrow, or too wide where seeds are alike. One seed:
+    Seeds and images are two crossed random effects. The seeds' part of the mean's variance, which holds the chance of
+    each single answer too, is known to S - 1 degrees of freedom; what images add beyond that chance to M - 1: each has
+    its own quantile of t, and their half widths add as squares do (the modified large-sample interval of Graybill and
+    Wang 1980). A bootstrap of three seeds would be too narrow, or too wide where seeds are alike. One seed:
     `mean_interval` over images, which cannot know how far another seed would land. Raises BingoError without images.
     """
     seeds, images = differences.shape
@@ -155,7 +181,9 @@ def seeds_interval(differences: Tensor) -> tuple[float, float]:
 
 @cache
 def student(freedom: int) -> float:
-    """The 97.5% quantile of Student's t: with t = sqrt(freedom) tan x, the share inside +-t is that of cos(x)^(freedom - 1) up to x."""
+    """The 97.5% quantile of Student's t: with t = sqrt(freedom) tan x, the share inside +-t is that of cos(x)^(freedom
+    - 1) up to x.
+    """
     if freedom > 10_000:
         return Z
     x = torch.linspace(0, math.pi / 2, 100_001, dtype=torch.float64)

@@ -1,4 +1,6 @@
-"""Multinomial logistic regression to the last bit that matters: Newton's method in float64, so that the number of threads changes nothing."""
+"""Multinomial logistic regression to the last bit that matters: Newton's method in float64, so that the number of
+threads changes nothing.
+"""
 
 from dataclasses import dataclass
 
@@ -12,9 +14,11 @@ ROUGH = 0.01  # the same of one that only votes on its penalty, as a share of th
 
 @dataclass(frozen=True)
 class Rows:
-    """Standardised rows x, turned to where the objective is nearly round: x = z @ turn.T, the columns of z uncorrelated.
+    """Standardised rows x, turned to where the objective is nearly round: x = z @ turn.T, the columns of z
+    uncorrelated.
 
-    z: (N, r + 1) float64, r = min(N, D), the last column ones; spread: (r + 1,) mean square of each column; turn: (D, r).
+    z: (N, r + 1) float64, r = min(N, D), the last column ones; spread: (r + 1,) mean square of each column; turn: (D,
+    r).
     """
 
     z: Tensor
@@ -33,11 +37,15 @@ def rows(x: Tensor) -> Rows:
     return Rows(torch.cat((x @ turn, ones), 1), torch.cat((spread.clamp(min=0), ones[0])), basis @ turn)
 
 
-def fit(z: Tensor, spread: Tensor, y: Tensor, classes: int, strength: float, start: Tensor | None = None, exact: bool = True) -> Tensor:
-    """Weights (C, r + 1) that minimise mean cross entropy + strength / 2C * their squares, the last one of each class (its bias) left out.
+def fit(
+    z: Tensor, spread: Tensor, y: Tensor, classes: int, strength: float, start: Tensor | None = None, exact: bool = True
+) -> Tensor:
+    """Weights (C, r + 1) that minimise mean cross entropy + strength / 2C * their squares, the last one of each class
+    (its bias) left out.
 
-    z, spread: as in `Rows` or some of its rows; y: (n,). Truncated Newton: conjugate gradients on the Hessian, as LIBLINEAR's trust region (Lin, Weng
-    and Keerthi 2008), here with a line search and the rows' spread as preconditioner.
+    z, spread: as in `Rows` or some of its rows; y: (n,). Truncated Newton: conjugate gradients on the Hessian, as
+    LIBLINEAR's trust region (Lin, Weng and Keerthi 2008), here with a line search and the rows' spread as
+    preconditioner.
     """
     weight = z.new_zeros(classes, z.shape[1]) if start is None else start
     penalty = torch.full_like(spread, strength / classes)
@@ -68,7 +76,9 @@ def fit(z: Tensor, spread: Tensor, y: Tensor, classes: int, strength: float, sta
     return weight
 
 
-def _newton_step(z: Tensor, spread: Tensor, shares: Tensor, penalty: Tensor, gradient: Tensor, tolerance: float) -> Tensor:
+def _newton_step(
+    z: Tensor, spread: Tensor, shares: Tensor, penalty: Tensor, gradient: Tensor, tolerance: float
+) -> Tensor:
     """-H^-1 gradient by preconditioned conjugate gradients, until the residual's square is `tolerance` of the first."""
     scale = 1 / (float((shares * (1 - shares)).mean()) * spread + penalty).clamp(min=1e-300)
     step, residual = torch.zeros_like(gradient), -gradient

@@ -20,7 +20,9 @@ FOLDS = 5
 
 
 def knn_predict(bank: Tensor, labels: Tensor, queries: Tensor, classes: int, k: int = KNN_K) -> Tensor:
-    """DINO's weighted vote: each of the k most cosine-similar bank rows votes exp(cos / 0.07). bank (N, D), labels (N,). Returns (M,)."""
+    """DINO's weighted vote: each of the k most cosine-similar bank rows votes exp(cos / 0.07). bank (N, D), labels
+    (N,). Returns (M,).
+    """
     similar, indices = nearest_neighbours(queries, bank, min(k, len(bank)))
     votes = torch.zeros(len(queries), classes).scatter_add_(1, labels[indices], torch.exp(similar / KNN_TEMPERATURE))
     return votes.argmax(1)
@@ -28,7 +30,9 @@ def knn_predict(bank: Tensor, labels: Tensor, queries: Tensor, classes: int, k: 
 
 @dataclass(frozen=True)
 class LinearHead:
-    """logits = features @ weight.T + bias on raw features. weight: (C, D); bias: (C,); strength: the L2 penalty that was chosen."""
+    """logits = features @ weight.T + bias on raw features. weight: (C, D); bias: (C,); strength: the L2 penalty that
+    was chosen.
+    """
 
     weight: Tensor
     bias: Tensor
@@ -43,11 +47,14 @@ class LinearHead:
         return self.logits(features).argmax(1)
 
 
-def fit_linear(features: Tensor, labels: Tensor, classes: int, seed: int = 0, groups: Tensor | None = None) -> LinearHead:
-    """Multinomial logistic regression on standardised features; its L2 strength by `choose_strength`, then all rows are used.
+def fit_linear(
+    features: Tensor, labels: Tensor, classes: int, seed: int = 0, groups: Tensor | None = None
+) -> LinearHead:
+    """Multinomial logistic regression on standardised features; its L2 strength by `choose_strength`, then all rows are
+    used.
 
-    features: (N, D) raw; labels: (N,); groups: as in `folds`. The test set is not seen here, so it cannot be chosen on. Fitted in float64, then rounded
-    to float32: what is judged is what a device gets.
+    features: (N, D) raw; labels: (N,); groups: as in `folds`. The test set is not seen here, so it cannot be chosen on.
+    Fitted in float64, then rounded to float32: what is judged is what a device gets.
     """
     raw = features.double()
     mean = raw.mean(0)
@@ -61,9 +68,11 @@ def fit_linear(features: Tensor, labels: Tensor, classes: int, seed: int = 0, gr
 
 
 def choose_strength(rows: logistic.Rows, labels: Tensor, classes: int, fold: Tensor) -> float:
-    """The strongest L2 penalty whose cross-validated accuracy is within one standard error of the best (Breiman et al. 1984, the one-SE rule).
+    """The strongest L2 penalty whose cross-validated accuracy is within one standard error of the best (Breiman et al.
+    1984, the one-SE rule).
 
-    labels, fold: (N,). From strong to weak, each fit from the last one's solution, until two in a row have not gained a standard error on the best.
+    labels, fold: (N,). From strong to weak, each fit from the last one's solution, until two in a row have not gained a
+    standard error on the best.
     """
     found: dict[float, float] = {}
     starts: dict[int, Tensor] = {}
@@ -73,7 +82,9 @@ def choose_strength(rows: logistic.Rows, labels: Tensor, classes: int, fold: Ten
         for number in fold.unique().tolist():
             kept, held = fold != number, fold == number
             if kept.any():  # of a single row there is nothing to choose by
-                starts[number] = logistic.fit(rows.z[kept], rows.spread, labels[kept], classes, strength, starts.get(number), exact=False)
+                starts[number] = logistic.fit(
+                    rows.z[kept], rows.spread, labels[kept], classes, strength, starts.get(number), exact=False
+                )
                 right += int(((rows.z[held] @ starts[number].T).argmax(1) == labels[held]).sum())
         found[strength] = share = right / len(labels)
         idle = 0 if share > best + error else idle + 1
@@ -85,12 +96,15 @@ def choose_strength(rows: logistic.Rows, labels: Tensor, classes: int, fold: Ten
 
 
 def grid_end(strength: float) -> str:
-    """ "strongest" or "weakest" where a chosen penalty is the last of the grid on that side, so that one beyond it might have done better; else ""."""
+    """ "strongest" or "weakest" where a chosen penalty is the last of the grid on that side, so that one beyond it
+    might have done better; else "".
+    """
     return {max(L2_STRENGTHS): "strongest", min(L2_STRENGTHS): "weakest"}.get(strength, "")
 
 
 def folds(labels: Tensor, count: int, groups: Tensor | None = None, seed: int = 0) -> Tensor:
-    """Fold (N,), 0 to count - 1, of each row: each class spread as evenly as it can be, rows of one group (copies of one picture) together.
+    """Fold (N,), 0 to count - 1, of each row: each class spread as evenly as it can be, rows of one group (copies of
+    one picture) together.
 
     labels, groups: (N,); groups None: every row for itself. The same rows give the same folds.
     """
@@ -121,7 +135,9 @@ def balanced_accuracy(predicted: Tensor, labels: Tensor) -> float:
 
 
 def auc(scores: Tensor, positive: Tensor) -> float:
-    """Area under the ROC curve: how often a positive outscores a negative, ties half. scores: (N,); positive: (N,) bool."""
+    """Area under the ROC curve: how often a positive outscores a negative, ties half. scores: (N,); positive: (N,)
+    bool.
+    """
     rank = ranks(scores)
     many, few = int(positive.sum()), int((~positive).sum())
     if not many or not few:
@@ -130,7 +146,8 @@ def auc(scores: Tensor, positive: Tensor) -> float:
 
 
 def neighbour_recall(teacher: tuple[Tensor, Tensor], student: tuple[Tensor, Tensor], k: int = 0) -> float:
-    """Share of the teacher's k nearest gallery images of each query that are also the student's. Each argument: (queries (M, D), gallery (N, D)).
+    """Share of the teacher's k nearest gallery images of each query that are also the student's. Each argument:
+    (queries (M, D), gallery (N, D)).
 
     k: 0 for `recall_k`. Raises BingoError where the gallery is too small for one.
     """
@@ -142,14 +159,17 @@ def neighbour_recalls(teacher: tuple[Tensor, Tensor], student: tuple[Tensor, Ten
     k = k or recall_k(len(teacher[1]))
     if not 0 < k <= len(teacher[1]):
         raise BingoError(
-            f"neighbour recall: expected a gallery of {max(k, RECALL_SHARE)} images or more, found {len(teacher[1])}; add images"
+            f"neighbour recall: expected a gallery of {max(k, RECALL_SHARE)} images or more, found {len(teacher[1])};"
+            " add images"
         )
     wanted, found = (nearest_neighbours(*pair, k)[1] for pair in (teacher, student))
     return (wanted[:, :, None] == found[:, None, :]).any(2).double().mean(1)
 
 
 def gap_closed(low: float, value: float, high: float) -> float:
-    """How far `value` got from `low` (random weights) towards `high` (teacher), as a share; NaN where there is no gap."""
+    """How far `value` got from `low` (random weights) towards `high` (teacher), as a share; NaN where there is no
+    gap.
+    """
     return (value - low) / (high - low) if high != low else float("nan")
 
 

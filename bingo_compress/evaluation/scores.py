@@ -1,4 +1,6 @@
-"""What `validate` measures on features: every figure with its 95% interval, classes, few labels, two students, the bags' purity."""
+"""What `validate` measures on features: every figure with its 95% interval, classes, few labels, two students, the
+bags' purity.
+"""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -27,7 +29,8 @@ class Sides:
     """Bank and test images as every model sees them.
 
     bank, queries: features (N, D) and (M, D) by model; labels, query_labels: (N,) and (M,), positions in `classes`.
-    places, query_places: which files of bank_folder and query_folder the N and M rows are; groups: (N,) as `copies` tells them.
+    places, query_places: which files of bank_folder and query_folder the N and M rows are; groups: (N,) as `copies`
+    tells them.
     """
 
     classes: list[str]
@@ -43,7 +46,9 @@ class Sides:
 
 
 def scores(name: str, sides: Sides, head: probes.LinearHead) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(the figures of one model, whether kNN and linear were right on each query, bool (M,)); no recall where the bank is too small for one."""
+    """(the figures of one model, whether kNN and linear were right on each query, bool (M,)); no recall where the bank
+    is too small for one.
+    """
     bank, queries, labels, classes = sides.bank[name], sides.queries[name], sides.query_labels, len(sides.classes)
     predicted = head.predict(queries)
     right = {"knn": probes.knn_predict(bank, sides.labels, queries, classes) == labels, "linear": predicted == labels}
@@ -57,7 +62,9 @@ def scores(name: str, sides: Sides, head: probes.LinearHead) -> tuple[dict[str, 
         # Not a softmax: where that rounds to 1, a sure answer and a surer one would be equal.
         logits, positive = head.logits(queries), labels == 0
         found["linear_auc"] = probes.auc(logits[:, 0] - logits[:, 1], positive)
-        found["linear_auc_interval"] = intervals.area_interval(found["linear_auc"], int(positive.sum()), int((~positive).sum()))
+        found["linear_auc_interval"] = intervals.area_interval(
+            found["linear_auc"], int(positive.sum()), int((~positive).sum())
+        )
     if neighbours.recall_k(len(bank)):
         each = probes.neighbour_recalls((sides.queries["teacher"], sides.bank["teacher"]), (queries, bank))
         found |= {"neighbour_recall": float(each.mean()), "neighbour_recall_interval": intervals.mean_interval(each)}
@@ -76,26 +83,33 @@ def embedded(
     what: str,
     keep: extract.Keep | None = None,
 ) -> tuple[dict[str, Tensor], Tensor, list[int]]:
-    """(features by model, labels as positions in `classes`, which files) of the images of a labelled folder that can be decoded; says how many cannot.
+    """(features by model, labels as positions in `classes`, which files) of the images of a labelled folder that can be
+    decoded; says how many cannot.
 
     keep: as in `embed.plain`.
     """
     features, good = extract.plain(models, folder, range(len(folder.files)), what, keep)
     if len(good) < len(folder.files) or folder.bad:
         console.say(
-            f"{len(folder.files) - len(good) + len(folder.bad):,} files in {folder.root} cannot be used and are left out; `bingo-compress check` names them"
+            f"{len(folder.files) - len(good) + len(folder.bad):,} files in {folder.root} cannot be used and are left"
+            " out; `bingo-compress check` names them"
         )
     names, labels = labels_of(folder)
     return features, torch.tensor([classes.index(names[labels[index]]) for index in good]), good
 
 
-def again(models: Mapping[str, tuple[Preprocessing, extract.Embed]], folder: Folder, places: Sequence[int], what: str) -> dict[str, Tensor]:
-    """Features by model of images that could be decoded before. Raises BingoError where one cannot be now: all rows after it would have another's label."""
+def again(
+    models: Mapping[str, tuple[Preprocessing, extract.Embed]], folder: Folder, places: Sequence[int], what: str
+) -> dict[str, Tensor]:
+    """Features by model of images that could be decoded before. Raises BingoError where one cannot be now: all rows
+    after it would have another's label.
+    """
     features, good = extract.plain(models, folder, places, what)
     if len(good) < len(places):
         lost = folder.files[next(index for index in places if index not in set(good))]
         raise BingoError(
-            f"{folder.root / lost} could be read before and cannot be now; bring it back, or start the command again without it"
+            f"{folder.root / lost} could be read before and cannot be now; bring it back, or start the command again"
+            " without it"
         )
     return features
 
@@ -107,7 +121,8 @@ def sides(
     classes: list[str],
     keep: extract.Keep | None = None,
 ) -> Sides:
-    """Every labelled image embedded by every model; without a test folder a quarter of each class of the bank is set aside, exact copies on one side.
+    """Every labelled image embedded by every model; without a test folder a quarter of each class of the bank is set
+    aside, exact copies on one side.
 
     keep: as in `embedded`.
     """
@@ -115,15 +130,29 @@ def sides(
     groups = copies(bank_folder.only(places))
     if len(groups.unique()) < len(groups):
         console.say(
-            f"{len(groups) - len(groups.unique()):,} labelled images are exact copies of others; copies stay on one side of every split"
+            f"{len(groups) - len(groups.unique()):,} labelled images are exact copies of others; copies stay on one"
+            " side of every split"
         )
     if test_folder:
         queries, query_labels, query_places = embedded(models, test_folder, classes, "embed test images", keep)
-        return Sides(classes, bank, labels, bank_folder, places, queries, query_labels, test_folder, query_places, groups)
+        return Sides(
+            classes, bank, labels, bank_folder, places, queries, query_labels, test_folder, query_places, groups
+        )
     chosen = _quarter(labels, groups)
     queries, bank = ({name: rows[part] for name, rows in bank.items()} for part in (chosen, ~chosen))
     query_places, places = (torch.tensor(places)[part].tolist() for part in (chosen, ~chosen))
-    return Sides(classes, bank, labels[~chosen], bank_folder, places, queries, labels[chosen], bank_folder, query_places, groups[~chosen])
+    return Sides(
+        classes,
+        bank,
+        labels[~chosen],
+        bank_folder,
+        places,
+        queries,
+        labels[chosen],
+        bank_folder,
+        query_places,
+        groups[~chosen],
+    )
 
 
 def copies(folder: Folder) -> Tensor:
@@ -133,7 +162,9 @@ def copies(folder: Folder) -> Tensor:
 
 
 def refuse_shared(bank: Folder, test: Folder, option: str) -> None:
-    """Raise BingoError if images of `test` (--test) are, by content, also in `bank` (given by `option`): they would be found, not recognised."""
+    """Raise BingoError if images of `test` (--test) are, by content, also in `bank` (given by `option`): they would be
+    found, not recognised.
+    """
     names = dict(zip(bank.digests, bank.files, strict=True))
     shared = [(name, names[digest]) for name, digest in zip(test.files, test.digests, strict=True) if digest in names]
     if shared:
@@ -144,7 +175,9 @@ def refuse_shared(bank: Folder, test: Folder, option: str) -> None:
 
 
 def trained_on(bags: Path, folder: Folder) -> int | None:
-    """How many images of a folder are, by content, among those that a run was trained on, without labels; None where the run does not say. bags: the run's."""
+    """How many images of a folder are, by content, among those that a run was trained on, without labels; None where
+    the run does not say. bags: the run's.
+    """
     facts = checkpoint.load(bags)[1]
     with made_by("distill", bags):
         listed = facts.get("digests")  # earlier versions kept paths
@@ -156,7 +189,8 @@ def trained_on(bags: Path, folder: Folder) -> int | None:
 
 
 def _quarter(labels: Tensor, groups: Tensor) -> Tensor:
-    """A quarter of each class, at random but always the same, as the test set; exact copies (equal groups, (N,)) stay together.
+    """A quarter of each class, at random but always the same, as the test set; exact copies (equal groups, (N,)) stay
+    together.
 
     Returns bool (N,). Raises BingoError for a class of which not one image can be tested on and another kept.
     """
@@ -174,18 +208,26 @@ def _quarter(labels: Tensor, groups: Tensor) -> Tensor:
     for label in labels.unique():
         if len(set(chosen[labels == label].tolist())) < 2:
             raise BingoError(
-                "--data: expected at least two different images in every class, so that one can be tested on; add images or give --test"
+                "--data: expected at least two different images in every class, so that one can be tested on; add"
+                " images or give --test"
             )
     return chosen
 
 
 def by_class(predicted: Tensor, sides: Sides) -> dict[str, Any]:
-    """Per class: test images, share found, and the class it is most often taken for; and the confusion matrix, rows the truth."""
+    """Per class: test images, share found, and the class it is most often taken for; and the confusion matrix, rows the
+    truth.
+    """
     classes, labels = sides.classes, sides.query_labels
     counts = intervals.confusion(predicted, labels, len(classes))
     entries: list[dict[str, Any]] = []
     for index, accuracy in enumerate(intervals.per_class(counts)):
-        entry: dict[str, Any] = {"class": classes[index], "images": int(counts[index].sum()), "accuracy": accuracy, "mistaken_for": None}
+        entry: dict[str, Any] = {
+            "class": classes[index],
+            "images": int(counts[index].sum()),
+            "accuracy": accuracy,
+            "mistaken_for": None,
+        }
         if accuracy is not None:
             entry["accuracy_interval"] = intervals.share_interval(predicted[labels == index] == index)
         others = counts[index].clone()
@@ -197,7 +239,9 @@ def by_class(predicted: Tensor, sides: Sides) -> dict[str, Any]:
 
 
 def gap_closed(low: Tensor, value: Tensor, high: Tensor) -> dict[str, Any]:
-    """How far a model got from `low` to `high`, each right or wrong on the same queries (M,); nothing where there is hardly a gap."""
+    """How far a model got from `low` to `high`, each right or wrong on the same queries (M,); nothing where there is
+    hardly a gap.
+    """
     if float(high.double().mean() - low.double().mean()) < LEAST_GAP:
         return {}
 
@@ -208,7 +252,9 @@ def gap_closed(low: Tensor, value: Tensor, high: Tensor) -> dict[str, Any]:
 
 
 def few_labels(name: str, sides: Sides, spec: str) -> dict[str, Any]:
-    """The linear probe of one model on a part of the labels: mean and spread over SUBSETS draws of the part, interval over the queries."""
+    """The linear probe of one model on a part of the labels: mean and spread over SUBSETS draws of the part, interval
+    over the queries.
+    """
     right = []
     for seed in range(SUBSETS):
         chosen = finetune.subset(sides.labels, spec, seed)
@@ -216,7 +262,11 @@ def few_labels(name: str, sides: Sides, spec: str) -> dict[str, Any]:
         head = probes.fit_linear(sides.bank[name][chosen], sides.labels[chosen], len(sides.classes), groups=groups)
         right.append(head.predict(sides.queries[name]) == sides.query_labels)
     _, spread = intervals.mean_and_spread([float(each.double().mean()) for each in right])
-    return {"images": len(chosen)} | with_interval("linear", torch.stack(right).double().mean(0)) | {"linear_spread": spread}
+    return (
+        {"images": len(chosen)}
+        | with_interval("linear", torch.stack(right).double().mean(0))
+        | {"linear_spread": spread}
+    )
 
 
 def compared(a: Tensor, b: Tensor) -> dict[str, Any]:
@@ -232,7 +282,9 @@ def compared(a: Tensor, b: Tensor) -> dict[str, Any]:
 
 
 def bag_purity(file: Path, labelled: Folder) -> dict[str, Any]:
-    """Share of (anchor, mate) pairs of a run's bags with the same label, of those that `labelled` has both labels for; nothing where it has none."""
+    """Share of (anchor, mate) pairs of a run's bags with the same label, of those that `labelled` has both labels for;
+    nothing where it has none.
+    """
     tensors, facts = checkpoint.load(file)
     known = dict(zip(labelled.digests, labels_of(labelled)[1], strict=True))
     with made_by("distill", file):
@@ -248,6 +300,8 @@ def bag_purity(file: Path, labelled: Folder) -> dict[str, Any]:
     each = torch.bincount(labels[labels >= 0]).double()
     return {
         "bag_purity": float(same.sum() / counts.sum()),
-        "bag_purity_interval": intervals.interval(lambda drawn: float(same[drawn].sum() / counts[drawn].sum()), len(same)),
+        "bag_purity_interval": intervals.interval(
+            lambda drawn: float(same[drawn].sum() / counts[drawn].sum()), len(same)
+        ),
         "bag_purity_chance": float((each * (each - 1)).sum() / (each.sum() * (each.sum() - 1))),
     }

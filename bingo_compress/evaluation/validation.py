@@ -1,4 +1,6 @@
-"""The proof of a finished run: teacher, student, its start, random weights and the exported file, on a folder of labelled images."""
+"""The proof of a finished run: teacher, student, its start, random weights and the exported file, on a folder of
+labelled images.
+"""
 
 import json
 import re
@@ -43,14 +45,17 @@ def validate(
     against: Path | None = None,
     require: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Probe every model of a run. data: the labelled bank; test: labelled queries, or None to set a quarter of each class of `data` aside.
+    """Probe every model of a run. data: the labelled bank; test: labelled queries, or None to set a quarter of each
+    class of `data` aside.
 
-    shots: parts of the labels, such as "1%,10%,5", to probe with as well and, with fine_tune, to fine-tune on; literature: the linear probe with
-    augmentation too; against: another finished run, whose student is compared on the same images; require: "linear=0.6" and the like. Returns and
-    writes to RUN/validation.json and json_file {"protocol": ..., "rows": ...}, every figure with a 95% interval; the row of a file names its sha256. Saves
-    a linear head and a bank beside each exported file for the edge kit. Of several processes each embeds its share of the images; the first does the
-    rest. Raises BingoError, with exit status 3, when all is written, where an exported file (without any: the student) is below a figure that `require`
-    names; before anything is embedded, where one was exported from another student than the run's.
+    shots: parts of the labels, such as "1%,10%,5", to probe with as well and, with fine_tune, to fine-tune on;
+    literature: the linear probe with augmentation too; against: another finished run, whose student is compared on the
+    same images; require: "linear=0.6" and the like. Returns and writes to RUN/validation.json and json_file
+    {"protocol": ..., "rows": ...}, every figure with a 95% interval; the row of a file names its sha256. Saves a linear
+    head and a bank beside each exported file for the edge kit. Of several processes each embeds its share of the
+    images; the first does the rest. Raises BingoError, with exit status 3, when all is written, where an exported file
+    (without any: the student) is below a figure that `require` names; before anything is embedded, where one was
+    exported from another student than the run's.
     """
     least = parse_required(require)
     specs = finetune.parse_shots(shots) if shots else []
@@ -86,7 +91,9 @@ def validate(
         encoders["against"] = load_student(saved_recipe(other), other.student)
         models["against"] = extract.as_embed(encoders["against"], where)
     made_from = {name: weights_digest(encoder) for name, encoder in encoders.items()}
-    keep = extract.Keep(run.work, "proof", made_from | {name: contract["sha256"] for name, contract in contracts.items()})
+    keep = extract.Keep(
+        run.work, "proof", made_from | {name: contract["sha256"] for name, contract in contracts.items()}
+    )
     distributed.from_first(lambda: run_dir.drop_stale(run.work, "proof", {keep.folder.name}))
     sides = scores.sides(models, bank_folder, test_folder, classes, keep)
 
@@ -95,10 +102,15 @@ def validate(
         heads: dict[str, probes.LinearHead] = {}
         right: dict[str, dict[str, Tensor]] = {}
         for name in models:
-            # The float file has the student's own head: one fitted anew on features that differ by rounding may end elsewhere. Where a file sees pictures
-            # otherwise, and in int8, the features are others, and the head that the device will have is fitted on those.
+            # The float file has the student's own head: one fitted anew on features that differ by rounding may end
+            # elsewhere. Where a file sees pictures otherwise, and in int8, the features are others, and the head that
+            # the device will have is fitted on those.
             own = name == "onnx" and models[name][0] == models["student"][0]
-            heads[name] = heads["student"] if own else probes.fit_linear(sides.bank[name], sides.labels, len(classes), groups=sides.groups)
+            heads[name] = (
+                heads["student"]
+                if own
+                else probes.fit_linear(sides.bank[name], sides.labels, len(classes), groups=sides.groups)
+            )
             found, right[name] = scores.scores(name, sides, heads[name])
             if name == "student" or name in contracts:
                 found |= scores.by_class(heads[name].predict(sides.queries[name]), sides)
@@ -109,19 +121,36 @@ def validate(
                 source = {key: contracts[name][key] for key in ("file", "sha256")}
             rows.append({"name": name, **source, **found})
         by_name = {row["name"]: row for row in rows}
-        by_name["student"] |= scores.gap_closed(right["random"]["linear"], right["student"]["linear"], right["teacher"]["linear"])
+        by_name["student"] |= scores.gap_closed(
+            right["random"]["linear"], right["student"]["linear"], right["teacher"]["linear"]
+        )
         if fine_tune or literature:
             _train_with_labels(by_name, trainable, sides, specs if fine_tune else [], literature, run, where)
 
-        result: dict[str, Any] = {"protocol": _protocol(sides, test_folder, specs, fine_tune, literature, against), "rows": rows}
+        result: dict[str, Any] = {
+            "protocol": _protocol(sides, test_folder, specs, fine_tune, literature, against),
+            "rows": rows,
+        }
         if against:
-            result["paired"] = {key: scores.compared(right["student"][key], right["against"][key]) for key in ("knn", "linear")}
+            result["paired"] = {
+                key: scores.compared(right["student"][key], right["against"][key]) for key in ("knn", "linear")
+            }
         if run.bags.exists():
             result |= scores.bag_purity(run.bags, bank_folder)
-            result["protocol"]["test_images_trained_on"] = scores.trained_on(run.bags, sides.query_folder.only(sides.query_places))
+            result["protocol"]["test_images_trained_on"] = scores.trained_on(
+                run.bags, sides.query_folder.only(sides.query_places)
+            )
         paths = [bank_folder.files[place] for place in sides.places]
         for name, contract in contracts.items():
-            save_heads(run.export / contract["file"], contract["sha256"], heads[name], sides.bank[name], sides.labels, classes, paths)
+            save_heads(
+                run.export / contract["file"],
+                contract["sha256"],
+                heads[name],
+                sides.bank[name],
+                sides.labels,
+                classes,
+                paths,
+            )
         for file in filter(None, (run.validation, json_file)):
             run_dir.write_text(file, _json(result))
         run_dir.drop_stale(run.work, "proof", set())
@@ -151,7 +180,9 @@ def parse_required(words: Sequence[str]) -> dict[str, float]:
 
 
 def _refuse_under(least: dict[str, float], rows: Sequence[dict[str, Any]], bank: int) -> None:
-    """Of what goes to devices: every exported file, or the student where there is none yet. bank: how many images recall's neighbours are found among."""
+    """Of what goes to devices: every exported file, or the student where there is none yet. bank: how many images
+    recall's neighbours are found among.
+    """
     if not least:
         return
     if rows[0]["name"] == "student":
@@ -160,26 +191,34 @@ def _refuse_under(least: dict[str, float], rows: Sequence[dict[str, Any]], bank:
     under = []
     for row in rows:
         missed = [
-            f"{key} {row[key]:.4f} (at least {value:g}{notes.get(key, '')})"
-            if key in row
-            else f"{key} not measured (the bank of {bank:,} is too small)"
+            (
+                f"{key} {row[key]:.4f} (at least {value:g}{notes.get(key, '')})"
+                if key in row
+                else f"{key} not measured (the bank of {bank:,} is too small)"
+            )
             for key, value in least.items()
             if not row.get(key, -1.0) >= value
         ]
         under += [f"{row.get('file', 'the student')} with {', '.join(missed)}"] if missed else []
     if not under and "neighbour_recall" in least and least["neighbour_recall"] <= chance:
-        under = [f"neighbour_recall={least['neighbour_recall']:g} asks for no more than what is found by chance, {chance:.3f}"]
+        under = [
+            f"neighbour_recall={least['neighbour_recall']:g} asks for no more than what is found by chance,"
+            f" {chance:.3f}"
+        ]
     if under:
         raise BingoError(f"--require: below what is asked for: {'; '.join(under)}", 3)
 
 
 def _contract(file: Path, student: str) -> dict[str, Any]:
-    """What an exported file says of itself. student: digest of the run's student's weights, of which the file must be. Raises BingoError."""
+    """What an exported file says of itself. student: digest of the run's student's weights, of which the file must be.
+    Raises BingoError.
+    """
     contract = exported.contract(file)
     if contract.get("student_weights") != student:
         found = str(contract.get("student_weights", "one that does not say of which, as earlier versions wrote"))[:80]
         raise BingoError(
-            f"{file}: expected a file exported from the run's student (weights {student}), found {found}; export again, or delete the file"
+            f"{file}: expected a file exported from the run's student (weights {student}), found {found}; export again,"
+            " or delete the file"
         )
     return contract
 
@@ -213,17 +252,23 @@ def _train_with_labels(
     run: run_dir.RunDir,
     device: torch.device,
 ) -> None:
-    """Add what costs training on pixels to the rows of `encoders`: fine-tuning on each of `specs`, and the literature's linear protocol."""
+    """Add what costs training on pixels to the rows of `encoders`: fine-tuning on each of `specs`, and the literature's
+    linear protocol.
+    """
     work = run.work / "labelled"  # of its own: building a store deletes the others of its folder
     work.mkdir(parents=True, exist_ok=True)
     classes = len(sides.classes)
-    store, stored = pixel_store.build(sides.bank_folder, pixel_store.store_side(encoders["student"].preprocessing.size, 0), work, device)
+    store, stored = pixel_store.build(
+        sides.bank_folder, pixel_store.store_side(encoders["student"].preprocessing.size, 0), work, device
+    )
     place = {path: position for position, path in enumerate(stored.files)}
     bank = torch.tensor([place[sides.bank_folder.files[index]] for index in sides.places])
     tuned: dict[str, tuple[Preprocessing, extract.Embed]] = {}
     for name, encoder in encoders.items():
         if literature:
-            head = finetune.linear_with_augmentation(encoder, store, bank, sides.labels, classes, device, what=f"linear, augmented: {name}")
+            head = finetune.linear_with_augmentation(
+                encoder, store, bank, sides.labels, classes, device, what=f"linear, augmented: {name}"
+            )
             rows[name] |= scores.with_interval("literature", head.predict(sides.queries[name]) == sides.query_labels)
         for spec in specs:
             chosen = finetune.subset(sides.labels, spec, 0)
@@ -231,23 +276,37 @@ def _train_with_labels(
             predict = finetune.fine_tune(encoder, store, bank[chosen], sides.labels[chosen], classes, device, what=what)
             tuned[f"{spec}: {name}"] = encoder.preprocessing, predict
     if tuned:
-        for which, predicted in scores.again(tuned, sides.query_folder, sides.query_places, "test the fine-tuned").items():
+        for which, predicted in scores.again(
+            tuned, sides.query_folder, sides.query_places, "test the fine-tuned"
+        ).items():
             spec, name = which.split(": ")
             rows[name]["shots"][spec] |= scores.with_interval("fine_tuned", predicted == sides.query_labels)
 
 
 def _json(result: dict[str, Any]) -> str:
     """Readable JSON: a list of plain numbers, such as a row of a confusion matrix, on one line."""
-    return re.sub(r"\[\n[\d\s.,eE+-]+\]", lambda found: f"[{' '.join(found[0][1:-1].split())}]", json.dumps(result, indent=2)) + "\n"
+    return (
+        re.sub(
+            r"\[\n[\d\s.,eE+-]+\]", lambda found: f"[{' '.join(found[0][1:-1].split())}]", json.dumps(result, indent=2)
+        )
+        + "\n"
+    )
 
 
 def save_heads(
     file: Path, sha256: str, head: probes.LinearHead, bank: Tensor, labels: Tensor, classes: list[str], paths: list[str]
 ) -> None:
-    """STEM.linear.npz and STEM.bank.npz beside the exported file of that sha256, for `bingo-edge classify`: arrays only, no pickle."""
+    """STEM.linear.npz and STEM.bank.npz beside the exported file of that sha256, for `bingo-edge classify`: arrays
+    only, no pickle.
+    """
     names, whose = np.array(classes), np.array(sha256)
     contents = {
-        exported.LINEAR: {"model_sha256": whose, "weight": head.weight.numpy(), "bias": head.bias.numpy(), "classes": names},
+        exported.LINEAR: {
+            "model_sha256": whose,
+            "weight": head.weight.numpy(),
+            "bias": head.bias.numpy(),
+            "classes": names,
+        },
         exported.BANK: {
             "model_sha256": whose,
             "embeddings": probes.normalised(bank).half().numpy(),

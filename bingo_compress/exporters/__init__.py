@@ -1,1 +1,1 @@
-"""Formats a student is exported to: one file each, each ending in a parity check."""
+"""The student as files for a device, each ending in a check against torch."""

@@ -31,7 +31,10 @@ GALLERY_LEAST = 256
 LEAST_INT8 = 12  # images, calibration and gallery together
 COPIES, COPIES_INT8 = 3, 8  # of the weights that are on the disk at once, at most
 TIMED = 100  # runs of each file, for the model card
-WAYS = "try --finetune, a larger --image-size, or a student that quantises well (EfficientNet-Lite, MobileNetV4-conv, ResNet)"
+WAYS = (
+    "try --finetune, a larger --image-size, or a student that quantises well (EfficientNet-Lite, MobileNetV4-conv,"
+    " ResNet)"
+)
 
 
 def export(
@@ -49,18 +52,22 @@ def export(
     max_loss: float = gate.MAX_LOSS,
     finetune: bool = False,
 ) -> list[Path]:
-    """Export the student of a run: student.onnx, proven on IMAGES of the user's own images, and student-int8.onnx, judged on GALLERY others. Returns the files.
+    """Export the student of a run: student.onnx, proven on IMAGES of the user's own images, and student-int8.onnx,
+    judged on GALLERY others. Returns the files.
 
-    out: folder, default RUN/export; data: where the images are now, default where they were; labels, test: labelled folders on which int8 may lose at most
-    `max_loss` points against float. What is in the folder of another export is removed: a file with what belongs to it, and an int8 file that was made
-    of another float file than the one that is there, or is refused. Raises BingoError; with exit status 3 where a file is not the same model, and then
-    it is not there.
+    out: folder, default RUN/export; data: where the images are now, default where they were; labels, test: labelled
+    folders on which int8 may lose at most `max_loss` points against float. What is in the folder of another export is
+    removed: a file with what belongs to it, and an int8 file that was made of another float file than the one that is
+    there, or is refused. Raises BingoError; with exit status 3 where a file is not the same model, and then it is not
+    there.
     """
     wanted = form(profile, batch, opset)
     if fmt not in FORMATS:
         raise BingoError(f"--format: expected {', '.join(FORMATS)}, found {fmt!r}")
     if fmt == "onnx" and (labels or finetune):
-        raise BingoError(f"{'--labels' if labels else '--finetune'}: expected --format onnx-int8 or all beside it, found onnx")
+        raise BingoError(
+            f"{'--labels' if labels else '--finetune'}: expected --format onnx-int8 or all beside it, found onnx"
+        )
     if test and not labels:
         raise BingoError("--test: expected --labels beside it, found none")
     labelled = gate.open_labelled(labels, test) if labels else None
@@ -78,18 +85,28 @@ def export(
     if fmt != "onnx" and len(pixels) < LEAST_INT8:
         more = " (half of the folder, the other is for --finetune)" if finetune else ""
         raise BingoError(
-            f"--format {fmt}: expected at least {LEAST_INT8} images to quantise and judge by, found {len(pixels)}{more}; add images"
+            f"--format {fmt}: expected at least {LEAST_INT8} images to quantise and judge by, found"
+            f" {len(pixels)}{more}; add images"
         )
     target = (out or run.export) / exported.NAMES["onnx"]
     int8_target = target.with_name(exported.NAMES["onnx-int8"])
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BingoError(f"--out: {target.parent} cannot be made ({error.strerror}); name a folder you may write to") from None
+        raise BingoError(
+            f"--out: {target.parent} cannot be made ({error.strerror}); name a folder you may write to"
+        ) from None
     weights = sum(value.nbytes for value in student.backbone.state_dict().values())
-    run_dir.need_space(target.parent, (COPIES if fmt == "onnx" else COPIES_INT8) * weights, "the export with its working files")
+    run_dir.need_space(
+        target.parent, (COPIES if fmt == "onnx" else COPIES_INT8) * weights, "the export with its working files"
+    )
     summary = run_dir.read_json("distill", run.summary)
-    facts = {"version": __version__, "run_id": summary.get("run_id", ""), "student": recipe.student, "teacher": recipe.teacher}
+    facts = {
+        "version": __version__,
+        "run_id": summary.get("run_id", ""),
+        "student": recipe.student,
+        "teacher": recipe.teacher,
+    }
     facts["student_weights"] = exported.weights_digest(run.student)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as folder_name:
         work = Path(folder_name)
@@ -106,7 +123,10 @@ def export(
                 return work / "tuned.onnx"
 
             try:
-                _put(_int8(float_file, _calibrating(pixels), wanted, work, judges, tuned if finetune else None), int8_target)
+                _put(
+                    _int8(float_file, _calibrating(pixels), wanted, work, judges, tuned if finetune else None),
+                    int8_target,
+                )
             except BingoError as error:
                 if error.exit_status == REFUSED:
                     exported.drop(int8_target, "what was to take its place is refused")
@@ -115,7 +135,8 @@ def export(
     _close(run, target.parent)
     files = {"onnx": [target], "onnx-int8": [int8_target], "all": [target, int8_target]}[fmt]
     console.say(
-        f"next: bingo-edge selftest {files[-1]}; bingo-edge embed {files[-1]} PHOTOS   (or bingo-compress validate --run {run.path} --data LABELLED_FOLDER)"
+        f"next: bingo-edge selftest {files[-1]}; bingo-edge embed {files[-1]} PHOTOS   (or bingo-compress validate"
+        f" --run {run.path} --data LABELLED_FOLDER)"
     )
     return files
 
@@ -134,7 +155,8 @@ def _export_float(student: Encoder, pixels: Tensor, target: Path, facts: dict[st
     console.say(f"exporting {facts['student']} ({student.preprocessing.size} px) to ONNX ...")
     parity = export_onnx(student, pixels, target, facts, wanted)["parity"]
     console.say(
-        f"onnxruntime equals torch on {parity['images']} of your images: largest difference {parity['max_difference']:.1g}, smallest cosine {parity['min_cosine']:.6f}"
+        f"onnxruntime equals torch on {parity['images']} of your images: largest difference"
+        f" {parity['max_difference']:.1g}, smallest cosine {parity['min_cosine']:.6f}"
     )
     return target
 
@@ -152,8 +174,8 @@ def _say_file(target: Path, contract: dict[str, Any]) -> None:
     onnx = contract["onnx"]
     batch = "dynamic batch" if onnx["batch"] == "dynamic" else f"batch {onnx['batch']}"
     console.say(
-        f"{target}: {console.size(contract['bytes'])}, opset {onnx['opset']}, IR {onnx['ir_version']}, {batch}, uint8 in; "
-        f"{target.with_suffix(exported.CONTRACT)} says the rest"
+        f"{target}: {console.size(contract['bytes'])}, opset {onnx['opset']}, IR {onnx['ir_version']}, {batch}, uint8"
+        f" in; {target.with_suffix(exported.CONTRACT)} says the rest"
     )
 
 
@@ -166,7 +188,9 @@ def _gallery(pixels: Tensor) -> Tensor:
     """The images that an int8 file is judged on: none that its ranges are found on."""
     rest = pixels[len(_calibrating(pixels)) :]
     if len(rest) < GALLERY_LEAST:
-        console.say(f"int8 is judged on {len(rest)} images (expected {GALLERY_LEAST} or more): there are no more to spare")
+        console.say(
+            f"int8 is judged on {len(rest)} images (expected {GALLERY_LEAST} or more): there are no more to spare"
+        )
     return rest
 
 
@@ -175,11 +199,14 @@ def _folder(work: Path, name: str) -> Path:
     return work / name
 
 
-def _int8(float_file: Path, calibration: Tensor, wanted: Form, work: Path, judges: gate.Gate, tuned: Callable[[], Path] | None) -> Path:
-    """The first int8 file on the ladder that passes the gate, in `work`; with `tuned`, then on the ladder of the float file that it makes.
+def _int8(
+    float_file: Path, calibration: Tensor, wanted: Form, work: Path, judges: gate.Gate, tuned: Callable[[], Path] | None
+) -> Path:
+    """The first int8 file on the ladder that passes the gate, in `work`; with `tuned`, then on the ladder of the float
+    file that it makes.
 
-    A file that was chosen is asked once more, by the test images, which have chosen nothing. Below the gate there it is refused and no further one is
-    tried: that one would be chosen on them. Raises BingoError (exit status 3).
+    A file that was chosen is asked once more, by the test images, which have chosen nothing. Below the gate there it is
+    refused and no further one is tried: that one would be chosen on them. Raises BingoError (exit status 3).
     """
     try:
         file, rung, tried = quantise(float_file, calibration, wanted, _folder(work, "ladder"), judges.choose)
@@ -188,7 +215,9 @@ def _int8(float_file: Path, calibration: Tensor, wanted: Form, work: Path, judge
         if tuned is None:
             raise BingoError(f"{error}; {WAYS}", REFUSED) from None
         try:
-            file, rung, tried = quantise(tuned(), calibration, wanted, _folder(work, "tuned"), judges.choose, "fine-tuned, ")
+            file, rung, tried = quantise(
+                tuned(), calibration, wanted, _folder(work, "tuned"), judges.choose, "fine-tuned, "
+            )
         except LadderEnds as again:
             _table(again.tried, float_file)
             raise BingoError(f"{again}; {WAYS}", REFUSED) from None
@@ -196,7 +225,8 @@ def _int8(float_file: Path, calibration: Tensor, wanted: Form, work: Path, judge
     reported, missed = judges.report(file)
     if missed:
         raise BingoError(
-            f"export refused, no int8 file written: {rung.name} passed where it was chosen, but on the test images misses {', '.join(missed)}; {WAYS}",
+            f"export refused, no int8 file written: {rung.name} passed where it was chosen, but on the test images"
+            f" misses {', '.join(missed)}; {WAYS}",
             REFUSED,
         )
     chosen = {key: value for key, value in tried[-1].items() if key not in ("rung", "missed", "bytes", "knn", "linear")}
@@ -210,7 +240,10 @@ def _int8(float_file: Path, calibration: Tensor, wanted: Form, work: Path, judge
     }
     target = work / exported.NAMES["onnx-int8"]
     contract = publish(file, target, contract, wanted)
-    console.say(f"{target.name}: {contract['bytes'] / float_file.stat().st_size:.2f} of the float file's size; rung: {rung.name}")
+    console.say(
+        f"{target.name}: {contract['bytes'] / float_file.stat().st_size:.2f} of the float file's size; rung:"
+        f" {rung.name}"
+    )
     return target
 
 
@@ -230,6 +263,15 @@ def _table(tried: list[dict[str, Any]], float_file: Path) -> None:
         lost = [f"{100 * (row[name]['float'] - row[name]['int8']):+.2f}" for name in names]
         size = f"{row['bytes'] / float_file.stat().st_size:.2f}"
         recall = f"{row['recall']:.3f}" if "recall" in row else "-"
-        rows.append((row["rung"], f"{row['mean_cosine']:.4f}", recall, *lost, size, "below the gate" if row["missed"] else "passes"))
+        rows.append(
+            (
+                row["rung"],
+                f"{row['mean_cosine']:.4f}",
+                recall,
+                *lost,
+                size,
+                "below the gate" if row["missed"] else "passes",
+            )
+        )
     title = "int8 against the float file (lost: points of accuracy on the part of --labels that it is chosen by)"
     console.table(title if names else "int8 against the float file", header, rows)

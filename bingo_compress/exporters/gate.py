@@ -23,34 +23,44 @@ LEAST_RECALL = 0.80
 MAX_LOSS = 0.5  # points of accuracy
 CHOOSE_SHARE = 0.25  # of each class of --labels that is in the bank
 
-Labels = tuple[image_folder.Folder, image_folder.Folder | None]  # the bank, and the test images where these have a folder of their own
+Labels = tuple[
+    image_folder.Folder, image_folder.Folder | None
+]  # the bank, and the test images where these have a folder of their own
 Accuracies = dict[str, dict[str, float]]  # of "knn" and "linear": {"float": .., "int8": ..}
 
 
 class Gate(NamedTuple):
-    """Of a quantised file: `choose` by what it is chosen, `report` how it does on test images that choose nothing, each its figures and those below the gate.
-    labelled: sha256 of the labelled images that either judges by."""
+    """Of a quantised file: `choose` by what it is chosen, `report` how it does on test images that choose nothing, each
+    its figures and those below the gate. labelled: sha256 of the labelled images that either judges by.
+    """
 
     choose: Judge
     report: Judge
     labelled: set[str]
 
 
-def make_gate(float_file: Path, gallery: Tensor, preprocessing: Preprocessing, labels: Labels | None, max_loss: float) -> Gate:
-    """What compares a quantised file with `float_file`. gallery: uint8 (n, S, S, 3), images that no range was found on; labels: of `open_labelled`.
+def make_gate(
+    float_file: Path, gallery: Tensor, preprocessing: Preprocessing, labels: Labels | None, max_loss: float
+) -> Gate:
+    """What compares a quantised file with `float_file`. gallery: uint8 (n, S, S, 3), images that no range was found on;
+    labels: of `open_labelled`.
 
-    Figures of `choose`: mean and smallest cosine of the two embeddings of an image; share of an image's k nearest others in `gallery` (`probes.recall_k`)
-    that stay its nearest, where the gallery is large enough; with `labels`, kNN and linear accuracy on a part of each of its classes. Of `report`, with
-    `labels`: the same two accuracies on the test images (without a folder of these: a quarter of each class, set aside from the start). Always with the
-    float file's own bank and head, as the int8 file is to take its place. They name those below the gate: LEAST_COSINE, LEAST_RECALL, `max_loss` points of
-    accuracy. Raises BingoError.
+    Figures of `choose`: mean and smallest cosine of the two embeddings of an image; share of an image's k nearest
+    others in `gallery` (`probes.recall_k`) that stay its nearest, where the gallery is large enough; with `labels`, kNN
+    and linear accuracy on a part of each of its classes. Of `report`, with `labels`: the same two accuracies on the
+    test images (without a folder of these: a quarter of each class, set aside from the start). Always with the float
+    file's own bank and head, as the int8 file is to take its place. They name those below the gate: LEAST_COSINE,
+    LEAST_RECALL, `max_loss` points of accuracy. Raises BingoError.
     """
     exact = onnx_runner(float_file)
     embedded = exact(gallery)[0]
     k = neighbours.recall_k(len(gallery) - 1)
     near = mates(embedded, k, Search("exact"))[0] if k else None
     if near is None:
-        console.say(f"the int8 gate does not judge neighbours: {len(gallery)} images are too few (at least {neighbours.RECALL_SHARE + 1})")
+        console.say(
+            f"the int8 gate does not judge neighbours: {len(gallery)} images are too few (at least"
+            f" {neighbours.RECALL_SHARE + 1})"
+        )
     labelled = _labelled(float_file, preprocessing, labels) if labels else None
 
     def choose(file: Path) -> tuple[dict[str, Any], list[str]]:
@@ -69,7 +79,10 @@ def make_gate(float_file: Path, gallery: Tensor, preprocessing: Preprocessing, l
             kept = (mates(found, k, Search("exact"))[0][:, :, None] == near[:, None, :]).any(2)
             told |= {"recall": float(kept.double().mean()), "recall_k": k, "recall_chance": k / (len(gallery) - 1)}
             if not told["recall"] >= LEAST_RECALL:
-                missed.append(f"neighbour recall@{k} {told['recall']:.3f} (at least {LEAST_RECALL}, by chance {told['recall_chance']:.3f})")
+                missed.append(
+                    f"neighbour recall@{k} {told['recall']:.3f} (at least {LEAST_RECALL}, by chance"
+                    f" {told['recall_chance']:.3f})"
+                )
         if not labelled:
             return told, missed
         accuracies = labelled.choose(file)
@@ -103,7 +116,9 @@ class _Labelled(NamedTuple):
 
 
 def open_labelled(labels: Path, test: Path | None) -> Labels:
-    """The folders of --labels and --test. Raises BingoError where one has no classes, or the second others than the first."""
+    """The folders of --labels and --test. Raises BingoError where one has no classes, or the second others than the
+    first.
+    """
     bank_folder = image_folder.list_folder(labels, "--labels")
     image_folder.labels_of(bank_folder)
     test_folder = image_folder.list_folder(test, "--test") if test else None
@@ -114,7 +129,9 @@ def open_labelled(labels: Path, test: Path | None) -> Labels:
 
 
 def _labelled(float_file: Path, preprocessing: Preprocessing, labels: Labels) -> _Labelled:
-    """The accuracies to choose by and those to report, the sha256 of the images behind both, and how many are reported on. Raises BingoError."""
+    """The accuracies to choose by and those to report, the sha256 of the images behind both, and how many are reported
+    on. Raises BingoError.
+    """
     bank_folder, test_folder = labels
     classes, _ = image_folder.labels_of(bank_folder)
     exact = onnx_runner(float_file)
@@ -124,15 +141,17 @@ def _labelled(float_file: Path, preprocessing: Preprocessing, labels: Labels) ->
     aside = _part(labelled_as, contents)
     if len(labelled_as[~aside].unique()) < len(labelled_as.unique()):
         raise BingoError(
-            f"--labels: expected {'two' if test_folder else 'three'} different images or more in every class of {bank_folder.root}, "
-            "so that a file can be chosen by one and not the others; add images"
+            f"--labels: expected {'two' if test_folder else 'three'} different images or more in every class of"
+            f" {bank_folder.root}, so that a file can be chosen by one and not the others; add images"
         )
     tests = sides.query_folder.only(sides.query_places).digests
 
     def compared(
         kept: Tensor, queries: Tensor, wanted: Tensor, folder: image_folder.Folder, which: list[int], what: str
     ) -> Callable[[Path], Accuracies]:
-        head = probes.fit_linear(bank[kept], labelled_as[kept], len(classes), groups=None if sides.groups is None else sides.groups[kept])
+        head = probes.fit_linear(
+            bank[kept], labelled_as[kept], len(classes), groups=None if sides.groups is None else sides.groups[kept]
+        )
 
         def accuracies(features: Tensor) -> dict[str, float]:
             nearest = probes.knn_predict(bank[kept], labelled_as[kept], features, len(classes))
@@ -149,16 +168,25 @@ def _labelled(float_file: Path, preprocessing: Preprocessing, labels: Labels) ->
 
         return judged
 
-    choose = compared(~aside, bank[aside], labelled_as[aside], bank_folder, places[aside].tolist(), "labelled images to choose by")
+    choose = compared(
+        ~aside, bank[aside], labelled_as[aside], bank_folder, places[aside].tolist(), "labelled images to choose by"
+    )
     everything = torch.ones_like(aside)
     report = compared(
-        everything, sides.queries["float"], sides.query_labels, sides.query_folder, sides.query_places, "labelled test images"
+        everything,
+        sides.queries["float"],
+        sides.query_labels,
+        sides.query_folder,
+        sides.query_places,
+        "labelled test images",
     )
     return _Labelled(choose, report, {*tests, *(contents[row] for row in aside.nonzero()[:, 0].tolist())}, len(tests))
 
 
 def _part(labels: Tensor, contents: Sequence[str]) -> Tensor:
-    """CHOOSE_SHARE of each class, at random but always the same, copies of an image all on one side. contents: a digest an image. Returns bool (N,)."""
+    """CHOOSE_SHARE of each class, at random but always the same, copies of an image all on one side. contents: a digest
+    an image. Returns bool (N,).
+    """
     generator = torch.Generator().manual_seed(0)
     chosen: set[str] = set()
     for label in labels.unique():

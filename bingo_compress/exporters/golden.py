@@ -21,15 +21,25 @@ from bingo_compress.errors import BingoError
 from bingo_compress.runtime.run_dir import atomic_folder
 
 REFUSED = 3
-SHAPES = ((150, 240), (420, 300), (200, 330), (230, 180), (140, 190), (180, 150), (110, 170), (210, 280))  # (height, width) of the pictures
+SHAPES = (
+    (150, 240),
+    (420, 300),
+    (200, 330),
+    (230, 180),
+    (140, 190),
+    (180, 150),
+    (110, 170),
+    (210, 280),
+)  # (height, width) of the pictures
 
 
 def write_golden(model: Path, contract: dict[str, Any], run: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Path:
     """Write `<stem>.golden/` beside `model`, whole or not at all, in place of an older one. Returns the folder.
 
-    run: the model file itself, uint8 (1, S, S, 3) -> (embedding (1, D) L2-normalised, features (1, D)); it is given one picture at a time, as the file's
-    batch may be fixed. In the folder: the pictures; of each the network's input NAME.rgb, S x S x 3 bytes by rows; golden.json, which names all with
-    their sha256 and holds the embeddings. Raises BingoError (exit status 3) for an embedding that is not finite.
+    run: the model file itself, uint8 (1, S, S, 3) -> (embedding (1, D) L2-normalised, features (1, D)); it is given one
+    picture at a time, as the file's batch may be fixed. In the folder: the pictures; of each the network's input
+    NAME.rgb, S x S x 3 bytes by rows; golden.json, which names all with their sha256 and holds the embeddings. Raises
+    BingoError (exit status 3) for an embedding that is not finite.
     """
     entries = []
     with atomic_folder(model.with_suffix(".golden")) as folder:
@@ -38,14 +48,21 @@ def write_golden(model: Path, contract: dict[str, Any], run: Callable[[Tensor], 
             embedding = run(torch.from_numpy(pixels)[None])[0][0].double()
             if not embedding.isfinite().all():
                 raise BingoError(
-                    f"export refused: expected finite embeddings, found others of the drawn picture {name}; try another student", REFUSED
+                    f"export refused: expected finite embeddings, found others of the drawn picture {name}; try another"
+                    " student",
+                    REFUSED,
                 )
             raw, rgb = pixels.tobytes(), f"{Path(name).stem}.rgb"
             (folder / name).write_bytes(picture)
             (folder / rgb).write_bytes(raw)
             entry = {"file": name, "sha256": _sha256(picture), "rgb": rgb, "rgb_sha256": _sha256(raw)}
             entries.append(entry | {"embedding": embedding.numpy().round(8).tolist()})
-        held = {"format": 1, "model": model.name, "sha256": _sha256(model.read_bytes()), "run_id": contract.get("run_id", "")}
+        held = {
+            "format": 1,
+            "model": model.name,
+            "sha256": _sha256(model.read_bytes()),
+            "run_id": contract.get("run_id", ""),
+        }
         held |= {"size": int(contract["input"]["size"]), "images": entries}
         (folder / "golden.json").write_text(json.dumps(held) + "\n", encoding="utf-8")
     return model.with_suffix(".golden")
@@ -65,7 +82,9 @@ def drawn() -> dict[str, bytes]:
         "2-progressive.jpg": _file(_rgb(tall), "JPEG", quality=85, progressive=True),
         "3-turned.jpg": _file(_rgb(turned), "JPEG", quality=85, exif=exif),
         "4-grey.png": _file(_rgb(grey).convert("L"), "PNG"),
-        "5-palette.png": _file(_rgb(few).quantize(64), "PNG", transparency=bytes([0, 128])),  # two colours' alphas; the rest is opaque
+        "5-palette.png": _file(
+            _rgb(few).quantize(64), "PNG", transparency=bytes([0, 128])
+        ),  # two colours' alphas; the rest is opaque
         "6-alpha.png": _file(alpha, "PNG"),
         "7-sixteen.png": _file(Image.fromarray(np.rint(deep.mean(axis=2) * 65535).astype(np.uint16)), "PNG"),
         "8-cmyk.jpg": _file(cmyk, "JPEG", quality=85),
@@ -73,7 +92,9 @@ def drawn() -> dict[str, bytes]:
 
 
 def _scene(height: int, width: int, seed: int) -> NDArray[np.float64]:
-    """(height, width, 3) in 0..1, unlike itself turned or mirrored: gradients, stripes, a disc and a noisy corner. seed: which colours and noise."""
+    """(height, width, 3) in 0..1, unlike itself turned or mirrored: gradients, stripes, a disc and a noisy corner.
+    seed: which colours and noise.
+    """
     random = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width] / max(height, width)
     colours = random.uniform(0, 1, (3, 3))

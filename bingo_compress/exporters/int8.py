@@ -1,4 +1,6 @@
-"""A float ONNX file to int8, by a ladder that ends at the first rung that passes the gate. onnxruntime's quantiser quantises; here is what it is asked for."""
+"""A float ONNX file to int8, by a ladder that ends at the first rung that passes the gate. onnxruntime's quantiser
+quantises; here is what it is asked for.
+"""
 
 import io
 import logging
@@ -34,8 +36,9 @@ Judge = Callable[[Path], tuple[dict[str, Any], list[str]]]
 
 @dataclass(frozen=True)
 class Rung:
-    """One way of quantising. percentile: ranges without the outermost PERCENTILE, else smallest to largest; left: nodes that stay float;
-    sixteen: activations of 16 bits."""
+    """One way of quantising. percentile: ranges without the outermost PERCENTILE, else smallest to largest; left: nodes
+    that stay float; sixteen: activations of 16 bits.
+    """
 
     name: str
     percentile: bool = False
@@ -46,10 +49,11 @@ class Rung:
 def quantise(
     float_file: Path, calibration: Tensor, wanted: Form, work: Path, judge: Judge, prefix: str = ""
 ) -> tuple[Path, Rung, list[dict[str, Any]]]:
-    """Climb the ladder until `judge` finds nothing below the gate. calibration: uint8 (n, S, S, 3), the user's own images; work: an empty folder;
-    prefix: of the rungs' names.
+    """Climb the ladder until `judge` finds nothing below the gate. calibration: uint8 (n, S, S, 3), the user's own
+    images; work: an empty folder; prefix: of the rungs' names.
 
-    Returns (the file, its rung, every rung tried with its figures: {"rung", "missed", ...}). Raises BingoError (exit status 3) where no rung passes.
+    Returns (the file, its rung, every rung tried with its figures: {"rung", "missed", ...}). Raises BingoError (exit
+    status 3) where no rung passes.
     """
     prepared, quantised = work / "prepared.onnx", work / "int8.onnx"
     outside = _outside(prepare(float_file, prepared))
@@ -73,15 +77,17 @@ class LadderEnds(BingoError):
     def __init__(self, tried: list[dict[str, Any]]) -> None:
         least = min(tried, key=lambda row: len(row["missed"]))
         super().__init__(
-            f"export refused, no int8 file written: {len(tried)} ways were tried; the nearest ({least['rung']}) misses {', '.join(least['missed'])}",
+            f"export refused, no int8 file written: {len(tried)} ways were tried; the nearest ({least['rung']}) misses"
+            f" {', '.join(least['missed'])}",
             REFUSED,
         )
         self.tried = tried
 
 
 def prepare(float_file: Path, prepared: Path) -> onnx.ModelProto:
-    """onnxruntime's simplified form of a float file, written to `prepared`. Every node has a name of its own: rungs are told by names, and onnxruntime leaves
-    nodes that it made itself without."""
+    """onnxruntime's simplified form of a float file, written to `prepared`. Every node has a name of its own: rungs are
+    told by names, and onnxruntime leaves nodes that it made itself without.
+    """
     with _quietly():
         quant_pre_process(float_file, prepared, skip_symbolic_shape=True)
     model = onnx.shape_inference.infer_shapes(_last_layer_as_product(onnx.load(prepared)))
@@ -92,8 +98,10 @@ def prepare(float_file: Path, prepared: Path) -> onnx.ModelProto:
 
 
 def _last_layer_as_product(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A last 1 x 1 convolution after pooling as the product of matrices that it is. onnxruntime multiplies int8 matrices to a float result, but convolves
-    int8 only to an int8 one: features in float would make it work in float, with its weights converted anew for every picture."""
+    """A last 1 x 1 convolution after pooling as the product of matrices that it is. onnxruntime multiplies int8
+    matrices to a float result, but convolves int8 only to an int8 one: features in float would make it work in float,
+    with its weights converted anew for every picture.
+    """
     flat, leading = _flat(model), _leading(model)
     weights = {one.name: one for one in model.graph.initializer}
     nodes: list[onnx.NodeProto] = []
@@ -141,7 +149,9 @@ def _rungs(prepared: Path, calibration: Tensor, wanted: Form, work: Path, outsid
 
 
 def sensitivity(prepared: Path, images: Tensor, work: Path, outside: set[str]) -> list[tuple[tuple[str, ...], float]]:
-    """Each of `layers` and the signal-to-noise ratio in dB of the embedding when it alone is quantised, the noisiest first."""
+    """Each of `layers` and the signal-to-noise ratio in dB of the embedding when it alone is quantised, the noisiest
+    first.
+    """
     exact = onnx_runner(prepared)(images)[0]
     quantised = work / "one.onnx"
     found: list[tuple[tuple[str, ...], float]] = []
@@ -156,8 +166,10 @@ def sensitivity(prepared: Path, images: Tensor, work: Path, outside: set[str]) -
 
 
 def layers(model: onnx.ModelProto, outside: set[str]) -> list[tuple[str, ...]]:
-    """Names of each convolution or product of matrices, with those of the nodes that work on its output up to the next. A node that adds two layers up
-    belongs to both: alone it could not be left in float, as its neighbours would round what goes in and out."""
+    """Names of each convolution or product of matrices, with those of the nodes that work on its output up to the next.
+    A node that adds two layers up belongs to both: alone it could not be left in float, as its neighbours would round
+    what goes in and out.
+    """
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in model.graph.node:
         for name in node.input:
@@ -175,7 +187,9 @@ def layers(model: onnx.ModelProto, outside: set[str]) -> list[tuple[str, ...]]:
     return found
 
 
-def _quantise(prepared: Path, target: Path, images: Tensor, work: Path, rung: Rung, outside: set[str], only: Sequence[str] = ()) -> None:
+def _quantise(
+    prepared: Path, target: Path, images: Tensor, work: Path, rung: Rung, outside: set[str], only: Sequence[str] = ()
+) -> None:
     """One call of onnxruntime's quantiser. Ranges are measured once and kept in `work`."""
     method = CalibrationMethod.Percentile if rung.percentile else CalibrationMethod.MinMax
     with _quietly():
@@ -187,8 +201,8 @@ def _quantise(prepared: Path, target: Path, images: Tensor, work: Path, rung: Ru
             activation_type=QuantType.QUInt16 if rung.sixteen else QuantType.QUInt8,
             per_channel=True,
             weight_type=QuantType.QInt8,
-            # Weights of 7 bits: with 8, sums of two products overflow 16 bits on processors without int8 dot products (x86 before VNNI), and the same
-            # file would be another model there.
+            # Weights of 7 bits: with 8, sums of two products overflow 16 bits on processors without int8 dot products
+            # (x86 before VNNI), and the same file would be another model there.
             reduce_range=True,
             nodes_to_quantize=list(only),
             nodes_to_exclude=sorted(outside | set(rung.left)),
@@ -201,8 +215,9 @@ def _quantise(prepared: Path, target: Path, images: Tensor, work: Path, rung: Ru
 
 
 def _outside(model: onnx.ModelProto) -> set[str]:
-    """Names of the nodes that stay float in every rung: the normalisation of pixels before the first layer, what follows pooling and the last layer, and the
-    normalisation of the embedding."""
+    """Names of the nodes that stay float in every rung: the normalisation of pixels before the first layer, what
+    follows pooling and the last layer, and the normalisation of the embedding.
+    """
     nodes, before, after = model.graph.node, {"image"}, {"features"}
     flat, leading = _flat(model), _leading(model)
     outside = set()
@@ -213,14 +228,21 @@ def _outside(model: onnx.ModelProto) -> set[str]:
         if any(name in after for name in node.input):
             after |= set(node.output)
             outside.add(node.name)
-        # onnxruntime takes a ReLU away where the rounding after it does its work: where that rounding is taken away, the ReLU must stay.
-        if node.op_type not in LAYERS and any(name in flat for name in node.input) and not any(name in leading for name in node.output):
+        # onnxruntime takes a ReLU away where the rounding after it does its work: where that rounding is taken away,
+        # the ReLU must stay.
+        if (
+            node.op_type not in LAYERS
+            and any(name in flat for name in node.input)
+            and not any(name in leading for name in node.output)
+        ):
             outside.add(node.name)
     return outside
 
 
 def _result_in_float(file: Path) -> None:
-    """Take away the rounding of what comes after pooling and after the last layer: the features themselves. It would save nothing and cost accuracy."""
+    """Take away the rounding of what comes after pooling and after the last layer: the features themselves. It would
+    save nothing and cost accuracy.
+    """
     model = onnx.load(file)
     flat, leading = _flat(model), _leading(model)
     nodes = list(model.graph.node)
@@ -238,7 +260,9 @@ def _result_in_float(file: Path) -> None:
     if not instead:
         return
     results = {output.name for output in model.graph.output}
-    renamed = {instead[name]: name for name in results & instead.keys()}  # a result keeps its name: whoever makes it takes that
+    renamed = {
+        instead[name]: name for name in results & instead.keys()
+    }  # a result keeps its name: whoever makes it takes that
     for node in model.graph.node:
         node.input[:] = [renamed.get(source, source) for source in (instead.get(name, name) for name in node.input)]
         node.output[:] = [renamed.get(name, name) for name in node.output]
@@ -264,7 +288,9 @@ def _flat(model: onnx.ModelProto) -> set[str]:
     """Names of the tensors that hold one number a channel and image: (B, C), (B, C, 1, 1)."""
     shaped = [*model.graph.value_info, *model.graph.output]
     return {
-        value.name for value in shaped if len(dims := value.type.tensor_type.shape.dim) >= 2 and all(dim.dim_value == 1 for dim in dims[2:])
+        value.name
+        for value in shaped
+        if len(dims := value.type.tensor_type.shape.dim) >= 2 and all(dim.dim_value == 1 for dim in dims[2:])
     }
 
 
@@ -300,7 +326,9 @@ class _Images(CalibrationDataReader):  # type: ignore[misc]
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """onnxruntime's quantiser warns through the root logger of what is done here already, and prints a line a tensor."""
+    """onnxruntime's quantiser warns through the root logger of what is done here already, and prints a line a
+    tensor.
+    """
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.ERROR)

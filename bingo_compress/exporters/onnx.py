@@ -1,4 +1,6 @@
-"""A student as one ONNX file that takes uint8 pixels, published only when onnxruntime and torch agree on the user's own images."""
+"""A student as one ONNX file that takes uint8 pixels, published only when onnxruntime and torch agree on the user's own
+images.
+"""
 
 import contextlib
 import copy
@@ -28,20 +30,30 @@ MIN_COSINE = 0.9999
 IMAGES = 256
 REFUSED = 3
 TORCH_LEAST = 18  # torch writes no lower opset, whatever it is asked for: lower ones are converted from it
-RESIZE_DEFAULTS = {("keep_aspect_ratio_policy", b"stretch", 0), ("antialias", b"", 0)}  # (name, text, number) of what opset 18 added
-IR_OF_OPSET = {17: 8, 16: 8, 15: 8}  # the IR version of the onnx release that brought the opset (onnx/docs/Versioning.md)
+RESIZE_DEFAULTS = {
+    ("keep_aspect_ratio_policy", b"stretch", 0),
+    ("antialias", b"", 0),
+}  # (name, text, number) of what opset 18 added
+IR_OF_OPSET = {
+    17: 8,
+    16: 8,
+    15: 8,
+}  # the IR version of the onnx release that brought the opset (onnx/docs/Versioning.md)
 
 
 @dataclass(frozen=True)
 class Form:
-    """What a file is to look like. opset: of the ONNX domain, the only one in it; ir: at most this IR version, 0: whatever torch writes; batch: 0 is dynamic."""
+    """What a file is to look like. opset: of the ONNX domain, the only one in it; ir: at most this IR version, 0:
+    whatever torch writes; batch: 0 is dynamic.
+    """
 
     opset: int
     ir: int
     batch: int
 
 
-# modern: the first opset whose own QuantizeLinear takes 16 bits; edge: what RKNN, CANN, TensorRT, Hailo and old Triton servers read.
+# modern: the first opset whose own QuantizeLinear takes 16 bits; edge: what RKNN, CANN, TensorRT, Hailo and old Triton
+# servers read.
 PROFILES = {"modern": Form(21, 0, 0), "edge": Form(17, 8, 1)}
 
 
@@ -58,14 +70,17 @@ def form(profile: str, batch: str | None, opset: int | None) -> Form:
         newest = onnx.defs.onnx_opset_version()
         if not 13 <= opset <= newest:
             raise BingoError(
-                f"--opset: expected 13 (the first with int8 by channels) to {newest} (the newest that onnx {onnx.__version__} knows), found {opset}"
+                f"--opset: expected 13 (the first with int8 by channels) to {newest} (the newest that onnx"
+                f" {onnx.__version__} knows), found {opset}"
             )
         chosen = replace(chosen, opset=opset)
     return chosen
 
 
 class Deployed(nn.Module):
-    """What the device runs. forward: uint8 (B, S, S, 3) RGB -> (embedding (B, D) L2-normalised, features (B, D) raw)."""
+    """What the device runs. forward: uint8 (B, S, S, 3) RGB -> (embedding (B, D) L2-normalised, features (B, D)
+    raw).
+    """
 
     def __init__(self, student: Encoder) -> None:
         super().__init__()
@@ -73,16 +88,22 @@ class Deployed(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 pixels to (embedding, features)."""
-        # contiguous: pooling of channels-last tensors is exported with an as_strided, a Gather that devices need not know.
+        # contiguous: pooling of channels-last tensors is exported with an as_strided, a Gather that devices need not
+        # know.
         features = self.student(image.permute(0, 3, 1, 2).contiguous().to(torch.float32) / 255)
-        # As torch's normalize, in four nodes: that one is exported with shapes that are looked up, ranged over and expanded.
+        # As torch's normalize, in four nodes: that one is exported with shapes that are looked up, ranged over and
+        # expanded.
         return features / features.norm(dim=1, keepdim=True).clamp(min=1e-12), features
 
 
-def export_onnx(student: Encoder, images: Tensor, path: Path, facts: dict[str, Any], wanted: Form = PROFILES["modern"]) -> dict[str, Any]:
-    """Write `path` and the readable `path`.json. images: uint8 (n, S, S, 3), the user's own, preprocessed. Returns what path.json holds.
+def export_onnx(
+    student: Encoder, images: Tensor, path: Path, facts: dict[str, Any], wanted: Form = PROFILES["modern"]
+) -> dict[str, Any]:
+    """Write `path` and the readable `path`.json. images: uint8 (n, S, S, 3), the user's own, preprocessed. Returns what
+    path.json holds.
 
-    Raises BingoError (exit status 3), leaving nothing behind, unless the file is of the form that is wanted and embeddings agree to 1e-4 and a cosine of 0.9999.
+    Raises BingoError (exit status 3), leaving nothing behind, unless the file is of the form that is wanted and
+    embeddings agree to 1e-4 and a cosine of 0.9999.
     """
     student = student.cpu().eval()
     with torch.inference_mode():
@@ -94,13 +115,17 @@ def export_onnx(student: Encoder, images: Tensor, path: Path, facts: dict[str, A
     with tempfile.TemporaryDirectory(prefix=".onnx-", dir=path.parent) as folder:
         raw = Path(folder, "student.onnx")
         _write_graph(Deployed(fused).eval(), images, raw, wanted)
-        contract["parity"] = _parity(raw, images, torch.cat([pair[0] for pair in expected]), torch.cat([pair[1] for pair in expected]))
+        contract["parity"] = _parity(
+            raw, images, torch.cat([pair[0] for pair in expected]), torch.cat([pair[1] for pair in expected])
+        )
         return publish(raw, path, contract, wanted)
 
 
 def publish(raw: Path, path: Path, contract: dict[str, Any], wanted: Form) -> dict[str, Any]:
-    """Put what `raw` holds at `path`, with the contract and what the graph turned out to be in its metadata; and the readable `path`.json, which holds the
-    same and "bytes" and "sha256" of `path`. Returns what it holds. Raises BingoError (exit status 3) unless the graph is of the form that is wanted."""
+    """Put what `raw` holds at `path`, with the contract and what the graph turned out to be in its metadata; and the
+    readable `path`.json, which holds the same and "bytes" and "sha256" of `path`. Returns what it holds. Raises
+    BingoError (exit status 3) unless the graph is of the form that is wanted.
+    """
     contract = contract | {"onnx": described(raw, wanted)}
     with atomic(path) as temporary:
         model = onnx.load(raw)
@@ -123,10 +148,20 @@ def _contract(student: Encoder, facts: dict[str, Any]) -> dict[str, Any]:
         "parameters": student.parameters_count(),
         "input": {"name": "image", "layout": "NHWC", "dtype": "uint8", "color": "RGB", "size": preprocessing.size},
         "preprocess": {key: value for key, value in preprocessing.geometry().items() if key != "size"},
-        "preprocess_rule": "upright RGB; centred square of side crop_pct x the shorter side (crop_mode squash: the whole picture); "
-        "resized to size x size with Pillow's antialiased interpolation",
-        "normalization": {"where": "in the graph", "scale": "1/255", "mean": list(preprocessing.mean), "std": list(preprocessing.std)},
-        "outputs": {"embedding": "float32 [batch, embedding_dim], L2-normalised", "features": "float32 [batch, embedding_dim], raw"},
+        "preprocess_rule": (
+            "upright RGB; centred square of side crop_pct x the shorter side (crop_mode squash: the whole picture); "
+            "resized to size x size with Pillow's antialiased interpolation"
+        ),
+        "normalization": {
+            "where": "in the graph",
+            "scale": "1/255",
+            "mean": list(preprocessing.mean),
+            "std": list(preprocessing.std),
+        },
+        "outputs": {
+            "embedding": "float32 [batch, embedding_dim], L2-normalised",
+            "features": "float32 [batch, embedding_dim], raw",
+        },
     }
 
 
@@ -136,7 +171,11 @@ def _write_graph(module: nn.Module, images: Tensor, path: Path, wanted: Form) ->
     example = images[torch.arange(count) % len(images)]
     batch = None if wanted.batch else {"image": {0: torch.export.Dim("batch")}}
     # The exporter talks at length on stdout and through loggers; what matters is checked in the file below.
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         try:
@@ -156,13 +195,17 @@ def _write_graph(module: nn.Module, images: Tensor, path: Path, wanted: Form) ->
             if is_full(error):
                 raise
             why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            raise BingoError(f"export refused: torch cannot export this student to ONNX ({why}); choose another student", REFUSED) from None
+            raise BingoError(
+                f"export refused: torch cannot export this student to ONNX ({why}); choose another student", REFUSED
+            ) from None
     if wanted.opset < TORCH_LEAST or wanted.ir:
         _lower(path, wanted)
 
 
 def _lower(path: Path, wanted: Form) -> None:
-    """Rewrite the file at an opset that torch does not write: to 17 here (onnx's own converter has no way for Split), further down by onnx's converter."""
+    """Rewrite the file at an opset that torch does not write: to 17 here (onnx's own converter has no way for Split),
+    further down by onnx's converter.
+    """
     model = onnx.load(path)
     try:
         if wanted.opset < TORCH_LEAST:
@@ -173,7 +216,8 @@ def _lower(path: Path, wanted: Form) -> None:
     except Exception as error:
         why = " ".join(str(error).split())[:200]
         raise BingoError(
-            f"export refused: this student cannot be written at opset {wanted.opset} ({why}); give --opset {TORCH_LEAST} or more, or --profile modern",
+            f"export refused: this student cannot be written at opset {wanted.opset} ({why}); give --opset"
+            f" {TORCH_LEAST} or more, or --profile modern",
             REFUSED,
         ) from None
     model.ir_version = wanted.ir or IR_OF_OPSET.get(wanted.opset, model.ir_version)
@@ -181,13 +225,23 @@ def _lower(path: Path, wanted: Form) -> None:
 
 
 def _to_opset_17(model: onnx.ModelProto) -> None:
-    """From opset 18, in place: the axes of reductions become an attribute again, and Split loses its count of outputs, which says what is there to see."""
+    """From opset 18, in place: the axes of reductions become an attribute again, and Split loses its count of outputs,
+    which says what is there to see.
+    """
     values = {one.name: onnx.numpy_helper.to_array(one) for one in model.graph.initializer}
-    values |= {node.output[0]: onnx.numpy_helper.to_array(node.attribute[0].t) for node in model.graph.node if node.op_type == "Constant"}
+    values |= {
+        node.output[0]: onnx.numpy_helper.to_array(node.attribute[0].t)
+        for node in model.graph.node
+        if node.op_type == "Constant"
+    }
     for node in model.graph.node:
         gone = {"num_outputs"} if node.op_type == "Split" else set()
         if node.op_type == "Resize":  # what these say by default is what opset 17 does
-            gone = {attribute.name for attribute in node.attribute if (attribute.name, attribute.s, attribute.i) in RESIZE_DEFAULTS}
+            gone = {
+                attribute.name
+                for attribute in node.attribute
+                if (attribute.name, attribute.s, attribute.i) in RESIZE_DEFAULTS
+            }
         # ReduceSum has taken its axes as an input since opset 13.
         if node.op_type.startswith("Reduce") and node.op_type != "ReduceSum":
             gone = {"noop_with_empty_axes"}
@@ -207,17 +261,22 @@ def _to_opset_17(model: onnx.ModelProto) -> None:
 
 
 def described(path: Path, wanted: Form) -> dict[str, Any]:
-    """Opset, IR version and batch as the written file has them, which is not always what was asked for. Raises BingoError (exit status 3)."""
+    """Opset, IR version and batch as the written file has them, which is not always what was asked for. Raises
+    BingoError (exit status 3).
+    """
     model = onnx.load(path)
     batch = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value
     opsets = {entry.domain or "ai.onnx": entry.version for entry in model.opset_import}
-    foreign = sorted({node.domain for node in model.graph.node if node.domain} | {function.domain for function in model.functions})
+    foreign = sorted(
+        {node.domain for node in model.graph.node if node.domain} | {function.domain for function in model.functions}
+    )
     found = (batch, opsets, foreign)
     if found != (wanted.batch, {"ai.onnx": wanted.opset}, []) or (wanted.ir and model.ir_version > wanted.ir):
         raise BingoError(
-            f"export refused: expected a {f'batch of {wanted.batch}' if wanted.batch else 'dynamic batch'}, opset {wanted.opset} and no other domain"
-            f"{f', IR version {wanted.ir} at most' if wanted.ir else ''}; the file has batch {batch or 'dynamic'}, opsets {opsets}, "
-            f"nodes of {foreign or 'no other domain'}, IR version {model.ir_version}; try another --opset, --batch or --profile",
+            f"export refused: expected a {f'batch of {wanted.batch}' if wanted.batch else 'dynamic batch'}, opset"
+            f" {wanted.opset} and no other domain{f', IR version {wanted.ir} at most' if wanted.ir else ''}; the file"
+            f" has batch {batch or 'dynamic'}, opsets {opsets}, nodes of {foreign or 'no other domain'}, IR version"
+            f" {model.ir_version}; try another --opset, --batch or --profile",
             REFUSED,
         )
     return {"opset": wanted.opset, "ir_version": model.ir_version, "batch": batch or "dynamic"}
@@ -230,13 +289,19 @@ def _parity(path: Path, images: Tensor, embedding: Tensor, features: Tensor) -> 
     difference = float((got_embedding - embedding).abs().max())
     cosine = float(cosine_similarity(got_embedding, embedding).min())
     relative = float((got_features - features).abs().max() / features.abs().max().clamp(min=1e-12))
-    result = {"images": len(images), "max_difference": difference, "min_cosine": cosine, "features_max_relative_difference": relative}
+    result = {
+        "images": len(images),
+        "max_difference": difference,
+        "min_cosine": cosine,
+        "features_max_relative_difference": relative,
+    }
     # "not <=" and not ">", so that a NaN is refused too.
     if not (difference <= MAX_DIFFERENCE and cosine >= MIN_COSINE and relative <= MAX_DIFFERENCE):
         raise BingoError(
-            f"export refused, no file written: onnxruntime and torch differ on {len(images)} of your images: largest difference {difference:.2g} "
-            f"(at most {MAX_DIFFERENCE:g}), smallest cosine {cosine:.6f} (at least {MIN_COSINE}), features {relative:.2g} of their largest value "
-            f"(at most {MAX_DIFFERENCE:g}); try another student, or report this with its name",
+            f"export refused, no file written: onnxruntime and torch differ on {len(images)} of your images: largest"
+            f" difference {difference:.2g} (at most {MAX_DIFFERENCE:g}), smallest cosine {cosine:.6f} (at least"
+            f" {MIN_COSINE}), features {relative:.2g} of their largest value (at most {MAX_DIFFERENCE:g}); try another"
+            " student, or report this with its name",
             REFUSED,
         )
     return result

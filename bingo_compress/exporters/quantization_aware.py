@@ -1,4 +1,6 @@
-"""Quantisation-aware fine-tuning without labels: a student whose numbers are rounded as int8 will round them learns to give what it gives in float."""
+"""Quantisation-aware fine-tuning without labels: a student whose numbers are rounded as int8 will round them learns to
+give what it gives in float.
+"""
 
 import copy
 from collections.abc import Iterator, Set
@@ -33,19 +35,24 @@ ROUNDED = (*WEIGHTED, nn.Hardswish, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Hardsigmoid
 
 
 def finetune(recipe: Recipe, student: Encoder, folder: Folder, work: Path, apart: Set[str]) -> Encoder:
-    """Train `student`, rounded, in place, on images of `folder` without those that it is judged by; `work`: an empty folder for their pixels.
+    """Train `student`, rounded, in place, on images of `folder` without those that it is judged by; `work`: an empty
+    folder for their pixels.
 
-    apart: sha256 of the files that it must not see, which keeps copies of them out too. Raises BingoError where no other is left.
+    apart: sha256 of the files that it must not see, which keeps copies of them out too. Raises BingoError where no
+    other is left.
 
-    The loss is one minus the cosine to the float student's embedding of the same crop: the float file is what the int8 file is judged against. The teacher's
-    targets led away from it (docs/log.md). BatchNorm keeps its statistics, as in the file it is folded away.
+    The loss is one minus the cosine to the float student's embedding of the same crop: the float file is what the int8
+    file is judged against. The teacher's targets led away from it (docs/log.md). BatchNorm keeps its statistics, as in
+    the file it is folded away.
     """
     device = choose_device(recipe.device)
     use_threads(recipe.model_copy(update={"threads": 0}), student, student.preprocessing.size, device, recipe.threads)
     some = folder.only(range(0, len(folder.files), -(-len(folder.files) // IMAGES)))
     chosen = some.only([index for index, digest in enumerate(some.digests) if digest not in apart])
     if not chosen.files:
-        raise BingoError(f"--finetune: expected images in {folder.root} beside those that int8 is judged by, found none; add images")
+        raise BingoError(
+            f"--finetune: expected images in {folder.root} beside those that int8 is judged by, found none; add images"
+        )
     size = student.preprocessing.size
     store, _ = pixel_store.build(chosen, pixel_store.store_side(size, size), work, device)
     rows = torch.arange(len(store))
@@ -54,7 +61,9 @@ def finetune(recipe: Recipe, student: Encoder, folder: Folder, work: Path, apart
     optimizer = torch.optim.AdamW(student.backbone.parameters(), lr=RATE, weight_decay=0)
     steps = EPOCHS * -(-len(rows) // BATCH)
     with rounded(student.backbone):
-        batches = crops_and_flips(student, store, rows, rows, device, EPOCHS, BATCH, recipe.seed, "fine-tune, rounded", SCALE_MIN)
+        batches = crops_and_flips(
+            student, store, rows, rows, device, EPOCHS, BATCH, recipe.seed, "fine-tune, rounded", SCALE_MIN
+        )
         for step, (_, views, _) in enumerate(batches):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, steps // 4, RATE)
@@ -68,8 +77,10 @@ def finetune(recipe: Recipe, student: Encoder, folder: Folder, work: Path, apart
 
 @contextmanager
 def rounded(model: nn.Module) -> Iterator[None]:
-    """Inside, weights of convolutions and products are rounded to 7 bits by output channel, inputs of ROUNDED modules to 8 bits; gradients pass as if
-    they were not (straight-through). A folded BatchNorm scales whole output channels, so it changes nothing in how they are rounded."""
+    """Inside, weights of convolutions and products are rounded to 7 bits by output channel, inputs of ROUNDED modules
+    to 8 bits; gradients pass as if they were not (straight-through). A folded BatchNorm scales whole output channels,
+    so it changes nothing in how they are rounded.
+    """
     hooks: list[Any] = []
     weighted = [module for module in model.modules() if isinstance(module, WEIGHTED)]
     for module in model.modules():
@@ -96,7 +107,9 @@ class _Weight(nn.Module):
 
 
 class _Input:
-    """A forward pre-hook: the input at the nearest of 256 steps of its range, whose ends are moving averages over training batches."""
+    """A forward pre-hook: the input at the nearest of 256 steps of its range, whose ends are moving averages over
+    training batches.
+    """
 
     def __init__(self) -> None:
         self._ends: Tensor | None = None

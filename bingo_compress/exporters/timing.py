@@ -1,4 +1,6 @@
-"""How long ONNX files take on this machine: all of them in turn, run by run, so that whatever disturbs one disturbs all."""
+"""How long ONNX files take on this machine: all of them in turn, run by run, so that whatever disturbs one disturbs
+all.
+"""
 
 import json
 import platform
@@ -26,11 +28,17 @@ from bingo_compress.runtime.run_dir import write_text
 
 LOADS = 3
 PROBE_RUNS = 10
-KINDS: dict[str, type[np.generic]] = {"tensor(uint8)": np.uint8, "tensor(float16)": np.float16, "tensor(float)": np.float32}
-# onnxruntime's defaults, but for one: a file's idle threads would spin on after its run (for 41 ms of CPU here) and take the next file's cores.
+KINDS: dict[str, type[np.generic]] = {
+    "tensor(uint8)": np.uint8,
+    "tensor(float16)": np.float16,
+    "tensor(float)": np.float32,
+}
+# onnxruntime's defaults, but for one: a file's idle threads would spin on after its run (for 41 ms of CPU here) and
+# take the next file's cores.
 SESSION = {"session.intra_op.allow_spinning": "1", "session.force_spinning_stop": "1"}
 
-# For a fresh interpreter with onnxruntime and numpy alone, as on a device. Linux: ru_maxrss would count the parent's memory before exec.
+# For a fresh interpreter with onnxruntime and numpy alone, as on a device. Linux: ru_maxrss would count the parent's
+# memory before exec.
 PROBE = """
 import json, sys, time
 import numpy, onnxruntime
@@ -58,7 +66,9 @@ print(json.dumps({"load_ms": load_ms, "baseline_bytes": before, "peak_bytes": pe
 
 @dataclass(frozen=True)
 class Model:
-    """A file to be timed: its name on screen, bytes on disk, their digest, and pictures (its batch, ...) under the name of the graph's input."""
+    """A file to be timed: its name on screen, bytes on disk, their digest, and pictures (its batch, ...) under the name
+    of the graph's input.
+    """
 
     path: Path
     label: str
@@ -75,12 +85,15 @@ def latency(
     warm_up: int = 50,
     json_file: Path | None = None,
 ) -> list[dict[str, Any]]:
-    """Time files that take pictures, whoever made them, in onnxruntime on the CPU; print a table and what each is of the first.
+    """Time files that take pictures, whoever made them, in onnxruntime on the CPU; print a table and what each is of
+    the first.
 
-    threads: counts for the inside of an operator, default 1 and all cores. runs, warm_up: of each file with each count, on one picture or a fixed batch.
-    With json_file writes {"protocol": ..., "rows": ...}. Returns the rows, the files in order for each count of threads: file, sha256, bytes, input,
-    batch, threads, runs, p50_ms, p90_ms, p99_ms; p50_ratio and bytes_ratio to the first file, p50_ratio_range: least and most over PARTS parts of the runs;
-    load_ms, peak_bytes and baseline_bytes (before the file is loaded) of a fresh process; machine. Raises BingoError before anything is timed.
+    threads: counts for the inside of an operator, default 1 and all cores. runs, warm_up: of each file with each count,
+    on one picture or a fixed batch. With json_file writes {"protocol": ..., "rows": ...}. Returns the rows, the files
+    in order for each count of threads: file, sha256, bytes, input, batch, threads, runs, p50_ms, p90_ms, p99_ms;
+    p50_ratio and bytes_ratio to the first file, p50_ratio_range: least and most over PARTS parts of the runs; load_ms,
+    peak_bytes and baseline_bytes (before the file is loaded) of a fresh process; machine. Raises BingoError before
+    anything is timed.
     """
     machine = _machine()
     counts = list(dict.fromkeys(threads or [1, machine["cores"]]))
@@ -90,8 +103,8 @@ def latency(
     for model in files:
         if len(model.pictures) != len(files[0].pictures):
             raise BingoError(
-                f"MODEL: expected files of one batch, found {len(files[0].pictures)} in {files[0].label} and {len(model.pictures)} in {model.label}; "
-                "time them one at a time"
+                f"MODEL: expected files of one batch, found {len(files[0].pictures)} in {files[0].label} and"
+                f" {len(model.pictures)} in {model.label}; time them one at a time"
             )
     console.say(f"loading every file in {LOADS} fresh processes ...")
     fresh = [_fresh(model) for model in files]
@@ -99,11 +112,22 @@ def latency(
     with console.bar("time", len(counts) * len(files) * (warm_up + runs)) as advance:
         for count in counts:
             sessions = [_session(model.path, count) for model in files]
-            runners = [partial(session.run, None, {model.input: model.pictures}) for session, model in zip(sessions, files, strict=True)]
+            runners = [
+                partial(session.run, None, {model.input: model.pictures})
+                for session, model in zip(sessions, files, strict=True)
+            ]
             times = interleaved(runners, runs, warm_up, advance)
             for index, model in enumerate(files):
-                of_file = {"file": model.label, "sha256": model.sha256, "bytes": model.bytes, "bytes_ratio": model.bytes / files[0].bytes}
-                of_file |= {"input": f"{model.input}: {model.pictures.dtype} {list(model.pictures.shape)}", "batch": len(model.pictures)}
+                of_file = {
+                    "file": model.label,
+                    "sha256": model.sha256,
+                    "bytes": model.bytes,
+                    "bytes_ratio": model.bytes / files[0].bytes,
+                }
+                of_file |= {
+                    "input": f"{model.input}: {model.pictures.dtype} {list(model.pictures.shape)}",
+                    "batch": len(model.pictures),
+                }
                 of_runs = {"threads": count, "runs": runs} | figures(times[index], times[0])
                 rows.append(of_file | of_runs | fresh[index] | {"machine": machine})
     if json_file:
@@ -121,7 +145,9 @@ def interleaved(
     advance: Callable[[int], None] = lambda done: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> NDArray[np.float64]:
-    """Milliseconds (files, runs) of rounds in which each runner runs once; every round starts one runner further on. advance: told after each round."""
+    """Milliseconds (files, runs) of rounds in which each runner runs once; every round starts one runner further on.
+    advance: told after each round.
+    """
     count = len(runners)
     seconds = np.empty((count, warm_up + runs))
     for turn in range(warm_up + runs):
@@ -135,12 +161,20 @@ def interleaved(
 
 
 def figures(times: NDArray[np.float64], first: NDArray[np.float64]) -> dict[str, Any]:
-    """Percentiles of times (runs,) in ms, and the p50 as a multiple of that of `first`, (runs,) of the same rounds: over all, least and most of PARTS."""
+    """Percentiles of times (runs,) in ms, and the p50 as a multiple of that of `first`, (runs,) of the same rounds:
+    over all, least and most of PARTS.
+    """
     p50, p90, p99 = (float(value) for value in np.percentile(times, [50, 90, 99]))
     parts = np.array_split(np.stack([times, first]), min(PARTS, len(times)), axis=1)
     ratios = [float(np.median(part[0]) / np.median(part[1])) for part in parts]
     whole = float(np.median(times) / np.median(first))
-    return {"p50_ms": p50, "p90_ms": p90, "p99_ms": p99, "p50_ratio": whole, "p50_ratio_range": [min(ratios), max(ratios)]}
+    return {
+        "p50_ms": p50,
+        "p90_ms": p90,
+        "p99_ms": p99,
+        "p50_ratio": whole,
+        "p50_ratio_range": [min(ratios), max(ratios)],
+    }
 
 
 def _machine() -> dict[str, Any]:
@@ -155,7 +189,9 @@ def _refuse(models: Sequence[Path], threads: Sequence[int], runs: int, warm_up: 
         if value < least:
             raise BingoError(f"{option}: expected at least {least}, found {value}; give a larger number")
     if json_file and not json_file.parent.is_dir():
-        raise BingoError(f"--json: expected a file in a folder that is there, found {json_file}; make {json_file.parent} first")
+        raise BingoError(
+            f"--json: expected a file in a folder that is there, found {json_file}; make {json_file.parent} first"
+        )
 
 
 def _opened(path: Path, label: str) -> Model:
@@ -169,12 +205,14 @@ def _opened(path: Path, label: str) -> Model:
     (given,) = inputs
     if given.type not in KINDS or not given.shape:
         raise BingoError(
-            f"{path}: expected pictures as {', '.join(kind[7:-1] for kind in KINDS)}, found {given.type} {given.shape}; time another file"
+            f"{path}: expected pictures as {', '.join(kind[7:-1] for kind in KINDS)}, found {given.type} {given.shape};"
+            " time another file"
         )
     batch, *rest = given.shape
     if not all(isinstance(side, int) and side > 0 for side in rest):
         raise BingoError(
-            f"{path}: expected input {given.name} of a known size, found {given.shape}; export it with all but the batch fixed"
+            f"{path}: expected input {given.name} of a known size, found {given.shape}; export it with all but the"
+            " batch fixed"
         )
     pictures = np.random.default_rng(0).integers(0, 256, (batch if isinstance(batch, int) else 1, *rest), np.uint8)
     fitting = pictures if given.type == "tensor(uint8)" else (pictures / 255).astype(KINDS[given.type])
@@ -195,7 +233,8 @@ def _session(path: Path, threads: int) -> Any:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # as above
         raise BingoError(
-            f"{path}: expected an ONNX file that onnxruntime {onnxruntime.__version__} opens, found {_first_line(error)}; export it again"
+            f"{path}: expected an ONNX file that onnxruntime {onnxruntime.__version__} opens, found"
+            f" {_first_line(error)}; export it again"
         ) from None
 
 
@@ -215,7 +254,8 @@ def _fresh(model: Model) -> dict[str, Any]:
         if done.returncode:
             why = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1][:200]
             raise BingoError(
-                f"{model.path}: expected a file that runs in a fresh process, found {why}; free some memory, or export it again"
+                f"{model.path}: expected a file that runs in a fresh process, found {why}; free some memory, or export"
+                " it again"
             )
         found.append(json.loads(done.stdout))
     return {key: statistics.median(each[key] for each in found) for key in found[0]}
@@ -227,14 +267,31 @@ def _first_line(error: Exception) -> str:
 
 def _protocol(runs: int, warm_up: int) -> dict[str, Any]:
     return {
-        "pictures": "random values in the graph's own input, one, or its batch where that is fixed; a time is a run's; decoding and resizing are not timed",
-        "order": "for each count of threads: rounds in which every file runs once, each round starting one file further on; between two runs of a file "
-        "others use the caches",
+        "pictures": (
+            "random values in the graph's own input, one, or its batch where that is fixed; a time is a run's; decoding"
+            " and resizing are not timed"
+        ),
+        "order": (
+            "for each count of threads: rounds in which every file runs once, each round starting one file further on;"
+            " between two runs of a file others use the caches"
+        ),
         "runs": runs,
         "warm_up": warm_up,
-        "p50_ratio": f"p50 of a file / p50 of the first; range: least and most over {min(PARTS, runs)} consecutive parts of the runs",
-        "load_ms": f"making the session, 1 thread, in a fresh process, the file in the system's cache: median of {LOADS}",
-        "peak_bytes": f"most resident memory of that process (onnxruntime and numpy, no torch) after {PROBE_RUNS} runs, nothing subtracted; "
-        "baseline_bytes: before the file is loaded; medians",
-        "session": {"intra_op_num_threads": "threads", "inter_op_num_threads": 1, **SESSION, "all else": "onnxruntime's defaults, CPU"},
+        "p50_ratio": (
+            f"p50 of a file / p50 of the first; range: least and most over {min(PARTS, runs)} consecutive parts of the"
+            " runs"
+        ),
+        "load_ms": (
+            f"making the session, 1 thread, in a fresh process, the file in the system's cache: median of {LOADS}"
+        ),
+        "peak_bytes": (
+            f"most resident memory of that process (onnxruntime and numpy, no torch) after {PROBE_RUNS} runs, nothing"
+            " subtracted; baseline_bytes: before the file is loaded; medians"
+        ),
+        "session": {
+            "intra_op_num_threads": "threads",
+            "inter_op_num_threads": 1,
+            **SESSION,
+            "all else": "onnxruntime's defaults, CPU",
+        },
     }

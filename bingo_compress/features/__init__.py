@@ -1,0 +1,1 @@
+"""What the teacher sees: embeddings, neighbours, bags, targets."""

@@ -1,4 +1,6 @@
-"""Bags: which images belong together, as the teacher sees it. A way of bagging is one function and one line in BAGGERS."""
+"""Bags: which images belong together, as the teacher sees it. A way of bagging is one function and one line in
+BAGGERS.
+"""
 
 from dataclasses import dataclass
 
@@ -16,14 +18,18 @@ CLUSTER = 20  # images in a k-means cluster, on average
 
 
 def knn(features: Matrix, bag_size: int, search: Search = IN_MEMORY) -> tuple[Tensor, Tensor]:
-    """The paper's bags: the K most cosine-similar other images. features: (N, D). Returns (bags (N, K) int64, similarities (N, K))."""
+    """The paper's bags: the K most cosine-similar other images. features: (N, D). Returns (bags (N, K) int64,
+    similarities (N, K)).
+    """
     return neighbours.mates(features, bag_size, search)
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What a way of bagging may look at: features (N, D); own (N, V) cosine of each image's plain view with its augmented views (V may be 0);
-    labels (N,) by folder name, or None; clusters: 0 for one in every CLUSTER images; seed of the random draws; how neighbours are searched."""
+    """What a way of bagging may look at: features (N, D); own (N, V) cosine of each image's plain view with its
+    augmented views (V may be 0); labels (N,) by folder name, or None; clusters: 0 for one in every CLUSTER images; seed
+    of the random draws; how neighbours are searched.
+    """
 
     features: Matrix
     own: Tensor
@@ -39,10 +45,11 @@ def by_neighbours(seen: Seen, bag_size: int) -> Tensor:
 
 
 def by_trust(seen: Seen, bag_size: int) -> Tensor:
-    """The paper's limit is small data and few true neighbours: of the K nearest, only mutual ones that are as close as the image's own views.
+    """The paper's limit is small data and few true neighbours: of the K nearest, only mutual ones that are as close as
+    the image's own views.
 
-    j stays in i's bag if i is among j's K nearest too, and cos(i, j) is at least the smallest cosine of i to one of its own augmented views (where views
-    are stored). Bags (N, K), -1 for an empty place; a bag may be empty.
+    j stays in i's bag if i is among j's K nearest too, and cos(i, j) is at least the smallest cosine of i to one of its
+    own augmented views (where views are stored). Bags (N, K), -1 for an empty place; a bag may be empty.
     """
     bags, similar = knn(seen.features, bag_size, seen.search)
     trusted = mutual(bags)
@@ -52,10 +59,14 @@ def by_trust(seen: Seen, bag_size: int) -> Tensor:
 
 
 def by_clusters(seen: Seen, bag_size: int) -> Tensor:
-    """K members, drawn at random, of the image's spherical k-means cluster (faiss). Bags (N, K), -1 where the cluster has fewer. Raises BingoError."""
+    """K members, drawn at random, of the image's spherical k-means cluster (faiss). Bags (N, K), -1 where the cluster
+    has fewer. Raises BingoError.
+    """
     faiss = neighbours.load_faiss()
     if faiss is None:
-        raise BingoError("--bags kmeans: expected faiss, found none; next: pip install 'bingo-compress[cpu]', or --bags knn")
+        raise BingoError(
+            "--bags kmeans: expected faiss, found none; next: pip install 'bingo-compress[cpu]', or --bags knn"
+        )
     rows = normalize(seen.features[:].float(), dim=1).numpy()
     count = min(seen.clusters or max(len(rows) // CLUSTER, 1), len(rows))
     means = faiss.Kmeans(
@@ -73,7 +84,9 @@ def by_clusters(seen: Seen, bag_size: int) -> Tensor:
 
 
 def by_labels(seen: Seen, bag_size: int) -> Tensor:
-    """An oracle, for ablation only: K images of the same folder name, drawn at random. Raises BingoError without at least two folders."""
+    """An oracle, for ablation only: K images of the same folder name, drawn at random. Raises BingoError without at
+    least two folders.
+    """
     if seen.labels is None:
         raise BingoError("--bags labels: expected a folder a class in --data, found none; use --bags knn")
     return _drawn(seen.labels, bag_size, seen.seed)
@@ -85,13 +98,16 @@ def without(seen: Seen, bag_size: int) -> Tensor:
 
 
 def _drawn(groups: Tensor, bag_size: int, seed: int) -> Tensor:
-    """`bag_size` others of each image's group, or all where there are fewer, any set of them as likely as any other. groups: (N,). Bags (N, K)."""
+    """`bag_size` others of each image's group, or all where there are fewer, any set of them as likely as any other.
+    groups: (N,). Bags (N, K).
+    """
     generator = torch.Generator().manual_seed(seed % 2**63)
     _, group, sizes = groups.unique(return_inverse=True, return_counts=True)
     order, size, first = group.argsort(stable=True), sizes[group], (sizes.cumsum(0) - sizes)[group]
     place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order))) - first
     others = size - 1
-    # Floyd's way to draw without putting back, for all images at once; what is drawn is how far on in its group the mate stands.
+    # Floyd's way to draw without putting back, for all images at once; what is drawn is how far on in its group the
+    # mate stands.
     steps = torch.full((len(groups), bag_size), -1)
     for column in range(bag_size):
         last = others - others.clamp(max=bag_size) + column
@@ -121,7 +137,9 @@ def purity(bags: Tensor, labels: Tensor) -> float:
 
 
 def report(bags: Tensor, features: Matrix, labels: Tensor | None = None) -> dict[str, float]:
-    """What the bags are like: size (mean, least, most), share that is empty, mean similarity, share of mutual mates, and with labels the purity."""
+    """What the bags are like: size (mean, least, most), share that is empty, mean similarity, share of mutual mates,
+    and with labels the purity.
+    """
     sizes = (bags >= 0).sum(1)
     similar = 0.0
     for start, rows in blocks(bags, ROWS):

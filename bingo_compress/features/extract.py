@@ -40,7 +40,9 @@ def as_embed(encoder: Encoder, device: torch.device) -> tuple[Preprocessing, Emb
 
 @contextmanager
 def exact(device: torch.device) -> Iterator[None]:
-    """No TF32 on a GPU: figures are those of the numbers that a device would compute with, not of a tenth of their digits."""
+    """No TF32 on a GPU: figures are those of the numbers that a device would compute with, not of a tenth of their
+    digits.
+    """
     if device.type != "cuda":
         yield
         return
@@ -61,7 +63,9 @@ def to_float(pixels: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Keep:
-    """Where `plain` keeps finished parts of a stage `stem`. models: digests of the models' weights or files, by the names that `plain` has for them."""
+    """Where `plain` keeps finished parts of a stage `stem`. models: digests of the models' weights or files, by the
+    names that `plain` has for them.
+    """
 
     work: Path
     stem: str
@@ -74,13 +78,18 @@ class Keep:
 
 
 def plain(
-    models: Mapping[str, tuple[Preprocessing, Embed]], folder: Folder, indices: Sequence[int], what: str, keep: Keep | None = None
+    models: Mapping[str, tuple[Preprocessing, Embed]],
+    folder: Folder,
+    indices: Sequence[int],
+    what: str,
+    keep: Keep | None = None,
 ) -> tuple[dict[str, Tensor], list[int]]:
     """Plain-view features of several models from one decoding of each image, with the device's own preprocessing.
 
-    Returns (features (n, width) by model, the n indices that could be decoded, in their order). Several processes share the images and each gets all.
-    keep: for finished parts, of these models and images alone: interrupted, the same call goes on after the last. Raises BingoError where no image can be
-    decoded, and for an image that a model makes no finite numbers of.
+    Returns (features (n, width) by model, the n indices that could be decoded, in their order). Several processes share
+    the images and each gets all. keep: for finished parts, of these models and images alone: interrupted, the same call
+    goes on after the last. Raises BingoError where no image can be decoded, and for an image that a model makes no
+    finite numbers of.
     """
     geometries = {name: model[0].geometry() for name, model in models.items()}
     distinct = [dict(items) for items in {tuple(geometry.items()) for geometry in geometries.values()}]
@@ -88,16 +97,23 @@ def plain(
     def views(pixels: Pixels) -> list[Pixels]:
         return [preprocess(pixels, **geometry) for geometry in distinct]
 
-    # Batches of places in `indices`, not of good images: they are the same, and so is their rounding, whatever the number of processes.
+    # Batches of places in `indices`, not of good images: they are the same, and so is their rounding, whatever the
+    # number of processes.
     starts = distributed.stretch(range(0, len(indices), BATCH))
     spans = {start: indices[start : start + BATCH] for start in starts}
 
     def batches(mine: Sequence[int], advance: console.Advance) -> Iterator[list[Tensor]]:
         decoded = decode_all(folder, chain(*(spans[start] for start in mine)), views)
         for start in mine:
-            good = [(index, result) for index, result in islice(decoded, len(spans[start])) if not isinstance(result, ImageError)]
+            good = [
+                (index, result)
+                for index, result in islice(decoded, len(spans[start]))
+                if not isinstance(result, ImageError)
+            ]
             if good:
-                stacks = [torch.from_numpy(np.stack(seen)) for seen in zip(*(result for _, result in good), strict=True)]
+                stacks = [
+                    torch.from_numpy(np.stack(seen)) for seen in zip(*(result for _, result in good), strict=True)
+                ]
                 places = [index for index, _ in good]
                 features = {name: run(stacks[distinct.index(geometries[name])]) for name, (_, run) in models.items()}
                 for name, rows in features.items():
@@ -134,7 +150,8 @@ def plain(
     found = distributed.joined(parts())
     if not found:
         raise BingoError(
-            f"expected images in {folder.root}, found none that can be decoded; `bingo-compress check --data {folder.root}` says why"
+            f"expected images in {folder.root}, found none that can be decoded; `bingo-compress check --data"
+            f" {folder.root}` says why"
         )
     return dict(zip(models, found[1:], strict=True)), found[0].tolist()
 
@@ -144,12 +161,15 @@ def _refuse_no_numbers(rows: Tensor, name: str, folder: Folder, places: Sequence
     bad = rows.reshape(len(rows), -1).isfinite().all(1).logical_not().nonzero()[:, 0].tolist()
     if bad:
         raise BingoError(
-            f"{name}: expected finite features, found infinite ones or NaN for {folder.path(places[bad[0]])}; are the model's weights whole?"
+            f"{name}: expected finite features, found infinite ones or NaN for {folder.path(places[bad[0]])}; are the"
+            " model's weights whole?"
         )
 
 
 def pixels_of(preprocessing: Preprocessing, folder: Folder, order: Sequence[int], count: int) -> Tensor:
-    """The first `count` images in `order` that can be decoded, as a model's input: uint8 (n, S, S, 3). Raises BingoError where there is none."""
+    """The first `count` images in `order` that can be decoded, as a model's input: uint8 (n, S, S, 3). Raises
+    BingoError where there is none.
+    """
     geometry = preprocessing.geometry()
     found: list[Tensor] = []
     for _, result in decode_all(folder, order, lambda picture: preprocess(picture, **geometry)):
@@ -159,14 +179,16 @@ def pixels_of(preprocessing: Preprocessing, folder: Folder, order: Sequence[int]
             break
     if not found:
         raise BingoError(
-            f"expected images in {folder.root}, found none that can be decoded; `bingo-compress check --data {folder.root}` says why"
+            f"expected images in {folder.root}, found none that can be decoded; `bingo-compress check --data"
+            f" {folder.root}` says why"
         )
     return torch.stack(found)
 
 
 @torch.inference_mode()
 def store_features(encoder: Encoder, pixels: PixelStore, indices: Tensor, device: torch.device) -> Tensor:
-    """Features (n, width), on the CPU, of `plain_views` of the pixel store: close to those of the plain view, and nothing is decoded.
+    """Features (n, width), on the CPU, of `plain_views` of the pixel store: close to those of the plain view, and
+    nothing is decoded.
 
     Several processes share the images and each gets all.
     """

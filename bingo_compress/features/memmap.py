@@ -19,7 +19,9 @@ READ = 1 << 24  # bytes read at once for a checksum
 
 @dataclass(frozen=True)
 class Rows:
-    """Some rows of a matrix, read when they are asked for and never copied as a whole. matrix: (M, D); which: (N,) int64 positions in it."""
+    """Some rows of a matrix, read when they are asked for and never copied as a whole. matrix: (M, D); which: (N,)
+    int64 positions in it.
+    """
 
     matrix: Tensor
     which: Tensor
@@ -50,7 +52,8 @@ def blocks(matrix: Matrix, rows: int) -> Iterator[tuple[int, Tensor]]:
 
 @dataclass(frozen=True)
 class Stored:
-    """A float16 matrix of `width` columns in the raw file `path`, written by ranges of rows, in any order and by several processes.
+    """A float16 matrix of `width` columns in the raw file `path`, written by ranges of rows, in any order and by
+    several processes.
 
     A range that is done has a marker beside the file, with the checksum of its rows.
     """
@@ -75,7 +78,9 @@ class Stored:
         write_text(self._marker(first), json.dumps({"rows": len(rows), "crc32": zlib.crc32(content)}))
 
     def sound(self, first: int, rows: int) -> bool:
-        """Whether the `rows` rows from `first` are there as they were written; says so when they were written and are not."""
+        """Whether the `rows` rows from `first` are there as they were written; says so when they were written and are
+        not.
+        """
         if not self._marker(first).exists():
             return False
         try:
@@ -88,7 +93,9 @@ class Stored:
         return whole
 
     def read(self, *shape: int) -> Tensor:
-        """The rows as a tensor of this shape, read from disk as they are used. Writing to it changes memory alone, never the file."""
+        """The rows as a tensor of this shape, read from disk as they are used. Writing to it changes memory alone,
+        never the file.
+        """
         return torch.from_numpy(np.memmap(self.path, np.float16, "c", shape=shape))
 
     def _bytes(self, rows: int) -> int:

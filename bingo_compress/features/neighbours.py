@@ -1,6 +1,8 @@
-"""Nearest neighbours by cosine: exact, tile by tile, or among the nearest lists (IVF) with a recall that is measured. Memory stays bounded.
+"""Nearest neighbours by cosine: exact, tile by tile, or among the nearest lists (IVF) with a recall that is measured.
+Memory stays bounded.
 
-Of a matrix that lies in a file only one block of queries and one tile of the gallery are held as float32; results are written block by block.
+Of a matrix that lies in a file only one block of queries and one tile of the gallery are held as float32; results are
+written block by block.
 """
 
 import math
@@ -24,7 +26,10 @@ CPU = torch.device("cpu")
 BLOCK = 16384  # queries searched, and written, together
 TILE = 16384  # gallery rows held at once
 EXACT_AT_MOST = 10_000_000  # images that `auto` searches exactly
-PRODUCT = {"cpu": 256, "cuda": 4096}  # queries whose similarities to a tile torch holds at once: of a CPU, what its cache holds
+PRODUCT = {
+    "cpu": 256,
+    "cuda": 4096,
+}  # queries whose similarities to a tile torch holds at once: of a CPU, what its cache holds
 
 # IVF: about LISTS * sqrt(N) lists, k-means on TRAIN rows a list; as many lists a query as WANTED recall takes.
 LISTS = 4
@@ -38,7 +43,9 @@ LEAST = 0.95
 
 @dataclass(frozen=True)
 class Search:
-    """How neighbours are searched: auto, exact or ivf; on which device; folder: where blocks of the result go (None: nothing is written)."""
+    """How neighbours are searched: auto, exact or ivf; on which device; folder: where blocks of the result go (None:
+    nothing is written).
+    """
 
     how: str = "auto"
     device: torch.device = CPU
@@ -67,8 +74,11 @@ def load_faiss() -> ModuleType | None:
     return module
 
 
-def nearest_neighbours(queries: Matrix, gallery: Matrix, count: int, device: torch.device = CPU) -> tuple[Tensor, Tensor]:
-    """The `count` most cosine-similar gallery rows of each query, exactly. queries: (M, D); gallery: (N, D), any float type, not normalised.
+def nearest_neighbours(
+    queries: Matrix, gallery: Matrix, count: int, device: torch.device = CPU
+) -> tuple[Tensor, Tensor]:
+    """The `count` most cosine-similar gallery rows of each query, exactly. queries: (M, D); gallery: (N, D), any float
+    type, not normalised.
 
     Returns (similarities (M, count) float32, indices (M, count) int64) on the CPU, best first.
     """
@@ -77,10 +87,11 @@ def nearest_neighbours(queries: Matrix, gallery: Matrix, count: int, device: tor
 
 
 def mates(features: Matrix, count: int, search: Search) -> tuple[Tensor, Tensor]:
-    """The `count` most cosine-similar other rows of each row. features: (N, D). Returns (indices (N, count) int64, similarities (N, count) float32).
+    """The `count` most cosine-similar other rows of each row. features: (N, D). Returns (indices (N, count) int64,
+    similarities (N, count) float32).
 
-    A folder of more than one block goes on after the last block that `search.folder` holds, and several processes share the blocks. Raises BingoError
-    when IVF misses too many neighbours.
+    A folder of more than one block goes on after the last block that `search.folder` holds, and several processes share
+    the blocks. Raises BingoError when IVF misses too many neighbours.
     """
     folder = search.folder if len(features) > BLOCK else None
     if not search.exact(len(features)):
@@ -97,9 +108,14 @@ def mates(features: Matrix, count: int, search: Search) -> tuple[Tensor, Tensor]
 def _nearest(queries: Tensor, gallery: Matrix, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """`nearest_neighbours` of one block: the best of the tiles so far, merged with those of the next."""
     # float16 stays float16 on a GPU (with sums in float32); a CPU multiplies float32 faster.
-    dtype = torch.float16 if device.type == "cuda" and queries.dtype == gallery.dtype == torch.float16 else torch.float32
+    dtype = (
+        torch.float16 if device.type == "cuda" and queries.dtype == gallery.dtype == torch.float16 else torch.float32
+    )
     rows = _unit(queries, device, dtype)
-    similar, indices = torch.empty(len(rows), 0, device=device), torch.empty(len(rows), 0, dtype=torch.int64, device=device)
+    similar, indices = (
+        torch.empty(len(rows), 0, device=device),
+        torch.empty(len(rows), 0, dtype=torch.int64, device=device),
+    )
     for start, tile in blocks(gallery, TILE):
         more, where = _best(rows, _unit(tile, device, dtype), min(count, len(tile)))
         similar, indices = _merged((similar, indices), (more, where + start), count)
@@ -142,8 +158,12 @@ def _others(images: Tensor, similar: Tensor, indices: Tensor) -> dict[str, Tenso
     return {"indices": indices[other].view(shape).int(), "similar": similar[other].view(shape)}
 
 
-def _in_blocks(stem: str, count: int, folder: Path | None, make: Callable[[int, int], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """make(start, stop) for every BLOCK of `count` rows, one under the other; a finished block is a file in `folder`."""
+def _in_blocks(
+    stem: str, count: int, folder: Path | None, make: Callable[[int, int], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """make(start, stop) for every BLOCK of `count` rows, one under the other; a finished block is a file in
+    `folder`.
+    """
     spans = [(start, min(start + BLOCK, count)) for start in range(0, count, BLOCK)]
     if folder is None:
         parts = [make(*span) for span in spans]
@@ -164,10 +184,11 @@ def _in_blocks(stem: str, count: int, folder: Path | None, make: Callable[[int, 
 
 
 def _by_lists(features: Matrix, count: int, search: Search, folder: Path | None) -> tuple[Tensor, Tensor]:
-    """`mates` by IVF: every row belongs to the list of its nearest centroid; a row is compared with the lists whose centroids are nearest to it.
+    """`mates` by IVF: every row belongs to the list of its nearest centroid; a row is compared with the lists whose
+    centroids are nearest to it.
 
-    Rows are taken in the order of their lists: those of a block read much the same lists, and each list is compared at once with all that read it.
-    Raises BingoError.
+    Rows are taken in the order of their lists: those of a block read much the same lists, and each list is compared at
+    once with all that read it. Raises BingoError.
     """
     lists = _Lists(features, count, search.device, folder)
 
@@ -181,14 +202,17 @@ def _by_lists(features: Matrix, count: int, search: Search, folder: Path | None)
     # What is told is measured on the result, with queries that had no say in the number of lists.
     recall = _recall(lists.measured, similar)
     console.say(
-        f"neighbours: IVF, {lists.probes} of {len(lists.sizes):,} lists a query, recall@{count} {recall:.3f} on {len(lists.measured[0]):,} exact queries"
+        f"neighbours: IVF, {lists.probes} of {len(lists.sizes):,} lists a query, recall@{count} {recall:.3f} on"
+        f" {len(lists.measured[0]):,} exact queries"
     )
     _refuse_under(recall, count, lists.probes)
     return indices, similar
 
 
 def _recall(exact: tuple[Tensor, Tensor], similar: Tensor) -> float:
-    """Share of the exact neighbours (queries (S,), their exact similarities (S, K)) that were found; equally similar rows count as the same."""
+    """Share of the exact neighbours (queries (S,), their exact similarities (S, K)) that were found; equally similar
+    rows count as the same.
+    """
     queries, wanted = exact
     return float((similar[queries] >= wanted[:, -1:] - 1e-6).double().mean())
 
@@ -196,13 +220,16 @@ def _recall(exact: tuple[Tensor, Tensor], similar: Tensor) -> float:
 def _refuse_under(recall: float, count: int, probes: int) -> None:
     if recall < LEAST:
         raise BingoError(
-            f"search=ivf: expected a recall@{count} of {LEAST} or more, found {recall:.3f} with {probes:,} lists a query; use --set search=exact"
+            f"search=ivf: expected a recall@{count} of {LEAST} or more, found {recall:.3f} with {probes:,} lists a"
+            " query; use --set search=exact"
         )
 
 
 class _Lists:
-    """Lists of rows by nearest centroid. home: (N,) list of each row; order: (N,) rows by list; sizes: (L,) rows of each list; probes: lists a query
-    reads; measured: (queries (S,), similarities (S, K)) of exact queries. Raises BingoError."""
+    """Lists of rows by nearest centroid. home: (N,) list of each row; order: (N,) rows by list; sizes: (L,) rows of
+    each list; probes: lists a query reads; measured: (queries (S,), similarities (S, K)) of exact queries. Raises
+    BingoError.
+    """
 
     def __init__(self, features: Matrix, count: int, device: torch.device, folder: Path | None) -> None:
         self._features, self._count, self._device = features, count, device
@@ -222,9 +249,13 @@ class _Lists:
         return nearest_neighbours(self._features[images], self._centroids, min(lists, len(self.sizes)), self._device)[1]
 
     def _choose(self) -> None:
-        """The fewest lists a query that reach the WANTED recall. A neighbour is found if its list is read: no search is needed to know."""
+        """The fewest lists a query that reach the WANTED recall. A neighbour is found if its list is read: no search is
+        needed to know.
+        """
         drawn = torch.randperm(len(self._features), generator=torch.Generator().manual_seed(1))[: 2 * SAMPLE]
-        exact = _others(drawn, *nearest_neighbours(self._features[drawn], self._features, self._count + 1, self._device))
+        exact = _others(
+            drawn, *nearest_neighbours(self._features[drawn], self._features, self._count + 1, self._device)
+        )
         half = len(drawn) // 2
         near = self._near(drawn[:half], PROBES)
         same = near[:, None, :] == self.home[exact["indices"][:half].long()][:, :, None]
@@ -235,14 +266,17 @@ class _Lists:
         self.measured = drawn[half:], exact["similar"][half:]
 
     def search(self, images: Tensor) -> dict[str, Tensor]:
-        """Neighbours of rows `images` (n,) in the `probes` lists nearest to each, or in as many more as hold enough rows."""
+        """Neighbours of rows `images` (n,) in the `probes` lists nearest to each, or in as many more as hold enough
+        rows.
+        """
         near = self._near(images, self.probes)
         if bool((self.sizes[near].sum(1) <= self._count).any()):
             near = self._near(images, PROBES)
             held = self.sizes[near].cumsum(1)
             if int(held[:, -1].min()) <= self._count:
                 raise BingoError(
-                    f"search=ivf: expected lists of more than {self._count} images together, found {int(held[:, -1].min())}; use --set search=exact"
+                    f"search=ivf: expected lists of more than {self._count} images together, found"
+                    f" {int(held[:, -1].min())}; use --set search=exact"
                 )
             near = near[:, : max(self.probes, int((held <= self._count).sum(1).max()) + 1)]
         queries = _unit(self._features[images], self._device, torch.float32)
@@ -294,7 +328,8 @@ def _kmeans(features: Matrix, count: int, device: torch.device) -> Tensor:
 
 
 def recall_k(gallery: int) -> int:
-    """How many neighbours recall asks for in a gallery of so many images: RECALL_K, and a tenth of them at most, or much would be found by chance.
+    """How many neighbours recall asks for in a gallery of so many images: RECALL_K, and a tenth of them at most, or
+    much would be found by chance.
 
     0 where there are too few images to ask.
     """

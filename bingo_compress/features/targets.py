@@ -1,4 +1,4 @@
-"""TODO."""
+"""What a student is trained towards: the teacher's stored or fresh embeddings, in the space that a recipe asks for."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +22,9 @@ TargetOf = Callable[[Tensor, torch.Generator, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class TargetSpace:
-    """Where targets live: normalise, subtract `mean` (D,), project on `basis` (D, d), normalise. None leaves that step out."""
+    """Where targets live: normalise, subtract `mean` (D,), project on `basis` (D, d), normalise. None leaves that step
+    out.
+    """
 
     mean: Tensor | None
     basis: Tensor | None
@@ -40,7 +42,9 @@ class TargetSpace:
 
 
 def target_space(embeddings: Matrix, target: str, dim: int) -> TargetSpace:
-    """Fit on the plain-view embeddings (N, D). target: raw, centred, pca (at most `dim` dimensions kept) or whitened (the same, each scaled to variance 1)."""
+    """Fit on the plain-view embeddings (N, D). target: raw, centred, pca (at most `dim` dimensions kept) or whitened
+    (the same, each scaled to variance 1).
+    """
     if target == "raw":
         return TargetSpace(None, None)
     count, width = embeddings.shape
@@ -63,12 +67,15 @@ def target_space(embeddings: Matrix, target: str, dim: int) -> TargetSpace:
 
 
 class StoredTargets:
-    """Targets from stored views: one of an image's V views, drawn anew each time, or (mean) the mean of all, always the same.
+    """Targets from stored views: one of an image's V views, drawn anew each time, or (mean) the mean of all, always the
+    same.
 
     views: (N, V, D). lengths: not normalised at the end.
     """
 
-    def __init__(self, views: Tensor, space: TargetSpace, device: torch.device, *, lengths: bool = False, mean: bool = False) -> None:
+    def __init__(
+        self, views: Tensor, space: TargetSpace, device: torch.device, *, lengths: bool = False, mean: bool = False
+    ) -> None:
         self._lengths = lengths
         parts = (space.project(rows) if lengths else space(rows) for rows in views.split(ROWS))
         self._views = torch.cat([(part.mean(1, keepdim=True) if mean else part).half() for part in parts])
@@ -78,7 +85,9 @@ class StoredTargets:
         self.dim = self._views.shape[2]
 
     def __call__(self, indices: Tensor, generator: torch.Generator, mine: Tensor) -> Tensor:
-        """Targets (b, dim), float32, L2-normalised (unless `lengths`), of the images indices[mine]; drawn for all of `indices` (B,)."""
+        """Targets (b, dim), float32, L2-normalised (unless `lengths`), of the images indices[mine]; drawn for all of
+        `indices` (B,).
+        """
         view = torch.randint(self._views.shape[1], (len(indices),), generator=generator)[mine]
         rows = (sent(positions, self._views.device) for positions in (indices[mine], view))
         drawn = sent(self._views[tuple(rows)], self._device).float()
@@ -108,7 +117,9 @@ class OnlineTargets:
 
     @torch.no_grad()
     def __call__(self, indices: Tensor, generator: torch.Generator, mine: Tensor) -> Tensor:
-        """Targets (b, dim), float32, L2-normalised (unless `lengths`), of the images indices[mine]; drawn for all of `indices` (B,)."""
+        """Targets (b, dim), float32, L2-normalised (unless `lengths`), of the images indices[mine]; drawn for all of
+        `indices` (B,).
+        """
         drawn = augment.rows(augment.draw(self._pixels.aspect[indices], generator, self._scale_min), mine)
         indices = indices[mine]
         images = augment.apply(self._pixels.crops(indices, drawn.box, self._teacher.preprocessing.size), drawn)

@@ -1,4 +1,6 @@
-"""The teacher's one pass over a folder: plain features, embeddings and augmented views, by shards that are never made twice."""
+"""The teacher's one pass over a folder: plain features, embeddings and augmented views, by shards that are never made
+twice.
+"""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -31,9 +33,11 @@ LARGE = 512  # images that the teacher is given at once on a GPU; halved until t
 
 @dataclass(frozen=True)
 class TeacherPass:
-    """What one pass of the teacher gave. features: (N, width) plain view; embeddings: (N, D) plain view; views: (N, V, D), V may be 0.
+    """What one pass of the teacher gave. features: (N, width) plain view; embeddings: (N, D) plain view; views: (N, V,
+    D), V may be 0.
 
-    Float16, every row of length one: no method uses lengths, and float16 ends at 65504. All are read from disk as they are used. key: of what the pass was made from.
+    Float16, every row of length one: no method uses lengths, and float16 ends at 65504. All are read from disk as they
+    are used. key: of what the pass was made from.
     """
 
     features: Tensor
@@ -53,12 +57,12 @@ def run(
     *,
     of_features: bool = False,
 ) -> TeacherPass:
-    """Embed the plain view and `views` augmented views of every image of `folder`, by shards of rows in work/teacher-KEY that are never made twice.
+    """Embed the plain view and `views` augmented views of every image of `folder`, by shards of rows in
+    work/teacher-KEY that are never made twice.
 
-    Several processes share the shards.
-    folder and pixels hold the same images in the same order. View v of an image is the same whatever `views` and the run's seed are, so that runs
-    share them. of_features: views are backbone features, not embeddings. Raises BingoError when the disk is too small, and for an image that the teacher
-    makes no numbers of.
+    Several processes share the shards. folder and pixels hold the same images in the same order. View v of an image is
+    the same whatever `views` and the run's seed are, so that runs share them. of_features: views are backbone features,
+    not embeddings. Raises BingoError when the disk is too small, and for an image that the teacher makes no numbers of.
     """
     key = made_of(
         "teacher",
@@ -99,7 +103,9 @@ def run(
             for rows, view in mine:
                 if view < 0:
                     batches = _plain_shard(teacher, folder, rows, device)
-                    for part, made in zip((features, embeddings), _embedded(teacher, batches, fit, advance), strict=True):
+                    for part, made in zip(
+                        (features, embeddings), _embedded(teacher, batches, fit, advance), strict=True
+                    ):
                         _refuse_no_direction(made, folder, rows, teacher)
                         part.write(rows.start, made)
                 else:
@@ -110,17 +116,26 @@ def run(
     distributed.barrier()
     if missing:
         _say_alike(embeddings.read(count, width))
-    views_seen = viewed.read(views, count, viewed.width).transpose(0, 1) if views else torch.empty(count, 0, width, dtype=torch.float16)
+    views_seen = (
+        viewed.read(views, count, viewed.width).transpose(0, 1)
+        if views
+        else torch.empty(count, 0, width, dtype=torch.float16)
+    )
     return TeacherPass(features.read(count, teacher.width), embeddings.read(count, width), views_seen, key)
 
 
 def _refuse_no_direction(made: Tensor, folder: Folder, rows: range, teacher: Encoder) -> None:
-    """Raise BingoError for a row of `made` (n, D), the images `rows`, that is not of length one: the teacher gave zeros, infinities or NaN."""
-    bad = ((made.float().norm(dim=1) - 1).abs() < 0.05).logical_not().nonzero()[:, 0].tolist()  # a NaN is no less than anything
+    """Raise BingoError for a row of `made` (n, D), the images `rows`, that is not of length one: the teacher gave
+    zeros, infinities or NaN.
+    """
+    bad = (
+        ((made.float().norm(dim=1) - 1).abs() < 0.05).logical_not().nonzero()[:, 0].tolist()
+    )  # a NaN is no less than anything
     if bad:
         raise BingoError(
-            f"--teacher {teacher.name}: expected features with a direction, found zeros, infinities or NaN for {len(bad):,} of {len(rows):,} images, "
-            f"the first {folder.path(rows[bad[0]])}; are the teacher's weights whole, and does it take {teacher.preprocessing.size} px?"
+            f"--teacher {teacher.name}: expected features with a direction, found zeros, infinities or NaN for"
+            f" {len(bad):,} of {len(rows):,} images, the first {folder.path(rows[bad[0]])}; are the teacher's weights"
+            f" whole, and does it take {teacher.preprocessing.size} px?"
         )
 
 
@@ -130,8 +145,8 @@ def _say_alike(embeddings: Tensor) -> None:
     alike = float(normalize(sample, dim=1).double().mean(0).square().sum())  # the mean cosine of any two
     if len(sample) > 1 and alike > TOO_ALIKE:
         console.say(
-            f"warning: the teacher tells these images hardly apart (mean cosine {alike:.6f}): float16 rounds off a good part of what differs. "
-            "Random weights, or another normalisation than the teacher's own, look like this"
+            f"warning: the teacher tells these images hardly apart (mean cosine {alike:.6f}): float16 rounds off a good"
+            " part of what differs. Random weights, or another normalisation than the teacher's own, look like this"
         )
 
 
@@ -153,7 +168,9 @@ def _plain_shard(teacher: Encoder, folder: Folder, rows: range, device: torch.de
         for index in range(start, min(start + extract.BATCH, rows.stop)):
             result = next(decoded)[1]
             if isinstance(result, ImageError):
-                raise BingoError(f"{folder.path(index)} changed while the run was reading it ({result}); start the command again")
+                raise BingoError(
+                    f"{folder.path(index)} changed while the run was reading it ({result}); start the command again"
+                )
             batch.append(torch.from_numpy(result))
         yield extract.to_float(torch.stack(batch).to(device))
 
@@ -162,14 +179,17 @@ def _view_shard(teacher: Encoder, pixels: PixelStore, rows: range, view: int, sc
     """An augmented view of the images `rows`, BATCH at a time: (B, 3, S, S)."""
     for start in range(rows.start, rows.stop, extract.BATCH):
         indices = torch.arange(start, min(start + extract.BATCH, rows.stop))
-        # One generator a batch and view: the views do not depend on where the pass was interrupted, nor on what the teacher takes at once.
+        # One generator a batch and view: the views do not depend on where the pass was interrupted, nor on what the
+        # teacher takes at once.
         generator = torch.Generator().manual_seed(hash_seed("view", view, start))
         drawn = augment.draw(pixels.aspect[indices], generator, scale_min)
         yield augment.apply(pixels.crops(indices, drawn.box, teacher.preprocessing.size), drawn)
 
 
 @torch.inference_mode()
-def _embedded(teacher: Encoder, batches: Iterator[Tensor], fit: "_Fit", advance: console.Advance) -> tuple[Tensor, Tensor]:
+def _embedded(
+    teacher: Encoder, batches: Iterator[Tensor], fit: "_Fit", advance: console.Advance
+) -> tuple[Tensor, Tensor]:
     """(features (n, width), embeddings (n, D)) of all images in `batches`, float16 of length one, on the CPU."""
     found = []
     while group := list(islice(batches, max(fit.images // extract.BATCH, 1))):
@@ -188,7 +208,9 @@ class _Fit:
         while True:
             try:
                 found = [_both(teacher, part) for part in images.split(self.images)]
-                return torch.cat([features for features, _ in found]), torch.cat([embeddings for _, embeddings in found])
+                return torch.cat([features for features, _ in found]), torch.cat(
+                    [embeddings for _, embeddings in found]
+                )
             except torch.cuda.OutOfMemoryError:
                 if self.images == 1:
                     raise

@@ -1,0 +1,1 @@
+"""Teachers and students, and how their weights are read and written."""

@@ -35,7 +35,9 @@ SHORT_LIST = [
 
 
 def show(pattern: str) -> None:
-    """Print the models whose names match `pattern` (a part, or with * and ?), or a short list. Raises BingoError when none does."""
+    """Print the models whose names match `pattern` (a part, or with * and ?), or a short list. Raises BingoError when
+    none does.
+    """
     known = timm.list_models()
     found = (
         [name for name in known if fnmatch.fnmatch(name, pattern if set("*?[") & set(pattern) else f"*{pattern}*")]
@@ -43,9 +45,13 @@ def show(pattern: str) -> None:
         else SHORT_LIST
     )
     if not found:
-        raise BingoError(f"models: no model matches {pattern!r}; the nearest are {', '.join(nearest(pattern, [*known, *FAMILIES]))}")
+        raise BingoError(
+            f"models: no model matches {pattern!r}; the nearest are {', '.join(nearest(pattern, [*known, *FAMILIES]))}"
+        )
     rows = []
-    with console.bar("models", len(found[:AT_MOST])) if len(found) > 20 and console.console.is_terminal else _quiet() as advance:
+    with (
+        console.bar("models", len(found[:AT_MOST])) if len(found) > 20 and console.console.is_terminal else _quiet()
+    ) as advance:
         for name in found[:AT_MOST]:
             rows.append(_row(name))
             advance(1)
@@ -54,7 +60,8 @@ def show(pattern: str) -> None:
         console.say(f"{len(found):,} match; the first {AT_MOST} are shown. Narrow the pattern to see the others")
     if not pattern:
         console.say(
-            f"a short list of {len(known):,}; `bingo-compress models PATTERN` searches all. Family names work too: {', '.join(sorted(FAMILIES))}"
+            f"a short list of {len(known):,}; `bingo-compress models PATTERN` searches all. Family names work too:"
+            f" {', '.join(sorted(FAMILIES))}"
         )
 
 

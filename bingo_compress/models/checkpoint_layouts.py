@@ -1,4 +1,6 @@
-"""Where self-supervised methods keep trunk and projection head in their checkpoints: a table, and a head built from its own tensors."""
+"""Where self-supervised methods keep trunk and projection head in their checkpoints: a table, and a head built from its
+own tensors.
+"""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -15,11 +17,12 @@ LISTED = 8
 
 @dataclass(frozen=True)
 class Layout:
-    """What a method's file holds, by the beginnings of its keys; without a dot at the end it is the whole key. All other keys are an error.
+    """What a method's file holds, by the beginnings of its keys; without a dot at the end it is the whole key. All
+    other keys are an error.
 
     trunk: the backbone under timm's names ("": what is in no other part). head: the projection, at one of these places.
-    forms: the heads that the method trains, a letter a layer (LETTERS). unneeded: known and left out.
-    mean, std: what the method's training normalised pixels with, whatever timm's model of that name does.
+    forms: the heads that the method trains, a letter a layer (LETTERS). unneeded: known and left out. mean, std: what
+    the method's training normalised pixels with, whatever timm's model of that name does.
     """
 
     method: str
@@ -37,7 +40,11 @@ LAYOUTS = (
     Layout("MoCo", "encoder_q.", ("encoder_q.fc.",), ("L.L", "L"), ("encoder_k.", "queue", "queue_ptr")),  # v2, v1
     # The base encoder is the one that its authors evaluate. The heads of ResNets, of ViTs.
     Layout(
-        "MoCo-v3", "base_encoder.", ("base_encoder.fc.", "base_encoder.head."), ("lN.ln", "lN.lN.ln"), ("momentum_encoder.", "predictor.")
+        "MoCo-v3",
+        "base_encoder.",
+        ("base_encoder.fc.", "base_encoder.head."),
+        ("lN.ln", "lN.lN.ln"),
+        ("momentum_encoder.", "predictor."),
     ),
     Layout("SwAV", "", ("projection_head.",), ("LN.L", "L"), ("prototypes.",)),
     Layout("DINO", "backbone.", ("head.mlp.",), DINO_FORMS, ("head.last_layer.",), nn.GELU),
@@ -63,7 +70,9 @@ WORDS = {"L": "Linear", "l": "Linear(no bias)", "N": "BatchNorm", "n": "BatchNor
 
 
 def find(tensors: Tensors) -> Layout | None:
-    """The layout of a file with these keys; None for a plain backbone. Of layouts with one trunk, the one with more of the keys."""
+    """The layout of a file with these keys; None for a plain backbone. Of layouts with one trunk, the one with more of
+    the keys.
+    """
 
     def claimed(layout: Layout) -> int:
         return sum(_among(key, (*layout.head, *layout.unneeded)) for key in tensors)
@@ -75,29 +84,34 @@ def find(tensors: Tensors) -> Layout | None:
 def split(layout: Layout, tensors: Tensors, where: str) -> tuple[Tensors, Tensors]:
     """(trunk, head) without their prefixes; the head is empty in a file of nothing but the trunk.
 
-    where: the option and file, for messages. Raises BingoError for keys that the method does not have and for a head that is not there once.
+    where: the option and file, for messages. Raises BingoError for keys that the method does not have and for a head
+    that is not there once.
     """
     aside = (*layout.head, *layout.unneeded)
     trunk = {key: value for key, value in tensors.items() if not _among(key, aside)}
     unknown = [key for key in trunk if not key.startswith(layout.trunk)]
     if unknown:
         raise BingoError(
-            f"{where} is laid out like {layout.method}'s ({layout.trunk}*), but {len(unknown)} unexpected keys are no part of one "
-            f"({names(unknown)}); is it another method's? Save the backbone's tensors alone, under timm's names"
+            f"{where} is laid out like {layout.method}'s ({layout.trunk}*), but {len(unknown)} unexpected keys are no"
+            f" part of one ({names(unknown)}); is it another method's? Save the backbone's tensors alone, under timm's"
+            " names"
         )
     heads = [head for head in (_under(tensors, prefix) for prefix in layout.head) if head]
     if len(heads) != 1 and len(trunk) < len(tensors):
         raise BingoError(
-            f"{where}: expected one projection head of {layout.method} ({' or '.join(f'{prefix}*' for prefix in layout.head)}), found "
-            f"{len(heads) or 'none'}; is the file complete? To do without one, save the backbone's tensors alone"
+            f"{where}: expected one projection head of {layout.method}"
+            f" ({' or '.join(f'{prefix}*' for prefix in layout.head)}), found {len(heads) or 'none'}; is the file"
+            " complete? To do without one, save the backbone's tensors alone"
         )
     return {key.removeprefix(layout.trunk): value for key, value in trunk.items()}, heads[0] if heads else {}
 
 
 def build_head(layout: Layout, head: Tensors, width: int, where: str) -> nn.Module:
-    """The projection (B, width) -> (B, D) in eval mode, as it was before any normalisation. head: tensors by "place in the Sequential.name".
+    """The projection (B, width) -> (B, D) in eval mode, as it was before any normalisation. head: tensors by "place in
+    the Sequential.name".
 
-    Raises BingoError for a layer that is missing or unknown, and for one that does not fit the layer before it or the trunk's width.
+    Raises BingoError for a layer that is missing or unknown, and for one that does not fit the layer before it or the
+    trunk's width.
     """
     single = "weight" in head  # a layer that stands in no Sequential
     placed = {f"0.{key}": value for key, value in head.items()} if single else head
@@ -121,15 +135,17 @@ def build_head(layout: Layout, head: Tensors, width: int, where: str) -> nn.Modu
     wrong = misshapen(placed, projection.state_dict())
     if wrong:
         raise BingoError(
-            f"{where}: the projection head does not fit features {width} wide: {len(wrong)} tensors of another shape ({names(wrong)}); "
-            "is it another model's?"
+            f"{where}: the projection head does not fit features {width} wide: {len(wrong)} tensors of another shape"
+            f" ({names(wrong)}); is it another model's?"
         )
     projection.load_state_dict(placed, strict=False)  # BatchNorm's counters may be missing
     return projection.eval()
 
 
 def unchunked(trunk: Tensors) -> Tensors:
-    """DINOv2's training keeps blocks in chunks, blocks.CHUNK.N with N counted through: named blocks.N, as in its public files."""
+    """DINOv2's training keeps blocks in chunks, blocks.CHUNK.N with N counted through: named blocks.N, as in its public
+    files.
+    """
     if "mask_token" not in trunk:  # other models have stages with blocks of their own
         return trunk
     plain = {re.sub(r"^blocks\.\d+\.(?=\d+\.)", "blocks.", key): value for key, value in trunk.items()}
@@ -148,7 +164,9 @@ def misshapen(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> li
 def names(keys: Iterable[str]) -> str:
     """The first keys, and how many more there are."""
     listed = list(keys)
-    return (", ".join(listed[:LISTED]) or "none") + (f" and {len(listed) - LISTED} more" if len(listed) > LISTED else "")
+    return (", ".join(listed[:LISTED]) or "none") + (
+        f" and {len(listed) - LISTED} more" if len(listed) > LISTED else ""
+    )
 
 
 def _under(tensors: Tensors, prefix: str) -> Tensors:
@@ -160,7 +178,9 @@ def _among(key: str, known: tuple[str, ...]) -> bool:
 
 
 def _form(head: Tensors) -> str:
-    """One letter a layer. A missing layer leaves one "." too many, or an end too few; "?" is a layer, or a key, of no known kind."""
+    """One letter a layer. A missing layer leaves one "." too many, or an end too few; "?" is a layer, or a key, of no
+    known kind.
+    """
     kept: dict[str, set[str]] = {}
     for key, value in head.items():
         place, _, name = key.partition(".")

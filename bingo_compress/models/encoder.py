@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bingo_compress.errors import BingoError
-from bingo_compress.models import weights
+from bingo_compress.models import extra_models, weights  # noqa: F401  # timm knows them from here on
 from bingo_compress.models.names import has_pretrained
 from bingo_compress.runtime import checkpoint
 
@@ -25,7 +25,9 @@ HUB_SECONDS = 3.0
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How a picture becomes a model's input: pixels a side, share of the short side kept, interpolation, mean and std in 0..1."""
+    """How a picture becomes a model's input: pixels a side, share of the short side kept, interpolation, mean and std
+    in 0..1.
+    """
 
     size: int
     crop_pct: float
@@ -36,19 +38,30 @@ class Preprocessing:
 
     def geometry(self) -> dict[str, Any]:
         """The keyword arguments of bingo_edge.image.preprocess."""
-        return {"size": self.size, "crop_pct": self.crop_pct, "interpolation": self.interpolation, "crop_mode": self.crop_mode}
+        return {
+            "size": self.size,
+            "crop_pct": self.crop_pct,
+            "interpolation": self.interpolation,
+            "crop_mode": self.crop_mode,
+        }
 
     def describe(self) -> str:
         """One line for the screen."""
-        part = "the whole picture, squashed" if self.crop_mode == "squash" else f"the centred {self.crop_pct:g} of the short side"
+        part = (
+            "the whole picture, squashed"
+            if self.crop_mode == "squash"
+            else f"the centred {self.crop_pct:g} of the short side"
+        )
         mean, std = (" ".join(f"{value:.3f}" for value in values) for values in (self.mean, self.std))
         return f"{part}, {self.interpolation} to {self.size} px, less mean {mean}, by std {std}"
 
 
 class Encoder(nn.Module):
-    """A timm backbone without classifier. forward: float (B, 3, S, S) in 0..1 -> float (B, width), pooled as the model pools.
+    """A timm backbone without classifier. forward: float (B, 3, S, S) in 0..1 -> float (B, width), pooled as the model
+    pools.
 
-    `projection`, where a checkpoint brought one (MoCo, SwAV, DINO), maps features to the embedding that the method's targets use.
+    `projection`, where a checkpoint brought one (MoCo, SwAV, DINO), maps features to the embedding that the method's
+    targets use.
     """
 
     mean: Tensor
@@ -69,7 +82,9 @@ class Encoder(nn.Module):
         return features
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(features (B, width), embedding (B, D)): the embedding is the projection's output, or the features where there is none."""
+        """(features (B, width), embedding (B, D)): the embedding is the projection's output, or the features where
+        there is none.
+        """
         features = self(images)
         return features, features if self.projection is None else self.projection(features)
 
@@ -92,7 +107,8 @@ class Encoder(nn.Module):
             ) from None
         if features.ndim != 2:
             raise BingoError(
-                f"{self.name} gives features of shape {tuple(features.shape)}, expected (batch, width); it cannot be used as an encoder"
+                f"{self.name} gives features of shape {tuple(features.shape)}, expected (batch, width); it cannot be"
+                " used as an encoder"
             )
         return int(features.shape[1])
 
@@ -110,14 +126,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class ProjectionHead(nn.Sequential):
-    """The paper's student head, used in training only: Linear(width, hidden)-ReLU-Linear(hidden, dim), (B, width) -> (B, dim)."""
+    """The paper's student head, used in training only: Linear(width, hidden)-ReLU-Linear(hidden, dim), (B, width) ->
+    (B, dim).
+    """
 
     def __init__(self, width: int, hidden: int, dim: int) -> None:
         super().__init__(nn.Linear(width, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, dim))
 
 
 class RegressionHead(nn.Sequential):
-    """SimReg's student head, used in training only: four linear layers with BatchNorm and ReLU between them, the last to the teacher's width."""
+    """SimReg's student head, used in training only: four linear layers with BatchNorm and ReLU between them, the last
+    to the teacher's width.
+    """
 
     def __init__(self, width: int, hidden: int, dim: int) -> None:
         layers: list[nn.Module] = []
@@ -129,7 +149,8 @@ class RegressionHead(nn.Sequential):
 def build(name: str, size: int, source: str, option: str) -> Encoder:
     """An encoder in eval mode with weights from `source`: "random", "pretrained" (timm's hub) or a file.
 
-    size: pixels a side, 0 for the model's own. Raises BingoError for a size or weights that do not fit and for a hub out of reach.
+    size: pixels a side, 0 for the model's own. Raises BingoError for a size or weights that do not fit and for a hub
+    out of reach.
     """
     config = timm.models.get_pretrained_cfg(name)
     own = min(config.input_size[1:]) if config else 224
@@ -137,7 +158,10 @@ def build(name: str, size: int, source: str, option: str) -> Encoder:
     if size and size != own and config and config.fixed_input_size:
         arguments["img_size"] = size
     if source == "pretrained" and not has_pretrained(name):
-        raise BingoError(f"{option}: timm has no pretrained weights for {name}; give a file with {option} PATH, or say {option} random")
+        raise BingoError(
+            f"{option}: timm has no pretrained weights for {name}; give a file with {option} PATH, or say {option}"
+            " random"
+        )
     try:
         with _hub() if source == "pretrained" else contextlib.nullcontext():
             backbone = timm.create_model(name, pretrained=source == "pretrained", **arguments)
@@ -146,10 +170,13 @@ def build(name: str, size: int, source: str, option: str) -> Encoder:
     except Exception as error:
         if source == "pretrained":
             raise BingoError(
-                f"{option}: pretrained weights of {name} could not be fetched ({_first_line(error)}). Ways out: try again online, "
-                f"fill the hub's cache on a machine that is (HF_HOME), give a local file with {option} PATH, or say {option} random"
+                f"{option}: pretrained weights of {name} could not be fetched ({_first_line(error)}). Ways out: try"
+                f" again online, fill the hub's cache on a machine that is (HF_HOME), give a local file with {option}"
+                f" PATH, or say {option} random"
             ) from None
-        raise BingoError(f"{name} cannot be built at {size} x {size} pixels ({_first_line(error)}); choose another size") from None
+        raise BingoError(
+            f"{name} cannot be built at {size} x {size} pixels ({_first_line(error)}); choose another size"
+        ) from None
     data = timm.data.resolve_model_data_config(backbone)
     encoder = Encoder(
         name,
@@ -173,7 +200,9 @@ def build(name: str, size: int, source: str, option: str) -> Encoder:
 
 @contextlib.contextmanager
 def _hub() -> Iterator[None]:
-    """timm's own loader, without its minute of retries where there is no network: then the local cache alone is asked."""
+    """timm's own loader, without its minute of retries where there is no network: then the local cache alone is
+    asked.
+    """
     import huggingface_hub
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)

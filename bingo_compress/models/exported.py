@@ -1,6 +1,8 @@
-"""Exported files and what belongs to each: STEM.onnx has STEM.json, STEM.golden/, STEM.linear.npz and STEM.bank.npz beside it, which name its sha256.
+"""Exported files and what belongs to each: STEM.onnx has STEM.json, STEM.golden/, STEM.linear.npz and STEM.bank.npz
+beside it, which name its sha256.
 
-Where student.onnx and student-int8.onnx are both in a folder, the second is the first in int8 and was judged against it.
+Where student.onnx and student-int8.onnx are both in a folder, the second is the first in int8 and was judged against
+it.
 """
 
 import hashlib
@@ -33,7 +35,9 @@ def files(folder: Path) -> dict[str, Path]:
 
 
 def contract(file: Path) -> dict[str, Any]:
-    """What an exported file says of itself, as a device reads it, and "file", "bytes" and "sha256" as it is now. Raises BingoError."""
+    """What an exported file says of itself, as a device reads it, and "file", "bytes" and "sha256" as it is now. Raises
+    BingoError.
+    """
     try:
         held = Embedder(file)
     except EdgeError as error:
@@ -42,10 +46,13 @@ def contract(file: Path) -> dict[str, Any]:
 
 
 def weights_digest(file: Path) -> str:
-    """A hash of the tensors in a safetensors file. Equal weights have one, while the file's bytes differ from save to save: safetensors writes what it says of
-    itself in any order. Raises BingoError."""
+    """A hash of the tensors in a safetensors file. Equal weights have one, while the file's bytes differ from save to
+    save: safetensors writes what it says of itself in any order. Raises BingoError.
+    """
     tensors, _ = checkpoint.load(file)
-    return hashlib.sha256("".join(f"{name} {checkpoint.tensor_digest(tensors[name])}\n" for name in sorted(tensors)).encode()).hexdigest()
+    return hashlib.sha256(
+        "".join(f"{name} {checkpoint.tensor_digest(tensors[name])}\n" for name in sorted(tensors)).encode()
+    ).hexdigest()
 
 
 def heads(file: Path, sha256: str) -> list[Path]:
@@ -63,7 +70,8 @@ def _made_for(path: Path) -> str:
 
 
 def put(made: Path, target: Path) -> Path:
-    """Move a file with its contract and golden pictures to `target`, after all that belonged to another file there. Returns `target`.
+    """Move a file with its contract and golden pictures to `target`, after all that belonged to another file there.
+    Returns `target`.
 
     A kill in between leaves a file without some of what belongs to it, never one with what belongs to another.
     """
@@ -71,7 +79,8 @@ def put(made: Path, target: Path) -> Path:
         gone = _clear(target)
         if any(name.endswith(".npz") for name in gone):
             console.say(
-                f"removed {', '.join(name for name in gone if name.endswith('.npz'))}, of an older {target.name}: run validate again"
+                f"removed {', '.join(name for name in gone if name.endswith('.npz'))}, of an older {target.name}: run"
+                " validate again"
             )
     with atomic(target) as temporary:
         os.replace(made, temporary)
@@ -93,7 +102,10 @@ def keep_pair(newest: Path) -> None:
     except BingoError:
         made_from = None
     if made_from != file_digest(found["onnx"]):
-        drop(next(path for path in found.values() if path != newest), f"{newest.name} is of another export; --format all makes both")
+        drop(
+            next(path for path in found.values() if path != newest),
+            f"{newest.name} is of another export; --format all makes both",
+        )
 
 
 def drop(file: Path, why: str) -> None:
@@ -126,13 +138,15 @@ def _session(path: Path) -> onnxruntime.InferenceSession:
             raise ValueError(f"{given.name} {given.shape} in, {', '.join(sorted(names))} out")
     except Exception as error:  # onnxruntime's have no base of their own
         raise BingoError(
-            f"{path}: expected a file that `bingo-compress export` writes, found something else ({str(error).partition(chr(10))[0]}); export again or delete it"
+            f"{path}: expected a file that `bingo-compress export` writes, found something else"
+            f" ({str(error).partition(chr(10))[0]}); export again or delete it"
         ) from None
     return session
 
 
 def onnx_runner(path: Path) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """The file in onnxruntime on the CPU, as a function of uint8 (B, S, S, 3) -> (embedding, features); a fixed batch is filled up and cut again.
+    """The file in onnxruntime on the CPU, as a function of uint8 (B, S, S, 3) -> (embedding, features); a fixed batch
+    is filled up and cut again.
 
     Raises BingoError where it is not one of ours.
     """
@@ -140,7 +154,10 @@ def onnx_runner(path: Path) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     fixed = session.get_inputs()[0].shape[0]
 
     def once(batch: Tensor) -> list[Tensor]:
-        return [torch.from_numpy(found) for found in session.run(["embedding", "features"], {"image": np.ascontiguousarray(batch.numpy())})]
+        return [
+            torch.from_numpy(found)
+            for found in session.run(["embedding", "features"], {"image": np.ascontiguousarray(batch.numpy())})
+        ]
 
     def run(batch: Tensor) -> tuple[Tensor, Tensor]:
         size = fixed if isinstance(fixed, int) else max(len(batch), 1)

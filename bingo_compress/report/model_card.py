@@ -1,4 +1,6 @@
-"""MODEL_CARD.md: what a run made, of what, how good and how fast it is; no name of an image and no place on the user's disk is in it."""
+"""MODEL_CARD.md: what a run made, of what, how good and how fast it is; no name of an image and no place on the user's
+disk is in it.
+"""
 
 import hashlib
 import re
@@ -30,13 +32,16 @@ TITLES = {
     "literature": "linear, augmented",
 }
 CLASSES_SHOWN = 50
-# All that can begin or end something inside a line, of CommonMark and of GitHub's tables, formulas and links that need no brackets.
+# All that can begin or end something inside a line, of CommonMark and of GitHub's tables, formulas and links that need
+# no brackets.
 MARKUP = re.compile(r"[!#$&*+:<=>@\[\\\]^_`{|}~]|(?<=www)\.", re.IGNORECASE)
 ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
 
 def renew(run: RunDir, folder: Path) -> Path:
-    """Write `card` of the exported files that are in `folder` to MODEL_CARD.md there, whole or not at all. Returns the file. Raises BingoError."""
+    """Write `card` of the exported files that are in `folder` to MODEL_CARD.md there, whole or not at all. Returns the
+    file. Raises BingoError.
+    """
     files = [exported.contract(path) for path in exported.files(folder).values()]
     heads = [head.name for file in files for head in exported.heads(folder / file["file"], file["sha256"])]
     latency = read_json("export", folder / exported.LATENCY).get("rows")
@@ -53,9 +58,10 @@ def card(
 ) -> str:
     """The model card of a finished run as Markdown; the same for the same run and arguments.
 
-    files: of what was exported, as `exported.contract` tells it; latency: the rows of `latency.latency`; heads: the names of the files' heads; date: printed
-    as it is given. A validation's figures are those of RUN/validation.json. Of it and of `latency` only the rows of the run's student and of `files` are
-    shown, told by their sha256. Raises BingoError where one of these is not what we write.
+    files: of what was exported, as `exported.contract` tells it; latency: the rows of `latency.latency`; heads: the
+    names of the files' heads; date: printed as it is given. A validation's figures are those of RUN/validation.json. Of
+    it and of `latency` only the rows of the run's student and of `files` are shown, told by their sha256. Raises
+    BingoError where one of these is not what we write.
     """
     recipe = saved_recipe(run)
     summary = read_json("distill", run.summary)
@@ -68,8 +74,11 @@ def card(
     when = f", {plain(date)}" if date else ""
     blocks = [
         f"# {plain(recipe.student)}, distilled from {plain(recipe.teacher)}",
-        "An image encoder: pixels in, an embedding out. It knows no classes; a linear head or a bank of labelled images adds them. "
-        f"Made by bingo-compress {plain(summary.get('version', __version__))}, run {plain(summary.get('run_id', 'unknown'))}{when}.",
+        (
+            "An image encoder: pixels in, an embedding out. It knows no classes; a linear head or a bank of labelled"
+            f" images adds them. Made by bingo-compress {plain(summary.get('version', __version__))}, run"
+            f" {plain(summary.get('run_id', 'unknown'))}{when}."
+        ),
         *_models(recipe),
         *known[0],
         *_method(recipe),
@@ -84,14 +93,18 @@ def card(
 
 
 def plain(value: object) -> str:
-    """Text from elsewhere as Markdown that shows just that text on one line: no markup, HTML, link or table cell can come of it."""
+    """Text from elsewhere as Markdown that shows just that text on one line: no markup, HTML, link or table cell can
+    come of it.
+    """
     line = " ".join(str(value).split())
     shown = "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in line)
     return re.sub(MARKUP, lambda found: ENTITIES.get(found[0], f"\\{found[0]}"), shown)
 
 
 def licence(name: str, source: str) -> str:
-    """The licence of weights as far as it is known, as Markdown. source: as in the recipe, pretrained, random or a file."""
+    """The licence of weights as far as it is known, as Markdown. source: as in the recipe, pretrained, random or a
+    file.
+    """
     if source == "random":
         return "none: random weights"
     if source != "pretrained":
@@ -110,13 +123,20 @@ def _models(recipe: Recipe) -> list[str]:
     for role in ("teacher", "student"):
         name, source = getattr(recipe, role), getattr(recipe, f"{role}_weights")
         size = recipe.teacher_size if role == "teacher" else recipe.image_size
-        rows.append([role, plain(name), _source(name, source), f"{size} px" if size else "its own", licence(name, source)])
-    unused = f"The method, {plain(recipe.method)}, learns nothing from the teacher; it is what the student is compared with."
+        rows.append(
+            [role, plain(name), _source(name, source), f"{size} px" if size else "its own", licence(name, source)]
+        )
+    unused = (
+        f"The method, {plain(recipe.method)}, learns nothing from the teacher; it is what the student is compared with."
+    )
     return [
         "## Models",
         _table(("", "timm model", "weights at the start", "input in the run", "licence of those weights"), rows),
         *([] if loss_of(recipe).teacher else [unused]),
-        "A student may keep what its teacher got wrong. Whether a teacher's licence binds a student that was distilled from it is a question for a lawyer.",
+        (
+            "A student may keep what its teacher got wrong. Whether a teacher's licence binds a student that was"
+            " distilled from it is a question for a lawyer."
+        ),
     ]
 
 
@@ -132,7 +152,8 @@ def _data(run: RunDir, summary: Mapping[str, Any]) -> list[str]:
     lines = ["## Data"]
     if counts:
         lines.append(
-            f"{counts['training']:,} images without labels to train on, {counts['held_out']:,} held out, {counts['unusable']:,} files that could not be used."
+            f"{counts['training']:,} images without labels to train on, {counts['held_out']:,} held out,"
+            f" {counts['unusable']:,} files that could not be used."
         )
     else:
         lines.append("How many images it was trained on is not known: the run has no summary.json.")
@@ -140,7 +161,9 @@ def _data(run: RunDir, summary: Mapping[str, Any]) -> list[str]:
         names = checkpoint.load(run.bags)[1].get("files", [])
         assert isinstance(names, list)
         digest = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
-        lines.append(f"SHA-256 of the list of training images (relative names, one a line, not their pixels): `{digest}`.")
+        lines.append(
+            f"SHA-256 of the list of training images (relative names, one a line, not their pixels): `{digest}`."
+        )
     else:
         lines.append("A hash of the list of images was not kept: the run's work folder is gone.")
     return [*lines, "Neither the images nor their names are part of this card."]
@@ -168,8 +191,9 @@ def _recall(summary: Mapping[str, Any]) -> list[str]:
     if not recall:
         return []
     return [
-        f"Without labels: of the teacher's {recall['k']:,} nearest neighbours of each held-out image, the student has {recall['student']:.3f}, before "
-        f"distillation {recall['start']:.3f} ({recall['queries']:,} images in a gallery of {recall['gallery']:,}; by chance {recall['k'] / recall['gallery']:.3f})."
+        f"Without labels: of the teacher's {recall['k']:,} nearest neighbours of each held-out image, the student has"
+        f" {recall['student']:.3f}, before distillation {recall['start']:.3f} ({recall['queries']:,} images in a"
+        f" gallery of {recall['gallery']:,}; by chance {recall['k'] / recall['gallery']:.3f})."
     ]
 
 
@@ -198,22 +222,32 @@ def _proof(protocol: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> li
     more = f" and {len(classes) - CLASSES_SHOWN:,} more" if len(classes) > CLASSES_SHOWN else ""
     aside = str(protocol["test"]).startswith("a quarter of each class of ")
     blocks = [
-        f"{protocol['test_images']:,} test images ({'a quarter of each class, set aside' if aside else 'a folder of their own'}), bank of {protocol['bank_images']:,}, {len(classes):,} classes: "
-        f"{', '.join(map(plain, classes[:CLASSES_SHOWN]))}{more}. In brackets: 95% interval.",
+        (
+            f"{protocol['test_images']:,} test images"
+            f" ({'a quarter of each class, set aside' if aside else 'a folder of their own'}), bank of"
+            f" {protocol['bank_images']:,}, {len(classes):,} classes:"
+            f" {', '.join(map(plain, classes[:CLASSES_SHOWN]))}{more}. In brackets: 95% interval."
+        ),
         _table(("", *(titles[key] for key in keys)), cells),
     ]
     if protocol.get("test_images_trained_on"):
         blocks.append(
-            f"{protocol['test_images_trained_on']:,} of the test images were also distilled on (the same contents), without their labels."
+            f"{protocol['test_images_trained_on']:,} of the test images were also distilled on (the same contents),"
+            " without their labels."
         )
     (student,) = (row for row in rows if row["name"] == "student")
     if "gap_closed" in student:
         low, high = student["gap_closed_interval"]
         blocks.append(
-            f"Linear probe: the student closed {student['gap_closed']:.0%} [{low:.0%}, {high:.0%}] of the gap between random weights and the teacher."
+            f"Linear probe: the student closed {student['gap_closed']:.0%} [{low:.0%}, {high:.0%}] of the gap between"
+            " random weights and the teacher."
         )
-    known = sorted((entry for entry in student["per_class"] if entry["images"]), key=lambda entry: float(entry["accuracy"]))
-    by_class = [[plain(entry["class"]), f"{entry['images']:,}", _figure(entry, "accuracy")] for entry in known[:CLASSES_SHOWN]]
+    known = sorted(
+        (entry for entry in student["per_class"] if entry["images"]), key=lambda entry: float(entry["accuracy"])
+    )
+    by_class = [
+        [plain(entry["class"]), f"{entry['images']:,}", _figure(entry, "accuracy")] for entry in known[:CLASSES_SHOWN]
+    ]
     return [
         *blocks,
         "The student by class, weakest first:",
@@ -246,7 +280,10 @@ def _files(files: Sequence[Mapping[str, Any]]) -> list[str]:
         onnx, parity = contract["onnx"], contract.get("parity")
         checked = "-"
         if parity:
-            checked = f"{parity['images']:,} images: largest difference {parity['max_difference']:.1g}, smallest cosine {parity['min_cosine']:.6f}"
+            checked = (
+                f"{parity['images']:,} images: largest difference {parity['max_difference']:.1g}, smallest cosine"
+                f" {parity['min_cosine']:.6f}"
+            )
         rows.append(
             [
                 _name(contract),
@@ -266,7 +303,9 @@ def _files(files: Sequence[Mapping[str, Any]]) -> list[str]:
     rows = []
     for contract in whole:
         gate = contract["int8"]["gate"]
-        probed = [f"{gate[key]['float']:.3f} to {gate[key]['int8']:.3f}" if key in gate else "-" for key in ("knn", "linear")]
+        probed = [
+            f"{gate[key]['float']:.3f} to {gate[key]['int8']:.3f}" if key in gate else "-" for key in ("knn", "linear")
+        ]
         recall = (
             f"{gate['recall']:.3f} (k = {gate['recall_k']:,}, chance {gate['recall_k'] / (gate['images'] - 1):.3f})"
             if "recall" in gate
@@ -276,9 +315,15 @@ def _files(files: Sequence[Mapping[str, Any]]) -> list[str]:
         rows.append([_name(contract), plain(contract["int8"]["rung"]), *figures, *probed])
     return [
         *blocks,
-        f"What int8 costs against the float file{' that it was made of, which is not the one above' if absent else ''}, on the images of the gate that it "
-        "had to pass; kNN and linear on test images that chose nothing:",
-        _table(("", "how", "images", "mean cosine", "neighbour recall", "kNN, float to int8", "linear, float to int8"), rows),
+        (
+            "What int8 costs against the float"
+            f" file{' that it was made of, which is not the one above' if absent else ''}, on the images of the gate"
+            " that it had to pass; kNN and linear on test images that chose nothing:"
+        ),
+        _table(
+            ("", "how", "images", "mean cosine", "neighbour recall", "kNN, float to int8", "linear, float to int8"),
+            rows,
+        ),
     ]
 
 
@@ -296,7 +341,10 @@ def _latency(rows: Sequence[dict[str, Any]] | None, files: Sequence[Mapping[str,
         f"On {plain(timing_table.describe(rows[0]['machine']))}; {plain(timing_table.caption(rows))}.",
         _table(timing_table.HEADER, [[plain(cell) for cell in line] for line in timing_table.cells(named)]),
         *(["\n".join(f"- {plain(line)}" for line in said)] if said else []),
-        f"It says nothing of another machine: `bingo-compress latency {names}` there, or `bingo-edge time {_names(files)[0]}` on the device.",
+        (
+            f"It says nothing of another machine: `bingo-compress latency {names}` there, or `bingo-edge time"
+            f" {_names(files)[0]}` on the device."
+        ),
     ]
 
 
@@ -318,7 +366,8 @@ def _use(files: Sequence[Mapping[str, Any]], heads: Sequence[str]) -> list[str]:
     ]
     if len(names) > 1:
         blocks.append(
-            f"{', '.join(names[1:])} can stand in the same places, each file with its own index and heads: another's are refused."
+            f"{', '.join(names[1:])} can stand in the same places, each file with its own index and heads: another's"
+            " are refused."
         )
     if files and "input" in files[0]:
         blocks.append(_contract(files[0]))
@@ -330,13 +379,18 @@ def _contract(contract: Mapping[str, Any]) -> str:
     given = contract["input"]
     batch = contract["onnx"]["batch"]
     shape = f"({'batch' if batch == 'dynamic' else batch}, {given['size']}, {given['size']}, 3)"
-    lines = [f"input {plain(given['name'])}: " + plain(f"{given['dtype']} {shape}, {given['layout']}, {given['color']}")]
+    lines = [
+        f"input {plain(given['name'])}: " + plain(f"{given['dtype']} {shape}, {given['layout']}, {given['color']}")
+    ]
     if "preprocess_rule" in contract:
         lines.append(f"from a picture: {plain(contract['preprocess_rule'])}")
     if "preprocess" in contract:
         lines.append(f"with {plain(', '.join(f'{key} {value}' for key, value in contract['preprocess'].items()))}")
     if "normalization" in contract:
         rule = contract["normalization"]
-        lines.append(f"normalisation {plain(rule['where'])}: {plain(rule['scale'])}, mean {plain(rule['mean'])}, std {plain(rule['std'])}")
+        lines.append(
+            f"normalisation {plain(rule['where'])}: {plain(rule['scale'])}, mean {plain(rule['mean'])}, std"
+            f" {plain(rule['std'])}"
+        )
     lines += [f"output {plain(name)}: {plain(what)}" for name, what in contract.get("outputs", {}).items()]
     return "\n".join(f"- {line}" for line in lines)

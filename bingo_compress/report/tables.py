@@ -38,17 +38,22 @@ def show(result: dict[str, Any], run: run_dir.RunDir, models: Models) -> None:
     _gap(rows)
     if result["protocol"].get("test_images_trained_on"):
         console.say(
-            f"{result['protocol']['test_images_trained_on']:,} of the test images were also distilled on (the same contents), without their labels"
+            f"{result['protocol']['test_images_trained_on']:,} of the test images were also distilled on (the same"
+            " contents), without their labels"
         )
     if "paired" in result:
         _paired(result["paired"], result["protocol"]["against"])
     if "bag_purity" in result:
         console.say(
-            f"bags: {_figure(result, 'bag_purity')} of the pairs (anchor, mate) with labels share one; by chance {result['bag_purity_chance']:.3f}"
+            f"bags: {_figure(result, 'bag_purity')} of the pairs (anchor, mate) with labels share one; by chance"
+            f" {result['bag_purity_chance']:.3f}"
         )
     made = exported.files(run.export)
     if not made:
-        console.say(f"no exported file yet, so no head for one. next: bingo-compress export --run {run.path}, then validate again")
+        console.say(
+            f"no exported file yet, so no head for one. next: bingo-compress export --run {run.path}, then validate"
+            " again"
+        )
     for file in made.values():
         console.say(f"next: bingo-edge classify {file} --head {file.with_suffix(exported.LINEAR)} PHOTOS")
 
@@ -61,17 +66,30 @@ def _figure(row: Mapping[str, Any], key: str) -> str:
 
 def _main(protocol: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
     augmented, areas = any("literature" in row for row in rows), "linear_auc" in rows[0]
-    header = ["", "kNN", "linear", "balanced", *(["AUC"] if areas else []), neighbours.recall_title(protocol["bank_images"])]
+    header = [
+        "",
+        "kNN",
+        "linear",
+        "balanced",
+        *(["AUC"] if areas else []),
+        neighbours.recall_title(protocol["bank_images"]),
+    ]
     cells = []
     for row in rows:
         plain = ["linear_balanced", *(["linear_auc"] if areas else []), "neighbour_recall"]
         cells.append(
-            [NAMES[row["name"]], _figure(row, "knn"), _figure(row, "linear"), *(f"{row[key]:.3f}" if key in row else "-" for key in plain)]
+            [
+                NAMES[row["name"]],
+                _figure(row, "knn"),
+                _figure(row, "linear"),
+                *(f"{row[key]:.3f}" if key in row else "-" for key in plain),
+            ]
         )
         if augmented:
             cells[-1].append(_figure(row, "literature") if "literature" in row else "-")
     console.table(
-        f"{protocol['test_images']:,} test images, bank of {protocol['bank_images']:,}, {len(protocol['classes'])} classes; in brackets: 95% interval",
+        f"{protocol['test_images']:,} test images, bank of {protocol['bank_images']:,}, {len(protocol['classes'])}"
+        " classes; in brackets: 95% interval",
         [*header, *(["linear, augmented"] if augmented else [])],
         cells,
     )
@@ -85,13 +103,16 @@ def _few_labels(rows: Sequence[Mapping[str, Any]]) -> None:
     cells = []
     for name, spec, found in sorted(few, key=lambda entry: list(rows[0]["shots"]).index(entry[1])):
         spread = (
-            f"{found['linear']:.3f} ± {found['linear_spread']:.3f} [{found['linear_interval'][0]:.3f}, {found['linear_interval'][1]:.3f}]"
+            f"{found['linear']:.3f} ± {found['linear_spread']:.3f} [{found['linear_interval'][0]:.3f},"
+            f" {found['linear_interval'][1]:.3f}]"
         )
         cells.append([spec, NAMES[name], f"{found['images']:,}", spread])
         if tuned:
             cells[-1].append(_figure(found, "fine_tuned") if "fine_tuned" in found else "-")
     console.table(
-        "few labels (± over draws of the images)", ["labels", "model", "images", "linear", *(["fine-tuned"] if tuned else [])], cells
+        "few labels (± over draws of the images)",
+        ["labels", "model", "images", "linear", *(["fine-tuned"] if tuned else [])],
+        cells,
     )
 
 
@@ -100,8 +121,13 @@ def _classes(found: Sequence[Mapping[str, Any]]) -> None:
     known = sorted((entry for entry in found if entry["images"]), key=lambda entry: entry["accuracy"])
     shown = known[:CLASSES_SHOWN]
     more = f", the weakest {len(shown)} of {len(known)}" if len(shown) < len(known) else ""
-    cells = [(entry["class"], f"{entry['images']:,}", _figure(entry, "accuracy"), entry["mistaken_for"] or "-") for entry in shown]
-    console.table(f"{NAMES['student']}, linear probe by class{more}", ("", "images", "found", "most often taken for"), cells)
+    cells = [
+        (entry["class"], f"{entry['images']:,}", _figure(entry, "accuracy"), entry["mistaken_for"] or "-")
+        for entry in shown
+    ]
+    console.table(
+        f"{NAMES['student']}, linear probe by class{more}", ("", "images", "found", "most often taken for"), cells
+    )
 
 
 def _strengths(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -112,7 +138,9 @@ def _strengths(rows: Sequence[Mapping[str, Any]]) -> None:
         if row.get("linear_at_grid_end")
     ]
     if ends:
-        console.say(f"linear probe: the L2 penalty is at the end of its grid for {', '.join(ends)}; one beyond it may do better")
+        console.say(
+            f"linear probe: the L2 penalty is at the end of its grid for {', '.join(ends)}; one beyond it may do better"
+        )
 
 
 def _gap(rows: Mapping[str, Mapping[str, Any]]) -> None:
@@ -122,7 +150,10 @@ def _gap(rows: Mapping[str, Mapping[str, Any]]) -> None:
         console.say(f"linear probe: there is hardly a gap {gap}; these labels do not tell good features from bad")
     else:
         low, high = rows["student"]["gap_closed_interval"]
-        console.say(f"linear probe: the student closed {rows['student']['gap_closed']:.0%} [{low:.0%}, {high:.0%}] of the gap {gap}")
+        console.say(
+            f"linear probe: the student closed {rows['student']['gap_closed']:.0%} [{low:.0%}, {high:.0%}] of the gap"
+            f" {gap}"
+        )
 
 
 def _paired(found: Mapping[str, Any], other: str) -> None:
@@ -131,19 +162,26 @@ def _paired(found: Mapping[str, Any], other: str) -> None:
         test = found[key]
         low, high = test["difference_interval"]
         console.say(
-            f"  {title}: {test['difference']:+.3f} [{low:+.3f}, {high:+.3f}] for this student; right alone on {test['only_this']:,} images, "
-            f"the other on {test['only_other']:,}; McNemar p = {test['p_value']:.2g}"
+            f"  {title}: {test['difference']:+.3f} [{low:+.3f}, {high:+.3f}] for this student; right alone on"
+            f" {test['only_this']:,} images, the other on {test['only_other']:,}; McNemar p = {test['p_value']:.2g}"
         )
 
 
 def describe_bags(recipe: Recipe, facts: dict[str, float], images: int, device: torch.device) -> str:
     """One line for the screen of what `bag_facts` found in a training set of `images`."""
     if not facts:
-        return f"bags: {'none' if 'bag_size' in unread(recipe) else 'rebuilt from the student'} in method {recipe.method}"
+        return (
+            f"bags: {'none' if 'bag_size' in unread(recipe) else 'rebuilt from the student'} in method {recipe.method}"
+        )
     by = neighbours.Search(recipe.search, device).describe(images)
-    line = f"bags: {recipe.bags} by {by}, {facts['size_mean']:.1f} mates on average ({facts['size_least']:.0f}-{facts['size_most']:.0f})"
+    line = (
+        f"bags: {recipe.bags} by {by}, {facts['size_mean']:.1f} mates on average"
+        f" ({facts['size_least']:.0f}-{facts['size_most']:.0f})"
+    )
     line += f", {facts['empty']:.0%} empty" if facts["empty"] else ""
-    return line + (f", mean cosine {facts['similarity']:.3f}, {facts['mutual']:.0%} mutual" if "similarity" in facts else "")
+    return line + (
+        f", mean cosine {facts['similarity']:.3f}, {facts['mutual']:.0%} mutual" if "similarity" in facts else ""
+    )
 
 
 def say_smaller(recipe: Recipe, planned: Plan) -> None:
@@ -154,7 +192,9 @@ def say_smaller(recipe: Recipe, planned: Plan) -> None:
 
 
 def closing_table(models: Models, rows: dict[str, dict[str, float]], gallery: int) -> None:
-    """Teacher, student before and after: recall in a gallery of so many images, kNN, linear (a dash is not measured); parameters, size and ratio."""
+    """Teacher, student before and after: recall in a gallery of so many images, kNN, linear (a dash is not measured);
+    parameters, size and ratio.
+    """
     labels = {"teacher": "teacher", "start": "student before", "student": "student after"}
     big, small = models.teacher.parameters_count(), models.student.parameters_count()
     cells = []
@@ -171,7 +211,14 @@ def header(recipe: Recipe, teacher: Encoder, student: Encoder, folder: Folder, d
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
     roles = (("teacher", teacher, recipe.teacher_weights), ("student", student, recipe.student_weights))
     rows = [
-        (role, encoder.name, f"{encoder.parameters_count() / 1e6:.2f} M", f"{encoder.preprocessing.size} px", str(encoder.width), source)
+        (
+            role,
+            encoder.name,
+            f"{encoder.parameters_count() / 1e6:.2f} M",
+            f"{encoder.preprocessing.size} px",
+            str(encoder.width),
+            source,
+        )
         for role, encoder, source in roles
     ]
     console.table(f"bingo-compress {__version__}", ("", "model", "parameters", "input", "width", "weights"), rows)

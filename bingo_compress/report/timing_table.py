@@ -1,4 +1,4 @@
-"""TODO."""
+"""The table of `timing`: what an exported file takes on this machine."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,10 @@ def caption(rows: Sequence[dict[str, Any]]) -> str:
     """What the columns of `cells` are of."""
     before = console.size(rows[0]["baseline_bytes"])
     pictures = "one picture" if rows[0]["batch"] == 1 else f"{rows[0]['batch']} pictures"
-    return f"{pictures} a run, {rows[0]['runs']:,} runs, decoding not included; of the peak memory {before} before the file is loaded"
+    return (
+        f"{pictures} a run, {rows[0]['runs']:,} runs, decoding not included; of the peak memory {before} before the"
+        " file is loaded"
+    )
 
 
 def cells(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
@@ -39,19 +42,26 @@ def said(rows: Sequence[dict[str, Any]]) -> list[str]:
         parts = []
         for row in rows[place::count]:
             low, high = row["p50_ratio_range"]
-            parts.append(f"{row['p50_ratio']:.2f} [{low:.2f}, {high:.2f}] times its p50 with {_threads(row['threads'])}")
+            parts.append(
+                f"{row['p50_ratio']:.2f} [{low:.2f}, {high:.2f}] times its p50 with {_threads(row['threads'])}"
+            )
         lines.append(
-            f"{rows[place]['file']} against {rows[0]['file']}: {', '.join(parts)}; {rows[place]['bytes_ratio']:.2f} times its bytes"
+            f"{rows[place]['file']} against {rows[0]['file']}: {', '.join(parts)}; {rows[place]['bytes_ratio']:.2f}"
+            " times its bytes"
         )
     if lines:
-        lines.append(f"in brackets: least and most over {min(PARTS, rows[0]['runs'])} parts of the runs, one after the other")
+        lines.append(
+            f"in brackets: least and most over {min(PARTS, rows[0]['runs'])} parts of the runs, one after the other"
+        )
     return lines
 
 
 def describe(machine: dict[str, Any]) -> str:
     """One line on where it was timed."""
     cores = f"{machine['cores']} core{'s' if machine['cores'] > 1 else ''}"
-    return f"{machine['processor']}, {cores}, {machine['system']}; onnxruntime {machine['onnxruntime']}; {machine['int8']}"
+    return (
+        f"{machine['processor']}, {cores}, {machine['system']}; onnxruntime {machine['onnxruntime']}; {machine['int8']}"
+    )
 
 
 def _threads(count: int) -> str:

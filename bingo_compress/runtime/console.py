@@ -29,7 +29,8 @@ class _Rate(ProgressColumn):
 def bar(what: str, total: int) -> Iterator[Advance]:
     """Show the progress of one stage; call the yielded function as `advance(images, note="")`.
 
-    total: images. On a terminal: bar, images/s, time left, note. Otherwise a line every PLAIN_SECONDS and one at the end.
+    total: images. On a terminal: bar, images/s, time left, note. Otherwise a line every PLAIN_SECONDS and one at the
+    end.
     """
     if not console.is_terminal:
         with _plain_bar(what, total) as advance:
@@ -76,12 +77,19 @@ def _plain_bar(what: str, total: int) -> Iterator[Advance]:
 
     yield advance
     seconds = time.monotonic() - start
-    say(f"{what}: {done:,} images in {duration(seconds)}, {done / max(seconds, 1e-9):,.0f} images/s{', ' + latest if latest else ''}")
+    say(
+        f"{what}: {done:,} images in {duration(seconds)}, {done / max(seconds, 1e-9):,.0f}"
+        f" images/s{', ' + latest if latest else ''}"
+    )
 
 
 def visible(text: str) -> str:
-    """`text` with control characters other than line breaks as \\x1b and so on: a file's name must not steer the terminal."""
-    return "".join(f"\\x{ord(sign):02x}" if unicodedata.category(sign) == "Cc" and sign != "\n" else sign for sign in text)
+    """`text` with control characters other than line breaks as \\x1b and so on: a file's name must not steer the
+    terminal.
+    """
+    return "".join(
+        f"\\x{ord(sign):02x}" if unicodedata.category(sign) == "Cc" and sign != "\n" else sign for sign in text
+    )
 
 
 def be_quiet() -> None:
@@ -116,7 +124,8 @@ def table_text(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if not column else cell.rjust(width) for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+            cell.ljust(width) if not column else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in lines
     )

@@ -1,4 +1,6 @@
-"""What is tried out on the machine before a run: how many threads, how much memory a step takes, and whether torch.compile pays."""
+"""What is tried out on the machine before a run: how many threads, how much memory a step takes, and whether
+torch.compile pays.
+"""
 
 import copy
 import time
@@ -9,8 +11,7 @@ from torch import Tensor, nn
 
 from bingo_compress.errors import BingoError
 from bingo_compress.recipe import Recipe
-from bingo_compress.runtime import console, distributed
-from bingo_compress.runtime.machine import free_cores, peak_resident
+from bingo_compress.runtime import console, distributed, machine
 
 TRIED = 16  # views in a calibration's step
 AHEAD = 2  # batches that wait to be used
@@ -20,16 +21,17 @@ GAIN = 0.9  # more threads, or a compiled student, must take at most this share 
 
 
 def choose_threads(student: nn.Module, size: int) -> int:
-    """Threads with which a training step of `student` on TRIED views of `size` px is fastest here; takes a second or two.
+    """Threads with which a training step of `student` on TRIED views of `size` px is fastest here; takes a second or
+    two.
 
-    More threads are not always faster: on a busy machine they wait for one another, and a step takes ten times as long. Two counts that
-    are nearly as fast: the smaller, which leaves a core for making the next batch.
+    More threads are not always faster: on a busy machine they wait for one another, and a step takes ten times as long.
+    Two counts that are nearly as fast: the smaller, which leaves a core for making the next batch.
     """
     before = torch.get_num_threads()
     trial = copy.deepcopy(student).to("cpu", memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     views = torch.rand(TRIED, 3, size, size).contiguous(memory_format=torch.channels_last)
     counts = [1]
-    while counts[-1] * 2 <= free_cores():
+    while counts[-1] * 2 <= machine.free_cores():
         counts.append(counts[-1] * 2)
     best, fastest = 1, float("inf")
     for count in counts:
@@ -58,13 +60,17 @@ def saved_bytes(work: Callable[[], object]) -> int:
 
 
 def step_bytes(student: nn.Module, size: int, views: int) -> int:
-    """Bytes that training `student` on `views` views of `size` px a step takes on a CPU beside the pixels, from a pass of a few views; a little too many."""
+    """Bytes that training `student` on `views` views of `size` px a step takes on a CPU beside the pixels, from a pass
+    of a few views; a little too many.
+    """
     trial = copy.deepcopy(student).to("cpu", memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     tried = min(views, 4)
     images = torch.rand(tried, 3, size, size).contiguous(memory_format=torch.channels_last)
     activations = saved_bytes(lambda: trial(images).sum()) * views // tried
     made = (AHEAD + 2) * 4 * views * 3 * size * size  # float32 views that wait, are made, and are used
-    states: int = 4 * 4 * sum(parameter.numel() for parameter in trial.parameters())  # weights, gradients and two moments
+    states: int = (
+        4 * 4 * sum(parameter.numel() for parameter in trial.parameters())
+    )  # weights, gradients and two moments
     return int(GRADIENTS * activations) + made + states + BESIDE
 
 
@@ -83,10 +89,11 @@ def seconds(work: Callable[[], object], times: int = 3) -> float:
 
 
 def compiled_if_faster(model: nn.Module, views: Tensor, wanted: str) -> Callable[[Tensor], Tensor] | None:
-    """torch.compile of `model`, or None for as it is. wanted: "on", or "auto": only if a step on `views` is measured to be faster.
+    """torch.compile of `model`, or None for as it is. wanted: "on", or "auto": only if a step on `views` is measured to
+    be faster.
 
-    The way back is graceful: whatever the compiler raises is said in one line, and the run goes on without it. Tried on a copy, so that
-    nothing of it reaches the model's weights or statistics.
+    The way back is graceful: whatever the compiler raises is said in one line, and the run goes on without it. Tried on
+    a copy, so that nothing of it reaches the model's weights or statistics.
     """
     trial = copy.deepcopy(model)
 
@@ -102,18 +109,25 @@ def compiled_if_faster(model: nn.Module, views: Tensor, wanted: str) -> Callable
         quick = torch.compile(trial, dynamic=False)
         compiled, plain = seconds(step(quick)), seconds(step(trial))
     except Exception as error:  # The compiler raises whatever its parts raise.
-        console.say(f"torch.compile: not used, it failed ({(str(error).strip().splitlines() or [type(error).__name__])[0][:120]})")
+        console.say(
+            "torch.compile: not used, it failed"
+            f" ({(str(error).strip().splitlines() or [type(error).__name__])[0][:120]})"
+        )
         return None
     finally:
         torch.compiler.reset()
     pays = wanted == "on" or compiled < GAIN * plain
-    console.say(f"torch.compile: {'used' if pays else 'not used'}, a step takes {compiled / plain:.2f} of the time without")
+    console.say(
+        f"torch.compile: {'used' if pays else 'not used'}, a step takes {compiled / plain:.2f} of the time without"
+    )
     run: Callable[[Tensor], Tensor] = torch.compile(model, dynamic=False)
     return run if pays else None
 
 
 def choose_device(wanted: str) -> torch.device:
-    """auto, cpu or cuda to this process's device; joins the other processes where torchrun started several. Raises BingoError without the GPU asked for."""
+    """auto, cpu or cuda to this process's device; joins the other processes where torchrun started several. Raises
+    BingoError without the GPU asked for.
+    """
     if wanted == "cuda" and not torch.cuda.is_available():
         raise BingoError("--device: expected a CUDA GPU, torch sees none; use --device cpu or auto")
     device = distributed.start(torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"))
@@ -123,12 +137,14 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def use_threads(recipe: Recipe, student: nn.Module, size: int, device: torch.device, kept: int = 0) -> Recipe:
-    """torch's CPU threads set, and the recipe with them filled in: what it asks for; else `kept`, of the run that goes on; else, on a CPU, those with which
-    a step of `student` is fastest here, or what torchrun set for each of several processes.
+    """torch's CPU threads set, and the recipe with them filled in: what it asks for; else `kept`, of the run that goes
+    on; else, on a CPU, those with which a step of `student` is fastest here, or what torchrun set for each of several
+    processes.
 
-    A result depends on their number in its last bits, so a run settles it once. Where it cannot have as many again, that is said.
+    A result depends on their number in its last bits, so a run settles it once. Where it cannot have as many again,
+    that is said.
     """
-    cores = max(1, free_cores() // distributed.world())
+    cores = max(1, machine.free_cores() // distributed.world())
     count = recipe.threads or min(kept, cores)
     if not count and device.type == "cpu":
         alone = distributed.world() == 1
@@ -137,10 +153,13 @@ def use_threads(recipe: Recipe, student: nn.Module, size: int, device: torch.dev
         torch.set_num_threads(count)
     if kept and count != kept:
         why = "as asked for" if recipe.threads else "there are no more cores"
-        console.say(f"threads: {count} instead of the {kept} that this run began with, {why}: its result will differ in the last bits")
+        console.say(
+            f"threads: {count} instead of the {kept} that this run began with, {why}: its result will differ in the"
+            " last bits"
+        )
     return recipe.model_copy(update={"threads": recipe.threads or kept or count})
 
 
 def peak_memory(device: torch.device) -> int:
     """Bytes: the most that torch held on the GPU, or the most that this process held in memory."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident()
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else machine.peak_resident()

@@ -1,4 +1,6 @@
-"""Several processes, started by torchrun: the only file that names torch.distributed. With one process everything here is the identity."""
+"""Several processes, started by torchrun: the only file that names torch.distributed. With one process everything here
+is the identity.
+"""
 
 import os
 import warnings
@@ -19,7 +21,8 @@ from bingo_compress.errors import BingoError
 Item = TypeVar("Item")
 GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connect timeout")  # of gloo
 
-# Of a thread, not of the process: while the first process works by itself, a thread of it may be making its share of the next batch.
+# Of a thread, not of the process: while the first process works by itself, a thread of it may be making its share of
+# the next batch.
 _by_itself = ContextVar("_by_itself", default=False)
 
 
@@ -51,7 +54,8 @@ def stop() -> None:
 def lost(error: BaseException) -> bool:
     """Whether an error of gloo's or NCCL's says that another process of the run is gone."""
     return asked_for() and (
-        isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and any(word in str(error) for word in GONE))
+        isinstance(error, dist.DistError)
+        or (isinstance(error, RuntimeError) and any(word in str(error) for word in GONE))
     )
 
 
@@ -77,7 +81,9 @@ def mine(items: Sequence[Item]) -> list[Item]:
 
 
 def stretch(items: Sequence[Item]) -> Sequence[Item]:
-    """The rank-th of `world` runs of consecutive items, equal within one: those of all processes, one after the other, are `items`."""
+    """The rank-th of `world` runs of consecutive items, equal within one: those of all processes, one after the other,
+    are `items`.
+    """
     start, stop = (-(-len(items) * number // world()) for number in (rank(), rank() + 1))
     return items[start:stop]
 
@@ -92,7 +98,9 @@ def exchange(thing: Any) -> list[Any]:
 
 
 def from_first(make: Callable[[], Item]) -> Item:
-    """make() called by rank 0, as if it were the only process, and what it returned in every process. If it raises, it raises in every process."""
+    """make() called by rank 0, as if it were the only process, and what it returned in every process. If it raises, it
+    raises in every process.
+    """
     if world() == 1:
         return make()
     told: list[Any] = [None, None]
@@ -112,10 +120,11 @@ def from_first(make: Callable[[], Item]) -> Item:
 
 
 def joined(batches: Iterable[Sequence[Tensor]]) -> list[Tensor]:
-    """All rows of the batches of all processes, by rank, in every process: batches of (n, ...), (n, ...), ... to [(N, ...), (N, ...), ...].
+    """All rows of the batches of all processes, by rank, in every process: batches of (n, ...), (n, ...), ... to [(N,
+    ...), (N, ...), ...].
 
-    n may differ, and so may the number of batches; [] where no process has one. On the CPU, no gradient. What one process raises while it makes its
-    batches is raised in all.
+    n may differ, and so may the number of batches; [] where no process has one. On the CPU, no gradient. What one
+    process raises while it makes its batches is raised in all.
     """
     if world() == 1:
         return [torch.cat(parts) for parts in zip(*batches, strict=True)]
@@ -142,7 +151,9 @@ def joined(batches: Iterable[Sequence[Tensor]]) -> list[Tensor]:
 
 
 def rows(tensor: Tensor) -> Tensor:
-    """The rows of every process one after the other: (n, ...) to (world * n, ...), no gradient. Every process brings as many."""
+    """The rows of every process one after the other: (n, ...) to (world * n, ...), no gradient. Every process brings as
+    many.
+    """
     if world() == 1:
         return tensor
     found = [torch.empty_like(tensor) for _ in range(world())]
@@ -196,36 +207,46 @@ def _sum(tensor: Tensor) -> Tensor:
 
 
 def refuse_unshared(student: nn.Module) -> None:
-    """Several processes: raises BingoError for a student with running statistics that `shared` does not share; each process would keep its own."""
+    """Several processes: raises BingoError for a student with running statistics that `shared` does not share; each
+    process would keep its own.
+    """
     others = {
         type(module).__name__
         for module in student.modules()
-        if not isinstance(module, _BatchNorm) and any(name.startswith("running_") for name, _ in module.named_buffers(recurse=False))
+        if not isinstance(module, _BatchNorm)
+        and any(name.startswith("running_") for name, _ in module.named_buffers(recurse=False))
     }
     if others and world() > 1:
         raise BingoError(
-            f"--student: expected BatchNorm or norms without running statistics, found {', '.join(sorted(others))} and {world()} processes; "
-            "start one process, or choose another student"
+            f"--student: expected BatchNorm or norms without running statistics, found {', '.join(sorted(others))} and"
+            f" {world()} processes; start one process, or choose another student"
         )
 
 
 def shared(model: nn.Module, device: torch.device) -> nn.Module:
-    """`model` with gradients averaged over the processes (DistributedDataParallel) and BatchNorm over all their views; itself for one process."""
+    """`model` with gradients averaged over the processes (DistributedDataParallel) and BatchNorm over all their views;
+    itself for one process.
+    """
     if world() == 1:
         return model
     for module in model.modules():
         if isinstance(module, _BatchNorm):
-            # In place of nn.SyncBatchNorm, which knows no CPU and not timm's BatchNorm with activation: names and weights stay as they are.
+            # In place of nn.SyncBatchNorm, which knows no CPU and not timm's BatchNorm with activation: names and
+            # weights stay as they are.
             module.forward = partial(_batch_norm, module, module.forward)  # type: ignore[method-assign]
     ids = [device] if device.type == "cuda" else None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch 2.15 has another name for broadcast_buffers, which 2.11 does not know
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # torch 2.15 has another name for broadcast_buffers, which 2.11 does not know
         # static_graph: students with parameters that no output depends on, and recomputed activations.
         return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, static_graph=True)
 
 
 def _batch_norm(norm: Any, alone: Callable[[Tensor], Tensor], views: Tensor) -> Tensor:
-    """BatchNorm in training over the views of every process: mean and variance of them all (two passes, as torch does), the same running statistics."""
+    """BatchNorm in training over the views of every process: mean and variance of them all (two passes, as torch does),
+    the same running statistics.
+    """
     if not norm.training or norm.running_mean is None:
         return alone(views)
     rest = [dim for dim in range(views.ndim) if dim != 1]

@@ -1,4 +1,6 @@
-"""This machine: its processor, its cores and threads, its memory and how a process asks for it, the way to its GPU. Imports no torch."""
+"""This machine: its processor, its cores and threads, its memory and how a process asks for it, the way to its GPU.
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ MAC = {
 
 
 def processor() -> dict[str, Any]:
-    """{"processor": its name, "cores": logical ones that this process may use, "int8": its abilities in words, "int8_flags": those of INT8 it has}."""
+    """{"processor": its name, "cores": logical ones that this process may use, "int8": its abilities in words,
+    "int8_flags": those of INT8 it has}.
+    """
     name, flags = from_sysctl(_sysctl()) if platform.system() == "Darwin" else from_cpuinfo(_cpuinfo())
     return {
         "processor": name or platform.processor() or platform.machine(),
@@ -58,7 +62,10 @@ def int8(flags: set[str]) -> str:
     """What a processor with these flags has for int8, in words."""
     if not flags:
         return "unknown: this system does not say what its processor can do"
-    return next((words for flag, words in INT8.items() if flag in flags), "neither AVX2 nor a dot-product instruction for int8 here")
+    return next(
+        (words for flag, words in INT8.items() if flag in flags),
+        "neither AVX2 nor a dot-product instruction for int8 here",
+    )
 
 
 def from_cpuinfo(text: str) -> tuple[str, set[str]]:
@@ -90,7 +97,9 @@ def _sysctl() -> str:
 
 
 def keep_memory() -> None:
-    """Let glibc keep freed blocks: otherwise each large tensor is mapped and cleared anew by the kernel, half of a CPU run's time."""
+    """Let glibc keep freed blocks: otherwise each large tensor is mapped and cleared anew by the kernel, half of a CPU
+    run's time.
+    """
     if sys.platform != "linux" or "MALLOC_MMAP_THRESHOLD_" in os.environ:
         return
     try:
@@ -141,7 +150,9 @@ def free_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def in_threads(job: Callable[[Item], Result], items: Iterable[Item], threads: int = 0, ahead: int = 64) -> Iterator[tuple[Item, Result]]:
+def in_threads(
+    job: Callable[[Item], Result], items: Iterable[Item], threads: int = 0, ahead: int = 64
+) -> Iterator[tuple[Item, Result]]:
     """(item, job(item)) in the order of `items`, computed by `threads` threads at most `ahead` items early."""
     queue = iter(items)
     pool = ThreadPoolExecutor(threads or min(os.cpu_count() or 1, 16))
@@ -158,7 +169,9 @@ def in_threads(job: Callable[[Item], Result], items: Iterable[Item], threads: in
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor` on `device`. A GPU is not waited for: a plain copy would wait until all earlier work of its stream is done."""
+    """`tensor` on `device`. A GPU is not waited for: a plain copy would wait until all earlier work of its stream is
+    done.
+    """
     if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
     return tensor.contiguous().pin_memory().to(device, non_blocking=True)

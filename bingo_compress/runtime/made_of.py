@@ -1,6 +1,8 @@
-"""What an artefact was made from, in the artefact itself: whoever reads it back compares, and refuses what does not fit or makes it again.
+"""What an artefact was made from, in the artefact itself: whoever reads it back compares, and refuses what does not fit
+or makes it again.
 
-Whoever changes what a role's code computes raises its number here; tests/test_made_of.py fails where an output on fixed input changed and its number did not.
+Whoever changes what a role's code computes raises its number here; tests/runtime/test_made_of.py fails where an output
+on fixed input changed and its number did not.
 """
 
 import hashlib
@@ -27,7 +29,9 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class MadeOf:
-    """role: a key of FORMATS; inputs: digests and settings by name, as JSON has them, one level of names within a name at most."""
+    """role: a key of FORMATS; inputs: digests and settings by name, as JSON has them, one level of names within a name
+    at most.
+    """
 
     role: str
     format: int
@@ -43,7 +47,9 @@ class MadeOf:
         return {"role": self.role, "format": self.format, "inputs": dict(self.inputs)}
 
     def differences(self, other: "MadeOf | None") -> list[str]:
-        """The names of the inputs in which `other` differs, settings with both values, `other`'s first; [] where nothing does."""
+        """The names of the inputs in which `other` differs, settings with both values, `other`'s first; [] where
+        nothing does.
+        """
         if other is None or other.role != self.role or other.format != self.format:
             return ["the version of this program"]
         found = []
@@ -51,7 +57,9 @@ class MadeOf:
             mine, theirs = self.inputs.get(name), other.inputs.get(name)
             if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
                 keys = sorted({*mine, *theirs})
-                found += [f"{key} ({theirs.get(key)} -> {mine.get(key)})" for key in keys if mine.get(key) != theirs.get(key)]
+                found += [
+                    f"{key} ({theirs.get(key)} -> {mine.get(key)})" for key in keys if mine.get(key) != theirs.get(key)
+                ]
             elif mine != theirs:
                 found.append(name)
         return found
@@ -64,7 +72,9 @@ def made_of(role: str, **inputs: Any) -> MadeOf:
 
 
 def as_told(told: object) -> MadeOf | None:
-    """What `MadeOf.told` gave; None where an artefact says nothing of what it was made from, as those of earlier versions. Raises BingoError for anything else."""
+    """What `MadeOf.told` gave; None where an artefact says nothing of what it was made from, as those of earlier
+    versions. Raises BingoError for anything else.
+    """
     if told is None:
         return None
     try:

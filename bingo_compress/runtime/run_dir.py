@@ -41,14 +41,17 @@ class RunDir:
 
 
 def open_new(path: Path, *, resume: bool, overwrite: bool) -> RunDir:
-    """The folder for a run that is to be written. Raises BingoError if something is in it and neither flag says what to do."""
+    """The folder for a run that is to be written. Raises BingoError if something is in it and neither flag says what to
+    do.
+    """
     run = RunDir(path)
     refuse_taken(path, may_hold_files=resume or overwrite)
     taken = path.is_dir() and any(path.iterdir())
     clear = taken and overwrite and not resume
     if clear and not run.recipe.is_file():
         raise BingoError(
-            f"--overwrite: {path} is not a run of this program (no recipe.yaml), so nothing in it is deleted; name another folder"
+            f"--overwrite: {path} is not a run of this program (no recipe.yaml), so nothing in it is deleted; name"
+            " another folder"
         )
     if resume and not taken:
         raise BingoError(f"--resume: expected a run in {path}, found none; leave --resume out to start one")
@@ -66,7 +69,8 @@ _HELD: dict[Path, IO[str]] = {}
 
 
 def hold(folder: Path, option: str) -> None:
-    """Be the only writer of a run, or of a comparison, until this process ends. The kernel frees the lock of a process that was killed. Raises BingoError.
+    """Be the only writer of a run, or of a comparison, until this process ends. The kernel frees the lock of a process
+    that was killed. Raises BingoError.
 
     option: what named the folder, for the message.
     """
@@ -78,7 +82,9 @@ def hold(folder: Path, option: str) -> None:
         path.parent.mkdir(exist_ok=True)  # it may have been deleted after the run
         handle = path.open("a+", encoding="utf-8")
     except OSError as error:
-        raise BingoError(f"{option}: {folder} cannot be written to ({error.strerror}); copy it to a folder of your own") from None
+        raise BingoError(
+            f"{option}: {folder} cannot be written to ({error.strerror}); copy it to a folder of your own"
+        ) from None
     handle.seek(0)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -86,7 +92,8 @@ def hold(folder: Path, option: str) -> None:
         owner = handle.read()
         handle.close()
         raise BingoError(
-            f"{option}: {folder} is being written by another process ({owner.strip() or 'unknown'}); wait for it, or name another folder"
+            f"{option}: {folder} is being written by another process ({owner.strip() or 'unknown'}); wait for it, or"
+            " name another folder"
         ) from None
     except OSError:
         pass  # a file system without locks, such as some network disks: then there is none
@@ -97,29 +104,46 @@ def hold(folder: Path, option: str) -> None:
 
 
 def _refuse_links(folder: Path, option: str) -> None:
-    """Raise BingoError for a link, a pipe or the like where a run has its files: a folder from elsewhere could have us write outside of it, or wait for ever."""
+    """Raise BingoError for a link, a pipe or the like where a run has its files: a folder from elsewhere could have us
+    write outside of it, or wait for ever.
+    """
     for path in (*folder.iterdir(), *(folder / "work").rglob("*"), *(folder / "export").rglob("*")):
         mode = path.lstat().st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
             what = f"a link to {os.readlink(path)}" if stat.S_ISLNK(mode) else "neither a file nor a folder"
             raise BingoError(
-                f"{option}: expected files in {folder}, found {path.relative_to(folder)}, {what}; remove it, or put there what it stands for"
+                f"{option}: expected files in {folder}, found {path.relative_to(folder)}, {what}; remove it, or put"
+                " there what it stands for"
             )
 
 
 @contextmanager
 def made_by(command: str, file: Path) -> Iterator[None]:
-    """Raise BingoError for whatever goes wrong in the block because `file` is not what `bingo-compress COMMAND` writes."""
+    """Raise BingoError for whatever goes wrong in the block because `file` is not what `bingo-compress COMMAND`
+    writes.
+    """
     try:
         yield
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError, ArithmeticError, RecursionError) as error:
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        AssertionError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
         raise BingoError(
-            f"{file}: expected what `bingo-compress {command}` writes, found something else ({type(error).__name__}: {error}); {command} again or delete it"
+            f"{file}: expected what `bingo-compress {command}` writes, found something else ({type(error).__name__}:"
+            f" {error}); {command} again or delete it"
         ) from None
 
 
 def read_json(command: str, file: Path) -> dict[str, Any]:
-    """The JSON object in `file`; an empty one where there is no file. Raises BingoError where it holds something else."""
+    """The JSON object in `file`; an empty one where there is no file. Raises BingoError where it holds something
+    else.
+    """
     with made_by(command, file):
         found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         if not isinstance(found, dict):
@@ -132,7 +156,9 @@ def refuse_taken(path: Path, *, may_hold_files: bool) -> None:
     if path.exists() and not path.is_dir():
         raise BingoError(f"--out: expected a folder, found the file {path}; name another")
     if path.is_dir() and any(path.iterdir()) and not may_hold_files:
-        raise BingoError(f"--out: {path} is not empty; add --resume to go on, --overwrite to start anew, or name another folder")
+        raise BingoError(
+            f"--out: {path} is not empty; add --resume to go on, --overwrite to start anew, or name another folder"
+        )
 
 
 def open_finished(path: Path) -> RunDir:
@@ -141,7 +167,10 @@ def open_finished(path: Path) -> RunDir:
     if not run.recipe.is_file():
         raise BingoError(f"--run: expected the --out folder of `distill`, found no recipe.yaml in {path}")
     if not run.student.is_file():
-        raise BingoError(f"--run: {path} holds an unfinished run (no student.safetensors); finish it with distill --out {path} --resume")
+        raise BingoError(
+            f"--run: {path} holds an unfinished run (no student.safetensors); finish it with distill --out {path}"
+            " --resume"
+        )
     return run
 
 
@@ -166,7 +195,9 @@ def _clear(run: RunDir) -> None:
 
 
 def stage_key(**made_from: Any) -> str:
-    """A short hash of all that a stage's artefact depends on; part of its file name, so that a stale one is never read."""
+    """A short hash of all that a stage's artefact depends on; part of its file name, so that a stale one is never
+    read.
+    """
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -182,7 +213,9 @@ def drop_stale(folder: Path, stem: str, keep: set[str]) -> None:
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write to; synced and renamed when the block ends well, deleted when it does not."""
+    """A temporary path beside `path` to write to; synced and renamed when the block ends well, deleted when it does
+    not.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -196,7 +229,9 @@ def atomic(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` to put files in; synced and renamed when the block ends well, replacing an older one; deleted when it does not."""
+    """A temporary folder beside `folder` to put files in; synced and renamed when the block ends well, replacing an
+    older one; deleted when it does not.
+    """
     temporary, older = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
 
     def clear() -> None:
@@ -236,7 +271,8 @@ def need_space(folder: Path, size: int, what: str) -> None:
     free, needed = shutil.disk_usage(folder).free, round(size * 1.02)
     if needed > free:
         raise BingoError(
-            f"no space: {what} needs {needed:,} bytes in {folder}, {free:,} are free, {needed - free:,} are missing; free some, or put --out on another disk"
+            f"no space: {what} needs {needed:,} bytes in {folder}, {free:,} are free, {needed - free:,} are missing;"
+            " free some, or put --out on another disk"
         )
 
 
@@ -244,10 +280,14 @@ def is_full(error: BaseException) -> bool:
     """Whether an error says that a disk, or a quota on it, is full; safetensors says so in words only."""
     number = error.errno if isinstance(error, OSError) else None
     return (
-        number in (errno.ENOSPC, errno.EDQUOT) or f"(os error {errno.ENOSPC})" in str(error) or f"(os error {errno.EDQUOT})" in str(error)
+        number in (errno.ENOSPC, errno.EDQUOT)
+        or f"(os error {errno.ENOSPC})" in str(error)
+        or f"(os error {errno.EDQUOT})" in str(error)
     )
 
 
 def saved_recipe(run: RunDir) -> Recipe:
-    """A run's recipe as it was run, nothing in it left open; of an earlier version that is its recipe.yaml. Raises BingoError."""
+    """A run's recipe as it was run, nothing in it left open; of an earlier version that is its recipe.yaml. Raises
+    BingoError.
+    """
     return load_recipe(run.resolved if run.resolved.is_file() else run.recipe, [], {})

@@ -1,4 +1,6 @@
-"""SIGTERM and SIGINT: a stage in small finished parts is left at once; one with state of its own saves it first. A second SIGINT leaves without saving."""
+"""SIGTERM and SIGINT: a stage in small finished parts is left at once; one with state of its own saves it first. A
+second SIGINT leaves without saving.
+"""
 
 import ctypes
 import os
@@ -27,7 +29,9 @@ def listen() -> None:
 
 
 def end_with_parent() -> None:
-    """From now on, on Linux, the end of the process that started this one, however it comes, is a SIGTERM: torchrun's workers outlive a torchrun that is killed."""
+    """From now on, on Linux, the end of the process that started this one, however it comes, is a SIGTERM: torchrun's
+    workers outlive a torchrun that is killed.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 

@@ -1,0 +1,1 @@
+"""The plan, the losses and the loop."""

@@ -1,4 +1,6 @@
-"""What a step needs and the student does not decide: anchors, mates, views, targets; made ahead, so that the student does not wait."""
+"""What a step needs and the student does not decide: anchors, mates, views, targets; made ahead, so that the student
+does not wait.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,10 +27,12 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True)
 class Ready:
-    """One step's material. With several processes (W of them) each holds its own share b = B / W of the B anchors, views and targets.
+    """One step's material. With several processes (W of them) each holds its own share b = B / W of the B anchors,
+    views and targets.
 
-    anchors: (B,) positions in the training set, of every process; known: (b, 1 + K) the anchor's position and its mates', -1 for none;
-    views: (2b or 3b, 3, S, S); share: CutMix's lam; fresh: (b, 3, S, S) one more view of the anchors, where a method wants it; targets: (b, D).
+    anchors: (B,) positions in the training set, of every process; known: (b, 1 + K) the anchor's position and its
+    mates', -1 for none; views: (2b or 3b, 3, S, S); share: CutMix's lam; fresh: (b, 3, S, S) one more view of the
+    anchors, where a method wants it; targets: (b, D).
     """
 
     step: int
@@ -42,7 +46,9 @@ class Ready:
 
 @dataclass(frozen=True)
 class Maker:
-    """Makes the material of step n from (seed, n) alone: any step can be made at any time, in any process, and is the same."""
+    """Makes the material of step n from (seed, n) alone: any step can be made at any time, in any process, and is the
+    same.
+    """
 
     seed: int
     loss: Loss
@@ -56,7 +62,9 @@ class Maker:
     meter: Meter
 
     def __call__(self, step: int, bags: Tensor) -> Ready:
-        """The material of step `step` with these bags (n, K). Every process draws for the whole batch and makes its own share."""
+        """The material of step `step` with these bags (n, K). Every process draws for the whole batch and makes its own
+        share.
+        """
         generator = torch.Generator().manual_seed(hash_seed(self.seed, "step", step))
         anchors = anchors_of(self.seed, step, self.batch, len(self.training))
         mates = pick_mates(bags, anchors, generator) if self.loss.mates else anchors
@@ -72,7 +80,8 @@ class Maker:
         if self.target_of is not None:
             with self.meter("teacher"):
                 targets = Targets(
-                    self.target_of(images, generator, mine), self.target_of(shown, generator, mine) if self.loss.both else None
+                    self.target_of(images, generator, mine),
+                    self.target_of(shown, generator, mine) if self.loss.both else None,
                 )
         known = torch.cat((anchors[:, None], bags[anchors]), dim=1) if self.loss.mates else anchors[:, None]
         return Ready(step, anchors, known[mine], views, share, fresh, targets)
@@ -86,14 +95,20 @@ class Maker:
 
 
 def anchors_of(seed: int, step: int, batch: int, count: int) -> Tensor:
-    """The anchors (batch,) of step `step`, from 0: the orders of all epochs are one row, and each step takes its next `batch`. batch: at most `count`.
+    """The anchors (batch,) of step `step`, from 0: the orders of all epochs are one row, and each step takes its next
+    `batch`. batch: at most `count`.
 
-    So every batch is full and every image an anchor once an epoch. Where an epoch ends within a batch an image may be in it twice, as two anchors: no loss
-    sets the rows of a batch against one another, for the negatives are of earlier steps.
+    So every batch is full and every image an anchor once an epoch. Where an epoch ends within a batch an image may be
+    in it twice, as two anchors: no loss sets the rows of a batch against one another, for the negatives are of earlier
+    steps.
     """
     epoch, within = divmod(step * batch, count)
     anchors = order_of(seed, epoch, count)[within : within + batch]
-    return anchors if len(anchors) == batch else torch.cat((anchors, order_of(seed, epoch + 1, count)[: batch - len(anchors)]))
+    return (
+        anchors
+        if len(anchors) == batch
+        else torch.cat((anchors, order_of(seed, epoch + 1, count)[: batch - len(anchors)]))
+    )
 
 
 @lru_cache(maxsize=2)
@@ -109,7 +124,9 @@ def own_share(batch: int) -> Tensor:
 
 
 def pick_mates(bags: Tensor, anchors: Tensor, generator: torch.Generator) -> Tensor:
-    """One member of each anchor's bag, drawn uniformly; the anchor itself where the bag is empty. bags: (n, K), its -1 at the ends of the rows."""
+    """One member of each anchor's bag, drawn uniformly; the anchor itself where the bag is empty. bags: (n, K), its -1
+    at the ends of the rows.
+    """
     rows = bags[anchors]
     sizes = (rows >= 0).sum(1)
     drawn = torch.rand(len(anchors), generator=generator)
@@ -122,8 +139,8 @@ def pick_mates(bags: Tensor, anchors: Tensor, generator: torch.Generator) -> Ten
 def ahead(make: Callable[[int], Ready], steps: Iterable[int], device: torch.device, *, thread: bool) -> Iterator[Ready]:
     """make(step) for every step, in order, begun before it is asked for.
 
-    On a GPU a batch is made on a side stream while the student's step runs. On a CPU, with `thread`, a thread makes AHEAD of them on another core;
-    without, each is made when it is asked for.
+    On a GPU a batch is made on a side stream while the student's step runs. On a CPU, with `thread`, a thread makes
+    AHEAD of them on another core; without, each is made when it is asked for.
     """
     if device.type == "cuda":
         yield from _on_side_stream(make, steps, device)
@@ -174,7 +191,9 @@ def _on_side_stream(make: Callable[[int], Ready], steps: Iterable[int], device: 
         targets = ready.targets or Targets(ready.views)
         for tensor in (ready.views, ready.fresh, targets.anchor, targets.mate):
             if tensor is not None and tensor.is_cuda:
-                tensor.record_stream(main)  # the side stream must not reuse this memory before the student is done with it
+                tensor.record_stream(
+                    main
+                )  # the side stream must not reuse this memory before the student is done with it
         return ready
 
     waiting = iter(steps)

@@ -1,4 +1,6 @@
-"""The training loop, top to bottom. It owns all state; every random number comes from (seed, epoch, step), so a resumed run draws the same."""
+"""The training loop, top to bottom. It owns all state; every random number comes from (seed, epoch, step), so a resumed
+run draws the same.
+"""
 
 import json
 import math
@@ -34,7 +36,9 @@ Check = Callable[[Encoder], float]
 
 
 def due(epoch: int, recipe: Recipe) -> bool:
-    """Whether the student is checked after an epoch (counted from 1): every recipe.check_every, without that CHECKS times, evenly spread."""
+    """Whether the student is checked after an epoch (counted from 1): every recipe.check_every, without that CHECKS
+    times, evenly spread.
+    """
     if recipe.check_every:
         return epoch % recipe.check_every == 0
     return epoch * CHECKS // recipe.epochs > (epoch - 1) * CHECKS // recipe.epochs
@@ -58,14 +62,16 @@ def distill(
     stop_after: int | None = None,
     discard: bool = False,
 ) -> MadeOf:
-    """Train `student` in place on the images `training` (n,) of `pixels`; go on from the checkpoint `saved` if it is there and was made from just this.
+    """Train `student` in place on the images `training` (n,) of `pixels`; go on from the checkpoint `saved` if it is
+    there and was made from just this.
 
-    bags: (n, K) positions in `training`, -1 for an empty place. target_of: the teacher's embedding (B, dim) of images, None for methods without
-    teacher. metrics: appended to, one JSON object a line. check: scores the student after the epochs that are `due`; with recipe.keep_best
-    the best-scored student is what is left. names: of the images of `pixels`, for
-    messages. sources: digests of what `pixels` and `target_of` were made from, by name. stop_after: leave after this many steps, as an interruption would
-    (tests). discard: the checkpoint of another run is deleted instead of refused. Returns what the student is made of.
-    Raises BingoError when the loss is not finite, and nothing is saved after such a step; and for the checkpoint of another run.
+    bags: (n, K) positions in `training`, -1 for an empty place. target_of: the teacher's embedding (B, dim) of images,
+    None for methods without teacher. metrics: appended to, one JSON object a line. check: scores the student after the
+    epochs that are `due`; with recipe.keep_best the best-scored student is what is left. names: of the images of
+    `pixels`, for messages. sources: digests of what `pixels` and `target_of` were made from, by name. stop_after: leave
+    after this many steps, as an interruption would (tests). discard: the checkpoint of another run is deleted instead
+    of refused. Returns what the student is made of. Raises BingoError when the loss is not finite, and nothing is saved
+    after such a step; and for the checkpoint of another run.
     """
     made = made_of(
         "training",
@@ -129,7 +135,9 @@ def distill(
     )
     model = nn.Sequential(student, head)
     run = None
-    if recipe.compile == "on" or (recipe.compile == "auto" and device.type == "cuda" and planned.steps - step >= COMPILE_FROM):
+    if recipe.compile == "on" or (
+        recipe.compile == "auto" and device.type == "cuda" and planned.steps - step >= COMPILE_FROM
+    ):
         run = devices.compiled_if_faster(model, make(step, bags).views, recipe.compile)
     # DistributedDataParallel goes around everything else: it is what sees the gradients.
     frugal = Frugal(model, student.backbone, distributed.shared(model, device) if distributed.world() > 1 else run)
@@ -186,7 +194,11 @@ def distill(
                 keys = None
                 if average is not None:
                     with meter("teacher"), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                        keys = Targets(average(ready.fresh)) if ready.fresh is not None else Targets(*average(ready.views).chunk(2))
+                        keys = (
+                            Targets(average(ready.fresh))
+                            if ready.fresh is not None
+                            else Targets(*average(ready.views).chunk(2))
+                        )
                 rate = learning_rate(step, planned.steps, planned.warmup, planned.peak_lr)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
@@ -214,7 +226,9 @@ def distill(
                     if recipe.keep_best and scored["neighbour_recall"] > best_score:
                         best_score = scored["neighbour_recall"]
                         best = {name: value.detach().clone() for name, value in student.backbone.state_dict().items()}
-                signals.pass_on(distributed.largest(signals.heard()))  # all leave after the same step, or some would wait for ever
+                signals.pass_on(
+                    distributed.largest(signals.heard())
+                )  # all leave after the same step, or some would wait for ever
                 stop = signals.heard() > 0
                 old = time.monotonic() - last_save
                 saving = old > 60 * recipe.save_every_minutes or step in (planned.steps, stop_after) or stop
@@ -243,8 +257,12 @@ def distill(
     return made
 
 
-def _own_state(saved: Path, metrics: Path, made: MadeOf, discard: bool) -> tuple[dict[str, Tensor], dict[str, object]] | None:
-    """The state in `saved` if it was made from just `made`, None where there is none; another run's is deleted, or raises BingoError."""
+def _own_state(
+    saved: Path, metrics: Path, made: MadeOf, discard: bool
+) -> tuple[dict[str, Tensor], dict[str, object]] | None:
+    """The state in `saved` if it was made from just `made`, None where there is none; another run's is deleted, or
+    raises BingoError.
+    """
     found = checkpoint.load_newest(saved)
     if found is None or not (others := made.differences(as_told(found[1].get("made_of")))):
         return found
@@ -260,8 +278,12 @@ def _own_state(saved: Path, metrics: Path, made: MadeOf, discard: bool) -> tuple
     return None
 
 
-def _not_finite(step: int, planned: Plan, recipe: Recipe, training: Tensor, names: Sequence[str], metrics: Path, saved: Path) -> str:
-    """What to say of a step (counted from 1) whose loss was not finite; the names of its images go into a file beside the metrics."""
+def _not_finite(
+    step: int, planned: Plan, recipe: Recipe, training: Tensor, names: Sequence[str], metrics: Path, saved: Path
+) -> str:
+    """What to say of a step (counted from 1) whose loss was not finite; the names of its images go into a file beside
+    the metrics.
+    """
     epoch = planned.epochs_after(step - 1)
     images = training[anchors_of(recipe.seed, step - 1, planned.batch_size, len(training))].tolist()
     batch = [names[image] if names else str(image) for image in images]
@@ -270,6 +292,7 @@ def _not_finite(step: int, planned: Plan, recipe: Recipe, training: Tensor, name
     kept = f"the save in {saved.parent} is of an earlier step" if saved.exists() else "nothing was saved yet"
     rate = learning_rate(step - 1, planned.steps, planned.warmup, planned.peak_lr)
     return (
-        f"the loss is not finite at step {step} (epoch {epoch + 1}), of the images {', '.join(batch[:3])}, ... (all {len(batch)} in {file}); {kept}: "
-        f"look at the images and go on with --resume, or start anew with --overwrite and a smaller rate, for example --set lr={rate / 2:.2g}"
+        f"the loss is not finite at step {step} (epoch {epoch + 1}), of the images {', '.join(batch[:3])}, ... (all"
+        f" {len(batch)} in {file}); {kept}: look at the images and go on with --resume, or start anew with --overwrite"
+        f" and a smaller rate, for example --set lr={rate / 2:.2g}"
     )

@@ -1,10 +1,12 @@
-"""The losses: pure functions of tensors. A method is one dataclass whose call gives {name: scalar}, and one line in LOSSES.
+"""The losses: pure functions of tensors. A method is one dataclass whose call gives {name: scalar}, and one line in
+LOSSES.
 
-What a method needs from the loop stands beside its equation: `mates` (its second view shows a bag mate, else the anchor again), `teacher`, `momentum`
-(embeddings of the student's own moving average: "views" of both student views, "fresh" of one more view of the anchor), `lengths` (embeddings come as
-they are, not of length one), `negatives` (the queue), `regression` (a deeper head onto the teacher's own features), `whole` (an equation over the rows of a
-batch together: several processes bring theirs). Its fields are the settings of the recipe that its equation reads; `variant` in a field's metadata: in that
-variant alone.
+What a method needs from the loop stands beside its equation: `mates` (its second view shows a bag mate, else the anchor
+again), `teacher`, `momentum` (embeddings of the student's own moving average: "views" of both student views, "fresh" of
+one more view of the anchor), `lengths` (embeddings come as they are, not of length one), `negatives` (the queue),
+`regression` (a deeper head onto the teacher's own features), `whole` (an equation over the rows of a batch together:
+several processes bring theirs). Its fields are the settings of the recipe that its equation reads; `variant` in a
+field's metadata: in that variant alone.
 """
 
 from dataclasses import dataclass, field, fields
@@ -19,7 +21,9 @@ MASKED = -1e9  # finite, so that a row whose every negative is masked has a grad
 
 @dataclass(frozen=True)
 class Queries:
-    """Student embeddings of one batch, each (B, D): the anchor, the second view (see `mates`), and (official) the CutMix of both with its share."""
+    """Student embeddings of one batch, each (B, D): the anchor, the second view (see `mates`), and (official) the
+    CutMix of both with its share.
+    """
 
     anchor: Tensor
     mate: Tensor
@@ -29,7 +33,9 @@ class Queries:
 
 @dataclass(frozen=True)
 class Targets:
-    """Embeddings (B, D) of the anchors and, where a method asks for them, of what the second view shows; views of their own."""
+    """Embeddings (B, D) of the anchors and, where a method asks for them, of what the second view shows; views of their
+    own.
+    """
 
     anchor: Tensor
     mate: Tensor | None = None
@@ -37,8 +43,9 @@ class Targets:
 
 @dataclass(frozen=True)
 class Batch:
-    """All that a loss may look at. keys: by the student's moving average; negatives: (Q, D) earlier targets (keys where there are no targets);
-    masked: (B, Q) rows that are no negatives for that anchor, or None."""
+    """All that a loss may look at. keys: by the student's moving average; negatives: (Q, D) earlier targets (keys where
+    there are no targets); masked: (B, Q) rows that are no negatives for that anchor, or None.
+    """
 
     queries: Queries
     targets: Targets | None
@@ -95,7 +102,9 @@ def negatives_energy(query: Tensor, negatives: Tensor, masked: Tensor | None, te
 
 
 def info_nce(query: Tensor, target: Tensor, energy: Tensor, temperature: float) -> Tensor:
-    """-log( e^(s.k/tau) / (e^(s.k/tau) + sum of e^(s.q/tau)) ), mean over the batch; `energy` (B,) is `negatives_energy` of the query."""
+    """-log( e^(s.k/tau) / (e^(s.k/tau) + sum of e^(s.q/tau)) ), mean over the batch; `energy` (B,) is
+    `negatives_energy` of the query.
+    """
     return softplus(energy - (query * target).sum(1) / temperature).mean()
 
 
@@ -111,10 +120,12 @@ def expected_key(target: Tensor, batch: Batch, teacher_temperature: float) -> Te
 
 
 def soft_nce(query: Tensor, target: Tensor, energy: Tensor, expected: Tensor, temperature: float) -> Tensor:
-    """Cross-entropy between softmax of the target's and of the query's similarities to [target; queue], mean over the batch (SEED, equation 3).
+    """Cross-entropy between softmax of the target's and of the query's similarities to [target; queue], mean over the
+    batch (SEED, equation 3).
 
-    It is linear in the query but for the logarithm of the sum, so `energy` (B,), `negatives_energy` of the query, and `expected` (B, D), `expected_key`
-    of the target, are all it needs of the queue: both serve every pair that the query or the target is in.
+    It is linear in the query but for the logarithm of the sum, so `energy` (B,), `negatives_energy` of the query, and
+    `expected` (B, D), `expected_key` of the target, are all it needs of the queue: both serve every pair that the query
+    or the target is in.
     """
     total = torch.logaddexp((query * target).sum(1) / temperature, energy)
     return (total - (query * expected).sum(1) / temperature).mean()
@@ -150,9 +161,11 @@ class _Contrast(_Method):
 
 @dataclass(frozen=True)
 class Bingo(_Contrast):
-    """BINGO (arXiv 2107.01691). variant "paper": its equations; "official": what the published code computes (CutMix, two targets);
-    "soft": ours, both views against both images' targets, each target as the teacher's distribution over [target; queue] (SEED's) in place of the one
-    right answer; inter_weight weighs a view against the other image's target."""
+    """BINGO (arXiv 2107.01691). variant "paper": its equations; "official": what the published code computes (CutMix,
+    two targets); "soft": ours, both views against both images' targets, each target as the teacher's distribution over
+    [target; queue] (SEED's) in place of the one right answer; inter_weight weighs a view against the other image's
+    target.
+    """
 
     variant: str = "soft"
     switch_epoch: int = field(default=11, metadata={"variant": "official"})
@@ -186,8 +199,14 @@ class Bingo(_Contrast):
             }
         assert targets.mate is not None
         if self.variant == "soft":
-            views = [(query, negatives_energy(query, batch.negatives, batch.masked, tau)) for query in (queries.anchor, queries.mate)]
-            images = [(target, expected_key(target, batch, self.teacher_temperature)) for target in (targets.anchor, targets.mate)]
+            views = [
+                (query, negatives_energy(query, batch.negatives, batch.masked, tau))
+                for query in (queries.anchor, queries.mate)
+            ]
+            images = [
+                (target, expected_key(target, batch, self.teacher_temperature))
+                for target in (targets.anchor, targets.mate)
+            ]
 
             def soft(view: int, image: int) -> Tensor:
                 (query, energy), (target, expected) = views[view], images[image]
@@ -197,11 +216,16 @@ class Bingo(_Contrast):
         assert queries.mixed is not None
         now, later = (1.0, 0.0) if batch.epoch < self.switch_epoch else (0.5, 0.5)
         anchor_energy, mate_energy, mixed_energy = (
-            negatives_energy(query, batch.negatives, batch.masked, tau) for query in (queries.anchor, queries.mate, queries.mixed)
+            negatives_energy(query, batch.negatives, batch.masked, tau)
+            for query in (queries.anchor, queries.mate, queries.mixed)
         )
         share = queries.share
-        intra = info_nce(queries.anchor, targets.anchor, anchor_energy, tau) + info_nce(queries.mate, targets.mate, mate_energy, tau)
-        inter = info_nce(queries.anchor, targets.mate, anchor_energy, tau) + info_nce(queries.mate, targets.anchor, mate_energy, tau)
+        intra = info_nce(queries.anchor, targets.anchor, anchor_energy, tau) + info_nce(
+            queries.mate, targets.mate, mate_energy, tau
+        )
+        inter = info_nce(queries.anchor, targets.mate, anchor_energy, tau) + info_nce(
+            queries.mate, targets.anchor, mate_energy, tau
+        )
         mixed = share * info_nce(queries.mixed, targets.anchor, mixed_energy, tau)
         mixed = mixed + (1 - share) * info_nce(queries.mixed, targets.mate, mixed_energy, tau)
         return {"intra": now * intra / 3, "inter": later * inter / 3, "mixed": mixed / 3}
@@ -209,7 +233,9 @@ class Bingo(_Contrast):
 
 @dataclass(frozen=True)
 class Itself(_Contrast):
-    """BINGO's equations with the student's own moving average as teacher (the paper's future work); bags are rebuilt from it every few epochs."""
+    """BINGO's equations with the student's own moving average as teacher (the paper's future work); bags are rebuilt
+    from it every few epochs.
+    """
 
     mates: ClassVar[bool] = True
     teacher: ClassVar[bool] = False
@@ -220,12 +246,17 @@ class Itself(_Contrast):
         """intra + inter."""
         assert batch.keys is not None
         key = batch.keys.anchor
-        return {"intra": self._contrast(batch.queries.anchor, key, batch), "inter": self._contrast(batch.queries.mate, key, batch)}
+        return {
+            "intra": self._contrast(batch.queries.anchor, key, batch),
+            "inter": self._contrast(batch.queries.mate, key, batch),
+        }
 
 
 @dataclass(frozen=True)
 class Moco(_Contrast):
-    """MoCo-v2 (arXiv 2003.04297), no teacher: InfoNCE of each view against the other's key by the moving average, mean of both directions."""
+    """MoCo-v2 (arXiv 2003.04297), no teacher: InfoNCE of each view against the other's key by the moving average, mean
+    of both directions.
+    """
 
     teacher: ClassVar[bool] = False
     momentum: ClassVar[str] = "views"
@@ -234,12 +265,22 @@ class Moco(_Contrast):
         """contrast."""
         assert batch.keys is not None and batch.keys.mate is not None
         queries, keys = batch.queries, batch.keys
-        return {"contrast": (self._contrast(queries.anchor, batch.keys.mate, batch) + self._contrast(queries.mate, keys.anchor, batch)) / 2}
+        return {
+            "contrast": (
+                (
+                    self._contrast(queries.anchor, batch.keys.mate, batch)
+                    + self._contrast(queries.mate, keys.anchor, batch)
+                )
+                / 2
+            )
+        }
 
 
 @dataclass(frozen=True)
 class Disco(_Contrast):
-    """DisCo (arXiv 2104.09124): MoCo-v2's loss and, for each view, the squared distance of the normalised embeddings of student and teacher."""
+    """DisCo (arXiv 2104.09124): MoCo-v2's loss and, for each view, the squared distance of the normalised embeddings of
+    student and teacher.
+    """
 
     momentum: ClassVar[str] = "views"
 
@@ -251,7 +292,9 @@ class Disco(_Contrast):
 
 @dataclass(frozen=True)
 class Seed(_Contrast):
-    """SEED (arXiv 2101.04731): cross-entropy between teacher's and student's softmax over [own target; queue]. temperature is the student's."""
+    """SEED (arXiv 2101.04731): cross-entropy between teacher's and student's softmax over [own target; queue].
+    temperature is the student's.
+    """
 
     teacher_temperature: float = 0.01
 
@@ -266,7 +309,9 @@ class Seed(_Contrast):
 
 @dataclass(frozen=True)
 class Compress(_Contrast):
-    """CompRess, 1q (arXiv 2010.14713): KL between the teacher's and the student's softmax over one queue of teacher embeddings."""
+    """CompRess, 1q (arXiv 2010.14713): KL between the teacher's and the student's softmax over one queue of teacher
+    embeddings.
+    """
 
     temperature: float = 0.04
 
@@ -277,24 +322,33 @@ class Compress(_Contrast):
     def _one(self, query: Tensor, target: Tensor, batch: Batch) -> Tensor:
         if not len(batch.negatives):
             return query.sum() * 0
-        wanted, found = (similarities(rows, batch.negatives, batch.masked, self.temperature).log_softmax(1) for rows in (target, query))
+        wanted, found = (
+            similarities(rows, batch.negatives, batch.masked, self.temperature).log_softmax(1)
+            for rows in (target, query)
+        )
         return (wanted.exp() * (wanted - found)).sum(1).mean()
 
 
 @dataclass(frozen=True)
 class Simreg(_Method):
-    """SimReg (arXiv 2201.05131): squared distance of the normalised output of a four-layer head to the teacher's normalised features."""
+    """SimReg (arXiv 2201.05131): squared distance of the normalised output of a four-layer head to the teacher's
+    normalised features.
+    """
 
     regression: ClassVar[bool] = True
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         """distance: mean of both views."""
-        return {"distance": torch.stack([(query - target).square().sum(1).mean() for query, target in batch.pairs]).mean()}
+        return {
+            "distance": torch.stack([(query - target).square().sum(1).mean() for query, target in batch.pairs]).mean()
+        }
 
 
 @dataclass(frozen=True)
 class Coss(_Method):
-    """CoSS (arXiv 2409.13939): cosine distance of each embedding, and of each dimension over a batch that is enriched with neighbours."""
+    """CoSS (arXiv 2409.13939): cosine distance of each embedding, and of each dimension over a batch that is enriched
+    with neighbours.
+    """
 
     mates: ClassVar[bool] = True
     lengths: ClassVar[bool] = True

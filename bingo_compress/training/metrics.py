@@ -24,7 +24,8 @@ PARTS = ("pixels", "augment", "teacher", "student", "loss", "wait")
 class Meter:
     """Seconds by part. On a GPU they are the device's, between two events: nothing is waited for until they are read.
 
-    Parts run side by side (the next batch is made while the student works), so that their shares of the wall time may sum to more than one.
+    Parts run side by side (the next batch is made while the student works), so that their shares of the wall time may
+    sum to more than one.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -91,7 +92,8 @@ class Log:
         return time.monotonic() - self._since >= LOG_SECONDS
 
     def write(self, step: int, epoch: int, lr: float, **scored: float) -> tuple[float, dict[str, float]]:
-        """Append one line of means since the last one, and what was scored; images_per_s counts student views of all processes.
+        """Append one line of means since the last one, and what was scored; images_per_s counts student views of all
+        processes.
 
         Returns the mean loss, and the share of the wall time by part.
         """
@@ -124,7 +126,9 @@ class Log:
         """One line: the share of the wall time by part, of the whole loop."""
         wall = max(time.monotonic() - self._start, 1e-9)
         parts = ", ".join(f"{part} {self.total[part] / wall:.0%}" for part in PARTS)
-        return f"share of the time: {parts} (parts run side by side); peak memory {peak_memory(self._device) / 1e9:.2f} GB"
+        return (
+            f"share of the time: {parts} (parts run side by side); peak memory {peak_memory(self._device) / 1e9:.2f} GB"
+        )
 
 
 def _short(value: float) -> float | None:
@@ -150,7 +154,9 @@ def _is_until(line: str, step: int) -> bool:
 
 
 def seconds_of(metrics: Path) -> float:
-    """Seconds that the loop ran for the steps that stand in `metrics`, over all its interruptions: each line tells those since the loop was started."""
+    """Seconds that the loop ran for the steps that stand in `metrics`, over all its interruptions: each line tells
+    those since the loop was started.
+    """
     total, began, last = 0.0, math.nan, 0.0
     for line in metrics.read_text(encoding="utf-8").splitlines():
         found = json.loads(line)
@@ -163,7 +169,9 @@ def seconds_of(metrics: Path) -> float:
 
 @contextmanager
 def profiled(wanted: bool, path: Path) -> Iterator[Callable[[], None]]:
-    """Call the yielded function after every step: steps WARM to WARM + TRACED go into the trace `path`. Does nothing unless `wanted`."""
+    """Call the yielded function after every step: steps WARM to WARM + TRACED go into the trace `path`. Does nothing
+    unless `wanted`.
+    """
     if not wanted:
         yield lambda: None
         return

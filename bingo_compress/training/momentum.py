@@ -13,7 +13,9 @@ from bingo_compress.runtime.machine import (
 
 
 class FeatureQueue:
-    """The last `size` embeddings pushed, with the image each came from. Starts empty: a random row is never a negative."""
+    """The last `size` embeddings pushed, with the image each came from. Starts empty: a random row is never a
+    negative.
+    """
 
     def __init__(self, size: int, dim: int, device: torch.device) -> None:
         self._rows = torch.zeros(size, dim, device=device)
@@ -57,7 +59,9 @@ class FeatureQueue:
 
 
 class Average:
-    """The moving average of student and head (MoCo's key encoder), buffers included and always in eval mode (EMAN, arXiv 2101.08482): no batch leaks in."""
+    """The moving average of student and head (MoCo's key encoder), buffers included and always in eval mode (EMAN,
+    arXiv 2101.08482): no batch leaks in.
+    """
 
     def __init__(self, student: Encoder, head: nn.Module) -> None:
         self.student, self.head = copy.deepcopy(student).eval(), copy.deepcopy(head).eval()

@@ -1,4 +1,6 @@
-"""Student and head in as little memory as they need: an out-of-memory becomes a smaller step with the same result, not the end of the run."""
+"""Student and head in as little memory as they need: an out-of-memory becomes a smaller step with the same result, not
+the end of the run.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -17,12 +19,14 @@ MOST_PARTS = 64
 
 
 class Frugal:
-    """`model` (views to embeddings) with a ladder for when memory runs out: nothing, then recomputed activations, then micro-batches.
+    """`model` (views to embeddings) with a ladder for when memory runs out: nothing, then recomputed activations, then
+    micro-batches.
 
-    A step that is taken again begins with the buffers (running statistics of any norm) and the random numbers of the first try, and what recomputing does
-    to the buffers in the backward pass is undone: the result is the same. In micro-batches a dropout draws other masks, which is said; a student whose
-    embedding of a view depends on the rest of the batch (BatchNorm) would see less of it, and stops on the second rung. Several processes stop at once:
-    the others are past sums over all of them that one process alone cannot take again.
+    A step that is taken again begins with the buffers (running statistics of any norm) and the random numbers of the
+    first try, and what recomputing does to the buffers in the backward pass is undone: the result is the same. In
+    micro-batches a dropout draws other masks, which is said; a student whose embedding of a view depends on the rest of
+    the batch (BatchNorm) would see less of it, and stops on the second rung. Several processes stop at once: the others
+    are past sums over all of them that one process alone cannot take again.
     """
 
     def __init__(self, model: nn.Module, backbone: nn.Module, run: Callable[[Tensor], Tensor] | None = None) -> None:
@@ -49,7 +53,9 @@ class Frugal:
         return torch.cat([checkpoint(self._run, part, use_reentrant=False) for part in views.chunk(self.parts)])
 
     def step(self, work: Callable[..., Result], *arguments: Any) -> Result:
-        """work(*arguments), a step's forward and backward pass; again on the next rung when memory runs out. Raises BingoError on the last."""
+        """work(*arguments), a step's forward and backward pass; again on the next rung when memory runs out. Raises
+        BingoError on the last.
+        """
         _copy(self._before, self._buffers)
         state, device_state = torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
         while True:
@@ -68,7 +74,9 @@ class Frugal:
 
     @contextlib.contextmanager
     def backward(self) -> Iterator[None]:
-        """Within it the model may run again, and its buffers are afterwards what they were: what its norms see there they have seen."""
+        """Within it the model may run again, and its buffers are afterwards what they were: what its norms see there
+        they have seen.
+        """
         if not self.recomputes and self.parts == 1:
             yield
             return
@@ -81,12 +89,15 @@ class Frugal:
     def _climb(self, found: str) -> None:
         if distributed.world() > 1:
             raise BingoError(
-                f"out of memory in process {distributed.rank()} of {distributed.world()} ({found}); lower --batch-size or --image-size, "
-                "or share the batch among more GPUs: only a run in one process can make its steps smaller by itself"
+                f"out of memory in process {distributed.rank()} of {distributed.world()} ({found}); lower --batch-size"
+                " or --image-size, or share the batch among more GPUs: only a run in one process can make its steps"
+                " smaller by itself"
             )
         if not self._asked:
             self._asked = True
-            with contextlib.suppress(AttributeError, AssertionError, NotImplementedError):  # timm's word for "this model cannot"
+            with contextlib.suppress(
+                AttributeError, AssertionError, NotImplementedError
+            ):  # timm's word for "this model cannot"
                 self._backbone.set_grad_checkpointing(True)
                 self.recomputes = True
                 console.say("out of memory: activations are recomputed from here on; slower, the same result")
@@ -94,18 +105,21 @@ class Frugal:
         if self.parts < MOST_PARTS and not self._mixes():
             self.parts *= 2
             console.say(
-                f"out of memory: each step in {self.parts} micro-batches from here on; slower, the same result but for dropout's draws"
+                f"out of memory: each step in {self.parts} micro-batches from here on; slower, the same result but for"
+                " dropout's draws"
             )
             return
         tried = ", also with recomputed activations" if self.recomputes else ""
         raise BingoError(
-            f"out of memory{tried} ({found}); lower --batch-size or --image-size, "
-            "or share the batch among more GPUs with torchrun; the run goes on with the same settings only where memory allows it"
+            f"out of memory{tried} ({found}); lower --batch-size or --image-size, or share the batch among more GPUs"
+            " with torchrun; the run goes on with the same settings only where memory allows it"
         )
 
     @torch.no_grad()
     def _mixes(self) -> bool:
-        """Whether the embedding of a view depends on the others of its batch. Tried on noise; leaves traces in buffers and random numbers."""
+        """Whether the embedding of a view depends on the others of its batch. Tried on noise; leaves traces in buffers
+        and random numbers.
+        """
         assert self._like is not None
         noise = torch.rand_like(self._like)
         found = []

@@ -29,9 +29,13 @@ def settle(recipe: Recipe) -> Recipe:
     """What was left to the method is filled in: temperatures, and what a target is. Raises BingoError."""
     chosen = recipe.stored_views
     if chosen == "auto":
-        chosen = "mean" if make_loss(recipe.method, recipe.model_dump()).averaged and recipe.views != "online" else "drawn"
+        chosen = (
+            "mean" if make_loss(recipe.method, recipe.model_dump()).averaged and recipe.views != "online" else "drawn"
+        )
     if chosen == "mean" and recipe.views == "online":
-        raise BingoError("--set stored_views=mean: expected stored views to take the mean of, found --views online; give --views 4")
+        raise BingoError(
+            "--set stored_views=mean: expected stored views to take the mean of, found --views online; give --views 4"
+        )
     return recipe.model_copy(update=settled(recipe.method, recipe.model_dump()) | {"stored_views": chosen})
 
 
@@ -45,7 +49,8 @@ def resolve_names(recipe: Recipe, say: Callable[[str], None] = console.say) -> R
     if recipe.student_weights == "auto":
         names["student_weights"] = "pretrained" if has_pretrained(names["student"]) else "random"
         say(
-            f"student weights: {names['student_weights']} (timm {'has' if names['student_weights'] == 'pretrained' else 'has no'} weights for {names['student']})"
+            f"student weights: {names['student_weights']} (timm"
+            f" {'has' if names['student_weights'] == 'pretrained' else 'has no'} weights for {names['student']})"
         )
     return recipe.model_copy(update=names)
 
@@ -54,8 +59,9 @@ def resolve_names(recipe: Recipe, say: Callable[[str], None] = console.say) -> R
 class Plan:
     """What a recipe means for a folder of a given size: nothing in it is a setting, all of it follows.
 
-    Every batch is full (`anchors_of`): an epoch may end within one, and the run's last one is filled up with images of the epoch that would come next.
-    A smaller last batch would let BatchNorm learn from a few views, and could not be shared among processes.
+    Every batch is full (`anchors_of`): an epoch may end within one, and the run's last one is filled up with images of
+    the epoch that would come next. A smaller last batch would let BatchNorm learn from a few views, and could not be
+    shared among processes.
     """
 
     images: int
@@ -73,14 +79,16 @@ class Plan:
         return steps_of(epochs, self.images, self.batch_size)
 
     def epochs_after(self, steps: int) -> int:
-        """Epochs that are complete after so many steps: also the number, from 0, of the epoch that the next step's first anchor belongs to."""
+        """Epochs that are complete after so many steps: also the number, from 0, of the epoch that the next step's
+        first anchor belongs to.
+        """
         return steps * self.batch_size // self.images
 
     def describe(self) -> str:
         """One line for the screen."""
         return (
-            f"{self.steps:,} steps of {self.batch_size} anchors x {self.student_views} student views; {self.optimizer}, peak learning rate {self.peak_lr:.3g}, "
-            f"warm-up {self.warmup:,} steps; queue {self.queue_size:,}"
+            f"{self.steps:,} steps of {self.batch_size} anchors x {self.student_views} student views; {self.optimizer},"
+            f" peak learning rate {self.peak_lr:.3g}, warm-up {self.warmup:,} steps; queue {self.queue_size:,}"
         )
 
 
@@ -93,7 +101,8 @@ def plan(recipe: Recipe, images: int) -> Plan:
     """The plan for a training set of `images`. Raises BingoError when there are too few for the bags."""
     if "bag_size" not in unread(recipe) and images <= recipe.bag_size:
         raise BingoError(
-            f"--data: expected more images than a bag holds ({recipe.bag_size}), found {images} to train on; add images or lower --bag-size"
+            f"--data: expected more images than a bag holds ({recipe.bag_size}), found {images} to train on; add images"
+            " or lower --bag-size"
         )
     if images < 2:
         raise BingoError(f"--data: expected images, found {images} to train on; add some")
@@ -103,7 +112,13 @@ def plan(recipe: Recipe, images: int) -> Plan:
     steps = steps_of(recipe.epochs, images, batch)
     optimizer = recipe.optimizer if recipe.optimizer != "auto" else "adamw" if steps < ADAMW_BELOW else "sgd"
     peak = recipe.lr or (0.03 * batch / 256 if optimizer == "sgd" else 0.003 * math.sqrt(batch / 128))
-    warmup = round(recipe.warmup_epochs * images / batch) if recipe.warmup_epochs >= 0 else 0 if optimizer == "sgd" else round(0.05 * steps)
+    warmup = (
+        round(recipe.warmup_epochs * images / batch)
+        if recipe.warmup_epochs >= 0
+        else 0
+        if optimizer == "sgd"
+        else round(0.05 * steps)
+    )
     average = recipe.average or (SLOW_AVERAGE if steps >= ADAMW_BELOW else QUICK_AVERAGE)
     views = 3 if loss_of(recipe).official else 2
     return Plan(images, batch, steps, warmup, optimizer, peak, min(recipe.queue_size, images), views, average)
@@ -126,7 +141,9 @@ def make_optimizer(recipe: Recipe, planned: Plan, modules: list[nn.Module]) -> t
     """SGD with momentum 0.9 as in the paper, or AdamW, which leaves biases and norms undecayed."""
     parameters = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
     if planned.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=planned.peak_lr, momentum=0.9, weight_decay=recipe.weight_decay, fused=True)
+        return torch.optim.SGD(
+            parameters, lr=planned.peak_lr, momentum=0.9, weight_decay=recipe.weight_decay, fused=True
+        )
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
@@ -135,7 +152,9 @@ def make_optimizer(recipe: Recipe, planned: Plan, modules: list[nn.Module]) -> t
 
 
 def learning_rate(step: int, total: int, warmup: int, peak: float) -> float:
-    """Linear warm-up over `warmup` steps, then a cosine to zero at `total` (SGDR without restarts). step counts from 0."""
+    """Linear warm-up over `warmup` steps, then a cosine to zero at `total` (SGDR without restarts). step counts from
+    0.
+    """
     if step < warmup:
         return peak * (step + 1) / warmup
     done = (step - warmup) / max(total - warmup, 1)
@@ -143,14 +162,19 @@ def learning_rate(step: int, total: int, warmup: int, peak: float) -> float:
 
 
 def unread(recipe: Recipe) -> dict[str, str]:
-    """The settings that change nothing in a run of this recipe, each with what would read it. A setting that is not named here is read by every run."""
+    """The settings that change nothing in a run of this recipe, each with what would read it. A setting that is not
+    named here is read by every run.
+    """
     loss = make_loss(recipe.method, recipe.model_dump())
     taught, paired, bagged = loss.teacher, loss.mates, loss.mates and recipe.bags != "none"
     for_own_bags = recipe.bags in ("knn", "none")  # a student's own bags are its nearest neighbours
     projected = recipe.target in ("pca", "whitened") or (recipe.target == "auto" and not loss.regression)
     with_bags = f"{_methods('mates')} with bags"
     table = {
-        "bags": (paired and (taught or for_own_bags), _methods("mates") + ("" if taught or not paired else " (self: only knn or none)")),
+        "bags": (
+            paired and (taught or for_own_bags),
+            _methods("mates") + ("" if taught or not paired else " (self: only knn or none)"),
+        ),
         "bag_size": (bagged, with_bags),
         "clusters": (bagged and taught and recipe.bags == "kmeans", "bags=kmeans of a teacher"),
         "search": (bagged and taught and recipe.bags in ("knn", "adaptive"), "bags=knn and bags=adaptive of a teacher"),
@@ -170,12 +194,15 @@ def unread(recipe: Recipe) -> dict[str, str]:
 
 
 def refuse_unread(recipes: Iterable[Recipe], given: Mapping[str, Any], source: str) -> None:
-    """Raise BingoError if none of the recipes reads one of the settings that were `given`; its default may stand there."""
+    """Raise BingoError if none of the recipes reads one of the settings that were `given`; its default may stand
+    there.
+    """
     nowhere = [unread(recipe) for recipe in recipes]
     for key, value in given.items():
         if all(key in each for each in nowhere) and value != Recipe.model_fields[key].default:
             raise BingoError(
-                f"{source}: expected settings that the run reads, found {key}={value}, read only by {nowhere[0][key]}; leave it out"
+                f"{source}: expected settings that the run reads, found {key}={value}, read only by {nowhere[0][key]};"
+                " leave it out"
             )
 
 

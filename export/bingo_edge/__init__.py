@@ -1,4 +1,6 @@
-"""Run a compressed student on a device: pictures in, embeddings, neighbours and classes out. numpy, Pillow and onnxruntime only."""
+"""Run a compressed student on a device: pictures in, embeddings, neighbours and classes out. numpy, Pillow and
+onnxruntime only.
+"""
 
 import os
 from importlib import import_module
@@ -15,7 +17,17 @@ if TYPE_CHECKING:
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __version__ = "0.1.0"
-__all__ = ["EdgeError", "Embedder", "ImageError", "__version__", "classify", "load_head", "load_image", "preprocess", "selftest"]
+__all__ = [
+    "EdgeError",
+    "Embedder",
+    "ImageError",
+    "__version__",
+    "classify",
+    "load_head",
+    "load_image",
+    "preprocess",
+    "selftest",
+]
 
 _HOME = {"EdgeError": "errors", "classify": "heads", "load_head": "heads", "Embedder": "model", "selftest": "golden"}
 _HOME |= dict.fromkeys(("ImageError", "load_image", "preprocess"), "image")

@@ -29,7 +29,9 @@ def parser() -> argparse.ArgumentParser:
     shared.add_argument("model", metavar="MODEL", help="the ONNX file made by bingo-compress")
     shared.add_argument("--json", action="store_true", help="print one JSON document")
     shared.add_argument("--threads", type=int, default=1, metavar="N", help="threads of the network (default 1)")
-    top = _Parser(prog="bingo-edge", description="Picture embeddings, nearest pictures and classes from an ONNX student.")
+    top = _Parser(
+        prog="bingo-edge", description="Picture embeddings, nearest pictures and classes from an ONNX student."
+    )
     top.add_argument("--version", action="version", version=f"bingo-edge {__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
@@ -40,31 +42,51 @@ def parser() -> argparse.ArgumentParser:
 
     command = add("embed", _embed, "embed pictures and whole folders")
     command.add_argument("paths", nargs="+", metavar="PATH")
-    command.add_argument("--out", type=Path, metavar="FILE.npz", help="write paths and embeddings here instead of printing them")
+    command.add_argument(
+        "--out", type=Path, metavar="FILE.npz", help="write paths and embeddings here instead of printing them"
+    )
     command = add("nearest", _nearest, "the pictures of an index most similar to one picture")
     command.add_argument("query", metavar="QUERY")
     command.add_argument(
-        "--index", required=True, metavar="FILE.npz|FOLDER", help="a file from embed --out, the model's bank.npz, or a folder"
+        "--index",
+        required=True,
+        metavar="FILE.npz|FOLDER",
+        help="a file from embed --out, the model's bank.npz, or a folder",
     )
     command.add_argument("--k", type=int, default=5, help="how many (default 5)")
     command = add("classify", _classify, "the class of pictures, with its probability")
     command.add_argument("paths", nargs="+", metavar="PATH")
     command.add_argument(
-        "--head", required=True, metavar="HEAD.npz", help="the model's linear.npz or bank.npz from bingo-compress validate"
+        "--head",
+        required=True,
+        metavar="HEAD.npz",
+        help="the model's linear.npz or bank.npz from bingo-compress validate",
     )
-    command = add("time", _time, "time of a picture, or of a batch fixed in the file, in the network; preprocessing not included")
+    command = add(
+        "time", _time, "time of a picture, or of a batch fixed in the file, in the network; preprocessing not included"
+    )
     command.add_argument("--runs", type=int, default=200, metavar="N", help="timed runs after a warm-up (default 200)")
     add("info", _info, "the contract inside an ONNX file")
-    command = add("selftest", _selftest, "the model on the pictures exported with it: same pixels, same embeddings; exit status 3 if not")
-    command.add_argument("--golden", metavar="FOLDER", help="where those pictures are (default: MODEL's name with .golden, beside it)")
+    command = add(
+        "selftest",
+        _selftest,
+        "the model on the pictures exported with it: same pixels, same embeddings; exit status 3 if not",
+    )
+    command.add_argument(
+        "--golden", metavar="FOLDER", help="where those pictures are (default: MODEL's name with .golden, beside it)"
+    )
     return top
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command: 0, or 2 with one line on stderr for an error that the user can mend, or 3 for a self-test that failed."""
+    """Run one command: 0, or 2 with one line on stderr for an error that the user can mend, or 3 for a self-test that
+    failed.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a file's name must not end a run where the terminal cannot show it
+            stream.reconfigure(
+                errors="backslashreplace"
+            )  # a file's name must not end a run where the terminal cannot show it
     warnings.filterwarnings("ignore", module=r"PIL\.")  # damaged EXIF and the like: the picture itself is fine
     try:
         args = parser().parse_args(argv)
@@ -131,9 +153,16 @@ def _nearest(args: argparse.Namespace) -> None:
     else:
         rows, paths = load_index(args.index, embedder)
     if rows.shape[1] != embedder.dim:
-        raise EdgeError(f"an index of {embedder.dim} values a picture", f"{rows.shape[1]} in {args.index}", "make it with this model")
+        raise EdgeError(
+            f"an index of {embedder.dim} values a picture",
+            f"{rows.shape[1]} in {args.index}",
+            "make it with this model",
+        )
     places, cosines = nearest(query.embeddings, rows, args.k)
-    found = [{"path": str(paths[place]), "cosine": float(cosine)} for place, cosine in zip(places[0], cosines[0], strict=True)]
+    found = [
+        {"path": str(paths[place]), "cosine": float(cosine)}
+        for place, cosine in zip(places[0], cosines[0], strict=True)
+    ]
     lines = "\n".join(f"{one['cosine']:.6f}\t{_shown(str(one['path']))}" for one in found)
     _report(args, {"query": args.query, "nearest": found, "skipped": result.skipped}, lines)
 
@@ -165,7 +194,14 @@ def _time(args: argparse.Namespace) -> None:
     p50, p90, p99 = (float(value) for value in np.percentile(latency_ms(embedder, args.runs), [50, 90, 99]))
     load_ms = embedder.load_seconds * 1e3
     batch = embedder.batch or 1
-    report = {"p50_ms": p50, "p90_ms": p90, "p99_ms": p99, "load_ms": load_ms, "runs": args.runs, "threads": args.threads}
+    report = {
+        "p50_ms": p50,
+        "p90_ms": p90,
+        "p99_ms": p99,
+        "load_ms": load_ms,
+        "runs": args.runs,
+        "threads": args.threads,
+    }
     report |= {"batch": batch, "p50_ms_per_picture": p50 / batch, "pictures_per_second": 1e3 * batch / p50}
     text = f"p50 {p50:.3f} ms\np90 {p90:.3f} ms\np99 {p99:.3f} ms\nload {load_ms:.1f} ms\n"
     text += f"{p50 / batch:.3f} ms a picture, {1e3 * batch / p50:.1f} pictures a second\n"
@@ -191,7 +227,8 @@ def _selftest(args: argparse.Namespace) -> None:
     passed = sum(not check.failed for check in checks)
     lines = [f"{check.file}\t{', '.join(check.failed) or 'ok'}\t{_measured(check)}" for check in checks]
     lines.append(
-        f"{passed} of {len(checks)} golden pictures pass: equal pixels, cosine at least {min_cosine}, difference at most {max_difference:g}"
+        f"{passed} of {len(checks)} golden pictures pass: equal pixels, cosine at least {min_cosine}, difference at"
+        f" most {max_difference:g}"
     )
     report = {"model": args.model, "pictures": [check._asdict() for check in checks], "passed": passed == len(checks)}
     _report(args, {**report, "min_cosine": min_cosine, "max_difference": max_difference}, "\n".join(lines))
@@ -200,7 +237,9 @@ def _selftest(args: argparse.Namespace) -> None:
 
 def _measured(check: "Check") -> str:
     levels = "pixels not comparable" if check.pixel_difference is None else f"pixels differ by {check.pixel_difference}"
-    numbers = "no embedding" if check.cosine is None else f"cosine {check.cosine:.6f}\tdifference {check.difference:.2g}"
+    numbers = (
+        "no embedding" if check.cosine is None else f"cosine {check.cosine:.6f}\tdifference {check.difference:.2g}"
+    )
     return f"{levels}\t{numbers}"
 
 
@@ -220,7 +259,9 @@ def _open(args: argparse.Namespace) -> "Embedder":
 
 
 def _batches(embedder: "Embedder", paths: list[str], result: _Collector) -> Iterator["Embedded"]:
-    """The batches that hold a picture, skipped ones reported on stderr; no picture at all is one error instead of many lines."""
+    """The batches that hold a picture, skipped ones reported on stderr; no picture at all is one error instead of many
+    lines.
+    """
     told, good = 0, False
     for batch in embedder.stream(paths):
         result.skipped += [one._asdict() for one in batch.skipped]
@@ -232,7 +273,9 @@ def _batches(embedder: "Embedder", paths: list[str], result: _Collector) -> Iter
             yield batch
     if not good:
         first = "".join(f"; the first, {one['name']}: {one['reason']}" for one in result.skipped[:1])
-        raise EdgeError("at least one readable picture", f"{len(result.skipped)} that are not{first}", "give other paths")
+        raise EdgeError(
+            "at least one readable picture", f"{len(result.skipped)} that are not{first}", "give other paths"
+        )
 
 
 def _report(args: argparse.Namespace, report: dict[str, Any], text: str) -> None:

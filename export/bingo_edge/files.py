@@ -16,7 +16,9 @@ from bingo_edge.image import ImageError, Pixels, load_image
 MOST_PACKED = 20  # times: embeddings hardly pack at all; what packs a thousandfold is there to fill the memory
 
 Source = str | PathLike[str] | Pixels
-Picture = tuple[str, Callable[[], Pixels]]  # a name, and a load that returns uint8 (height, width, 3) or raises ImageError
+Picture = tuple[
+    str, Callable[[], Pixels]
+]  # a name, and a load that returns uint8 (height, width, 3) or raises ImageError
 
 
 def pictures(sources: Source | Iterable[Source]) -> Iterator[Picture]:
@@ -36,8 +38,8 @@ def pictures(sources: Source | Iterable[Source]) -> Iterator[Picture]:
 def walk(top: str) -> Iterator[Picture]:
     """Every regular file under `top` (or `top` itself), sorted by name folder by folder, whatever its suffix.
 
-    Links are followed, and each real file or folder is met once, so a loop of links ends. A broken link and a folder that
-    cannot be listed are yielded too, to be reported; pipes and devices inside a folder are passed over.
+    Links are followed, and each real file or folder is met once, so a loop of links ends. A broken link and a folder
+    that cannot be listed are yielded too, to be reported; pipes and devices inside a folder are passed over.
     """
     seen: set[str] = set()
     stack = [top]
@@ -76,10 +78,11 @@ def _refuse(reason: str) -> NoReturn:
 def read_npz(
     path: str | PathLike[str], what: str, makers: dict[str, tuple[str, ...]], sha256: str, todo: str
 ) -> tuple[str, dict[str, NDArray[Any]]]:
-    """Read an npz file without pickle; `makers` gives the keys each kind of file must have, and the first kind that fits wins.
+    """Read an npz file without pickle; `makers` gives the keys each kind of file must have, and the first kind that
+    fits wins.
 
-    sha256: of the open model file, which `model_sha256` in the npz file must be: another file's numbers would mean nothing to it; todo: what to do
-    where it is not. Returns the kind and every array of the file. Raises EdgeError.
+    sha256: of the open model file, which `model_sha256` in the npz file must be: another file's numbers would mean
+    nothing to it; todo: what to do where it is not. Returns the kind and every array of the file. Raises EdgeError.
     """
     needed = " or ".join(f"{kind} ({', '.join(keys)})" for kind, keys in makers.items())
     try:
@@ -93,7 +96,9 @@ def read_npz(
     except FileNotFoundError:
         raise EdgeError(what, f"no file at {os.fspath(path)}", "check the path") from None
     except Exception as error:
-        raise EdgeError(what, f"{os.fspath(path)} ({error or type(error).__name__})", "make the npz file again") from None
+        raise EdgeError(
+            what, f"{os.fspath(path)} ({error or type(error).__name__})", "make the npz file again"
+        ) from None
     if not found:
         raise EdgeError(f"{what}: {needed}", f"{os.fspath(path)} with {held}", "give another npz file")
     made_for = str(arrays["model_sha256"]) if "model_sha256" in arrays else ""
@@ -109,8 +114,12 @@ def unit_rows(embeddings: NDArray[Any], path: str | PathLike[str]) -> NDArray[np
     if embeddings.ndim != 2 or 0 in embeddings.shape or embeddings.dtype.kind != "f":
         raise EdgeError("embeddings of shape (N, D) with N, D > 0", found, "make the npz file again")
     rows = embeddings.astype(np.float32)
-    if not (np.abs(np.linalg.norm(rows, axis=1) - 1) < 0.01).all():  # float16 rounding stays far below 0.01; a NaN fails too
-        raise EdgeError("L2-normalised embeddings", f"rows of another length in {os.fspath(path)}", "make the npz file again")
+    if not (
+        np.abs(np.linalg.norm(rows, axis=1) - 1) < 0.01
+    ).all():  # float16 rounding stays far below 0.01; a NaN fails too
+        raise EdgeError(
+            "L2-normalised embeddings", f"rows of another length in {os.fspath(path)}", "make the npz file again"
+        )
     return rows
 
 
@@ -121,7 +130,9 @@ def check_out(path: Path) -> None:
 
 
 def write_npz(path: Path, **arrays: NDArray[Any]) -> None:
-    """Write arrays whole or not at all: a reader never sees half a file, and a failure leaves the old one. Raises EdgeError."""
+    """Write arrays whole or not at all: a reader never sees half a file, and a failure leaves the old one. Raises
+    EdgeError.
+    """
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(beside, "wb") as file:
@@ -130,6 +141,8 @@ def write_npz(path: Path, **arrays: NDArray[Any]) -> None:
             os.fsync(file.fileno())
         os.replace(beside, path)
     except OSError as error:
-        raise EdgeError(f"to write {path}", error.strerror or str(error), "free space or choose another --out") from None
+        raise EdgeError(
+            f"to write {path}", error.strerror or str(error), "free space or choose another --out"
+        ) from None
     finally:
         beside.unlink(missing_ok=True)

@@ -1,4 +1,6 @@
-"""A model's own check: pictures exported with it, the pixels the network must see of each and the embedding it must answer."""
+"""A model's own check: pictures exported with it, the pixels the network must see of each and the embedding it must
+answer.
+"""
 
 import hashlib
 import io
@@ -24,10 +26,11 @@ TODO = {
 
 
 class Check(NamedTuple):
-    """One golden picture. failed: which of "damaged", "pixels", "embedding"; empty where all is well. None where there is no such number.
+    """One golden picture. failed: which of "damaged", "pixels", "embedding"; empty where all is well. None where there
+    is no such number.
 
-    pixel_difference: largest difference of the network's input, in levels of 255; 0 is equal to the bit. cosine, and difference, the largest of a value:
-    of the embedding here and the exported one.
+    pixel_difference: largest difference of the network's input, in levels of 255; 0 is equal to the bit. cosine, and
+    difference, the largest of a value: of the embedding here and the exported one.
     """
 
     file: str
@@ -48,8 +51,8 @@ class _Golden(NamedTuple):
 def selftest(embedder: Embedder, folder: str | PathLike[str] | None = None) -> list[Check]:
     """Check a model on the pictures exported with it, in `<stem>.golden` beside it unless `folder` says where.
 
-    The network sees the exported pixels, so that a wrong embedding is never the decoder's fault. A picture that fails is in the result, with `failed`.
-    Raises EdgeError where there are no pictures, or not this very file's.
+    The network sees the exported pixels, so that a wrong embedding is never the decoder's fault. A picture that fails
+    is in the result, with `failed`. Raises EdgeError where there are no pictures, or not this very file's.
     """
     home = Path(embedder.path).with_suffix(".golden") if folder is None else Path(folder)
     return [_check(embedder, home, golden) for golden in _read(embedder, home / "golden.json")]
@@ -59,7 +62,10 @@ def tolerance(contract: dict[str, Any]) -> tuple[float, float]:
     """(smallest cosine, largest difference of a value) at which two embeddings pass for the same."""
     if contract.get("precision", "float32") == "float32":
         return 0.9999, 1e-4
-    return 0.99, 2.0  # int8 kernels differ between processors; no value of two vectors of length one differs by more than 2
+    return (
+        0.99,
+        2.0,
+    )  # int8 kernels differ between processors; no value of two vectors of length one differs by more than 2
 
 
 def refuse_failed(checks: list[Check]) -> None:
@@ -68,7 +74,12 @@ def refuse_failed(checks: list[Check]) -> None:
     if any(kinds.values()):
         bad = sum(bool(check.failed) for check in checks)
         found = f"{bad} that do not ({', '.join(f'{kind} {count}' for kind, count in kinds.items() if count)})"
-        raise EdgeError(f"{len(checks)} golden pictures to pass", found, ", ".join(TODO[kind] for kind in kinds if kinds[kind]), FAILED)
+        raise EdgeError(
+            f"{len(checks)} golden pictures to pass",
+            found,
+            ", ".join(TODO[kind] for kind in kinds if kinds[kind]),
+            FAILED,
+        )
 
 
 def _check(embedder: Embedder, home: Path, golden: _Golden) -> Check:
@@ -116,13 +127,17 @@ def _read(embedder: Embedder, path: Path) -> list[_Golden]:
         found = [_Golden(**{key: entry[key] for key in _Golden._fields}) for entry in held["images"]]
         found = [golden._replace(embedding=np.array(golden.embedding, np.float64)) for golden in found]
     except (FileNotFoundError, NotADirectoryError):
-        raise EdgeError("golden pictures of the model", f"no file at {path}", f"{todo}, or name it with --golden") from None
+        raise EdgeError(
+            "golden pictures of the model", f"no file at {path}", f"{todo}, or name it with --golden"
+        ) from None
     except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise EdgeError("a whole golden.json", f"{path} ({type(error).__name__}: {error})", todo) from None
     if version != 1:
         raise EdgeError("golden.json of format 1", f"format {version} in {path}", "update bingo-edge")
     if made_for != embedder.sha256:
-        raise EdgeError(f"golden pictures of the model with sha256 {embedder.sha256}", f"those of {made_for} in {path}", todo)
+        raise EdgeError(
+            f"golden pictures of the model with sha256 {embedder.sha256}", f"those of {made_for} in {path}", todo
+        )
     for name in (name for golden in found for name in (golden.file, golden.rgb)):
         if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):  # a path could lead out of the folder
             raise EdgeError("plain file names in golden.json", f"{name!r} in {path}", todo)

@@ -23,7 +23,9 @@ class LinearHead(NamedTuple):
 
 
 class BankHead(NamedTuple):
-    """embeddings float32 (N, D) L2-normalised, labels int (N,) into classes unicode (C,), k neighbours, temperature of the vote."""
+    """embeddings float32 (N, D) L2-normalised, labels int (N,) into classes unicode (C,), k neighbours, temperature of
+    the vote.
+    """
 
     embeddings: NDArray[np.float32]
     labels: NDArray[np.integer[Any]]
@@ -37,7 +39,9 @@ KEYS = {"linear head": ("weight", "bias", "classes"), "bank": ("embeddings", "la
 
 
 def load_head(path: str | PathLike[str], model: Embedder) -> Head:
-    """Open the linear.npz or bank.npz of an open model; which of the two it is shows in its keys. Raises EdgeError, for another model file's head too."""
+    """Open the linear.npz or bank.npz of an open model; which of the two it is shows in its keys. Raises EdgeError, for
+    another model file's head too.
+    """
     todo = f"give {os.path.splitext(model.path)[0]}.linear.npz or .bank.npz, or run bingo-compress validate again"
     kind, held = read_npz(path, "a head", KEYS, model.sha256, todo)
     classes = held["classes"]
@@ -51,7 +55,13 @@ def load_head(path: str | PathLike[str], model: Embedder) -> Head:
         else:
             rows, labels = unit_rows(held["embeddings"], path), held["labels"]
             k, temperature = int(held["k"]), float(held["temperature"])
-            good = good and labels.shape == (len(rows),) and labels.dtype.kind in "iu" and k > 0 and 0 < temperature < np.inf
+            good = (
+                good
+                and labels.shape == (len(rows),)
+                and labels.dtype.kind in "iu"
+                and k > 0
+                and 0 < temperature < np.inf
+            )
             if good and labels.min() >= 0 and labels.max() < len(classes):
                 return BankHead(rows, labels, classes, k, temperature)
     except (TypeError, ValueError):
@@ -60,22 +70,31 @@ def load_head(path: str | PathLike[str], model: Embedder) -> Head:
     raise EdgeError(f"a sound {kind}", f"{shapes} in {os.fspath(path)}", "run bingo-compress validate again")
 
 
-def classify(head: Head, embeddings: NDArray[Any], features: NDArray[Any]) -> tuple[NDArray[np.str_], NDArray[np.float64]]:
-    """Classes of n pictures, from their embeddings (n, D) and features (n, D); a linear head reads the features, a bank the embeddings.
+def classify(
+    head: Head, embeddings: NDArray[Any], features: NDArray[Any]
+) -> tuple[NDArray[np.str_], NDArray[np.float64]]:
+    """Classes of n pictures, from their embeddings (n, D) and features (n, D); a linear head reads the features, a bank
+    the embeddings.
 
-    Returns the most likely class of each, unicode (n,), and the probabilities float64 (n, C) in the order of head.classes: a softmax for
-    a linear head; for a bank each class's share of the votes exp(cosine / temperature) of the k most similar rows.
-    Raises EdgeError when D is not the head's.
+    Returns the most likely class of each, unicode (n,), and the probabilities float64 (n, C) in the order of
+    head.classes: a softmax for a linear head; for a bank each class's share of the votes exp(cosine / temperature) of
+    the k most similar rows. Raises EdgeError when D is not the head's.
     """
     rows, table = (features, head.weight) if isinstance(head, LinearHead) else (embeddings, head.embeddings)
     if rows.ndim != 2 or rows.shape[1] != table.shape[1]:
-        raise EdgeError(f"rows of {table.shape[1]} values, as in the head", f"shape {rows.shape}", "use the head made for this model")
+        raise EdgeError(
+            f"rows of {table.shape[1]} values, as in the head",
+            f"shape {rows.shape}",
+            "use the head made for this model",
+        )
     if isinstance(head, LinearHead):
         scores = rows.astype(np.float64) @ table.T.astype(np.float64) + head.bias
         shares = np.exp(scores - scores.max(axis=1, keepdims=True))
     else:
         places, cosines = nearest(rows, table, head.k)
-        votes = np.exp((cosines - cosines[:, :1]) / head.temperature)  # less the best cosine: the shares are the same, none overflows
+        votes = np.exp(
+            (cosines - cosines[:, :1]) / head.temperature
+        )  # less the best cosine: the shares are the same, none overflows
         shares = np.zeros((len(rows), len(head.classes)))
         np.add.at(shares, (np.arange(len(rows))[:, None], head.labels[places]), votes)
     probabilities = shares / shares.sum(axis=1, keepdims=True)
@@ -83,7 +102,8 @@ def classify(head: Head, embeddings: NDArray[Any], features: NDArray[Any]) -> tu
 
 
 def nearest(queries: NDArray[Any], bank: NDArray[np.float32], k: int) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
-    """The min(k, N) rows of bank (N, D) most similar to each of queries (n, D), all L2-normalised, best first, ties in bank order.
+    """The min(k, N) rows of bank (N, D) most similar to each of queries (n, D), all L2-normalised, best first, ties in
+    bank order.
 
     Returns places in the bank and cosines, each (n, min(k, N)).
     """
@@ -92,17 +112,24 @@ def nearest(queries: NDArray[Any], bank: NDArray[np.float32], k: int) -> tuple[N
     step = max(1, CHUNK // len(bank))
     for start in range(0, len(queries), step):
         for offset, row in enumerate(queries[start : start + step].astype(np.float32) @ bank.T):
-            close = np.flatnonzero(row >= np.partition(row, -k)[-k])  # at least k: a whole sort of a large bank would be slow
+            close = np.flatnonzero(
+                row >= np.partition(row, -k)[-k]
+            )  # at least k: a whole sort of a large bank would be slow
             best = close[np.argsort(-row[close], kind="stable")][:k]
             places[start + offset], cosines[start + offset] = best, row[best]
     return places, cosines
 
 
 def load_index(path: str | PathLike[str], model: Embedder) -> tuple[NDArray[np.float32], NDArray[np.str_]]:
-    """Embeddings float32 (N, D) and paths unicode (N,) that an open model made: a file from `embed --out`, or a bank.npz. Raises EdgeError, for another
-    model file's index too."""
-    _, held = read_npz(path, "an index", {"index": ("paths", "embeddings")}, model.sha256, "make it again with this model")
+    """Embeddings float32 (N, D) and paths unicode (N,) that an open model made: a file from `embed --out`, or a
+    bank.npz. Raises EdgeError, for another model file's index too.
+    """
+    _, held = read_npz(
+        path, "an index", {"index": ("paths", "embeddings")}, model.sha256, "make it again with this model"
+    )
     rows, paths = unit_rows(held["embeddings"], path), held["paths"]
     if paths.shape != (len(rows),) or paths.dtype.kind != "U":
-        raise EdgeError(f"{len(rows)} paths", f"{paths.dtype} {paths.shape} in {os.fspath(path)}", "make the index again")
+        raise EdgeError(
+            f"{len(rows)} paths", f"{paths.dtype} {paths.shape} in {os.fspath(path)}", "make the index again"
+        )
     return rows, paths

@@ -1,4 +1,6 @@
-"""Pictures to the exact pixels the network sees. The trainer imports this very file, so that device and trainer cannot differ."""
+"""Pictures to the exact pixels the network sees. The trainer imports this very file, so that device and trainer cannot
+differ.
+"""
 
 import io
 import math
@@ -33,8 +35,11 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-LARGEST_FILE = 1 << 30  # bytes: some decoders read a file whole before they look at it, and no picture within Pillow's limit needs more
-MOST_SCANS = 100  # of a progressive JPEG, which has about 10: each costs a pass over the picture, and an empty one next to no bytes
+LARGEST_FILE = (
+    1 << 30
+)  # bytes: some decoders read a file whole before they look at it, and no picture within Pillow's limit needs more
+# of a progressive JPEG, which has about 10: each costs a pass over the picture, and an empty one next to no bytes
+MOST_SCANS = 100
 ARITHMETIC = (b"\xc9", b"\xca")  # frames of JPEGs with arithmetic coding
 SCAN = b"\xff\xda"
 MORE = bytes(range(255))  # what a picture that was cut takes for its own
@@ -57,10 +62,10 @@ class ImageError(Exception):
 def load_image(source: str | PathLike[str] | IO[bytes], at_least: int = 0) -> Pixels:
     """Decode a picture to upright 8-bit RGB.
 
-    source: a path or a binary file. at_least: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, its short side not under this (0: at its size).
-    Returns uint8 (height, width, 3), EXIF rotation applied, the first frame of an animation,
-    transparency laid over white, 16-bit values scaled (never clipped) to 8.
-    Raises ImageError for anything that is not wholly decodable: a truncated file is an error, never half an image.
+    source: a path or a binary file. at_least: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, its short side not
+    under this (0: at its size). Returns uint8 (height, width, 3), EXIF rotation applied, the first frame of an
+    animation, transparency laid over white, 16-bit values scaled (never clipped) to 8. Raises ImageError for anything
+    that is not wholly decodable: a truncated file is an error, never half an image.
     """
     try:
         _refuse_file(source)
@@ -87,7 +92,9 @@ def load_image(source: str | PathLike[str] | IO[bytes], at_least: int = 0) -> Pi
 
 
 def _refuse_file(source: str | PathLike[str] | IO[bytes]) -> None:
-    """Raise ImageError for a path that would be waited for or that no picture needs. Folders are left to open(), which says so."""
+    """Raise ImageError for a path that would be waited for or that no picture needs. Folders are left to open(), which
+    says so.
+    """
     if not isinstance(source, str | PathLike):
         return
     status = os.stat(source)
@@ -113,11 +120,12 @@ def _reduce(opened: Image.Image, at_least: int) -> None:
 
 
 def _refuse_closed_early(opened: JpegImageFile, source: str | PathLike[str] | IO[bytes], at_least: int) -> None:
-    """Raise ImageError for a JPEG that was cut and then closed with an end marker: libjpeg makes up the rest and says nothing that Pillow passes on.
+    """Raise ImageError for a JPEG that was cut and then closed with an end marker: libjpeg makes up the rest and says
+    nothing that Pillow passes on.
 
-    Asked of pictures that may be such: what is made up is mid-grey, or, in a progressive one, detail. Bytes before the marker change nothing in a whole
-    picture, which has taken all it needs; a cut one takes them for its own. What is not noticed: a cut within the last block of pixels, and one within
-    a last scan that only refines.
+    Asked of pictures that may be such: what is made up is mid-grey, or, in a progressive one, detail. Bytes before the
+    marker change nothing in a whole picture, which has taken all it needs; a cut one takes them for its own. What is
+    not noticed: a cut within the last block of pixels, and one within a last scan that only refines.
     """
     progressive = "progressive" in opened.info
     if not (progressive or opened.mode == "CMYK" or _ends_in_mid_grey(opened)):
@@ -138,11 +146,15 @@ def _refuse_closed_early(opened: JpegImageFile, source: str | PathLike[str] | IO
         if _refines(raw[start:end]):
             return
         at_least = 0
-    # A cut in a restart marker may leave half of it; a picture in intervals that was cut at an interval's end waits for the marker of the next.
+    # A cut in a restart marker may leave half of it; a picture in intervals that was cut at an interval's end waits for
+    # the marker of the next.
     given = raw[:end].rstrip(b"\xff")
     place = max(given.rfind(restart, start) for restart in RESTARTS)
     following = RESTARTS[(given[place + 1] - 0xD0 + 1) % len(RESTARTS)] if place >= 0 else RESTARTS[0]
-    with JpegImageFile(io.BytesIO(raw)) as whole, JpegImageFile(io.BytesIO(given + MORE + following + MORE + raw[end:])) as fed:
+    with (
+        JpegImageFile(io.BytesIO(raw)) as whole,
+        JpegImageFile(io.BytesIO(given + MORE + following + MORE + raw[end:])) as fed,
+    ):
         _reduce(whole, at_least)
         _reduce(fed, at_least)
         whole.load()
@@ -157,11 +169,15 @@ def _refuse_closed_early(opened: JpegImageFile, source: str | PathLike[str] | IO
 def _ends_in_mid_grey(opened: Image.Image) -> bool:
     last: Any = opened.getpixel((opened.width - 1, opened.height - 1))
     red, green, blue = (last, last, last) if opened.mode == "L" else last
-    return bool(abs(0.299 * red + 0.587 * green + 0.114 * blue - 128) <= 1)  # in luma: a neighbour's colour runs into the last pixel
+    return bool(
+        abs(0.299 * red + 0.587 * green + 0.114 * blue - 128) <= 1
+    )  # in luma: a neighbour's colour runs into the last pixel
 
 
 def _scans(raw: bytes) -> tuple[int, int]:
-    """Where a JPEG's first scan and its end marker are, not those of a thumbnail or of a second picture; the end is -1 in a file of unusual layout."""
+    """Where a JPEG's first scan and its end marker are, not those of a thumbnail or of a second picture; the end is -1
+    in a file of unusual layout.
+    """
     place = 2
     while raw[place : place + 1] == b"\xff" and raw[place : place + 2] != SCAN:
         if raw[place + 1 : place + 2] in ARITHMETIC:  # its decoder may read on past a scan that is whole
@@ -171,7 +187,9 @@ def _scans(raw: bytes) -> tuple[int, int]:
 
 
 def _has_scans_missing(scans: bytes) -> bool:
-    """Whether a progressive JPEG does not send all of its first component, or begins to send a coefficient bit by bit and does not send the last bit."""
+    """Whether a progressive JPEG does not send all of its first component, or begins to send a coefficient bit by bit
+    and does not send the last bit.
+    """
     never = 255
     left: dict[int, bytearray] = {}  # of each component: for every coefficient how many bits are still to come
     place = 0
@@ -254,10 +272,12 @@ def _grey_to_rgb(grey: Pixels) -> Pixels:
 
 
 def preprocess(pixels: Pixels, *, size: int, crop_pct: float, interpolation: str, crop_mode: str = "center") -> Pixels:
-    """The network's input: the centred square of side crop_pct x the shorter side, resized with antialiasing to size x size.
+    """The network's input: the centred square of side crop_pct x the shorter side, resized with antialiasing to size x
+    size.
 
-    pixels: uint8 (height, width, 3). Returns uint8 (size, size, 3). With crop_mode "squash" the whole picture is resized, aspect not kept.
-    It is timm's and torchvision's "resize, then centre crop" done in one step, so memory stays bounded for a 1 x 20,000 picture too.
+    pixels: uint8 (height, width, 3). Returns uint8 (size, size, 3). With crop_mode "squash" the whole picture is
+    resized, aspect not kept. It is timm's and torchvision's "resize, then centre crop" done in one step, so memory
+    stays bounded for a 1 x 20,000 picture too.
     """
     height, width = pixels.shape[:2]
     box: tuple[float, float, float, float]

@@ -28,7 +28,9 @@ class Skipped(NamedTuple):
 
 
 class Embedded(NamedTuple):
-    """n pictures that worked, in order: embeddings float32 (n, D) L2-normalised, features float32 (n, D) raw, n names; and the rest."""
+    """n pictures that worked, in order: embeddings float32 (n, D) L2-normalised, features float32 (n, D) raw, n names;
+    and the rest.
+    """
 
     embeddings: Floats
     features: Floats
@@ -37,9 +39,11 @@ class Embedded(NamedTuple):
 
 
 class Embedder:
-    """An open student network: `path`, `sha256` of the file as it was opened, `contract` (what it says of itself), `dim` (D), `load_seconds`.
+    """An open student network: `path`, `sha256` of the file as it was opened, `contract` (what it says of itself),
+    `dim` (D), `load_seconds`.
 
-    `batch`: how many pictures the graph takes at once where that is fixed in the file, else None. Callers need not care: any number may be given.
+    `batch`: how many pictures the graph takes at once where that is fixed in the file, else None. Callers need not
+    care: any number may be given.
     """
 
     def __init__(self, model: str | PathLike[str], *, threads: int = 1) -> None:
@@ -58,14 +62,18 @@ class Embedder:
             with open(path, "rb") as file:
                 held = file.read()  # once: what is hashed is what runs, whatever is put in the file's place later
         except OSError as error:
-            raise EdgeError("an ONNX file that can be read", f"{path} ({error.strerror})", "check its permissions") from None
+            raise EdgeError(
+                "an ONNX file that can be read", f"{path} ({error.strerror})", "check its permissions"
+            ) from None
         self.sha256 = hashlib.sha256(held).hexdigest()
         start = time.perf_counter()
         try:
             self._session = ort.InferenceSession(held, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's own exceptions share no base class below Exception
             found = f"{path} ({error})"
-            raise EdgeError(f"an ONNX file that onnxruntime {ort.__version__} can open", found, f"{AGAIN} or update onnxruntime") from None
+            raise EdgeError(
+                f"an ONNX file that onnxruntime {ort.__version__} can open", found, f"{AGAIN} or update onnxruntime"
+            ) from None
         self.load_seconds = time.perf_counter() - start
         self.path = path
         self.contract = read_contract(self._session.get_modelmeta().custom_metadata_map.get("bingo_compress"), path)
@@ -75,7 +83,9 @@ class Embedder:
         self.batch = first if isinstance(first, int) and first > 0 else None
 
     def infer(self, batch: Pixels) -> tuple[Floats, Floats]:
-        """Run preprocessed pictures, uint8 (n, S, S, 3): embeddings and features, each float32 (n, D). Raises EdgeError."""
+        """Run preprocessed pictures, uint8 (n, S, S, 3): embeddings and features, each float32 (n, D). Raises
+        EdgeError.
+        """
         if self.batch is None:
             return self._run(batch)
         runs = []
@@ -94,7 +104,8 @@ class Embedder:
         return embeddings, features
 
     def stream(self, sources: Source | Iterable[Source], batch_size: int = 16) -> Iterator[Embedded]:
-        """As `embed`, batch by batch: memory holds one batch of small inputs and one decoded picture, however many there are.
+        """As `embed`, batch by batch: memory holds one batch of small inputs and one decoded picture, however many
+        there are.
 
         A batch that is fixed in the file takes the place of `batch_size`.
         """
@@ -128,17 +139,20 @@ class Embedder:
     def embed(self, sources: Source | Iterable[Source], batch_size: int = 16) -> Embedded:
         """Embed a path, a folder, a uint8 (height, width, 3) array, or an iterable of these.
 
-        Returns Embedded: row i of embeddings and features belongs to names[i]. A picture that cannot be used never ends the run: it is
-        in `skipped` with its reason and has no row.
+        Returns Embedded: row i of embeddings and features belongs to names[i]. A picture that cannot be used never ends
+        the run: it is in `skipped` with its reason and has no row.
         """
         batches = list(self.stream(sources, batch_size)) or [self._batch([], [], [])]
         embeddings, features, names, skipped = zip(*batches, strict=True)
-        return Embedded(np.concatenate(embeddings), np.concatenate(features), list(chain(*names)), list(chain(*skipped)))
+        return Embedded(
+            np.concatenate(embeddings), np.concatenate(features), list(chain(*names)), list(chain(*skipped))
+        )
 
 
 def latency_ms(embedder: Embedder, runs: int, warm_up: int = 20) -> NDArray[np.float64]:
-    """Milliseconds of each of `runs` inferences after a warm-up, shape (runs,): of one picture, or of the batch that is fixed in the file. Preprocessing is
-    not included."""
+    """Milliseconds of each of `runs` inferences after a warm-up, shape (runs,): of one picture, or of the batch that is
+    fixed in the file. Preprocessing is not included.
+    """
     if runs < 1:
         raise EdgeError("at least 1 run", str(runs), "give a positive number")
     size = embedder.contract["input"]["size"]
@@ -152,23 +166,35 @@ def latency_ms(embedder: Embedder, runs: int, warm_up: int = 20) -> NDArray[np.f
 
 
 def read_contract(text: str | None, path: str) -> dict[str, Any]:
-    """The contract from the text in an ONNX file's metadata; raises EdgeError unless this version can honour all of it."""
+    """The contract from the text in an ONNX file's metadata; raises EdgeError unless this version can honour all of
+    it.
+    """
     if text is None:
         raise EdgeError('an ONNX file with "bingo_compress" metadata', f"{path} without it", AGAIN)
     try:
         contract = json.loads(text)
         version, given, rule = contract["format"], contract["input"], contract["preprocess"]
         kind = (given["layout"], given["dtype"], given["color"])
-        size, crop, mode, dim = given["size"], rule["crop_pct"], rule.get("crop_mode", "center"), contract["embedding_dim"]
-        sound = isinstance(given["name"], str) and isinstance(size, int) and size > 0 and isinstance(dim, int) and dim > 0
+        size, crop, mode, dim = (
+            given["size"],
+            rule["crop_pct"],
+            rule.get("crop_mode", "center"),
+            contract["embedding_dim"],
+        )
+        sound = (
+            isinstance(given["name"], str) and isinstance(size, int) and size > 0 and isinstance(dim, int) and dim > 0
+        )
         sound = sound and 0 < crop <= 1 and mode in ("center", "squash")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise EdgeError("a whole contract in the metadata", f"{path} ({type(error).__name__}: {error})", AGAIN) from None
+        raise EdgeError(
+            "a whole contract in the metadata", f"{path} ({type(error).__name__}: {error})", AGAIN
+        ) from None
     if version != 1:
         raise EdgeError("contract format 1", f"format {version} in {path}", "update bingo-edge")
     if kind != ("NHWC", "uint8", "RGB"):
         raise EdgeError("an NHWC uint8 RGB input", f"{' '.join(map(str, kind))} in {path}", AGAIN)
-    try:  # the rule is tried on a dot, so that one this version does not know is refused here and not at the first picture
+    # the rule is tried on a dot, so that one this version does not know is refused here and not at the first picture
+    try:
         preprocess_from({**contract, "input": {"size": 1}}, np.zeros((2, 2, 3), np.uint8))
     except (ValueError, TypeError, KeyError, OverflowError):
         sound = False
@@ -184,7 +210,11 @@ def _check_graph(session: Any, contract: dict[str, Any], path: str) -> None:
     inputs = [(node.name, node.type, *node.shape[1:]) for node in session.get_inputs()]
     outputs = {node.name: (node.type, *node.shape[1:]) for node in session.get_outputs()}
     wanted = ("tensor(float)", dim)
-    fits = inputs == [(name, "tensor(uint8)", size, size, 3)] and all(outputs.get(key) == wanted for key in ("embedding", "features"))
+    fits = inputs == [(name, "tensor(uint8)", size, size, 3)] and all(
+        outputs.get(key) == wanted for key in ("embedding", "features")
+    )
     if not fits:
-        expected = f"input {name} uint8 (batch, {size}, {size}, 3), outputs embedding and features float32 (batch, {dim})"
+        expected = (
+            f"input {name} uint8 (batch, {size}, {size}, 3), outputs embedding and features float32 (batch, {dim})"
+        )
         raise EdgeError(expected, f"inputs {inputs}, outputs {outputs} in {path}", AGAIN)

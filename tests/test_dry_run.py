@@ -1,0 +1,73 @@
+"""--dry-run against what a run then does: widths, teacher views, and how often the teacher is asked."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import encoder, photos, recipe, unit
+
+from bingo_compress import dry_run
+from bingo_compress.features import targets, teacher_pass
+from bingo_compress.runtime import console
+from bingo_compress.training.material import target_kind, target_width
+
+
+@pytest.mark.parametrize("count", [12, 60])
+@pytest.mark.parametrize(
+    ("method", "target"),
+    [("bingo", kind) for kind in ("auto", "raw", "centred", "pca", "whitened")] + [("simreg", "auto")],
+)
+def test_the_width_of_a_target_is_that_of_the_target_made(method: str, target: str, count: int) -> None:
+    chosen = recipe(method=method, target=target, target_dim=16)
+    for projected in (False, True):
+        teacher = encoder("test_resnet")
+        if projected:
+            teacher.projection = torch.nn.Linear(teacher.width, 24)
+        seen = unit(count, teacher.width if method == "simreg" else teacher_pass.embedding_width(teacher))
+        made = targets.target_space(seen, target_kind(chosen, teacher), chosen.target_dim)(seen[:1]).shape[1]
+        assert target_width(chosen, teacher, count) == made
+
+
+def told(monkeypatch: pytest.MonkeyPatch, data: Path, **changes: Any) -> tuple[dict[str, str], float]:
+    """(rows of a dry run's tables, steps), where a view takes the teacher a second and nothing else takes any time."""
+    rows: dict[str, str] = {}
+    monkeypatch.setattr(dry_run, "_teacher_seconds", lambda *_: 1.0)
+    monkeypatch.setattr(dry_run, "_step_cost", lambda *_: (0.0, 0.0))
+    monkeypatch.setattr(dry_run, "_decode_seconds", lambda *_: 0.0)
+    monkeypatch.setattr(console, "table", lambda title, head, cells: rows.update({row[0]: row[1] for row in cells}))
+    monkeypatch.setattr(console, "duration", lambda seconds: f"{seconds:g}")
+    dry_run.estimate(recipe(data=str(data), hold_out=0.0, **changes), data / "out")
+    (line,) = (name for name in rows if name.startswith("distil, "))
+    return rows | {"distil": rows[line]}, float(line.split()[1].replace(",", ""))
+
+
+def test_the_teacher_is_counted_as_often_as_it_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On 4500913 online views cost one target an anchor where the default takes two, and moco a teacher that it does
+    not have.
+    """
+    data = photos(tmp_path / "photos", 4)
+    for changes, each in (
+        ({}, 2),
+        ({"variant": "paper"}, 1),
+        ({"variant": "official"}, 2),
+        ({"method": "seed"}, 2),
+        ({"method": "moco"}, 0),
+    ):
+        rows, steps = told(monkeypatch, data, views="online", **changes)
+        assert float(rows["distil"]) == steps * 8 * each, changes
+        assert rows["teacher, 1 views"] == "12"
+    assert told(monkeypatch, data, views="2")[0]["teacher, 3 views"] == "36"
+    rows, _ = told(monkeypatch, data, views="2", method="moco")
+    assert (
+        rows["teacher, 1 views"] == "12"
+        and rows["stored targets"] == console.size(0)
+        and "the student's moving average" in rows
+    )
+
+
+def test_the_head_is_the_methods_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    data = photos(tmp_path / "photos", 4)
+    first = {method: told(monkeypatch, data, method=method, head_hidden=2048)[0] for method in ("seed", "simreg")}
+    sizes = {method: rows["student, head, gradients and optimiser"] for method, rows in first.items()}
+    assert sizes["seed"] != sizes["simreg"]  # two layers and four
