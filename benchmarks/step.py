@@ -152,9 +152,8 @@ def measured(case: Case, chosen: argparse.Namespace) -> dict[str, float]:
 def ours(case: Case, steps: int) -> tuple[tuple[float, float], dict[str, float]]:
     """(wall, CPU) seconds of `steps` of the loop itself, and its shares of the time."""
     source, student = case.source(), case.student()
-    unsaved = patch.object(
-        checkpoint, "save_keeping"
-    )  # it is not what is measured, and takes from one time to the next as long as several steps
+    # It is not what is measured, and takes from one time to the next as long as several steps.
+    unsaved = patch.object(checkpoint, "save_keeping")
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()), unsaved:
         files = (Path(folder) / "metrics.jsonl", Path(folder) / "checkpoint.safetensors")
         start = clocks(case.device)

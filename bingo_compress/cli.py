@@ -395,9 +395,8 @@ def _told(error: BaseException) -> int:
     if isinstance(error, BingoError):
         console.complain(f"{other}error: {error}")
         return error.exit_status
-    if (
-        type(error).__name__ == "OutOfMemoryError"
-    ):  # torch's, of a GPU; where a step ran out of it, frugal.py has tried less
+    # Torch's, of a GPU; where a step ran out of it, frugal.py has tried less.
+    if type(error).__name__ == "OutOfMemoryError":
         found = str(error).partition(". ")[0]
         console.complain(
             f"{other}error: out of the GPU's memory ({found}); lower --batch-size or --image-size, or end what else"
@@ -433,10 +432,11 @@ def main() -> None:
     signals.listen()
     if _several():
         signals.end_with_parent()
+    # A file name may hold bytes that the terminal's encoding has no character for.
     for stream in (
         sys.stdout,
         sys.stderr,
-    ):  # a file name may hold bytes that the terminal's encoding has no character for
+    ):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     if os.environ.get("RANK", "0") != "0":

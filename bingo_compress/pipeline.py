@@ -80,9 +80,8 @@ def run_distill(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: b
     distributed.barrier()  # no process looks at --out after the first has made it
     run = distributed.from_first(lambda: run_dir.open_new(out, resume=resume, overwrite=overwrite))
     distributed.from_first(lambda: run_dir.write_text(run.resolved, recipe_text(recipe)))
-    distributed.from_first(
-        lambda: run_dir.write_text(run.recipe, recipe_text(asked))
-    )  # last: with it the folder is a run
+    # Last: with it the folder is a run.
+    distributed.from_first(lambda: run_dir.write_text(run.recipe, recipe_text(asked)))
     header(recipe, models.teacher, models.student, folder, device)
 
     material = prepare(models, folder, side, run.work, device, step)

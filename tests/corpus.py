@@ -264,9 +264,8 @@ CLOSED = {
     ),
 }
 GREY16 = np.array([[0, 200, 300], [128 * 257, 40000, 65535]], np.uint16)
-SCALED = np.repeat(
-    np.array([[0, 1, 1], [128, 156, 255]], np.uint8)[:, :, None], 3, 2
-)  # 200 / 257 = 0.78, 300 / 257 = 1.17, 40000 / 257 = 155.6
+# 200 / 257 = 0.78, 300 / 257 = 1.17, 40000 / 257 = 155.6.
+SCALED = np.repeat(np.array([[0, 1, 1], [128, 156, 255]], np.uint8)[:, :, None], 3, 2)
 RGB16 = np.full((24, 32, 3), (60000, 300 * 257 // 3, 1000), np.uint16)
 UNKNOWN, CUT = (
     "^not an image that Pillow can read$",
@@ -294,6 +293,7 @@ STRANGE = (
     "esc\x1b[2J.jpg",
 )
 
+# All but last bits of detail is there.
 KINDS: dict[str, Kind] = {
     "empty.jpg": Kind(b"", reason=UNKNOWN, listed="^empty file$"),
     "header_only.jpg": Kind(GOOD[:20], reason="not an image|Truncated|truncated"),
@@ -385,9 +385,7 @@ KINDS: dict[str, Kind] = {
         for name, raw in CLOSED.items()
         if name != "progressive"
     },
-    "closed90_progressive.jpg": Kind(
-        closed_early(CLOSED["progressive"], 90), (120, 90), mean_of(GOOD), 2
-    ),  # all but last bits of detail is there
+    "closed90_progressive.jpg": Kind(closed_early(CLOSED["progressive"], 90), (120, 90), mean_of(GOOD), 2),
     **{
         f"whole_{name}.jpg": Kind(raw, Image.open(io.BytesIO(raw)).size, mean_of(raw), 2)
         for name, raw in CLOSED.items()

@@ -125,9 +125,8 @@ def _walk(commands: list[list[str]], ports: list[int], *, first: bool) -> int:
     status = 0
     try:
         with ExitStack() as told:
-            told.enter_context(
-                mock.patch.multiple(extract, BATCH=8, PART=1)
-            )  # several parts to a stage, of so few photos
+            # Several parts to a stage, of so few photos.
+            told.enter_context(mock.patch.multiple(extract, BATCH=8, PART=1))
             if first:
                 _tell(told)
             for number, words in enumerate(commands):

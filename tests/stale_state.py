@@ -154,9 +154,8 @@ class Fuzzer:
             return Verdict("broken", (f"status 0, but no result: {type(error).__name__}: {error}",))
         tolerance = 0.0 if command.kind in ("distill", "compare") else 1e-3 if command.kind == "validate" else 1e-4
         if command.kind == "validate" and not (self.live / command.place / "work" / "start.safetensors").exists():
-            figures = (
-                dict(expected["figures"]) if expected else {}
-            )  # work/ may be deleted after a run, and what is shown of it is then missing
+            # Work/ may be deleted after a run, and what is shown of it is then missing.
+            figures = dict(expected["figures"]) if expected else {}
             rows = {name: row for name, row in figures.get("rows", {}).items() if name != "start"}
             expected = expected | {
                 "figures": {key: value for key, value in figures.items() if not key.startswith("bag_")} | {"rows": rows}

@@ -43,9 +43,8 @@ def test_an_image_runs_as_a_plain_user_on_the_base_that_is_asked_for(file: Path)
     assert found[0][0] == "ARG" and re.fullmatch(r"BASE=\S+:\d[\w.-]+", found[0][1])  # a version, not what is newest
     assert {rest.split()[0] for word, rest in found if word == "FROM"} == {"${BASE}", "uv"}
     users = [rest for word, rest in found if word == "USER"]
-    assert users and all(
-        re.fullmatch(r"[1-9]\d*(:\d+)?", user) for user in users
-    )  # by number: Kubernetes' runAsNonRoot refuses a name
+    # By number: Kubernetes' runAsNonRoot refuses a name.
+    assert users and all(re.fullmatch(r"[1-9]\d*(:\d+)?", user) for user in users)
     assert found[-2][0] == "ENTRYPOINT" and found[-1] == ("CMD", '["--help"]')
     labels = next(rest for word, rest in found if word == "LABEL")
     assert {"title", "description", "version", "revision"} <= set(
@@ -92,11 +91,12 @@ def test_no_host_and_no_floating_tag_is_named(file: Path) -> None:
 def test_the_jobs_in_the_docs_use_commands_and_options_that_exist(text: str) -> None:
     known = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
     lines = list(commands(yaml.safe_load(text)))
+    # The file is judged, not the student before it.
     assert [line[1] for line in lines] == [
         "distill",
         "export",
         "validate",
-    ]  # the file is judged, not the student before it
+    ]
     for line in lines:
         options = {option for parameter in known[line[1]].params for option in parameter.opts}
         assert {word for word in line if word.startswith("--")} <= options, line

@@ -144,9 +144,8 @@ def test_export_then_validate_with_a_test_folder(bingo: Any, world: dict[str, An
     result = json.loads((tmp_path / "v.json").read_text())
     assert result == json.loads((run / "validation.json").read_text())
     card = (run / "export" / "MODEL_CARD.md").read_text()
-    assert (
-        "Not validated on labels yet" not in card and str(tmp_path) not in card
-    )  # written again, and no path of this machine in it
+    # Written again, and no path of this machine in it.
+    assert "Not validated on labels yet" not in card and str(tmp_path) not in card
     ran = bingo(
         "validate",
         "--run",
@@ -193,10 +192,11 @@ def test_validate_without_a_test_folder_sets_a_quarter_aside(
     ran = bingo("validate", "--run", run, "--data", world["test"], "--json", tmp_path / "v.json")
     assert ran.status == 0, ran.err
     result = json.loads((tmp_path / "v.json").read_text())
+    # One of the six of each kind.
     assert (result["protocol"]["bank_images"], result["protocol"]["test_images"]) == (
         15,
         3,
-    )  # one of the six of each kind
+    )
     assert "set aside" in result["protocol"]["test"]
     assert [row["name"] for row in result["rows"]] == ROWS
     assert not (run / "export").exists()  # no file, so no head for one
@@ -284,9 +284,8 @@ def test_another_number_of_loader_threads_changes_nothing(
 ) -> None:
     def cores(count: int) -> None:
         monkeypatch.setattr("os.cpu_count", lambda: count)  # of the decoding
-        monkeypatch.setattr(
-            machine, "free_cores", lambda: count
-        )  # of the next batches: with one they are made in the trainer's thread
+        # Of the next batches: with one they are made in the trainer's thread.
+        monkeypatch.setattr(machine, "free_cores", lambda: count)
 
     cores(1)
     assert interrupted(bingo, monkeypatch, world, tmp_path / "run", 10, "--set", "save_every_steps=4").status == 130

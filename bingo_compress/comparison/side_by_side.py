@@ -106,9 +106,8 @@ def compare(
                 settled = use_threads(
                     recipe, models.student, models.student.preprocessing.size, device, threads.get(recipe.student, 0)
                 ).threads
-                if (
-                    recipe.student not in threads and not base.threads
-                ):  # once a student: its runs are then alike to the last bit
+                # Once a student: its runs are then alike to the last bit.
+                if recipe.student not in threads and not base.threads:
                     threads[recipe.student] = settled
                     run_dir.write_text(threads_file, json.dumps(threads) + "\n")
                 if not checkpoint.is_sound(student, made):

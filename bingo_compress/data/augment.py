@@ -325,12 +325,13 @@ def _hue(images: Tensor, shift: Tensor) -> Tensor:
     return images
 
 
+# Each in place, on planes (B, 3, H, W); the order that Draw.factors has.
 STEPS = (
     _brightness,
     _contrast,
     _saturation,
     _hue,
-)  # each in place, on planes (B, 3, H, W); the order that Draw.factors has
+)
 
 
 def blur(images: Tensor, sigma: Tensor) -> Tensor:

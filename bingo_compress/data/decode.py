@@ -115,9 +115,8 @@ def _shrunk(picture: Tensor, size: tuple[int, int], side: int) -> Tensor:
     """A picture, uint8 (3, height, width), as the store keeps it: at `size`, float32 of whole levels."""
     height, width = picture.shape[1:]
     planes = picture[None].float()
-    if (
-        min(height, width) > side
-    ):  # libjpeg decodes at 1/2, 1/4 or 1/8, by means of blocks, as `load_image` and Pillow ask it to
+    # Libjpeg decodes at 1/2, 1/4 or 1/8, by means of blocks, as `load_image` and Pillow ask it to.
+    if min(height, width) > side:
         scale = side / min(height, width)
         times = min(height // math.ceil(height * scale), width // math.ceil(width * scale))
         planes = avg_pool2d(planes, next(step for step in (8, 4, 2, 1) if times >= step), ceil_mode=True).round_()

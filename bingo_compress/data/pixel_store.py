@@ -335,9 +335,8 @@ def _from_shards(shards: Path, ranges: list[range], found: list[dict[str, Any]],
 def _open(path: Path, size: int, mapped: bool) -> Any:
     if not mapped:
         return path.open("rb", buffering=0)
-    return (
-        np.memmap(path, np.uint8, "c", shape=(size,)) if size else np.empty(0, np.uint8)
-    )  # "c": torch wants writable memory
+    # "c": torch wants writable memory.
+    return np.memmap(path, np.uint8, "c", shape=(size,)) if size else np.empty(0, np.uint8)
 
 
 def _from_files(folder: Folder, side: int, sizes: list[tuple[int, int]]) -> Read:

@@ -24,10 +24,11 @@ from bingo_compress.training.plan import learning_rate
 SCALE_MIN = 0.08
 LINEAR_BATCH, LINEAR_EPOCHS = 256, 100
 TUNE_BATCH, TUNE_EPOCHS, TUNE_STEPS = 64, 30, 300
+# On 279 photos of clothing a distilled student did best with the one, random weights with the other.
 TUNE_LRS = (
     0.01,
     0.1,
-)  # on 279 photos of clothing a distilled student did best with the one, random weights with the other
+)
 HEAD_LR = 1.0
 
 

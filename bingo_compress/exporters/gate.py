@@ -23,9 +23,8 @@ LEAST_RECALL = 0.80
 MAX_LOSS = 0.5  # points of accuracy
 CHOOSE_SHARE = 0.25  # of each class of --labels that is in the bank
 
-Labels = tuple[
-    image_folder.Folder, image_folder.Folder | None
-]  # the bank, and the test images where these have a folder of their own
+# The bank, and the test images where these have a folder of their own.
+Labels = tuple[image_folder.Folder, image_folder.Folder | None]
 Accuracies = dict[str, dict[str, float]]  # of "knn" and "linear": {"float": .., "int8": ..}
 
 

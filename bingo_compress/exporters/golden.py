@@ -21,6 +21,7 @@ from bingo_compress.errors import BingoError
 from bingo_compress.runtime.run_dir import atomic_folder
 
 REFUSED = 3
+# (height, width) of the pictures.
 SHAPES = (
     (150, 240),
     (420, 300),
@@ -30,7 +31,7 @@ SHAPES = (
     (180, 150),
     (110, 170),
     (210, 280),
-)  # (height, width) of the pictures
+)
 
 
 def write_golden(model: Path, contract: dict[str, Any], run: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Path:
@@ -77,14 +78,13 @@ def drawn() -> dict[str, bytes]:
     alpha, cmyk = _rgb(clear), _rgb(inked).convert("CMYK")
     alpha.putalpha(ramp.resize(alpha.size))
     cmyk = Image.merge("CMYK", (*cmyk.split()[:3], ramp.resize(cmyk.size).point(lambda level: level // 2)))
+    # Two colours' alphas; the rest is opaque.
     return {
         "1-landscape.png": _file(_rgb(wide), "PNG"),
         "2-progressive.jpg": _file(_rgb(tall), "JPEG", quality=85, progressive=True),
         "3-turned.jpg": _file(_rgb(turned), "JPEG", quality=85, exif=exif),
         "4-grey.png": _file(_rgb(grey).convert("L"), "PNG"),
-        "5-palette.png": _file(
-            _rgb(few).quantize(64), "PNG", transparency=bytes([0, 128])
-        ),  # two colours' alphas; the rest is opaque
+        "5-palette.png": _file(_rgb(few).quantize(64), "PNG", transparency=bytes([0, 128])),
         "6-alpha.png": _file(alpha, "PNG"),
         "7-sixteen.png": _file(Image.fromarray(np.rint(deep.mean(axis=2) * 65535).astype(np.uint16)), "PNG"),
         "8-cmyk.jpg": _file(cmyk, "JPEG", quality=85),

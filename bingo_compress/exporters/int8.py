@@ -260,9 +260,8 @@ def _result_in_float(file: Path) -> None:
     if not instead:
         return
     results = {output.name for output in model.graph.output}
-    renamed = {
-        instead[name]: name for name in results & instead.keys()
-    }  # a result keeps its name: whoever makes it takes that
+    # A result keeps its name: whoever makes it takes that.
+    renamed = {instead[name]: name for name in results & instead.keys()}
     for node in model.graph.node:
         node.input[:] = [renamed.get(source, source) for source in (instead.get(name, name) for name in node.input)]
         node.output[:] = [renamed.get(name, name) for name in node.output]

@@ -30,15 +30,17 @@ MIN_COSINE = 0.9999
 IMAGES = 256
 REFUSED = 3
 TORCH_LEAST = 18  # torch writes no lower opset, whatever it is asked for: lower ones are converted from it
+# (name, text, number) of what opset 18 added.
 RESIZE_DEFAULTS = {
     ("keep_aspect_ratio_policy", b"stretch", 0),
     ("antialias", b"", 0),
-}  # (name, text, number) of what opset 18 added
+}
+# The IR version of the onnx release that brought the opset (onnx/docs/Versioning.md).
 IR_OF_OPSET = {
     17: 8,
     16: 8,
     15: 8,
-}  # the IR version of the onnx release that brought the opset (onnx/docs/Versioning.md)
+}
 
 
 @dataclass(frozen=True)

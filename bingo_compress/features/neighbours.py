@@ -26,10 +26,11 @@ CPU = torch.device("cpu")
 BLOCK = 16384  # queries searched, and written, together
 TILE = 16384  # gallery rows held at once
 EXACT_AT_MOST = 10_000_000  # images that `auto` searches exactly
+# Queries whose similarities to a tile torch holds at once: of a CPU, what its cache holds.
 PRODUCT = {
     "cpu": 256,
     "cuda": 4096,
-}  # queries whose similarities to a tile torch holds at once: of a CPU, what its cache holds
+}
 
 # IVF: about LISTS * sqrt(N) lists, k-means on TRAIN rows a list; as many lists a query as WANTED recall takes.
 LISTS = 4

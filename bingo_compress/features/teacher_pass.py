@@ -128,9 +128,8 @@ def _refuse_no_direction(made: Tensor, folder: Folder, rows: range, teacher: Enc
     """Raise BingoError for a row of `made` (n, D), the images `rows`, that is not of length one: the teacher gave
     zeros, infinities or NaN.
     """
-    bad = (
-        ((made.float().norm(dim=1) - 1).abs() < 0.05).logical_not().nonzero()[:, 0].tolist()
-    )  # a NaN is no less than anything
+    # A NaN is no less than anything.
+    bad = ((made.float().norm(dim=1) - 1).abs() < 0.05).logical_not().nonzero()[:, 0].tolist()
     if bad:
         raise BingoError(
             f"--teacher {teacher.name}: expected features with a direction, found zeros, infinities or NaN for"

@@ -98,11 +98,10 @@ def save_keeping(path: Path, tensors: dict[str, Tensor], made: MadeOf, **facts: 
     if path.exists():
         temporary = path.with_name(f".{path.name}.{os.getpid()}.before")
         temporary.unlink(missing_ok=True)
+        # A file system without links, such as a memory card's: for a moment only the save before is there.
         try:
             os.link(path, temporary)
-        except (
-            OSError
-        ):  # a file system without links, such as a memory card's: for a moment only the save before is there
+        except OSError:
             temporary = path
         os.replace(temporary, before(path))
     save(path, tensors, made, **facts)

@@ -68,9 +68,8 @@ def step_bytes(student: nn.Module, size: int, views: int) -> int:
     images = torch.rand(tried, 3, size, size).contiguous(memory_format=torch.channels_last)
     activations = saved_bytes(lambda: trial(images).sum()) * views // tried
     made = (AHEAD + 2) * 4 * views * 3 * size * size  # float32 views that wait, are made, and are used
-    states: int = (
-        4 * 4 * sum(parameter.numel() for parameter in trial.parameters())
-    )  # weights, gradients and two moments
+    # Weights, gradients and two moments.
+    states: int = 4 * 4 * sum(parameter.numel() for parameter in trial.parameters())
     return int(GRADIENTS * activations) + made + states + BESIDE
 
 

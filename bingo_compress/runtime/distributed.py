@@ -236,9 +236,8 @@ def shared(model: nn.Module, device: torch.device) -> nn.Module:
             module.forward = partial(_batch_norm, module, module.forward)  # type: ignore[method-assign]
     ids = [device] if device.type == "cuda" else None
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", FutureWarning
-        )  # torch 2.15 has another name for broadcast_buffers, which 2.11 does not know
+        # Torch 2.15 has another name for broadcast_buffers, which 2.11 does not know.
+        warnings.simplefilter("ignore", FutureWarning)
         # static_graph: students with parameters that no output depends on, and recomputed activations.
         return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, static_graph=True)
 

@@ -191,9 +191,8 @@ def _on_side_stream(make: Callable[[int], Ready], steps: Iterable[int], device: 
         targets = ready.targets or Targets(ready.views)
         for tensor in (ready.views, ready.fresh, targets.anchor, targets.mate):
             if tensor is not None and tensor.is_cuda:
-                tensor.record_stream(
-                    main
-                )  # the side stream must not reuse this memory before the student is done with it
+                # The side stream must not reuse this memory before the student is done with it.
+                tensor.record_stream(main)
         return ready
 
     waiting = iter(steps)

@@ -226,9 +226,8 @@ def distill(
                     if recipe.keep_best and scored["neighbour_recall"] > best_score:
                         best_score = scored["neighbour_recall"]
                         best = {name: value.detach().clone() for name, value in student.backbone.state_dict().items()}
-                signals.pass_on(
-                    distributed.largest(signals.heard())
-                )  # all leave after the same step, or some would wait for ever
+                # All leave after the same step, or some would wait for ever.
+                signals.pass_on(distributed.largest(signals.heard()))
                 stop = signals.heard() > 0
                 old = time.monotonic() - last_save
                 saving = old > 60 * recipe.save_every_minutes or step in (planned.steps, stop_after) or stop

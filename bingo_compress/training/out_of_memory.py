@@ -95,9 +95,8 @@ class Frugal:
             )
         if not self._asked:
             self._asked = True
-            with contextlib.suppress(
-                AttributeError, AssertionError, NotImplementedError
-            ):  # timm's word for "this model cannot"
+            # Timm's word for "this model cannot".
+            with contextlib.suppress(AttributeError, AssertionError, NotImplementedError):
                 self._backbone.set_grad_checkpointing(True)
                 self.recomputes = True
                 console.say("out of memory: activations are recomputed from here on; slower, the same result")

@@ -84,9 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(
-                errors="backslashreplace"
-            )  # a file's name must not end a run where the terminal cannot show it
+            # A file's name must not end a run where the terminal cannot show it.
+            stream.reconfigure(errors="backslashreplace")
     warnings.filterwarnings("ignore", module=r"PIL\.")  # damaged EXIF and the like: the picture itself is fine
     try:
         args = parser().parse_args(argv)

@@ -16,9 +16,8 @@ from bingo_edge.image import ImageError, Pixels, load_image
 MOST_PACKED = 20  # times: embeddings hardly pack at all; what packs a thousandfold is there to fill the memory
 
 Source = str | PathLike[str] | Pixels
-Picture = tuple[
-    str, Callable[[], Pixels]
-]  # a name, and a load that returns uint8 (height, width, 3) or raises ImageError
+# A name, and a load that returns uint8 (height, width, 3) or raises ImageError.
+Picture = tuple[str, Callable[[], Pixels]]
 
 
 def pictures(sources: Source | Iterable[Source]) -> Iterator[Picture]:

@@ -62,10 +62,11 @@ def tolerance(contract: dict[str, Any]) -> tuple[float, float]:
     """(smallest cosine, largest difference of a value) at which two embeddings pass for the same."""
     if contract.get("precision", "float32") == "float32":
         return 0.9999, 1e-4
+    # Int8 kernels differ between processors; no value of two vectors of length one differs by more than 2.
     return (
         0.99,
         2.0,
-    )  # int8 kernels differ between processors; no value of two vectors of length one differs by more than 2
+    )
 
 
 def refuse_failed(checks: list[Check]) -> None:

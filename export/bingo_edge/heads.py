@@ -92,9 +92,8 @@ def classify(
         shares = np.exp(scores - scores.max(axis=1, keepdims=True))
     else:
         places, cosines = nearest(rows, table, head.k)
-        votes = np.exp(
-            (cosines - cosines[:, :1]) / head.temperature
-        )  # less the best cosine: the shares are the same, none overflows
+        # Less the best cosine: the shares are the same, none overflows.
+        votes = np.exp((cosines - cosines[:, :1]) / head.temperature)
         shares = np.zeros((len(rows), len(head.classes)))
         np.add.at(shares, (np.arange(len(rows))[:, None], head.labels[places]), votes)
     probabilities = shares / shares.sum(axis=1, keepdims=True)
@@ -112,9 +111,8 @@ def nearest(queries: NDArray[Any], bank: NDArray[np.float32], k: int) -> tuple[N
     step = max(1, CHUNK // len(bank))
     for start in range(0, len(queries), step):
         for offset, row in enumerate(queries[start : start + step].astype(np.float32) @ bank.T):
-            close = np.flatnonzero(
-                row >= np.partition(row, -k)[-k]
-            )  # at least k: a whole sort of a large bank would be slow
+            # At least k: a whole sort of a large bank would be slow.
+            close = np.flatnonzero(row >= np.partition(row, -k)[-k])
             best = close[np.argsort(-row[close], kind="stable")][:k]
             places[start + offset], cosines[start + offset] = best, row[best]
     return places, cosines

@@ -35,9 +35,8 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-LARGEST_FILE = (
-    1 << 30
-)  # bytes: some decoders read a file whole before they look at it, and no picture within Pillow's limit needs more
+# Bytes: some decoders read a file whole before they look at it, and no picture within Pillow's limit needs more.
+LARGEST_FILE = 1 << 30
 # of a progressive JPEG, which has about 10: each costs a pass over the picture, and an empty one next to no bytes
 MOST_SCANS = 100
 ARITHMETIC = (b"\xc9", b"\xca")  # frames of JPEGs with arithmetic coding
@@ -169,9 +168,8 @@ def _refuse_closed_early(opened: JpegImageFile, source: str | PathLike[str] | IO
 def _ends_in_mid_grey(opened: Image.Image) -> bool:
     last: Any = opened.getpixel((opened.width - 1, opened.height - 1))
     red, green, blue = (last, last, last) if opened.mode == "L" else last
-    return bool(
-        abs(0.299 * red + 0.587 * green + 0.114 * blue - 128) <= 1
-    )  # in luma: a neighbour's colour runs into the last pixel
+    # In luma: a neighbour's colour runs into the last pixel.
+    return bool(abs(0.299 * red + 0.587 * green + 0.114 * blue - 128) <= 1)
 
 
 def _scans(raw: bytes) -> tuple[int, int]:

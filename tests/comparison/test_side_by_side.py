@@ -176,9 +176,8 @@ def test_arms_of_other_batch_sizes_and_views_have_equal_student_passes(count: in
         for arm in side_by_side.make_arms(names, recipe(epochs=epochs)):
             planned = plan(arm.recipe, count)
             surplus = planned.steps * planned.batch_size * planned.student_views - epochs * count * 2
-            assert -1 <= surplus < planned.batch_size * planned.student_views, (
-                arm.name
-            )  # a third of an image may be lost
+            # A third of an image may be lost.
+            assert -1 <= surplus < planned.batch_size * planned.student_views, arm.name
 
 
 def test_a_variant_is_its_settings_and_another_run_than_the_method(world: World) -> None:

@@ -121,9 +121,8 @@ def test_crops_of_ragged_pictures_are_the_crops_a_gpu_makes(monkeypatch: pytest.
         for high, wide in ((30, 40), (41, 25), (25, 50), (9, 7))
     ]
     store = store_of(pictures, torch.tensor([picture.shape[1] / picture.shape[0] for picture in pictures]), CPU)
-    flat = pixel_store.PixelStore(
-        store.height, store.width, store.aspect, store._read, CPU, "gpu"
-    )  # its arithmetic, on the CPU
+    # Its arithmetic, on the CPU.
+    flat = pixel_store.PixelStore(store.height, store.width, store.aspect, store._read, CPU, "gpu")
     indices = torch.randint(4, (90,), generator=torch.Generator().manual_seed(1))
     boxes = augment.draw(store.aspect[indices], torch.Generator().manual_seed(2)).box
     for size in (8, 24, 60):
@@ -157,9 +156,8 @@ def test_a_picture_is_shrunk_alike_with_and_without_vector_code(vectors: bool, m
         small, aspect = pixel_store._shrink(noise, 40)
         wanted = np.asarray(Image.fromarray(noise).resize(kept_size(*shape, 40)[::-1], Image.Resampling.BICUBIC))
         assert small.shape == wanted.shape and small.flags.c_contiguous and aspect == shape[1] / shape[0]
-        assert np.abs(small.astype(int) - wanted).max() <= (
-            1 if vectors else 30
-        )  # Pillow's quick way (reducing_gap) is a little off on noise
+        # Pillow's quick way (reducing_gap) is a little off on noise.
+        assert np.abs(small.astype(int) - wanted).max() <= (1 if vectors else 30)
 
 
 def test_a_large_jpeg_is_decoded_small_and_is_never_under_the_side_asked_for(tmp_path: Path) -> None:
@@ -192,9 +190,10 @@ def test_a_large_jpeg_is_decoded_small_and_is_never_under_the_side_asked_for(tmp
 def test_aspect_is_the_originals_width_over_height(photos: Path, work: Path) -> None:
     store, folder = build(list_folder(photos), SIDE, work, CPU)
     sizes = [Image.open(folder.path(index)).size for index in range(8)]
+    # Of a JPEG that was decoded small.
     torch.testing.assert_close(
         store.aspect, torch.tensor([width / height for width, height in sizes]), rtol=0.03, atol=0
-    )  # of a JPEG that was decoded small
+    )
     assert store.aspect.min() == pytest.approx(1 / 40)
 
 
@@ -241,9 +240,8 @@ def test_an_interrupted_build_goes_on_and_ends_the_same(
     seen = count_decoding(monkeypatch)
     store, folder = build(list_folder(mixed), SIDE, work, CPU)
     finished = stop_after // 4 * 4
-    assert seen == [index for index in (2, 5, 10) if index < finished] + list(
-        range(finished, 11)
-    )  # bad ones are tried again
+    # Bad ones are tried again.
+    assert seen == [index for index in (2, 5, 10) if index < finished] + list(range(finished, 11))
     assert contents(work) == contents(other)
     assert len(store) == len(folder.files) == 8 and len(folder.bad) == 3
     for index, kept in enumerate(whole(store)):
@@ -289,10 +287,11 @@ def test_what_could_not_be_used_is_tried_again_at_each_start(
     where: str, photos: Path, work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(pixel_store, "SHARD", 3)
+    # In the first two of three shards.
     fails: dict[str, str] = {
         "2.jpg": "Permission denied",
         "6.jpg": "no decoder is installed",
-    }  # in the first two of three shards
+    }
 
     def load(path: Path, at_least: int = 0) -> Any:
         if path.name in fails:

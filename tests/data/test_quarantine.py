@@ -139,10 +139,11 @@ def test_it_is_refused_as_soon_as_it_is_known(spoilt: Path, tmp_path: Path, monk
 
     monkeypatch.setattr(pixel_store, "decode_all", counted)
     (tmp_path / "run" / "work").mkdir(parents=True)
+    # Two are empty files, which the listing sees; two are the first that are decoded.
     for limit, seen in (
         (1, 0),
         (2, 5),
-    ):  # two are empty files, which the listing sees; two are the first that are decoded
+    ):
         with pytest.raises(BingoError, match="found"):
             pixel_store.build(
                 quarantine.take(recipe(data=str(spoilt), max_bad=limit)), 32, tmp_path / "run" / "work", CPU

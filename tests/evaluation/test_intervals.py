@@ -264,9 +264,8 @@ def test_the_p_value_against_sums_of_logarithms(one: int, other: int) -> None:
         for k in range(count + 1)
     ]
     observed = logs[one]
-    expected = min(
-        1.0, math.fsum(math.exp(value) for value in logs if value <= observed + 1e-9)
-    )  # all outcomes at most as likely
+    # All outcomes at most as likely.
+    expected = min(1.0, math.fsum(math.exp(value) for value in logs if value <= observed + 1e-9))
     both = answers(5, 0)
     found = paired(torch.cat((both, answers(one, other))), torch.cat((both, ~answers(one, other))))
     assert found.p_value == pytest.approx(expected, rel=1e-8)

@@ -59,9 +59,8 @@ def test_knn_is_the_vote_of_dino(k: int) -> None:
 
 def test_knn_weighs_votes_by_similarity() -> None:
     bank = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.6, -0.8]])
-    assert knn_predict(bank, torch.tensor([0, 1, 1]), torch.tensor([[3.0, 0.0]]), 2, k=3).tolist() == [
-        0
-    ]  # e^14 against 2 e^8.6
+    # E^14 against 2 e^8.6.
+    assert knn_predict(bank, torch.tensor([0, 1, 1]), torch.tensor([[3.0, 0.0]]), 2, k=3).tolist() == [0]
 
 
 # ---------------------------------------------------------------- linear probe

@@ -85,9 +85,8 @@ def test_the_file_equals_torch_through_the_device_kit(name: str, size: int, tmp_
         assert np.abs(got[0] - embedding.numpy()).max() < 1e-4
         assert np.abs(got[1] - features.numpy()).max() < 1e-4 * float(features.abs().max())
         assert np.linalg.norm(got[0], axis=1) == pytest.approx(1, abs=1e-5)
-    assert all(
-        torch.equal(value, before[key]) for key, value in student.state_dict().items()
-    )  # fusing was done on a copy
+    # Fusing was done on a copy.
+    assert all(torch.equal(value, before[key]) for key, value in student.state_dict().items())
 
 
 def test_deployed_is_the_encoder_with_its_own_normalisation() -> None:

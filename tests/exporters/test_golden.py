@@ -210,9 +210,8 @@ def test_damaged_files_are_named(capfd: pytest.CaptureFixture[str], sound: tuple
     checks = selftest(Embedder(model))
     assert [check.file[0] for check in checks if check.failed] == ["2", "4", "6"]
     assert {check.failed for check in checks} == {(), ("damaged",)}
-    assert (
-        checks[1].pixel_difference is None and checks[1].cosine is not None
-    )  # its .rgb is whole, so the network is checked all the same
+    # Its .rgb is whole, so the network is checked all the same.
+    assert checks[1].pixel_difference is None and checks[1].cosine is not None
     err = refused(capfd, 3, model)
     assert "expected 8 golden pictures to pass, found 3 that do not (damaged 3); copy the golden folder again" in err
 
@@ -258,9 +257,8 @@ def test_an_embedding_must_be_as_near_as_the_precision_allows(
     code, out, _ = run(capfd, "selftest", model, "--json")
     document = json.loads(out)
     assert (code, document["passed"]) == ((0, True) if passes else (3, False))
-    printed = (
-        run(capfd, "selftest", model)[1].splitlines()[2].partition("cosine ")[2].split()[0]
-    )  # whether it passes or not
+    # Whether it passes or not.
+    printed = run(capfd, "selftest", model)[1].splitlines()[2].partition("cosine ")[2].split()[0]
     assert float(printed) == pytest.approx(cosine, abs=2e-6)
 
 

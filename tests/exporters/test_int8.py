@@ -115,9 +115,10 @@ def test_the_first_rung_is_taken_where_it_passes(exported: tuple[Path, Form], tm
     assert weights and all(np.abs(value.astype(int)).max() <= 64 for value in weights)  # 7 bits
     assert len(weights) == sum(node.op_type == "Conv" for node in model.graph.node)
     rescaled = [node for node in model.graph.node if node.op_type == "DequantizeLinear" and node.input[0] in held]
+    # By channel.
     assert all(
         held[node.input[1]].shape == held[node.input[0]].shape[:1] for node in rescaled if held[node.input[0]].ndim == 4
-    )  # by channel
+    )
     # Pixels, features and the length of the embedding are worked out in float.
     made = {name: node for node in model.graph.node for name in node.output}
     assert made["features"].op_type != "DequantizeLinear"
@@ -165,9 +166,8 @@ def test_a_layer_that_rounding_harms_is_found(tmp_path: Path) -> None:
         return dict(found), model
 
     before, _ = ratios()
-    with (
-        torch.no_grad()
-    ):  # the same function, but one channel between the two convolutions is so wide that the others vanish in its steps
+    # The same function, but one channel between the two convolutions is so wide that the others vanish in its steps.
+    with torch.no_grad():
         for value in (block.bn1.weight, block.bn1.bias):
             value[0] *= 3000
         block.conv2.weight[:, 0] /= 3000
@@ -426,6 +426,5 @@ def test_finetuning_brings_the_rounded_student_nearer_to_what_it_is_in_float(
     assert 1 - torch.cosine_similarity(rounded(tuned), exact).mean() < 0.9 * far
     after = tuned.backbone.state_dict()
     moved = {key for key, value in after.items() if not torch.equal(value, before[key])}
-    assert moved and not any(
-        "running" in key or "num_batches" in key for key in moved
-    )  # statistics stay: the file has them folded in
+    # Statistics stay: the file has them folded in.
+    assert moved and not any("running" in key or "num_batches" in key for key in moved)

@@ -104,11 +104,12 @@ def test_a_pass_interrupted_and_started_again_equals_the_whole(
     with interrupted_at(monkeypatch, augment, "apply", at), pytest.raises(KeyboardInterrupt):
         run_pass(teacher, folder, store, tmp_path / "parts")
     done = [len(list((tmp_path / "parts").glob(f"*/{name}-*.json"))) for name in ("features", "embeddings", "views")]
+    # A view's shards of 8 are two batches, the last one of 2 is one.
     assert done == [
         3,
         3,
         (0, 0, 1, 1, 2, 3, 3, 4, 4, 5)[at - 1],
-    ]  # a view's shards of 8 are two batches, the last one of 2 is one
+    ]
     assert same(run_pass(teacher, folder, store, tmp_path / "parts"), whole)
 
 
@@ -166,9 +167,8 @@ def test_damaged_shards_are_made_again_and_no_others(
     views = next(tmp_path.glob("*/views.f16"))
     each = teacher.width * 2
     content = bytearray(views.read_bytes())
-    markers = sorted(
-        views.parent.glob("views-*.json")
-    )  # of rows 0, 8, 16 of view 0 and of rows 18, 26, 34, which are view 1
+    # Of rows 0, 8, 16 of view 0 and of rows 18, 26, 34, which are view 1.
+    markers = sorted(views.parent.glob("views-*.json"))
     if harm == "a bit":
         content[(COUNT + 9) * each] ^= 1  # row 9 of view 1
         views.write_bytes(content)
@@ -218,9 +218,8 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_result_is_the_same(
         return real(model, batch)
 
     monkeypatch.setattr(teacher_pass, "_both", limited)
-    monkeypatch.setattr(
-        teacher_pass, "_Fit", lambda _, make=teacher_pass._Fit: make(8)
-    )  # as a GPU, whose first batch is larger than BATCH
+    # As a GPU, whose first batch is larger than BATCH.
+    monkeypatch.setattr(teacher_pass, "_Fit", lambda _, make=teacher_pass._Fit: make(8))
     parts = run_pass(teacher, folder, store, tmp_path / "parts")
     assert sizes[:1] == [8] and max(sizes[4:]) <= fits
     for name in ("features", "embeddings", "views"):
@@ -261,9 +260,8 @@ def test_pictures_of_another_side_make_other_views(
         assert same(run_pass(teacher, folder, store, tmp_path / f"clean{side}", 1), passes[side])
     assert passes[40].key != passes[24].key
     streamed = pixel_store.build(folder, 24, tmp_path / "24", CPU, "stream")[0]
-    assert (
-        run_pass(teacher, folder, streamed, tmp_path / "work", 1).key == passes[24].key
-    )  # wherever the pictures are kept
+    # Wherever the pictures are kept.
+    assert run_pass(teacher, folder, streamed, tmp_path / "work", 1).key == passes[24].key
 
 
 @pytest.mark.parametrize("factor", [1e7, 1e-9])

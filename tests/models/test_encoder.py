@@ -63,9 +63,8 @@ def test_the_measured_width_is_the_width_of_the_features(name: str, size: int, w
     assert not encoder.training
     stated = WIDER_THAN_TIMM_SAYS.get(name, width)
     assert encoder.backbone.num_features == stated
-    whole = timm.create_model(
-        name, **({"img_size": size} if name.startswith(("vit", "levit")) else {})
-    )  # the size of its position embeddings
+    # The size of its position embeddings.
+    whole = timm.create_model(name, **({"img_size": size} if name.startswith(("vit", "levit")) else {}))
     classifier = sum(
         value.numel() for key, value in whole.named_parameters() if key not in dict(encoder.backbone.named_parameters())
     )
@@ -103,9 +102,8 @@ def test_each_model_gets_its_own_normalisation(
         torch.testing.assert_close(encoder(images), encoder.backbone(normal), atol=1e-5, rtol=1e-4)
         assert not torch.allclose(encoder(images), encoder.backbone(images), atol=1e-3)
     assert encoder.preprocessing.mean == mean and encoder.preprocessing.std == std
-    assert set(encoder.state_dict()) == {
-        f"backbone.{key}" for key in encoder.backbone.state_dict()
-    }  # mean and std are not weights
+    # Mean and std are not weights.
+    assert set(encoder.state_dict()) == {f"backbone.{key}" for key in encoder.backbone.state_dict()}
 
 
 def test_geometry_is_the_models_own() -> None:

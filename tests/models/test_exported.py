@@ -151,9 +151,8 @@ def test_heads_go_with_the_file_that_they_were_fitted_for(run: run_dir.RunDir, m
     assert left(run.export) == WITH_HEADS
     belongs(run.export)
     before = shutil.copy(run.export / "student.linear.npz", run.path / "older.npz")
-    assert (
-        bingo("export", "--run", run.path).status == 0
-    )  # the same again is the same file, and keeps what belongs to it
+    # The same again is the same file, and keeps what belongs to it.
+    assert bingo("export", "--run", run.path).status == 0
     assert left(run.export) == WITH_HEADS
     ran = bingo("export", "--run", run.path, "--image-size", "48")
     assert ran.status == 0, ran.err
@@ -175,10 +174,11 @@ def test_both_files_in_a_folder_are_of_one_export(run: run_dir.RunDir, int8: Any
     int8()
     exporting.export(run.path, fmt="onnx-int8")
     names = [file["file"] for file in json.loads((run.export / "latency.json").read_text())["rows"]]
+    # The float file of the same export stayed, and both are timed.
     assert names == [
         "student.onnx",
         "student-int8.onnx",
-    ]  # the float file of the same export stayed, and both are timed
+    ]
     assert "removed" not in printed.getvalue()
     exporting.export(run.path, image_size=48)
     assert "removed student-int8.onnx" in printed.getvalue()

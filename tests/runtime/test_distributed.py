@@ -148,9 +148,8 @@ def test_two_processes_check_the_student_as_one_does(two: Path, folder: Path) ->
     checks = [line["neighbour_recall"] for line in lines(run.path) if "neighbour_recall" in line]
     assert len(checks) == 3
     choosing, reporting = halves(material.held, recipe)
-    assert max(checks) == pytest.approx(
-        held_out.recall_check(material, choosing, CPU)(models.student), abs=1e-6
-    )  # the log rounds
+    # The log rounds.
+    assert max(checks) == pytest.approx(held_out.recall_check(material, choosing, CPU)(models.student), abs=1e-6)
     assert (
         json.loads(run.summary.read_text())["neighbour_recall"]["queries"]
         == len(reporting)
@@ -298,10 +297,11 @@ def test_a_lost_process_is_told_in_one_line_and_other_errors_are_not_taken_for_o
         raise gloo
 
     monkeypatch.setattr("bingo_compress.data.inventory.check", fail)
+    # They would hold for all that this process does later.
     for module, name in (
         (signals, "end_with_parent"),
         (console, "be_quiet"),
-    ):  # they would hold for all that this process does later
+    ):
         monkeypatch.setattr(module, name, lambda: None)
     ran = bingo("check", "--data", tmp_path)
     assert (

@@ -172,9 +172,8 @@ def test_negatives_are_earlier_anchors_and_the_mask_is_the_anchor_with_its_bag(
     loop.distill(recipe(queue_size=20, epochs=4), encoder(), STORE, training, bags, source, IMAGES, *files, CPU)
     assert len(earlier) == 4 * 30
     assert masks > 50
-    assert all(
-        len(set(earlier[start : start + 30])) == 30 for start in range(0, 120, 30)
-    )  # an epoch shows every image once
+    # An epoch shows every image once.
+    assert all(len(set(earlier[start : start + 30])) == 30 for start in range(0, 120, 30))
 
 
 def test_stored_and_online_targets_both_work_and_the_teacher_never_changes(tmp_path: Path) -> None:

@@ -314,9 +314,8 @@ def test_a_run_stopped_inside_an_epoch_and_gone_on_with_equals_the_whole_bit_for
 ) -> None:
     settings = recipe(method=method, rebag_epochs=1, batch_size=12, epochs=3)
     whole = train(tmp_path / "whole", settings)
-    part = train(
-        tmp_path / "parts", settings, stop_after=7
-    )  # of 10; bags of `self` were rebuilt before the fifth, for the first epoch ended within the fourth
+    # Of 10; bags of `self` were rebuilt before the fifth, for the first epoch ended within the fourth.
+    part = train(tmp_path / "parts", settings, stop_after=7)
     assert not same(part.weights, whole.weights)
     parts = train(tmp_path / "parts", settings)
     assert same(parts.weights, whole.weights)

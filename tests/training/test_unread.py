@@ -150,13 +150,14 @@ def test_what_is_said_to_be_unread_changes_nothing_and_the_rest_does(method: str
         "switch_epoch": 0,
         "inter_weight": 0.1,
     }
+    # Enough to make other neighbours.
     base = {
         "method": method,
         "epochs": 4,
         "rebag_epochs": 4,
         "stored_views": "drawn",
         "lr": 0.1,
-    }  # enough to make other neighbours
+    }
     plain = trained(tmp_path / "plain", settle(recipe(**base)))
     idle = unread(recipe(**base))
     for key, value in other.items():
