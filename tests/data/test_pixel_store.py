@@ -80,7 +80,8 @@ def count_decoding(monkeypatch: pytest.MonkeyPatch, stop_after: int | None = Non
             seen.append(index)
             yield index, result
 
-    monkeypatch.setattr(pixel_store, "decode_all", decode)
+    for module in (pixel_store, shards):
+        monkeypatch.setattr(module, "decode_all", decode)
     return seen
 
 
