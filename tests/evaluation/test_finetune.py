@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import CPU, encoder, filled_store, photo, whole_images
+from helpers import CPU, crop, encoder, filled_store, photo, whole_images
 from torch import nn
 
 from bingo_compress.data import augment
@@ -99,7 +99,7 @@ def test_views_are_crops_of_eight_hundredths_and_flips_without_colours() -> None
     red = torch.zeros(50, 40, 40, 3, dtype=torch.uint8)
     red[..., 0] = 200
     drawn = crop_and_flip(torch.ones(50), torch.Generator().manual_seed(1))
-    views = augment.apply(augment.crop(red, drawn.box, 32), drawn)
+    views = augment.apply(crop(red, drawn.box, 32), drawn)
     assert torch.equal(views, torch.tensor([200 / 255, 0.0, 0.0]).view(1, 3, 1, 1).expand_as(views))
 
 
