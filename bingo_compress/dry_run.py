@@ -12,27 +12,31 @@ from bingo_compress.data.pixel_store import guess, store_side
 from bingo_compress.errors import BingoError
 from bingo_compress.features import teacher_pass
 from bingo_compress.models.encoder import Encoder
-from bingo_compress.models.trained import build_models
+from bingo_compress.models.trained import NOTHING_GIVEN, Given, build_models
 from bingo_compress.recipe import Recipe, recipe_text
 from bingo_compress.report.tables import header
 from bingo_compress.runtime import console
-from bingo_compress.runtime.devices import choose_device, saved_bytes, use_threads
+from bingo_compress.runtime.devices import choose_device, saved_bytes
 from bingo_compress.training.material import split, step_memory, target_width, views_stored
 from bingo_compress.training.plan import loss_of, make_head, plan, resolve
 
 SAMPLE = 64
-SAMPLE_VIEWS = 64
+SAMPLE_VIEWS = 16
+TEACHER_VIEWS = 4
 
 
-def estimate(recipe: Recipe, out: Path) -> None:
+def estimate(recipe: Recipe, out: Path, given: Given = NOTHING_GIVEN) -> None:
     """Print the resolved recipe, model sizes, steps, memory and time, and write nothing. Raises BingoError as a real
     run would.
     """
     folder = quarantine.take(recipe)
     plan(recipe, len(folder.files))
     device = choose_device(recipe.device)
-    models = build_models(resolve(recipe))
-    recipe = use_threads(models.recipe, models.student, models.student.preprocessing.size, device)
+    models = build_models(resolve(recipe), given)
+    # Which number of threads is fastest is found out when the run begins: that takes longer than all that is here.
+    recipe = models.recipe
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
     step_memory(recipe, models.student, len(folder.files), device)
     header(recipe, models.teacher, models.student, folder, device)
     console.say(recipe_text(recipe).rstrip())
@@ -106,7 +110,7 @@ def _decode_seconds(folder: image_folder.Folder) -> float:
 def _teacher_seconds(teacher: Encoder, device: torch.device) -> float:
     size = teacher.preprocessing.size
     teacher.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    batch = torch.rand(16, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+    batch = torch.rand(TEACHER_VIEWS, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
         return _seconds(lambda: teacher(batch), device) / len(batch)
 
@@ -123,16 +127,14 @@ def _step_cost(student: Encoder, recipe: Recipe, views: int, dim: int, device: t
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             head(student(batch)).sum().backward()
 
-    return _seconds(step, device) * views / tried, saved_bytes(step) * views / tried
+    saved = saved_bytes(step)  # first: it also warms up
+    return _seconds(step, device) * views / tried, saved * views / tried
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    def once() -> float:
-        start = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - start
-
-    once()
-    return sorted(once() for _ in range(3))[1]
+    """Of one call: an estimate need not be exact, and a large teacher takes seconds."""
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start

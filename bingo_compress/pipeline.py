@@ -21,7 +21,7 @@ from bingo_compress.evaluation.held_out import held_out_recall, recall_check
 from bingo_compress.features import extract
 from bingo_compress.models import trained
 from bingo_compress.models.encoder import weights_digest
-from bingo_compress.models.trained import Models, build_models
+from bingo_compress.models.trained import NOTHING_GIVEN, Given, Models, build_models
 from bingo_compress.recipe import RESUME_MAY_CHANGE, Recipe, deciding, recipe_text
 from bingo_compress.report.tables import closing_table, describe_bags, header, say_smaller
 from bingo_compress.runtime import checkpoint, console, distributed, run_dir
@@ -43,14 +43,19 @@ from bingo_compress.training.material import (
 from bingo_compress.training.plan import plan, resolve
 
 
-def run_distill(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = False) -> run_dir.RunDir:
-    """Distil recipe.teacher into recipe.student on recipe.data; everything lands in `out`. Raises BingoError."""
+def run_distill(
+    recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = False, given: Given = NOTHING_GIVEN
+) -> run_dir.RunDir:
+    """Distil recipe.teacher into recipe.student on recipe.data; everything lands in `out`. Raises BingoError.
+
+    given: the modules of the user's own that the recipe names.
+    """
     device = choose_device(recipe.device)
     plan(recipe, len((folder := take(recipe)).files))
     asked = recipe.model_copy(update={"data": str(Path(recipe.data).resolve())})
     recipe = resolve(asked)
     before = saved_recipe(run_dir.RunDir(out)) if resume and (out / "recipe.yaml").is_file() else None
-    models = build_models(recipe)
+    models = build_models(recipe, given)
     _refuse_other_recipe(before, models.recipe)
     distributed.refuse_unshared(models.student)
     if resume:
@@ -99,7 +104,7 @@ def run_distill(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: b
     distributed.from_first(save)
     console.say(describe_bags(recipe, facts := bag_facts(recipe, bags, material), len(material.training), device))
     made = train(models, material, bags, run.metrics, run.checkpoint, device)
-    distributed.from_first(lambda: trained.save_student(models.student, run.student, recipe, made))
+    distributed.from_first(lambda: trained.save_student(models.student, run, recipe, made))
     recall = held_out_recall(run, models, material, device)
     distributed.from_first(lambda: _close(run, models, material, facts, recall, device))
     distributed.from_first(lambda: run_dir.drop_stale(run.work, "closing", set()))

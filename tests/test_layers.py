@@ -12,7 +12,7 @@ PACKAGE = ROOT / "bingo_compress"
 # A module imports from its own room and from lines above; rooms in one line do not know each other.
 ROOMS = (
     "errors",
-    "recipe",
+    "recipe options",
     "runtime",
     "data models",
     "features",
@@ -23,11 +23,21 @@ ROOMS = (
     "pipeline",
     "dry_run comparison demo",
     "preflight",
+    "api",
     "cli",
     "__main__",
 )
 RANK = {name: rank for rank, line in enumerate(ROOMS) for name in line.split()}
-WITHOUT_TORCH = ("recipe", "preflight", "models.names", "runtime.machine", "runtime.signals", "data.image_folder")
+WITHOUT_TORCH = (
+    "recipe",
+    "options",
+    "preflight",
+    "api",
+    "models.names",
+    "runtime.machine",
+    "runtime.signals",
+    "data.image_folder",
+)
 FLOORS, MODULES = 14, 8  # import floors with __main__, modules in a room
 
 

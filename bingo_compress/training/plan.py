@@ -11,7 +11,7 @@ from torch import nn
 from bingo_compress.errors import BingoError
 from bingo_compress.models.encoder import ProjectionHead, RegressionHead
 from bingo_compress.models.names import has_pretrained, resolve_name
-from bingo_compress.recipe import Recipe
+from bingo_compress.recipe import GIVEN, Recipe
 from bingo_compress.runtime import console, distributed
 from bingo_compress.runtime.made_of import hash_seed
 from bingo_compress.training.losses import LOSSES, Loss, make_loss, readers, settled
@@ -43,6 +43,8 @@ def resolve_names(recipe: Recipe, say: Callable[[str], None] = console.say) -> R
     """Family names to models and `auto` student weights to what they mean; says what it chose. Raises BingoError."""
     names: dict[str, Any] = {}
     for role in ("teacher", "student"):
+        if getattr(recipe, f"{role}_weights") == GIVEN:
+            continue  # a module of the user's own: its name is no model's
         names[role] = resolve_name(getattr(recipe, role), f"--{role}")
         if names[role] != getattr(recipe, role):
             say(f"{role}: {getattr(recipe, role)} means {names[role]}")
