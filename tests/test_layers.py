@@ -12,7 +12,7 @@ PACKAGE = ROOT / "bingo_compress"
 # A module imports from its own room and from lines above; rooms in one line do not know each other.
 ROOMS = (
     "errors",
-    "recipe options",
+    "recipe",
     "runtime",
     "data models",
     "features",
@@ -20,7 +20,7 @@ ROOMS = (
     "report",
     "evaluation",
     "exporters",
-    "pipeline",
+    "pipeline options",
     "dry_run comparison demo",
     "preflight",
     "api",

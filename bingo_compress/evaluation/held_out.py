@@ -49,7 +49,7 @@ def held_out_recall(run: run_dir.RunDir, models: Models, material: Material, dev
             f" {neighbours.RECALL_SHARE})"
         )
         return {}
-    encoders = {"start": trained.load_start(models.recipe, run), "student": models.student}
+    encoders = {"start": trained.load_start(models.recipe, run, models.student), "student": models.student}
     ready = {name: extract.as_embed(encoder, device) for name, encoder in encoders.items()}
     order = torch.cat((held, gallery)).tolist()
     keep = extract.Keep(run.work, "closing", {name: weights_digest(each) for name, each in encoders.items()})

@@ -231,30 +231,31 @@ def test_the_learning_rate_is_chosen_on_a_fifth_held_out(student: Encoder, monke
     knows: dict[float, int] = {}
 
     def pretended(
-        encoder: Encoder, store: object, rows: torch.Tensor, labels: torch.Tensor, *_: object, lr: float, **__: object
+        encoder: Encoder, images: Labelled, device: torch.device, *, lr: float, **_: object
     ) -> object:
         """Right on as many of the images held out as `knows` says for the learning rate."""
-        trained.append((lr, rows.tolist()))
-        assert torch.equal(labels, answers[rows])
+        trained.append((lr, images.rows.tolist()))
+        assert torch.equal(images.labels, answers[images.rows])
         order = torch.randperm(20, generator=torch.Generator().manual_seed(finetune.hash_seed("held out", 0)))
-        assert set(order[:4].tolist()).isdisjoint(rows.tolist())
+        assert set(order[:4].tolist()).isdisjoint(images.rows.tolist())
         return lambda batch: torch.where(torch.arange(4) < knows[lr], answers[order[:4]], -1)
 
     monkeypatch.setattr(finetune, "fine_tune", pretended)
     monkeypatch.setattr(finetune, "TUNE_LRS", (0.1, 0.2, 0.3))
+    images = Labelled(filled_store(20), torch.arange(20), answers, 3)
     for known, best in (((1, 4, 3), 0.2), ((2, 2, 1), 0.1), ((0, 1, 3), 0.3)):
         trained.clear()
         knows.update(zip((0.1, 0.2, 0.3), known, strict=True))
-        assert finetune._best_lr(student, filled_store(20), torch.arange(20), answers, 3, CPU, 1, 0, "test") == best
+        assert finetune._best_lr(student, images, CPU, 1, 0, "test") == best
         assert [(lr, len(set(rows))) for lr, rows in trained] == [(0.1, 16), (0.2, 16), (0.3, 16)]
     trained.clear()
-    assert finetune._best_lr(student, filled_store(4), torch.arange(4), answers[:4], 3, CPU, 1, 0, "test") == 0.1
+    assert finetune._best_lr(student, images.only(torch.arange(4)), CPU, 1, 0, "test") == 0.1
     assert not trained  # nothing to hold out of four
 
 
 def test_after_the_choice_all_rows_are_trained_on(student: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[list[int]] = []
-    monkeypatch.setattr(finetune, "crops_and_flips", lambda encoder, store, rows, *_: shown.append(rows.tolist()) or [])
+    monkeypatch.setattr(finetune, "crops_and_flips", lambda encoder, images, *_: shown.append(images.rows.tolist()) or [])
     fine_tune(student, Labelled(filled_store(20), torch.arange(20), torch.arange(20) % 3, 3), CPU)
     assert [len(rows) for rows in shown] == [16] * len(finetune.TUNE_LRS) + [20]
 
