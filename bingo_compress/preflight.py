@@ -2,49 +2,72 @@
 
 import importlib.util
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from bingo_compress.data.image_folder import list_folder
 from bingo_compress.errors import BingoError, nearest
 from bingo_compress.models.names import FAMILIES
-from bingo_compress.recipe import Recipe
-from bingo_compress.runtime.run_dir import refuse_taken
+from bingo_compress.recipe import GIVEN, WORDS, Recipe
+from bingo_compress.runtime.run_dir import open_finished, refuse_no_file, refuse_taken, saved_recipe
 
+ROLES = ("teacher", "student")
 OWN = ("resnet50x2", "vit_small_moco_v3")  # models that weights.py adds to timm's
 
 
-def refuse_early(recipe: Recipe, out: Path, resume: bool, overwrite: bool, dry_run: bool) -> None:
+def refuse_early(recipe: Recipe, out: Path, own: Collection[str], *, resume: bool, overwrite: bool) -> None:
     """Raise BingoError for everything that can be known to be wrong in a second. The pipeline checks all of it again,
-    thoroughly.
+    thoroughly. own: the roles, teacher or student, that a module of the user's own was given for.
     """
     if not recipe.data:
         raise BingoError("--data: expected a folder of images, found none given; for example --data photos/")
-    for role in ("teacher", "student"):
+    for role in ROLES:
         if not getattr(recipe, role):
             raise BingoError(
                 f"--{role}: expected a model name, found none given; for example --{role}"
                 f" {'resnet152' if role == 'teacher' else 'mobilenetv3'}"
             )
         source = getattr(recipe, f"{role}_weights")
-        if source not in ("auto", "pretrained", "random") and not Path(source).is_file():
+        if source not in WORDS and not Path(source).is_file():
             raise BingoError(
                 f"--{role.replace('_', '-')}-weights: expected pretrained, random or a weights file; found no file"
                 f" {source}"
             )
+    _refuse_absent(recipe, own, ROLES)
     if recipe.keep_best and not recipe.hold_out:
         raise BingoError("--keep-best: expected images held out, found none; raise --set hold_out=0.05")
-    refuse_taken(out, may_hold_files=resume or overwrite or dry_run)
+    refuse_taken(out, may_hold_files=resume or overwrite)
     folder = list_folder(Path(recipe.data))
     if len(folder.files) < 2:  # how many more it takes is the method's to say
         raise BingoError(
             f"--data: expected images, found {len(folder.files)} that may be one among"
             f" {len(folder.files) + len(folder.bad)} files in {folder.root}"
         )
-    for role in ("teacher", "student"):
-        _refuse_unknown(getattr(recipe, role), f"--{role}")
+    for role in ROLES:
         source = getattr(recipe, f"{role}_weights")
-        if source not in ("auto", "pretrained", "random"):
+        if source != GIVEN:
+            _refuse_unknown(getattr(recipe, role), f"--{role}")
+        if source not in WORDS:
             _refuse_foreign(Path(source), f"--{role}-weights")
+
+
+def refuse_run(run: Path, own: Collection[str], roles: Collection[str], json_file: Path | None = None) -> None:
+    """The same for a finished run, of which the models of these roles are needed."""
+    refuse_no_file(json_file, "--json")
+    _refuse_absent(saved_recipe(open_finished(run)), own, roles)
+
+
+def _refuse_absent(recipe: Recipe, own: Collection[str], roles: Collection[str]) -> None:
+    """A module of the user's own is in no file: it must be given, and only where the recipe has one."""
+    for role in roles:
+        name, needed = getattr(recipe, role), getattr(recipe, f"{role}_weights") == GIVEN
+        if needed and role not in own:
+            raise BingoError(
+                f"--{role}: {name} is a module of your own, which no name and no file can build; give it in Python:"
+                f" {role}=Encoder({name!r}, module, Preprocessing(...))"
+            )
+        if role in own and not needed:
+            raise BingoError(f"{role}: expected no module, since the run's {role} is {name}; leave it out")
 
 
 def _refuse_unknown(word: str, option: str) -> None:

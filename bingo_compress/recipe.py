@@ -1,5 +1,6 @@
 """Every setting of a run, once: the same word is the command-line flag, the YAML key and the attribute."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from reprlib import repr as shortened
@@ -207,7 +208,9 @@ RESUME_MAY_CHANGE = frozenset(
         "max_bad",
     }
 )
-WORDS = frozenset({"auto", "pretrained", "random"})  # weights that are no file
+GIVEN = "given"  # weights of a module of the user's own, which a call from Python brings along
+WORDS = frozenset({"auto", "pretrained", "random", GIVEN})  # weights that are no file
+PLACES = ("data", "teacher_weights", "student_weights")  # where ~ is the home folder
 # Names of files: what is in them is what counts, and has a digest of its own.
 FILES = frozenset({"teacher_weights", "student_weights"})
 RECIPES_DIR = next(
@@ -223,7 +226,7 @@ RECIPES_DIR = next(
 def recipe_file(name: str) -> Path:
     """A recipe by path, or by the name of one that comes with the package. Raises BingoError."""
     shipped = sorted(path.stem for path in RECIPES_DIR.glob("*.yaml"))
-    for path in (Path(name), RECIPES_DIR / f"{name}.yaml"):
+    for path in (Path(os.path.expanduser(name)), RECIPES_DIR / f"{name}.yaml"):
         if path.is_file():
             return path
     raise BingoError(f"--recipe: expected a YAML file or one of {', '.join(shipped)}; found no file {name!r}")
@@ -237,14 +240,6 @@ def load_recipe(file: Path | None, settings: list[str], flags: dict[str, Any]) -
     values.update(parse_setting(setting, "--set") for setting in settings)
     values.update({key: value for key, value in flags.items() if value is not None})
     return make_recipe(values, str(file) if file else "the command line")
-
-
-def given_keys(settings: list[str], flags: dict[str, Any]) -> list[str]:
-    """The keys that a command's words name: what `load_recipe` takes from elsewhere than a file."""
-    return [
-        *(parse_setting(setting, "--set")[0] for setting in settings),
-        *(key for key, value in flags.items() if value is not None),
-    ]
 
 
 def parse_setting(setting: str, option: str) -> tuple[str, Any]:
@@ -261,7 +256,7 @@ def make_recipe(values: dict[str, Any], source: str) -> Recipe:
         if key not in KEYS:
             raise BingoError(f"{source}: unknown key {key!r}; the nearest is {nearest(str(key), KEYS, 1)[0]!r}")
     try:
-        return Recipe.model_validate({key: _number(key, value) for key, value in values.items()})
+        return Recipe.model_validate({key: _meant(key, value) for key, value in values.items()})
     except ValidationError as error:
         first = error.errors()[0]
         key = str(first["loc"][0])
@@ -311,8 +306,12 @@ def _yaml_scalar(text: str, key: str) -> Any:
         raise BingoError(f"--set {key}: expected a plain value, found {text!r}") from None
 
 
-def _number(key: str, value: Any) -> Any:
-    """YAML 1.1 reads 3e-4 as text; where a float is wanted, people mean the number."""
+def _meant(key: str, value: Any) -> Any:
+    """A path from ~ on is one in the home folder. YAML 1.1 reads 3e-4 as text; where a float is wanted, people mean the
+    number.
+    """
+    if key in PLACES and isinstance(value, str):
+        return os.path.expanduser(value)
     try:
         return float(value) if isinstance(value, str) and Recipe.model_fields[key].annotation is float else value
     except ValueError:

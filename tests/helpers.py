@@ -259,7 +259,7 @@ def untrained_run(folder: Path, each: int) -> RunDir:
     run = run_dir.open_new(folder / "run", resume=False, overwrite=False)
     run_dir.write_text(run.recipe, recipe_text(settings))
     made = made_of("training", teacher=weights_digest(trained.build_teacher(settings)))
-    trained.save_student(trained.build_student(settings, "random", "student"), run.student, settings, made)
+    trained.save_student(trained.build_student(settings, "random", "student"), run, settings, made)
     return run
 
 

@@ -20,14 +20,24 @@ ROOMS = (
     "report",
     "evaluation",
     "exporters",
-    "pipeline",
+    "pipeline options",
     "dry_run comparison demo",
     "preflight",
+    "api",
     "cli",
     "__main__",
 )
 RANK = {name: rank for rank, line in enumerate(ROOMS) for name in line.split()}
-WITHOUT_TORCH = ("recipe", "preflight", "models.names", "runtime.machine", "runtime.signals", "data.image_folder")
+WITHOUT_TORCH = (
+    "recipe",
+    "options",
+    "preflight",
+    "api",
+    "models.names",
+    "runtime.machine",
+    "runtime.signals",
+    "data.image_folder",
+)
 FLOORS, MODULES = 14, 8  # import floors with __main__, modules in a room
 
 

@@ -1,6 +1,8 @@
 """What is in a folder: decoded to the last file, nothing written."""
 
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from bingo_edge.image import ImageError
@@ -12,7 +14,21 @@ from bingo_compress.runtime import console
 SHOWN = 50
 
 
-def check(data: Path) -> None:
+@dataclass(frozen=True)
+class Inventory:
+    """What is in a folder. images: how many can be used; bad: (relative path, reason) of every file that cannot;
+    short_sides: pixels, ascending, one an image; copies: (relative path, the first file of the very same bytes);
+    classes: how many images each folder has, where folder names could be labels.
+    """
+
+    images: int
+    bad: tuple[tuple[str, str], ...]
+    short_sides: tuple[int, ...]
+    copies: tuple[tuple[str, str], ...]
+    classes: Mapping[str, int]
+
+
+def check(data: Path) -> Inventory:
     """Decode every image below `data` and print counts, sizes and each unusable file with its reason. Raises BingoError
     when none is usable.
     """
@@ -41,10 +57,13 @@ def check(data: Path) -> None:
         f"{len(sides):,} usable images in {data}; short side {short[0]} to {short[-1]} px, half of them"
         f" {short[len(short) // 2]} px or more"
     )
-    quarantine.say_copies(quarantine.copies(folder), "keep")
+    copies = quarantine.copies(folder)
+    quarantine.say_copies(copies, "keep")
+    known: dict[str, int] = {}
     try:
         classes, labels = image_folder.labels_of(image_folder.Folder(folder.root, folder.files, ()))
         counts = Counter(labels)
+        known = {name: counts[number] for number, name in enumerate(classes)}
         console.say(
             f"as labels (only `validate` reads them): {len(classes)} folders of {min(counts.values()):,} to"
             f" {max(counts.values()):,} images"
@@ -54,3 +73,4 @@ def check(data: Path) -> None:
     console.say(
         f"next: bingo-compress distill --data {data} --teacher resnet152 --student mobilenetv3 --out runs/first"
     )
+    return Inventory(len(sides), tuple(sorted(bad)), tuple(short), tuple(copies), known)

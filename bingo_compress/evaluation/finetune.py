@@ -3,9 +3,9 @@ and full fine-tuning.
 """
 
 import copy
-import dataclasses
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,20 @@ TUNE_LRS = (
     0.1,
 )
 HEAD_LR = 1.0
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Images to train on: rows, labels: (n,) positions in the store, and their classes; classes: how many there are."""
+
+    store: PixelStore
+    rows: Tensor
+    labels: Tensor
+    classes: int
+
+    def only(self, which: Tensor) -> "Labelled":
+        """Those at the positions `which` alone."""
+        return replace(self, rows=self.rows[which], labels=self.labels[which])
 
 
 def parse_shots(text: str) -> list[str]:
@@ -74,10 +88,7 @@ def literature_lr(name: str) -> float:
 
 def linear_with_augmentation(
     encoder: Encoder,
-    store: PixelStore,
-    rows: Tensor,
-    labels: Tensor,
-    classes: int,
+    images: Labelled,
     device: torch.device,
     *,
     lr: float = 0.0,
@@ -88,16 +99,16 @@ def linear_with_augmentation(
     """MoCo's linear protocol (arXiv 1911.05722; SEED, DisCo and BINGO use it too): a classifier on the frozen encoder's
     features of random crops and flips.
 
-    rows, labels: (n,) positions in the store and their classes. SGD, momentum 0.9, no weight decay, batches of 256,
+    SGD, momentum 0.9, no weight decay, batches of 256,
     x0.1 at 60% and 80% of the epochs; lr: 0 for `literature_lr`. Returns a head on raw features, on the CPU.
     """
     encoder.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     peak = lr or literature_lr(encoder.name)
     generator = torch.Generator().manual_seed(hash_seed("linear head", seed))
-    weight = (0.01 * torch.randn(classes, encoder.width, generator=generator)).to(device).requires_grad_()
-    bias = torch.zeros(classes, device=device, requires_grad=True)
+    weight = (0.01 * torch.randn(images.classes, encoder.width, generator=generator)).to(device).requires_grad_()
+    bias = torch.zeros(images.classes, device=device, requires_grad=True)
     optimizer = torch.optim.SGD([weight, bias], lr=peak, momentum=0.9)
-    for epoch, views, wanted in crops_and_flips(encoder, store, rows, labels, device, epochs, LINEAR_BATCH, seed, what):
+    for epoch, views, wanted in crops_and_flips(encoder, images, device, epochs, LINEAR_BATCH, seed, what):
         optimizer.param_groups[0]["lr"] = peak * 0.1 ** sum(epoch >= share * epochs for share in (0.6, 0.8))
         with torch.no_grad():
             features = encoder(views)
@@ -109,10 +120,7 @@ def linear_with_augmentation(
 
 def fine_tune(
     encoder: Encoder,
-    store: PixelStore,
-    rows: Tensor,
-    labels: Tensor,
-    classes: int,
+    images: Labelled,
     device: torch.device,
     *,
     epochs: int = 0,
@@ -123,15 +131,15 @@ def fine_tune(
     """Train a copy of the encoder and a linear classifier on a few labels, after SimCLR's and SwAV's semi-supervised
     protocols (2002.05709, 2006.09882).
 
-    rows, labels: (n,) positions in the store and their classes. Crops and flips only, Nesterov SGD, no weight decay,
+    Crops and flips only, Nesterov SGD, no weight decay,
     cosine. lr: the backbone's, 0 for the one of TUNE_LRS that does best on a fifth of the rows held out; the
     classifier's is HEAD_LR, as for features of length one: BatchNorm without weights before it (as MAE's probe has,
     2111.06377) makes it fit features of any scale. epochs: 0 for TUNE_EPOCHS, more where that is under TUNE_STEPS
     steps. Returns a function of plain views as `embed.as_embed` takes them, uint8 (B, S, S, 3), to classes (B,) int64.
     """
-    lr = lr or _best_lr(encoder, store, rows, labels, classes, device, epochs, seed, what)
+    lr = lr or _best_lr(encoder, images, device, epochs, seed, what)
     tuned = copy.deepcopy(encoder)
-    head = nn.Linear(encoder.width, classes)
+    head = nn.Linear(encoder.width, images.classes)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     model = nn.Sequential(tuned, nn.BatchNorm1d(encoder.width, eps=1e-8, affine=False), head)
@@ -139,14 +147,12 @@ def fine_tune(
     peaks = (lr, HEAD_LR / encoder.width)
     groups = [{"params": list(part.parameters())} for part in (tuned.backbone, head)]
     optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True)
-    each = _steps(len(rows), TUNE_BATCH)
+    each = _steps(len(images.rows), TUNE_BATCH)
     epochs = epochs or max(TUNE_EPOCHS, -(-TUNE_STEPS // each))
     # A single image has no spread to normalise by: BatchNorm then keeps its statistics.
-    model.train(len(rows) > 1)
+    model.train(len(images.rows) > 1)
     torch.manual_seed(hash_seed("fine-tune", seed))  # for students with dropout
-    for step, (_, views, wanted) in enumerate(
-        crops_and_flips(encoder, store, rows, labels, device, epochs, TUNE_BATCH, seed, what)
-    ):
+    for step, (_, views, wanted) in enumerate(crops_and_flips(encoder, images, device, epochs, TUNE_BATCH, seed, what)):
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = learning_rate(step, epochs * each, 0, peak)
         optimizer.zero_grad(set_to_none=True)
@@ -164,10 +170,7 @@ def fine_tune(
 
 def _best_lr(
     encoder: Encoder,
-    store: PixelStore,
-    rows: Tensor,
-    labels: Tensor,
-    classes: int,
+    images: Labelled,
     device: torch.device,
     epochs: int,
     seed: int,
@@ -176,17 +179,15 @@ def _best_lr(
     """The learning rate that does best on a fifth of the rows, held out; a tie, or fewer than five rows, takes the
     smaller.
     """
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(hash_seed("held out", seed)))
+    order = torch.randperm(len(images.rows), generator=torch.Generator().manual_seed(hash_seed("held out", seed)))
     held, kept = order[: len(order) // 5], order[len(order) // 5 :]
     right = [0] * len(TUNE_LRS)
     for number, lr in enumerate(TUNE_LRS if len(held) else ()):
         words = f"{what}, learning rate {lr}"
-        predict = fine_tune(
-            encoder, store, rows[kept], labels[kept], classes, device, epochs=epochs, lr=lr, seed=seed, what=words
-        )
+        predict = fine_tune(encoder, images.only(kept), device, epochs=epochs, lr=lr, seed=seed, what=words)
         for part in held.split(TUNE_BATCH):
-            plain = plain_views(store, rows[part], encoder.preprocessing)
-            right[number] += int((predict(plain.permute(0, 2, 3, 1)) == labels[part]).sum())
+            plain = plain_views(images.store, images.rows[part], encoder.preprocessing)
+            right[number] += int((predict(plain.permute(0, 2, 3, 1)) == images.labels[part]).sum())
     return TUNE_LRS[right.index(max(right))]
 
 
@@ -196,9 +197,7 @@ def _steps(count: int, batch: int) -> int:
 
 def crops_and_flips(
     encoder: Encoder,
-    store: PixelStore,
-    rows: Tensor,
-    labels: Tensor,
+    images: Labelled,
     device: torch.device,
     epochs: int,
     batch: int,
@@ -209,14 +208,16 @@ def crops_and_flips(
     """(epoch, views (B, 3, S, S), labels (B,)) of `epochs` passes in random order; batches differ by one image at most,
     so none is left with a single one.
     """
-    with console.bar(what, epochs * len(rows)) as advance:
+    with console.bar(what, epochs * len(images.rows)) as advance:
         for epoch in range(epochs):
             generator = torch.Generator().manual_seed(hash_seed("labelled", seed, epoch))
-            for part in torch.randperm(len(rows), generator=generator).tensor_split(_steps(len(rows), batch)):
-                images = rows[part]
-                drawn = crop_and_flip(store.aspect[images], generator, scale_min)
-                views = augment.apply(store.crops(images, drawn.box, encoder.preprocessing.size), drawn)
-                yield epoch, views.contiguous(memory_format=torch.channels_last), labels[part].to(device)
+            for part in torch.randperm(len(images.rows), generator=generator).tensor_split(
+                _steps(len(images.rows), batch)
+            ):
+                rows = images.rows[part]
+                drawn = crop_and_flip(images.store.aspect[rows], generator, scale_min)
+                views = augment.apply(images.store.crops(rows, drawn.box, encoder.preprocessing.size), drawn)
+                yield epoch, views.contiguous(memory_format=torch.channels_last), images.labels[part].to(device)
                 advance(len(part))
 
 
@@ -225,7 +226,7 @@ def crop_and_flip(aspect: Tensor, generator: torch.Generator, scale_min: float =
     aspect: (B,) width / height.
     """
     drawn = augment.draw(aspect, generator, scale_min)
-    return dataclasses.replace(
+    return replace(
         drawn,
         order=torch.full_like(drawn.order, -1),
         grey=torch.zeros_like(drawn.grey),

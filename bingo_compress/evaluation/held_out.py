@@ -49,7 +49,7 @@ def held_out_recall(run: run_dir.RunDir, plan: Plan, student: Encoder, material:
             f" {neighbours.RECALL_SHARE})"
         )
         return {}
-    encoders = {"start": trained.load_start(plan.recipe, run), "student": student}
+    encoders = {"start": trained.load_start(plan.recipe, run, student), "student": student}
     ready = {name: extract.as_embed(encoder, plan.device) for name, encoder in encoders.items()}
     order = torch.cat((held, gallery)).tolist()
     keep = extract.Keep(run.work, "closing", {name: weights_digest(each) for name, each in encoders.items()})

@@ -1,5 +1,6 @@
 """How each figure of a proof was made, in words that travel with it."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,24 @@ from bingo_compress.features import neighbours
 from bingo_compress.report.tables import NAMES as NAMES
 
 
-def _protocol(
-    sides: Sides,
-    test: image_folder.Folder | None,
-    specs: list[str],
-    fine_tune: bool,
-    literature: bool,
-    against: Path | None,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Extras:
+    """What a proof may have beside its plain probes. shots: parts of the labels, such as "1%,10%,5", to probe with as
+    well and, with fine_tune, to fine-tune on; literature: the linear probe with augmentation too; against: another
+    finished run, whose student is compared on the same images.
+    """
+
+    shots: str = ""
+    fine_tune: bool = False
+    literature: bool = False
+    against: Path | None = None
+
+
+NO_EXTRAS = Extras()
+
+
+def protocol(sides: Sides, test: image_folder.Folder | None, specs: list[str], extras: Extras) -> dict[str, Any]:
+    """What was measured on these sides, key by key. specs: the parts of extras.shots."""
     root = sides.bank_folder.root
     said: dict[str, Any] = {
         "knn": f"weighted vote exp(cos/{probes.KNN_TEMPERATURE}), k = {probes.KNN_K} (DINO), plain view",
@@ -55,7 +66,7 @@ def _protocol(
             f"the linear probe on a part of each class of the bank ({', '.join(specs)}; at least one image a class):"
             f" mean over {scores.SUBSETS} draws of the part, spread their standard deviation, interval over test images"
         )
-    if fine_tune:
+    if extras.fine_tune:
         said["fine_tuned"] = (
             "student, start and random weights (the teacher would be expensive), everything trained, on the first of"
             f" the draws alone: random crops of {finetune.SCALE_MIN}-1 and flips, Nesterov SGD, cosine, no weight"
@@ -64,17 +75,17 @@ def _protocol(
             " whichever does better on a fifth of the part held out, never on the test set, then all of the part;"
             f" {finetune.HEAD_LR} for the classifier, on features of length one"
         )
-    if literature:
+    if extras.literature:
         said["literature"] = (
             "student, start and random weights (the teacher would be expensive): MoCo's linear protocol, SGD with"
             f" learning rate 30 (EfficientNet, MobileNet: 3), no weight decay, batches of {finetune.LINEAR_BATCH},"
             f" {finetune.LINEAR_EPOCHS} epochs, x0.1 at 60% and 80%, random crops of {finetune.SCALE_MIN}-1 and flips"
             " on frozen weights; tested on the plain view"
         )
-    if fine_tune or literature:
+    if extras.fine_tune or extras.literature:
         said["crops"] = "cut from images stored as squares of 9/8 of the student's input, as in distillation"
-    if against:
-        said["against"] = f"the student of {against} on the same images, each student with its own input size"
+    if extras.against:
+        said["against"] = f"the student of {extras.against} on the same images, each student with its own input size"
         said["paired"] = (
             "this student minus the other; 95% paired bootstrap over test images; exact two-sided McNemar test"
             " (p_value)"

@@ -15,13 +15,13 @@ from torch import Tensor
 from bingo_compress.data import image_folder, pixel_store
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation import finetune, probes, scores
-from bingo_compress.evaluation.protocol import _protocol
+from bingo_compress.evaluation.protocol import NO_EXTRAS, Extras, protocol
 from bingo_compress.evaluation.scores import Sides
 from bingo_compress.features import extract, neighbours
 from bingo_compress.models import exported, trained
 from bingo_compress.models.encoder import Encoder, Preprocessing, weights_digest
 from bingo_compress.models.exported import onnx_runner
-from bingo_compress.models.trained import Models, build_student, load_student
+from bingo_compress.models.trained import NOTHING_GIVEN, Given, Models, build_student, load_student
 from bingo_compress.report import model_card
 from bingo_compress.report.tables import NAMES as NAMES
 from bingo_compress.report.tables import show
@@ -39,18 +39,15 @@ def validate(
     json_file: Path | None = None,
     device: str = "auto",
     *,
-    shots: str = "",
-    fine_tune: bool = False,
-    literature: bool = False,
-    against: Path | None = None,
+    extras: Extras = NO_EXTRAS,
     require: Sequence[str] = (),
+    given: Given = NOTHING_GIVEN,
 ) -> dict[str, Any]:
     """Probe every model of a run. data: the labelled bank; test: labelled queries, or None to set a quarter of each
     class of `data` aside.
 
-    shots: parts of the labels, such as "1%,10%,5", to probe with as well and, with fine_tune, to fine-tune on;
-    literature: the linear probe with augmentation too; against: another finished run, whose student is compared on the
-    same images; require: "linear=0.6" and the like. Returns and writes to RUN/validation.json and json_file
+    require: "linear=0.6" and the like; given: the modules of the user's own that the run was distilled with. Returns
+    and writes to RUN/validation.json and json_file
     {"protocol": ..., "rows": ...}, every figure with a 95% interval; the row of a file names its sha256. Saves a linear
     head and a bank beside each exported file for the edge kit. Of several processes each embeds its share of the
     images; the first does the rest. Raises BingoError, with exit status 3, when all is written, where an exported file
@@ -58,11 +55,12 @@ def validate(
     exported from another student than the run's.
     """
     least = parse_required(require)
-    specs = finetune.parse_shots(shots) if shots else []
-    if fine_tune and not specs:
+    specs = finetune.parse_shots(extras.shots) if extras.shots else []
+    if extras.fine_tune and not specs:
         raise BingoError("--fine-tune: expected --shots beside it, found none; for example --shots 1%,10% --fine-tune")
+    run_dir.refuse_no_file(json_file, "--json")
     run = run_dir.open_finished(run_path)
-    other = _open_against(against) if against else None
+    other = _open_against(extras.against) if extras.against else None
     recipe = saved_recipe(run)
     bank_folder = image_folder.list_folder(data)
     classes, _ = image_folder.labels_of(bank_folder)
@@ -74,14 +72,14 @@ def validate(
     distributed.from_first(lambda: run_dir.hold(run.path, "--run"))
     weights = {file.stem: exported.weights_digest(file) for file in (run.student, run.start) if file.exists()}
     contracts = {name: _contract(file, weights["student"]) for name, file in exported.files(run.export).items()}
-    teacher = trained.load_teacher(recipe, run)
-    student = load_student(recipe, run.student)
+    teacher = trained.load_teacher(recipe, run, given.teacher)
+    student = load_student(recipe, run.student, given.student)
     trainable = {"student": student}
     if run.start.exists():
-        trainable["start"] = trained.load_start(recipe, run)
+        trainable["start"] = trained.load_start(recipe, run, given.student)
     if run.bags.exists():
         trained.refuse_other_bags(run)
-    trainable["random"] = build_student(recipe, "random", "random row")
+    trainable["random"] = build_student(recipe, "random", "random row", given.student)
     encoders = {"teacher": teacher} | trainable
     models = {name: extract.as_embed(encoder, where) for name, encoder in encoders.items()}
     for name, contract in contracts.items():
@@ -124,14 +122,15 @@ def validate(
         by_name["student"] |= scores.gap_closed(
             right["random"]["linear"], right["student"]["linear"], right["teacher"]["linear"]
         )
-        if fine_tune or literature:
-            _train_with_labels(by_name, trainable, sides, specs if fine_tune else [], literature, run, where)
+        if extras.fine_tune or extras.literature:
+            tuned = specs if extras.fine_tune else []
+            _train_with_labels(by_name, trainable, sides, tuned, extras.literature, run, where)
 
         result: dict[str, Any] = {
-            "protocol": _protocol(sides, test_folder, specs, fine_tune, literature, against),
+            "protocol": protocol(sides, test_folder, specs, extras),
             "rows": rows,
         }
-        if against:
+        if other:
             result["paired"] = {
                 key: scores.compared(right["student"][key], right["against"][key]) for key in ("knn", "linear")
             }
@@ -262,18 +261,17 @@ def _train_with_labels(
         sides.bank_folder, pixel_store.store_side(encoders["student"].preprocessing.size, 0), work, device
     )
     place = {path: position for position, path in enumerate(stored.files)}
-    bank = torch.tensor([place[sides.bank_folder.files[index]] for index in sides.places])
+    places = torch.tensor([place[sides.bank_folder.files[index]] for index in sides.places])
+    bank = finetune.Labelled(store, places, sides.labels, classes)
     tuned: dict[str, tuple[Preprocessing, extract.Embed]] = {}
     for name, encoder in encoders.items():
         if literature:
-            head = finetune.linear_with_augmentation(
-                encoder, store, bank, sides.labels, classes, device, what=f"linear, augmented: {name}"
-            )
+            head = finetune.linear_with_augmentation(encoder, bank, device, what=f"linear, augmented: {name}")
             rows[name] |= scores.with_interval("literature", head.predict(sides.queries[name]) == sides.query_labels)
         for spec in specs:
             chosen = finetune.subset(sides.labels, spec, 0)
             what = f"fine-tune on {spec}: {name}"
-            predict = finetune.fine_tune(encoder, store, bank[chosen], sides.labels[chosen], classes, device, what=what)
+            predict = finetune.fine_tune(encoder, bank.only(chosen), device, what=what)
             tuned[f"{spec}: {name}"] = encoder.preprocessing, predict
     if tuned:
         for which, predicted in scores.again(

@@ -3,6 +3,7 @@
 import json
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from bingo_compress.features import extract, neighbours
 from bingo_compress.models import exported
 from bingo_compress.models.encoder import Encoder
 from bingo_compress.models.exported import onnx_runner
-from bingo_compress.models.trained import load_student
+from bingo_compress.models.trained import NOTHING_GIVEN, Given, load_student
 from bingo_compress.report import model_card
 from bingo_compress.runtime import console, run_dir
 from bingo_compress.runtime.run_dir import saved_recipe
@@ -37,53 +38,75 @@ WAYS = (
 )
 
 
+@dataclass(frozen=True)
+class Shape:
+    """The form of an exported file: a profile, what is to be other than in it, and another input size than the run's
+    (pixels a side).
+    """
+
+    profile: str = "modern"
+    batch: str | None = None
+    opset: int | None = None
+    image_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Int8:
+    """How an int8 file is judged and mended. labels, test: labelled folders on which it may lose at most `max_loss`
+    points against float; finetune: train it where no way of quantising passes.
+    """
+
+    labels: Path | None = None
+    test: Path | None = None
+    max_loss: float = gate.MAX_LOSS
+    finetune: bool = False
+
+
+MODERN, PLAIN_INT8 = Shape(), Int8()
+
+
 def export(
     run_path: Path,
     out: Path | None = None,
     data: Path | None = None,
     fmt: str = "onnx",
     *,
-    profile: str = "modern",
-    batch: str | None = None,
-    opset: int | None = None,
-    image_size: int | None = None,
-    labels: Path | None = None,
-    test: Path | None = None,
-    max_loss: float = gate.MAX_LOSS,
-    finetune: bool = False,
+    shape: Shape = MODERN,
+    int8: Int8 = PLAIN_INT8,
+    given: Given = NOTHING_GIVEN,
 ) -> list[Path]:
     """Export the student of a run: student.onnx, proven on IMAGES of the user's own images, and student-int8.onnx,
     judged on GALLERY others. Returns the files.
 
-    out: folder, default RUN/export; data: where the images are now, default where they were; labels, test: labelled
-    folders on which int8 may lose at most `max_loss` points against float. What is in the folder of another export is
+    out: folder, default RUN/export; data: where the images are now, default where they were; given: the module of the
+    user's own that the run's student is. What is in the folder of another export is
     removed: a file with what belongs to it, and an int8 file that was made of another float file than the one that is
     there, or is refused. Raises BingoError; with exit status 3 where a file is not the same model, and then it is not
     there.
     """
-    wanted = form(profile, batch, opset)
+    wanted = form(shape.profile, shape.batch, shape.opset)
     if fmt not in FORMATS:
         raise BingoError(f"--format: expected {', '.join(FORMATS)}, found {fmt!r}")
-    if fmt == "onnx" and (labels or finetune):
+    if fmt == "onnx" and (int8.labels or int8.finetune):
         raise BingoError(
-            f"{'--labels' if labels else '--finetune'}: expected --format onnx-int8 or all beside it, found onnx"
+            f"{'--labels' if int8.labels else '--finetune'}: expected --format onnx-int8 or all beside it, found onnx"
         )
-    if test and not labels:
+    if int8.test and not int8.labels:
         raise BingoError("--test: expected --labels beside it, found none")
-    labelled = gate.open_labelled(labels, test) if labels else None
+    labelled = gate.open_labelled(int8.labels, int8.test) if int8.labels else None
     run = run_dir.open_finished(run_path)
     if out is None or out.resolve() == run.export.resolve():
         run_dir.hold(run.path, "--run")
     recipe = saved_recipe(run)
-    recipe = recipe.model_copy(update={"image_size": image_size or recipe.image_size})
-    student = load_student(recipe, run.student)
+    recipe = recipe.model_copy(update={"image_size": shape.image_size or recipe.image_size})
+    student = load_student(recipe, run.student, given.student)
     folder = image_folder.list_folder(data or Path(recipe.data))
     order = torch.randperm(len(folder.files), generator=torch.Generator().manual_seed(0)).tolist()
-    if finetune:  # at least half of the images are left to train on
+    if int8.finetune:  # at least half of the images are left to train on
         order = order[: min(CALIBRATION + GALLERY, len(order) // 2)]
     pixels = extract.pixels_of(student.preprocessing, folder, order, IMAGES if fmt == "onnx" else CALIBRATION + GALLERY)
     if fmt != "onnx" and len(pixels) < LEAST_INT8:
-        more = " (half of the folder, the other is for --finetune)" if finetune else ""
+        more = " (half of the folder, the other is for --finetune)" if int8.finetune else ""
         raise BingoError(
             f"--format {fmt}: expected at least {LEAST_INT8} images to quantise and judge by, found"
             f" {len(pixels)}{more}; add images"
@@ -114,7 +137,7 @@ def export(
         if fmt != "onnx-int8":
             float_file = _put(float_file, target)
         if fmt != "onnx":
-            judges = gate.make_gate(float_file, _gallery(pixels), student.preprocessing, labelled, max_loss)
+            judges = gate.make_gate(float_file, _gallery(pixels), student.preprocessing, labelled, int8.max_loss)
 
             def tuned() -> Path:
                 apart = {*folder.only(order).digests, *judges.labelled}
@@ -124,7 +147,7 @@ def export(
 
             try:
                 _put(
-                    _int8(float_file, _calibrating(pixels), wanted, work, judges, tuned if finetune else None),
+                    _int8(float_file, _calibrating(pixels), wanted, work, judges, tuned if int8.finetune else None),
                     int8_target,
                 )
             except BingoError as error:

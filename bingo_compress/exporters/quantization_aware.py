@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from bingo_compress.data import pixel_store
 from bingo_compress.data.image_folder import Folder
 from bingo_compress.errors import BingoError
-from bingo_compress.evaluation.finetune import crops_and_flips
+from bingo_compress.evaluation.finetune import Labelled, crops_and_flips
 from bingo_compress.models.encoder import Encoder
 from bingo_compress.recipe import Recipe
 from bingo_compress.runtime.devices import choose_device, use_threads
@@ -62,7 +62,7 @@ def finetune(recipe: Recipe, student: Encoder, folder: Folder, work: Path, apart
     steps = EPOCHS * -(-len(rows) // BATCH)
     with rounded(student.backbone):
         batches = crops_and_flips(
-            student, store, rows, rows, device, EPOCHS, BATCH, recipe.seed, "fine-tune, rounded", SCALE_MIN
+            student, Labelled(store, rows, rows, 0), device, EPOCHS, BATCH, recipe.seed, "fine-tune, rounded", SCALE_MIN
         )
         for step, (_, views, _) in enumerate(batches):
             for group in optimizer.param_groups:

@@ -24,7 +24,7 @@ from bingo_compress.report.timing_table import HEADER, PARTS, caption, cells, de
 from bingo_compress.runtime import console
 from bingo_compress.runtime.machine import processor
 from bingo_compress.runtime.made_of import file_digest
-from bingo_compress.runtime.run_dir import write_text
+from bingo_compress.runtime.run_dir import refuse_no_file, write_text
 
 LOADS = 3
 PROBE_RUNS = 10
@@ -188,10 +188,7 @@ def _refuse(models: Sequence[Path], threads: Sequence[int], runs: int, warm_up: 
     for option, value, least in (("--threads", min(threads), 1), ("--runs", runs, 1), ("--warm-up", warm_up, 0)):
         if value < least:
             raise BingoError(f"{option}: expected at least {least}, found {value}; give a larger number")
-    if json_file and not json_file.parent.is_dir():
-        raise BingoError(
-            f"--json: expected a file in a folder that is there, found {json_file}; make {json_file.parent} first"
-        )
+    refuse_no_file(json_file, "--json")
 
 
 def _opened(path: Path, label: str) -> Model:

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import logging
 import os
 import socket
@@ -11,14 +12,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+import safetensors.torch
 import timm
 import torch
 from torch import Tensor, nn
 
 from bingo_compress.errors import BingoError
-from bingo_compress.models import extra_models, weights  # noqa: F401  # timm knows them from here on
+from bingo_compress.models import extra_models, weights  # timm knows them from here on
 from bingo_compress.models.names import has_pretrained
-from bingo_compress.runtime import checkpoint
+from bingo_compress.runtime import checkpoint, run_dir
 
 HUB_SECONDS = 3.0
 
@@ -103,6 +105,52 @@ class Encoder(nn.Module):
             return self.width
         size, device = self.preprocessing.size, next(self.parameters()).device
         return self.embed(torch.zeros(1, 3, size, size, device=device))[1].shape[1]
+
+    def is_timms(self) -> bool:
+        """Whether timm by itself can build the backbone by its name, with just these tensors."""
+        config = getattr(self.backbone, "pretrained_cfg", None)
+        return bool(config) and timm.is_model(self.name.partition(".")[0]) and self.name not in extra_models.NAMES
+
+    def save_timm(self, folder: str | Path) -> None:
+        """Write the backbone as `folder`, config.json and model.safetensors, which timm reads by itself:
+        timm.create_model("local-dir:FOLDER", pretrained=True), with its mean, std and size. Replaces one that is there,
+        whole or not at all. Raises BingoError for a model that is not timm's.
+        """
+        if not self.is_timms():
+            raise BingoError(f"{self.name}: expected a model that timm can build by its name; save its state_dict")
+        rule = self.preprocessing
+        seen: dict[str, Any] = {
+            "input_size": (3, rule.size, rule.size),
+            "interpolation": rule.interpolation,
+            "crop_pct": rule.crop_pct,
+            "crop_mode": rule.crop_mode,
+            "mean": rule.mean,
+            "std": rule.std,
+        }
+        config: dict[str, Any] = self.backbone.pretrained_cfg  # type: ignore[assignment]
+        arguments = {"img_size": rule.size} if config.get("fixed_input_size") else {}
+        told = {
+            "architecture": self.name.partition(".")[0],
+            "num_classes": 0,
+            "num_features": self.width,
+            "pretrained_cfg": seen
+            | {
+                "num_classes": 0,
+                "fixed_input_size": bool(config.get("fixed_input_size")),
+                "first_conv": config.get("first_conv"),
+                "classifier": config.get("classifier"),
+                "pool_size": None,
+                "license": None,
+            },
+            "model_args": arguments,
+        }
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.backbone.state_dict().items()}
+        target = Path(os.path.expanduser(folder))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        run_dir.need_space(target.parent, sum(tensor.nbytes for tensor in tensors.values()), target.name)
+        with run_dir.atomic_folder(target) as made:
+            safetensors.torch.save_file(tensors, made / "model.safetensors", metadata={"format": "pt"})
+            (made / "config.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
 
     def _measured_width(self) -> int:
         size = self.preprocessing.size

@@ -5,6 +5,8 @@ from typing import Any
 import timm
 from torch import nn
 
+NAMES = ("resnet50x2", "vit_small_moco_v3")
+
 
 @timm.models.register_model  # type: ignore[untyped-decorator]
 def resnet50x2(pretrained: bool = False, **arguments: Any) -> nn.Module:

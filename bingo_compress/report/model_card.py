@@ -108,7 +108,7 @@ def licence(name: str, source: str) -> str:
     if source == "random":
         return "none: random weights"
     if source != "pretrained":
-        return "file given by the user: licence unknown to us"
+        return "given by the user: licence unknown to us"
     config = timm.models.get_pretrained_cfg(name)
     return plain(config.license) if config and config.license else "timm states none"
 

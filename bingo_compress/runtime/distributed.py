@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from bingo_compress.errors import BingoError
+from bingo_compress.runtime import machine
 
 Item = TypeVar("Item")
 GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connect timeout")  # of gloo
@@ -28,7 +29,7 @@ _by_itself = ContextVar("_by_itself", default=False)
 
 def asked_for() -> bool:
     """Whether torchrun started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return machine.processes() > 1
 
 
 def start(device: torch.device) -> torch.device:

@@ -96,6 +96,25 @@ def _sysctl() -> str:
         return ""
 
 
+def processes() -> int:
+    """Of how many processes this one is, by torchrun's variables; 1 where there are none. Raises BingoError where they
+    are not whole, as what a cluster left behind is.
+    """
+    said = os.environ.get("WORLD_SIZE", "1")
+    if not (said.isdecimal() and int(said)):
+        raise BingoError(
+            f"WORLD_SIZE: expected a number of processes in this environment variable, found {said!r}; unset it, or"
+            " start several processes with torchrun"
+        )
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if int(said) > 1 and missing:
+        raise BingoError(
+            f"WORLD_SIZE: expected {', '.join(missing)} beside WORLD_SIZE={said} in the environment, found none; unset"
+            " WORLD_SIZE, or start several processes with torchrun"
+        )
+    return int(said)
+
+
 def keep_memory() -> None:
     """Let glibc keep freed blocks: otherwise each large tensor is mapped and cleared anew by the kernel, half of a CPU
     run's time.

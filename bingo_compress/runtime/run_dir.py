@@ -32,6 +32,7 @@ class RunDir:
         self.quarantine = path / "quarantine.csv"
         self.summary = path / "summary.json"
         self.validation = path / "validation.json"
+        self.timm = path / "timm"  # the student as timm.create_model reads it
         self.export = path / "export"
         self.work = path / "work"
         self.start = self.work / "start.safetensors"
@@ -103,6 +104,12 @@ def hold(folder: Path, option: str) -> None:
     _HELD[path] = handle
 
 
+def let_go() -> None:
+    """Free all that this process holds: others may write there again."""
+    while _HELD:
+        _HELD.popitem()[1].close()
+
+
 def _refuse_links(folder: Path, option: str) -> None:
     """Raise BingoError for a link, a pipe or the like where a run has its files: a folder from elsewhere could have us
     write outside of it, or wait for ever.
@@ -115,6 +122,13 @@ def _refuse_links(folder: Path, option: str) -> None:
                 f"{option}: expected files in {folder}, found {path.relative_to(folder)}, {what}; remove it, or put"
                 " there what it stands for"
             )
+
+
+def refuse_no_file(file: Path | None, option: str) -> None:
+    """Raise BingoError where `file`, if there is to be one, could not be written when all is computed."""
+    if file and (file.is_dir() or not file.parent.is_dir()):
+        way = "name a file in it" if file.is_dir() else f"make {file.parent} first"
+        raise BingoError(f"{option}: expected a file in a folder that is there, found {file}; {way}")
 
 
 @contextmanager
@@ -191,7 +205,8 @@ def _clear(run: RunDir) -> None:
         run.metrics.with_name("trace.json"),
     ):
         path.unlink(missing_ok=True)
-    shutil.rmtree(run.export, ignore_errors=True)
+    for folder in (run.timm, run.export):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def stage_key(**made_from: Any) -> str:

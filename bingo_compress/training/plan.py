@@ -16,7 +16,7 @@ from bingo_compress.errors import BingoError
 from bingo_compress.models.encoder import Encoder
 from bingo_compress.models.names import has_pretrained, resolve_name
 from bingo_compress.models.trained import Models
-from bingo_compress.recipe import FILES, WORDS, Recipe
+from bingo_compress.recipe import FILES, GIVEN, WORDS, Recipe
 from bingo_compress.runtime import console, devices, distributed, machine
 from bingo_compress.training.losses import LOSSES, Loss, make_loss, readers, settled
 
@@ -61,6 +61,8 @@ def resolve_names(recipe: Recipe, say: Callable[[str], None] = console.say) -> R
     """Family names to models and `auto` student weights to what they mean; says what it chose. Raises BingoError."""
     names: dict[str, Any] = {}
     for role in ("teacher", "student"):
+        if getattr(recipe, f"{role}_weights") == GIVEN:
+            continue  # a module of the user's own: its name is no model's
         names[role] = resolve_name(getattr(recipe, role), f"--{role}")
         if names[role] != getattr(recipe, role):
             say(f"{role}: {getattr(recipe, role)} means {names[role]}")

@@ -13,6 +13,7 @@ from bingo_compress.data import augment
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation import finetune
 from bingo_compress.evaluation.finetune import (
+    Labelled,
     crop_and_flip,
     fine_tune,
     linear_with_augmentation,
@@ -118,7 +119,7 @@ def test_a_pass_shows_every_image_once_with_its_label_and_no_batch_of_one(
     seen: dict[int, list[float]] = {}
     sizes = []
     for epoch, views, labels in finetune.crops_and_flips(
-        student, store, torch.arange(12, -1, -1), marks.flip(0), CPU, 2, 6, 0, "test"
+        student, Labelled(store, torch.arange(12, -1, -1), marks.flip(0), 13), CPU, 2, 6, 0, "test"
     ):
         assert views[:, 0, 0, 0].tolist() == labels.tolist()
         seen.setdefault(epoch, []).extend(labels.tolist())
@@ -143,14 +144,14 @@ def test_the_steps_are_those_of_plain_sgd_and_the_encoder_stays_frozen(
 ) -> None:
     store, rows = filled_store(30), torch.arange(24)
     labels = rows % 3
-    drawn = list(finetune.crops_and_flips(student, store, rows, labels, CPU, 10, 256, 0, "test"))
+    drawn = list(finetune.crops_and_flips(student, Labelled(store, rows, labels, 3), CPU, 10, 256, 0, "test"))
     before = copy.deepcopy(student.state_dict())
-    head = linear_with_augmentation(student, store, rows, labels, 3, CPU, epochs=10)
+    head = linear_with_augmentation(student, Labelled(store, rows, labels, 3), CPU, epochs=10)
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
     assert not student.training
     # The same by hand: gradient of the cross-entropy, momentum 0.9, 3 then 0.3 from the seventh epoch, then 0.03 from
     # the ninth.
-    first = linear_with_augmentation(student, store, rows, labels, 3, CPU, epochs=1, lr=1e-12)
+    first = linear_with_augmentation(student, Labelled(store, rows, labels, 3), CPU, epochs=1, lr=1e-12)
     weight, bias = first.weight.double(), first.bias.double()
     momentum = [torch.zeros_like(weight), torch.zeros_like(bias)]
     for epoch, views, wanted in drawn:
@@ -166,7 +167,7 @@ def test_the_steps_are_those_of_plain_sgd_and_the_encoder_stays_frozen(
 
 def test_the_linear_protocol_learns_three_kinds_of_photo(student: Encoder) -> None:
     rows = torch.arange(60)
-    head = linear_with_augmentation(student, filled_store(60), rows, rows % 3, 3, CPU, epochs=30)
+    head = linear_with_augmentation(student, Labelled(filled_store(60), rows, rows % 3, 3), CPU, epochs=30)
     features = as_embed(student, CPU)[1](plain(range(300, 360)))
     assert float((head.predict(features) == torch.arange(60) % 3).float().mean()) > 0.9
 
@@ -177,7 +178,7 @@ def test_the_linear_protocol_learns_three_kinds_of_photo(student: Encoder) -> No
 def test_fine_tuning_learns_and_leaves_the_encoder_as_it_was(student: Encoder) -> None:
     rows = torch.arange(30)
     before = copy.deepcopy(student.state_dict())
-    predict = fine_tune(student, filled_store(30), rows, rows % 3, 3, CPU, epochs=40)
+    predict = fine_tune(student, Labelled(filled_store(30), rows, rows % 3, 3), CPU, epochs=40)
     predicted = predict(plain(range(300, 360)))
     assert predicted.dtype == torch.int64 and predicted.shape == (60,)
     assert float((predicted == torch.arange(60) % 3).float().mean()) > 0.9
@@ -191,7 +192,7 @@ def test_everything_is_trained_and_the_same_each_time(student: Encoder, monkeypa
     rows, weights = torch.arange(9), []
     for seed in (0, 0, 1):
         made.clear()
-        fine_tune(student, filled_store(9), rows, rows % 3, 3, CPU, epochs=2, lr=0.01, seed=seed)
+        fine_tune(student, Labelled(filled_store(9), rows, rows % 3, 3), CPU, epochs=2, lr=0.01, seed=seed)
         weights.append({name: value.clone() for name, value in made[0].state_dict().items()})
     for name, parameter in student.named_parameters():
         assert not torch.equal(weights[0][f"0.{name}"], parameter), name
@@ -203,17 +204,14 @@ def test_few_images_get_more_epochs(student: Encoder, monkeypatch: pytest.Monkey
     asked: list[int] = []
 
     def recorded(*arguments: object) -> list[object]:
-        asked.append(int(str(arguments[5])))
+        asked.append(int(str(arguments[3])))
         return []
 
     monkeypatch.setattr(finetune, "crops_and_flips", recorded)
     for count in (5, 64, 65, 64 * 40):
         fine_tune(
             student,
-            filled_store(3),
-            torch.zeros(count, dtype=torch.int64),
-            torch.zeros(count, dtype=torch.int64),
-            2,
+            Labelled(filled_store(3), *torch.zeros(2, count, dtype=torch.int64), 2),
             CPU,
             lr=0.01,
         )
@@ -223,7 +221,7 @@ def test_few_images_get_more_epochs(student: Encoder, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("count", [1, 2])
 def test_one_or_two_images_do_not_break_batchnorm(student: Encoder, count: int) -> None:
     rows = torch.arange(count)
-    predict = fine_tune(student, filled_store(3), rows, rows, 3, CPU, epochs=2)
+    predict = fine_tune(student, Labelled(filled_store(3), rows, rows, 3), CPU, epochs=2)
     assert predict(plain(range(1))).shape == (1,)
 
 
@@ -232,32 +230,33 @@ def test_the_learning_rate_is_chosen_on_a_fifth_held_out(student: Encoder, monke
     trained: list[tuple[float, list[int]]] = []
     knows: dict[float, int] = {}
 
-    def pretended(
-        encoder: Encoder, store: object, rows: torch.Tensor, labels: torch.Tensor, *_: object, lr: float, **__: object
-    ) -> object:
+    def pretended(encoder: Encoder, images: Labelled, device: torch.device, *, lr: float, **_: object) -> object:
         """Right on as many of the images held out as `knows` says for the learning rate."""
-        trained.append((lr, rows.tolist()))
-        assert torch.equal(labels, answers[rows])
+        trained.append((lr, images.rows.tolist()))
+        assert torch.equal(images.labels, answers[images.rows])
         order = torch.randperm(20, generator=torch.Generator().manual_seed(finetune.hash_seed("held out", 0)))
-        assert set(order[:4].tolist()).isdisjoint(rows.tolist())
+        assert set(order[:4].tolist()).isdisjoint(images.rows.tolist())
         return lambda batch: torch.where(torch.arange(4) < knows[lr], answers[order[:4]], -1)
 
     monkeypatch.setattr(finetune, "fine_tune", pretended)
     monkeypatch.setattr(finetune, "TUNE_LRS", (0.1, 0.2, 0.3))
+    images = Labelled(filled_store(20), torch.arange(20), answers, 3)
     for known, best in (((1, 4, 3), 0.2), ((2, 2, 1), 0.1), ((0, 1, 3), 0.3)):
         trained.clear()
         knows.update(zip((0.1, 0.2, 0.3), known, strict=True))
-        assert finetune._best_lr(student, filled_store(20), torch.arange(20), answers, 3, CPU, 1, 0, "test") == best
+        assert finetune._best_lr(student, images, CPU, 1, 0, "test") == best
         assert [(lr, len(set(rows))) for lr, rows in trained] == [(0.1, 16), (0.2, 16), (0.3, 16)]
     trained.clear()
-    assert finetune._best_lr(student, filled_store(4), torch.arange(4), answers[:4], 3, CPU, 1, 0, "test") == 0.1
+    assert finetune._best_lr(student, images.only(torch.arange(4)), CPU, 1, 0, "test") == 0.1
     assert not trained  # nothing to hold out of four
 
 
 def test_after_the_choice_all_rows_are_trained_on(student: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[list[int]] = []
-    monkeypatch.setattr(finetune, "crops_and_flips", lambda encoder, store, rows, *_: shown.append(rows.tolist()) or [])
-    fine_tune(student, filled_store(20), torch.arange(20), torch.arange(20) % 3, 3, CPU)
+    monkeypatch.setattr(
+        finetune, "crops_and_flips", lambda encoder, images, *_: shown.append(images.rows.tolist()) or []
+    )
+    fine_tune(student, Labelled(filled_store(20), torch.arange(20), torch.arange(20) % 3, 3), CPU)
     assert [len(rows) for rows in shown] == [16] * len(finetune.TUNE_LRS) + [20]
 
 
@@ -269,7 +268,7 @@ def test_features_of_any_scale_are_learned_from(student: Encoder) -> None:
             scaled.backbone.bn2.weight.mul_(scale)
             scaled.backbone.bn2.bias.mul_(scale)
         # The classifier alone: the backbone's learning rate is next to nothing.
-        predicted = fine_tune(scaled, filled_store(24), rows, rows % 3, 3, CPU, epochs=120, lr=1e-12)(
+        predicted = fine_tune(scaled, Labelled(filled_store(24), rows, rows % 3, 3), CPU, epochs=120, lr=1e-12)(
             plain(range(300, 345))
         )
         found.append(predicted)

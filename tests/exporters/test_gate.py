@@ -13,6 +13,7 @@ from helpers import encoder, photos, recipe, untrained_run
 from bingo_compress.data import image_folder, pixel_store
 from bingo_compress.errors import BingoError
 from bingo_compress.exporters import exporting, gate, quantization_aware
+from bingo_compress.exporters.exporting import Int8
 from bingo_compress.exporters.int8 import LadderEnds, Rung
 from bingo_compress.exporters.onnx import PROFILES, REFUSED
 from bingo_compress.features import extract
@@ -130,7 +131,7 @@ def test_what_int8_cannot_be_judged_by_is_refused_before_a_float_file_is_written
 ) -> None:
     run = untrained_run(tmp_path, 3)
     with pytest.raises(BingoError, match=said):
-        exporting.export(run.path, fmt="all", **{key: tmp_path / value for key, value in given.items()})
+        exporting.export(run.path, fmt="all", int8=Int8(**{key: tmp_path / value for key, value in given.items()}))
     assert not run.export.exists()
 
 
@@ -205,7 +206,7 @@ def test_export_keeps_its_gate_and_its_calibration_out_of_fine_tuning(
     ):
         monkeypatch.setattr(owner, name, stand_in)
     with pytest.raises(KeyboardInterrupt):
-        exporting.export(run.path, fmt="onnx-int8", finetune=True, labels=data if labelled else None)
+        exporting.export(run.path, fmt="onnx-int8", int8=Int8(data if labelled else None, finetune=True))
     apart = used["apart"]
     judged = {digest for digest in used["folder"].digests if digest in apart}
     assert judged == apart == apart | used["gate"].labelled and len(used["gate"].labelled) == (15 if labelled else 0)

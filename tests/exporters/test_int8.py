@@ -15,6 +15,7 @@ from torch import nn
 from bingo_compress.data import image_folder
 from bingo_compress.errors import BingoError
 from bingo_compress.exporters import exporting, gate, int8, quantization_aware
+from bingo_compress.exporters.exporting import Int8, Shape
 from bingo_compress.exporters.int8 import LadderEnds, Rung, quantise, sensitivity
 from bingo_compress.exporters.onnx import PROFILES, Deployed, Form, export_onnx, form
 from bingo_compress.features import extract
@@ -317,7 +318,7 @@ def test_all_formats_leave_files_that_the_device_kit_checks_itself_against(
     finished: run_dir.RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(gate, "LEAST_RECALL", 0.3)  # an untrained student's neighbours are close to ties
-    files = exporting.export(finished.path, fmt="all", profile="edge")
+    files = exporting.export(finished.path, fmt="all", shape=Shape("edge"))
     assert [file.name for file in files] == ["student.onnx", "student-int8.onnx"]
     contract = json.loads(files[1].with_suffix(".json").read_text())
     assert contract["precision"] == "int8" and contract["int8"]["gate"]["images"] == 24
@@ -347,9 +348,9 @@ def test_an_int8_file_below_the_gate_is_not_published(
     ("settings", "match"),
     [
         ({"fmt": "tflite"}, "--format: expected onnx, onnx-int8, all"),
-        ({"finetune": True}, "--finetune: expected --format onnx-int8 or all"),
-        ({"labels": Path("x")}, "--labels: expected --format"),
-        ({"fmt": "all", "test": Path("x")}, "--test: expected --labels"),
+        ({"int8": Int8(finetune=True)}, "--finetune: expected --format onnx-int8 or all"),
+        ({"int8": Int8(Path("x"))}, "--labels: expected --format"),
+        ({"fmt": "all", "int8": Int8(test=Path("x"))}, "--test: expected --labels"),
     ],
 )
 def test_what_makes_no_sense_together_is_refused_before_anything(

@@ -19,6 +19,7 @@ from helpers import encoder, interrupted_at, photos, untrained_run
 from bingo_compress.errors import BingoError
 from bingo_compress.exporters import exporting, timing
 from bingo_compress.exporters import onnx as exporter
+from bingo_compress.exporters.exporting import Shape
 from bingo_compress.exporters.int8 import LadderEnds, Rung
 from bingo_compress.exporters.onnx import REFUSED
 from bingo_compress.models import exported, trained
@@ -180,7 +181,7 @@ def test_both_files_in_a_folder_are_of_one_export(run: run_dir.RunDir, int8: Any
         "student-int8.onnx",
     ]
     assert "removed" not in printed.getvalue()
-    exporting.export(run.path, image_size=48)
+    exporting.export(run.path, shape=Shape(image_size=48))
     assert "removed student-int8.onnx" in printed.getvalue()
     assert [name for name in left(run.export) if "int8" in name] == []
     exporting.export(run.path, fmt="onnx-int8")  # at 32 again
@@ -303,7 +304,7 @@ def test_a_file_of_another_student_is_refused_before_anything(run: run_dir.RunDi
     recipe = run_dir.saved_recipe(run)
     made_of = checkpoint.made_of(run.student)
     assert made_of
-    trained.save_student(encoder("test_efficientnet", 32, seed=5), run.student, recipe, made_of)
+    trained.save_student(encoder("test_efficientnet", 32, seed=5), run, recipe, made_of)
     ran = bingo("validate", "--run", run.path, "--data", made.parent / "photos")
     assert ran.status == 2 and len(ran.err.splitlines()) == 1
     assert (
@@ -322,11 +323,11 @@ def test_the_same_weights_saved_again_are_the_same_student(run: run_dir.RunDir) 
     assert made_of
     student = trained.load_student(recipe, run.student)
     for _ in range(12):  # safetensors writes what a file says of itself in any order: the bytes differ
-        trained.save_student(student, run.student, recipe, made_of)
+        trained.save_student(student, run, recipe, made_of)
         assert exported.weights_digest(run.student) == digest
     with torch.no_grad():
         next(student.parameters()).view(-1)[0] += 1
-    trained.save_student(student, run.student, recipe, made_of)
+    trained.save_student(student, run, recipe, made_of)
     assert exported.weights_digest(run.student) != digest
 
 

@@ -8,12 +8,14 @@ import pytest
 import torch
 from helpers import CPU, Ran, command, encoder, filled_store, flags, kind_targets, photos, planned, recipe
 
+from bingo_compress import api
 from bingo_compress.comparison import tables
 from bingo_compress.comparison.arms import SHARED, make_arms, resolve_arms
 from bingo_compress.errors import BingoError
 from bingo_compress.features.bagging import knn
 from bingo_compress.features.targets import StoredTargets, TargetSpace
-from bingo_compress.recipe import KEYS, RESUME_MAY_CHANGE, Recipe, given_keys
+from bingo_compress.options import Distill
+from bingo_compress.recipe import KEYS, RESUME_MAY_CHANGE, Recipe
 from bingo_compress.training import loop, plan
 from bingo_compress.training.loader import Lessons
 from bingo_compress.training.losses import LOSSES
@@ -185,7 +187,8 @@ def test_a_method_without_bags_takes_fewer_images_than_a_bag_holds(bingo: Any, t
 
 
 def test_the_named_settings_are_those_of_the_words() -> None:
-    assert given_keys(["lr=1", " seed=2"], {"epochs": 0, "bags": None}) == ["lr", "seed", "epochs"]
+    words = Distill(settings=["lr=1", " seed=2"], epochs=0, bags=None)
+    assert api._named(words) == {"lr": 1, "seed": 2, "epochs": 0}
 
 
 # ---------------------------------------------------------------- arms

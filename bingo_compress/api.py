@@ -1,0 +1,334 @@
+"""The way in, for Python and for the command line: one function a command, with the words of options.py. Each imports
+torch when it is called, after what can be refused without it.
+"""
+
+import functools
+import inspect
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
+
+from bingo_compress import options, preflight
+from bingo_compress.errors import BingoError
+from bingo_compress.recipe import GIVEN, KEYS, Recipe, load_recipe, make_recipe, parse_setting, recipe_file
+from bingo_compress.runtime import console, run_dir
+
+if TYPE_CHECKING:
+    from bingo_compress.data.inventory import Inventory
+    from bingo_compress.models.encoder import Encoder
+
+P = ParamSpec("P")
+Words = TypeVar("Words")
+Result = TypeVar("Result")
+
+
+class Figure(NamedTuple):
+    """A measured value with the ends of its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """A finished run: its folder, the student's weights, `timm`: a folder that timm.create_model reads (None for a
+    student that timm does not know), and, without labels, how many of the teacher's neighbours models keep.
+    """
+
+    run: Path
+    student: Path
+    timm: Path | None
+    run_id: str
+    neighbour_recall: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Validation:
+    """A proof: `figures[model][name]` of teacher, student, start, random, onnx, onnx-int8 and against; `protocol`: how
+    each was measured; `rows`: all that is in `file`, RUN/validation.json.
+    """
+
+    file: Path
+    figures: Mapping[str, Mapping[str, Figure]]
+    protocol: Mapping[str, Any]
+    rows: tuple[Mapping[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """The files of an export, and the card that says what they are."""
+
+    files: tuple[Path, ...]
+    card: Path
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A table of methods: its folder, with table.txt, .json, .csv and .svg, and what is in table.json."""
+
+    out: Path
+    table: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What a file takes with a count of threads: milliseconds, bytes, and its p50 as a multiple of the first file's,
+    with least and most over parts of the runs.
+    """
+
+    file: str
+    threads: int
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+    p50_ratio: Figure
+    load_ms: float
+    peak_bytes: int
+    bytes: int
+
+
+def _with_words(make: Callable[P, Words]) -> Callable[[Callable[[Words], Result]], Callable[P, Result]]:
+    """The function called with the fields of the dataclass `make` by name, instead of with one object of it."""
+
+    def wrap(work: Callable[[Words], Result]) -> Callable[P, Result]:
+        @functools.wraps(work)
+        def call(*args: P.args, **given: P.kwargs) -> Result:
+            words = make(*args, **given)
+            with _speaking(getattr(words, "progress", True)):
+                return work(words)
+
+        call.__signature__ = inspect.signature(make)  # type: ignore[attr-defined]
+        return call
+
+    return wrap
+
+
+@contextmanager
+def _speaking(aloud: bool) -> Iterator[None]:
+    """Inside, tables, lines and bars are shown or not; afterwards as before, and the folders that were written are
+    free for others.
+    """
+    before = console.console.quiet
+    console.console.quiet = before or not aloud
+    try:
+        yield
+    finally:
+        console.console.quiet = before
+        run_dir.let_go()
+
+
+def _place(place: str | Path) -> Path:
+    return Path(os.path.expanduser(place))
+
+
+def _maybe(place: str | Path | None) -> Path | None:
+    return _place(place) if place is not None else None
+
+
+@_with_words(options.Check)
+def check(words: options.Check) -> "Inventory":
+    """Decode every image below `data`: counts, sizes, and each file that cannot be used with its reason. Raises
+    BingoError where none can be.
+    """
+    from bingo_compress.data.inventory import check as look
+
+    return look(_place(words.data))
+
+
+@_with_words(options.Distill)
+def distill(words: options.Distill) -> Distilled:
+    """Distil a teacher into a student on a folder of images. Raises BingoError.
+
+    teacher, student: a timm model by name, or an `Encoder` around a module of your own, which is left as it is: a run
+    with one is resumed, validated and exported with the same module given again. Any other setting of the recipe:
+    settings={"lr": 0.01}.
+    """
+    recipe, out = _recipe(words), _place(words.out)
+    given = _own(words.teacher, words.student)
+    preflight.refuse_early(recipe, out, given, resume=words.resume, overwrite=words.overwrite)
+
+    from bingo_compress import pipeline
+    from bingo_compress.models.trained import Given
+
+    _refuse_unread(words, recipe, [recipe])
+    run = pipeline.run_distill(recipe, out, resume=words.resume, overwrite=words.overwrite, given=Given(**given))
+    summary = run_dir.read_json("distill", run.summary)
+    return Distilled(
+        run.path,
+        run.student,
+        run.timm if run.timm.is_dir() else None,
+        summary.get("run_id", ""),
+        summary.get("neighbour_recall", {}),
+    )
+
+
+@_with_words(options.Distill)
+def dry_run(words: options.Distill) -> None:
+    """Print what `distill` with the same words would do and cost, and write nothing. Raises BingoError."""
+    recipe, out = _recipe(words), _place(words.out)
+    given = _own(words.teacher, words.student)
+    preflight.refuse_early(recipe, out, given, resume=True, overwrite=False)
+
+    from bingo_compress.dry_run import estimate
+    from bingo_compress.models.trained import Given
+
+    _refuse_unread(words, recipe, [recipe])
+    estimate(recipe, out, Given(**given))
+
+
+@_with_words(options.Compare)
+def compare(words: options.Compare) -> Comparison:
+    """Several methods, or variants of one, side by side on one folder. Raises BingoError."""
+    recipe, out = _recipe(words), _place(words.out)
+    numbers = [part.strip() for part in words.seeds.split(",")]
+    if not all(number.isdecimal() for number in numbers):
+        raise BingoError(f"--seeds: expected numbers with commas between, for example 0,1,2; found {words.seeds!r}")
+    preflight.refuse_early(recipe, out, {}, resume=True, overwrite=words.overwrite)
+
+    from bingo_compress.comparison.arms import make_arms
+    from bingo_compress.comparison.side_by_side import compare as run
+
+    _refuse_unread(words, recipe, [arm.recipe for arm in make_arms(words.methods, recipe)])
+    seeds = list(dict.fromkeys(map(int, numbers)))
+    table = run(recipe, _place(words.labels), _maybe(words.test), words.methods, seeds, out, overwrite=words.overwrite)
+    return Comparison(out, table)
+
+
+@_with_words(options.Validate)
+def validate(words: options.Validate) -> Validation:
+    """Probe every model of a run on labelled images. Raises BingoError; with `require`, also where a figure is below
+    what is asked for, and then all is written.
+
+    teacher, student: the modules of a run that was distilled with your own.
+    """
+    run, json_file = _place(words.run), _maybe(words.json)
+    given = _own(words.teacher, words.student)
+    preflight.refuse_run(run, given, ("teacher", "student"), json_file)
+
+    from bingo_compress.evaluation.protocol import Extras
+    from bingo_compress.evaluation.validation import validate as prove
+    from bingo_compress.models.trained import Given
+
+    found = prove(
+        run,
+        _place(words.data),
+        _maybe(words.test),
+        json_file,
+        words.device,
+        extras=Extras(words.shots, words.fine_tune, words.literature, _maybe(words.against)),
+        require=words.require or (),
+        given=Given(**given),
+    )
+    rows = {row["name"]: row for row in found["rows"]}
+    figures = {
+        name: {
+            key: Figure(float(row[key]), *map(float, row[f"{key}_interval"])) for key in row if f"{key}_interval" in row
+        }
+        for name, row in rows.items()
+    }
+    return Validation(run_dir.RunDir(run).validation, figures, found["protocol"], tuple(found["rows"]))
+
+
+@_with_words(options.Export)
+def export(words: options.Export) -> Exported:
+    """Write the student of a run as ONNX files, proven on your own images. Raises BingoError; with exit_status 3 where
+    a file is not the same model, and then it is not there.
+
+    student: the module of a run that was distilled into your own.
+    """
+    given = _own(None, words.student)
+    preflight.refuse_run(_place(words.run), given, ("student",))
+
+    from bingo_compress.exporters.exporting import Int8, Shape
+    from bingo_compress.exporters.exporting import export as write
+    from bingo_compress.models import exported
+    from bingo_compress.models.trained import Given
+
+    files = write(
+        _place(words.run),
+        _maybe(words.out),
+        _maybe(words.data),
+        words.format,
+        shape=Shape(words.profile, words.batch, words.opset, words.image_size),
+        int8=Int8(_maybe(words.labels), _maybe(words.test), words.max_loss, words.finetune),
+        given=Given(**given),
+    )
+    return Exported(tuple(files), files[0].with_name(exported.CARD))
+
+
+@_with_words(options.Latency)
+def latency(words: options.Latency) -> tuple[Timing, ...]:
+    """Time ONNX files that take pictures, whoever made them, against each other. Raises BingoError."""
+    json_file = _maybe(words.json)
+    run_dir.refuse_no_file(json_file, "--json")
+
+    from bingo_compress.exporters.timing import latency as measure
+
+    rows = measure([_place(file) for file in words.models], words.threads, words.runs, words.warm_up, json_file)
+    kept = {field.name for field in fields(Timing)} - {"p50_ratio"}
+    return tuple(
+        Timing(**{key: row[key] for key in kept}, p50_ratio=Figure(row["p50_ratio"], *row["p50_ratio_range"]))
+        for row in rows
+    )
+
+
+def load_student(run: str | Path, student: "Encoder | None" = None) -> "Encoder":
+    """The student of a finished run, in eval mode: float (B, 3, S, S) in 0..1 -> features (B, width); its
+    `preprocessing` says how a picture becomes that. Raises BingoError.
+
+    student: the module of a run that was distilled into your own; a copy of it is returned.
+    """
+    given = _own(None, student)
+    preflight.refuse_run(_place(run), given, ("student",))
+
+    from bingo_compress.models import trained
+
+    opened = run_dir.open_finished(_place(run))
+    return trained.load_student(run_dir.saved_recipe(opened), opened.student, student).eval()
+
+
+def _own(teacher: "str | Encoder | None", student: "str | Encoder | None") -> "dict[str, Encoder]":
+    """The modules of the user's own by their roles."""
+    roles = {"teacher": teacher, "student": student}
+    return {role: model for role, model in roles.items() if model is not None and not isinstance(model, str)}
+
+
+def _named(words: options.Distill | options.Compare) -> dict[str, Any]:
+    """The settings that were named, beside a recipe's: first those of `settings`, then words of their own."""
+    asked = words.settings or ()
+    named = dict(asked) if isinstance(asked, Mapping) else dict(parse_setting(each, "--set") for each in asked)
+    for field in fields(words):
+        value = getattr(words, field.name)
+        if field.name not in KEYS or value is None:
+            continue
+        if field.name in ("teacher", "student") and not isinstance(value, str):
+            named |= {field.name: value.name, f"{field.name}_weights": GIVEN}
+        else:
+            named[field.name] = os.fspath(value) if isinstance(value, Path) else value
+    return named
+
+
+def _recipe(words: options.Distill | options.Compare) -> Recipe:
+    """Defaults, then the recipe (of a run that goes on: its own), then what was named. Raises BingoError."""
+    named, chosen = _named(words), words.recipe
+    if isinstance(chosen, Recipe):
+        return make_recipe(chosen.model_dump() | named, "the recipe")
+    saved = _place(words.out) / "recipe.yaml"
+    going_on = isinstance(words, options.Distill) and words.resume
+    if going_on and words.overwrite:
+        raise BingoError(
+            "--overwrite: expected --resume (go on) or --overwrite (start anew), found both; leave one out"
+        )
+    file = recipe_file(str(chosen)) if chosen else saved if going_on and saved.is_file() else None
+    return load_recipe(file, [], named)
+
+
+def _refuse_unread(words: options.Distill | options.Compare, recipe: Recipe, runs: list[Recipe]) -> None:
+    """Raise BingoError where a setting was named that none of the runs reads."""
+    from bingo_compress.training.plan import refuse_unread
+
+    refuse_unread(runs, {key: getattr(recipe, key) for key in _named(words)}, "the command line")

@@ -1,0 +1,276 @@
+"""The words of every command, once: the command line asks for them with the help that stands here, Python by name.
+
+A field with a `Word` is an option of the command line; one without is Python's alone.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from bingo_compress.models.encoder import Encoder
+    from bingo_compress.recipe import Recipe
+
+GROUPS = ("models", "data", "method", "schedule", "machine", "run")
+Place = str | Path
+
+
+class Word(NamedTuple):
+    """How a field is asked for: under which heading of --help, with what words, as what type, under which name."""
+
+    group: str
+    help: str
+    kind: Any = str
+    name: str = ""  # default: the field's own, with dashes
+    metavar: str | None = None
+    positional: bool = False
+
+
+RunFolder = Annotated[Place, Word("run", "the --out folder of a finished distill", Path)]
+Json = Annotated[Place | None, Word("run", "write protocol and figures to this file", Path)]
+TestFolder = Annotated[
+    Place | None, Word("data", "labelled images to test on; default: a quarter of the others is set aside", Path)
+]
+DEVICE = Word("machine", "auto, cpu or cuda")
+OWN_SIZE = "pixels a side for the {}; default: its own"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """Say what is in a folder, what cannot be used and why."""
+
+    data: Annotated[Place, Word("data", "folder of images, searched to any depth", Path)]
+    progress: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Training:
+    """What a run and a comparison of runs are both asked for."""
+
+    data: Annotated[Place | None, Word("data", "folder of images to distil on")]
+    teacher: Annotated["str | Encoder | None", Word("models", "a timm model or family")]
+    student: Annotated["str | Encoder | None", Word("models", "a timm model or family")]
+    recipe: Annotated[
+        "str | Path | Recipe | None",
+        Word("run", "a YAML file, or the name of a recipe that comes with the package"),
+    ] = None
+    settings: Annotated[
+        Sequence[str] | Mapping[str, Any],
+        Word("run", "any setting of the recipe; may be repeated", list[str], "--set", "KEY=VALUE"),
+    ] = ()
+    teacher_weights: Annotated[str | None, Word("models", "pretrained (default), a file, or random")] = None
+    student_weights: Annotated[
+        str | None,
+        Word("models", "auto (pretrained where timm has weights, else random), pretrained, random, or a file"),
+    ] = None
+    teacher_size: Annotated[int | None, Word("models", OWN_SIZE.format("teacher"), int)] = None
+    image_size: Annotated[int | None, Word("models", OWN_SIZE.format("student"), int)] = None
+    bag_size: Annotated[int | None, Word("method", "nearest neighbours that make an image's bag", int)] = None
+    views: Annotated[str | int | None, Word("method", "teacher views stored an image, or online")] = None
+    epochs: Annotated[float | None, Word("schedule", "passes over the folder", float)] = None
+    batch_size: Annotated[int | None, Word("schedule", "anchors a step", int)] = None
+    device: Annotated[str | None, DEVICE] = None
+    threads: Annotated[int | None, Word("machine", "CPU threads; default: a short calibration picks", int)] = None
+    pixels: Annotated[
+        str | None, Word("machine", "where decoded images are kept: auto, gpu, memory, disk or stream")
+    ] = None
+    memory: Annotated[str | None, Word("machine", "memory the run may hold at most, for example 4GB")] = None
+    progress: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distill(_Training):
+    """Distil a teacher into a student on a folder of images."""
+
+    data: Annotated[Place | None, Word("data", "folder of images, searched to any depth; labels are not needed")] = None
+    teacher: Annotated["str | Encoder | None", Word("models", "a timm model or family, for example resnet152")] = None
+    student: Annotated["str | Encoder | None", Word("models", "a timm model or family, for example mobilenetv3")] = None
+    out: Annotated[Place, Word("run", "folder for all that the run makes", Path)] = Path("runs/first")
+    method: Annotated[
+        str | None, Word("method", "bingo, or one to compare with: seed, disco, compress, simreg, coss, moco, self")
+    ] = None
+    bags: Annotated[str | None, Word("method", "knn, adaptive, kmeans, labels or none")] = None
+    queue_size: Annotated[int | None, Word("method", "teacher embeddings kept as negatives", int)] = None
+    temperature: Annotated[float | None, Word("method", "tau of the loss", float)] = None
+    max_bad: Annotated[
+        str | None,
+        Word("data", "end the run if more files cannot be used: a share such as 5%, or a number; default: no limit"),
+    ] = None
+    profile: Annotated[
+        bool | None, Word("machine", "write a trace of ten steps, trace.json, beside metrics.jsonl", bool)
+    ] = None
+    seed: Annotated[int | None, Word("schedule", "source of all random numbers", int)] = None
+    keep_best: Annotated[
+        bool | None,
+        Word("schedule", "leave the student with the best neighbour recall on held-out images", bool),
+    ] = None
+    resume: Annotated[bool, Word("run", "go on with the run in --out", bool)] = False
+    overwrite: Annotated[
+        bool,
+        Word("run", "start the run in --out anew (stored pixels and embeddings that fit are used again)", bool),
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillOrTry(Distill):
+    """Distil a teacher into a student on a folder of images."""
+
+    dry_run: Annotated[bool, Word("run", "print settings, sizes, steps, memory and time, then stop", bool)] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare(_Training):
+    """Several methods side by side: equal passes, seeds, one table.
+
+    A method with settings after colons is a variant; every arm's student sees as many views.
+    """
+
+    labels: Annotated[Place, Word("data", "labelled images, one folder a class: the bank of the probes", Path)]
+    test: Annotated[
+        Place | None, Word("data", "labelled images to judge on; default: --labels, cross-validated", Path)
+    ] = None
+    methods: Annotated[
+        str,
+        Word("method", "names with commas between; settings after colons: bingo:bag_size=1:bags=kmeans"),
+    ] = "bingo,seed,disco,compress,simreg,coss,moco,self"
+    seeds: Annotated[str, Word("schedule", "numbers with commas between")] = "0,1,2"
+    epochs: Annotated[
+        float | None,
+        Word("schedule", "passes over the folder, two student views an image; every method gets as many views", float),
+    ] = None
+    out: Annotated[
+        Place,
+        Word("run", "folder for tables and shared stages; the same command again goes on where it was", Path),
+    ] = Path("runs/compare")
+    overwrite: Annotated[
+        bool, Word("run", "run everything anew (pixels and teacher embeddings are used again)", bool)
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validate:
+    """Prove a run: kNN, linear probe and recall of each of its models.
+
+    Of teacher, student, the student before, one with random weights, and every exported file.
+    """
+
+    run: RunFolder
+    data: Annotated[Place, Word("data", "labelled images, one folder a class", Path)]
+    test: TestFolder = None
+    json: Json = None
+    shots: Annotated[
+        str,
+        Word("method", "probe on a part of the labels too: shares or images a class with commas between, 1%,10%,5"),
+    ] = ""
+    fine_tune: Annotated[
+        bool,
+        Word("method", "with --shots: also train the whole of student, start and random weights on each part", bool),
+    ] = False
+    literature: Annotated[
+        bool,
+        Word("method", "also the literature's linear probe: 100 epochs of crops and flips; costs time", bool),
+    ] = False
+    against: Annotated[
+        Place | None,
+        Word("run", "the --out folder of another run: compare the two students on the same images", Path),
+    ] = None
+    require: Annotated[
+        Sequence[str],
+        Word(
+            "run",
+            "end with status 3 where an exported file (without one: the student) is below; knn=0.58, linear=0.60; may"
+            " be repeated",
+            list[str],
+            metavar="KEY=VALUE",
+        ),
+    ] = ()
+    device: Annotated[str, DEVICE] = "auto"
+    teacher: "Encoder | None" = None
+    student: "Encoder | None" = None
+    progress: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write the student as ONNX files, proven on your own images.
+
+    Float and int8, each shown to be the model that torch has.
+    """
+
+    run: RunFolder
+    out: Annotated[Place | None, Word("run", "folder for the files; default: RUN/export", Path)] = None
+    data: Annotated[Place | None, Word("data", "where the run's images are now, if they moved", Path)] = None
+    format: Annotated[str, Word("method", "onnx, onnx-int8 or all")] = "onnx"
+    profile: Annotated[
+        str,
+        Word("method", "modern (opset 21, any batch) or edge (opset 17, IR 8, batch 1, for device makers' converters)"),
+    ] = "modern"
+    batch: Annotated[str | None, Word("method", "dynamic or a number, instead of the profile's")] = None
+    opset: Annotated[int | None, Word("method", "opset of the ONNX domain, instead of the profile's", int)] = None
+    image_size: Annotated[int | None, Word("models", "pixels a side of the file's input; default: the run's", int)] = (
+        None
+    )
+    labels: Annotated[
+        Place | None,
+        Word("data", "labelled images, one folder a class: int8 may lose --max-loss points of accuracy on them", Path),
+    ] = None
+    test: TestFolder = None
+    max_loss: Annotated[float, Word("method", "points of kNN and linear accuracy that int8 may lose", float)] = 0.5
+    finetune: Annotated[
+        bool,
+        Word(
+            "method",
+            "where no way of quantising passes: train the quantised student on the run's own images, no labels",
+            bool,
+        ),
+    ] = False
+    student: "Encoder | None" = None
+    progress: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latency:
+    """Time ONNX files against each other on this processor, in turn.
+
+    p50, p90, p99, load time and memory of each, and what each is of the first.
+    """
+
+    models: Annotated[
+        Sequence[Place],
+        Word("models", "ONNX files; each is compared with the first", list[Path], metavar="MODEL...", positional=True),
+    ]
+    threads: Annotated[
+        Sequence[int],
+        Word("machine", "threads inside an operator; may be repeated; default: 1 and all cores", list[int]),
+    ] = ()
+    runs: Annotated[int, Word("schedule", "timed runs of each file", int)] = 500
+    warm_up: Annotated[int, Word("schedule", "runs of each file before those", int)] = 50
+    json: Json = None
+    progress: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """The whole road on photos that the `demo` extra brings along.
+
+    Solar cells, their labels used at the end to measure; nothing to prepare.
+    """
+
+    out: Annotated[Place, Word("run", "folder for all that the demo makes", Path)] = Path("runs/demo")
+    epochs: Annotated[float | None, Word("schedule", "passes over the photos; fewer is quicker and worse", float)] = (
+        None
+    )
+    seed: Annotated[int | None, Word("schedule", "source of all random numbers", int)] = None
+    device: Annotated[str | None, DEVICE] = None
+    overwrite: Annotated[bool, Word("run", "replace an earlier demo in --out", bool)] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Models:
+    """List models that can be teacher or student, with their sizes."""
+
+    pattern: Annotated[
+        str,
+        Word("models", "part of a name, or with * and ?; default: a short list", metavar="[PATTERN]", positional=True),
+    ] = ""
