@@ -1,13 +1,13 @@
-"""The queue of negatives, against a plain list."""
+"""The queue of negatives, against a plain list, and the moving average of a student."""
 
 from collections import deque
 
 import pytest
 import torch
+from helpers import CPU, encoder
 
-from bingo_compress.training.momentum import FeatureQueue
-
-CPU = torch.device("cpu")
+from bingo_compress.models.encoder import ProjectionHead, RegressionHead
+from bingo_compress.training.momentum import Average, FeatureQueue
 
 
 def rows(first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,3 +95,48 @@ def test_state_round_trip_goes_on_as_the_first_queue_does(pushed: int) -> None:
         assert torch.equal(second.holding(asked), first.holding(asked))
         for queue in (first, second):
             queue.push(*rows(20 + step, 2))
+
+
+# ---------------------------------------------------------------- the moving average
+
+
+def test_the_average_follows_weights_and_buffers_exactly_and_stays_in_eval_mode() -> None:
+    student, head = encoder("test_resnet", 32, seed=1), RegressionHead(8, 12, 4)
+    average = Average(student, head)
+    before = {
+        key: value.clone() for model in (average.student, average.head) for key, value in model.state_dict().items()
+    }
+    other, other_head = encoder("test_resnet", 32, seed=2), RegressionHead(8, 12, 4)
+    for module in [*other.modules(), *other_head.modules()]:
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            assert module.num_batches_tracked is not None
+            module.num_batches_tracked.fill_(17)
+    other.train()
+    other_head.train()
+    average.follow(other, other_head, 0.75)
+    now = {key: value for model in (average.student, average.head) for key, value in model.state_dict().items()}
+    new = {key: value for model in (other, other_head) for key, value in model.state_dict().items()}
+    assert any(key.endswith("running_var") for key in now) and len(now) == len(new)
+    for key, value in now.items():
+        if key.endswith("num_batches_tracked"):
+            assert int(value) == 17
+        else:
+            expected = 0.75 * before[key].double() + 0.25 * new[key].double()
+            assert torch.allclose(value.double(), expected, rtol=0, atol=1e-6), key
+    assert not any(module.training for model in (average.student, average.head) for module in model.modules())
+    untouched = encoder("test_resnet", 32, seed=1).state_dict()
+    # The average is a copy.
+    assert all(torch.equal(value, untouched[key]) for key, value in student.state_dict().items())
+    average.follow(other, other_head, 0.0)
+    assert all(torch.equal(value, new[key]) for key, value in now.items())
+
+
+def test_keys_have_length_one_no_gradient_and_nothing_of_the_batch_around_them() -> None:
+    student = encoder("test_resnet", 32, seed=1).train()
+    average = Average(student, ProjectionHead(student.width, 32, 16).train())
+    views = torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    keys = average(views)
+    assert not keys.requires_grad
+    assert keys.norm(dim=1).tolist() == pytest.approx([1.0] * 6, abs=1e-5)
+    assert torch.allclose(average(views[:2]), keys[:2], atol=1e-5)
+    assert student.training and not average.student.training
