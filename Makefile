@@ -2,6 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+# A process a core, of one thread each: threads of their own would only wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+
+# Where it is set, as in many images, each start of the program would compile again what it imports.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo demo-short test unit check lint bench gpu-pack soak constraints clean
 
@@ -12,10 +17,10 @@ demo-short: $(READY)
 	$(BIN)/bingo-compress demo --overwrite --out runs/demo-short --epochs 2
 
 test: $(READY)
-	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-fail-under=85
+	$(PYTEST) --cov --cov-report=term:skip-covered --cov-fail-under=85
 
 unit: $(READY)
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -24,9 +29,11 @@ lint: $(READY)
 
 check: lint test
 
-# Kills, stops, full disks, a lost worker: an hour at most. The last result is in docs/reliability.md.
+# Kills, stops, full disks, a lost worker; then stale state: an hour at most for each. The last results are in docs/reliability.md.
 soak: $(READY)
+	mkdir -p runs
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --json runs/soak.json
+	OMP_NUM_THREADS=1 $(BIN)/python tests/stale_state.py --minutes 60 --json runs/stale_state.json
 
 bench: $(READY)
 	$(BIN)/python benchmarks/first_step.py
@@ -40,7 +47,7 @@ $(READY): constraints.txt pyproject.toml export/pyproject.toml
 	$(PYTHON) -m venv .venv || { echo "error: $(PYTHON) cannot make a virtual environment; on Debian: apt-get install python3-venv"; exit 2; }
 	sed -n '/^uv==/,/[^\\]$$/p' constraints.txt > .venv/uv.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --require-hashes -r .venv/uv.txt
-	$(BIN)/uv pip install --python $(BIN)/python --require-hashes -r constraints.txt
+	$(BIN)/uv pip install --python $(BIN)/python --compile-bytecode --require-hashes -r constraints.txt
 	$(BIN)/uv pip install --python $(BIN)/python --quiet --no-deps --no-build-isolation -e .
 	touch $(READY)
 

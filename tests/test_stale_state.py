@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from stale_state import Held, chain, draw, remember
-from stale_world import Command, Ended, first_world, put
+from stale_commands import Command, Held, chain, draw, remember
+from stale_run import Ended
+from stale_world import first_world, put
 
 WITHIN = 900
 
@@ -29,7 +30,7 @@ PLANTED = '''
 import sys
 from pathlib import Path
 import torch
-import stale_state, stale_world
+import stale_commands, stale_state, stale_world
 from bingo_compress.runtime import checkpoint
 torch.set_num_threads(1)
 real = stale_state.put
@@ -42,11 +43,11 @@ FIRST = stale_world.first_world()
 stale_state.put = without_replacing
 fuzzer = stale_state.Fuzzer(Path(sys.argv[1]))
 settings = {"method": "bingo", "epochs": 1, "seed": 0, "image_size": 32, "bags": "knn"}
-command = stale_world.Command("distill", "a", ()).but(**settings)
+command = stale_commands.Command("distill", "a", ()).but(**settings)
 files = tuple((name, seed + 1000) for name, seed in FIRST.photos.files)
 for world in (FIRST, FIRST._replace(photos=FIRST.photos._replace(files=files))):
     stale_state.put(world, fuzzer.live / "world")
-    ended = fuzzer.fork(stale_world.words(command, fuzzer.live, world, fuzzer.live / "world"))
+    ended = fuzzer.fork(stale_commands.words(command, fuzzer.live, world, fuzzer.live / "world"))
     print(fuzzer.judge(command, world, ended, {}).kind)
     command = command.but(how="overwrite")
 '''

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import corpus
+import corpus_bytes
 import numpy as np
 import pytest
 import torch
@@ -152,7 +153,7 @@ def test_check_names_all_that_cannot_be_used(world: World, bingo: Callable[..., 
     good = sum(kind.used for kind in world.kinds.values())
     assert f"{len(world.kinds) - good} files cannot be used" in ran.out
     assert f"{good} usable images in" in ran.out
-    copies = sum(kind.make == corpus.encoded(corpus.PICTURE, "PNG") for kind in world.kinds.values()) - 1
+    copies = sum(kind.make == corpus_bytes.encoded(corpus.PICTURE, "PNG") for kind in world.kinds.values()) - 1
     assert f"{copies} files are exact copies of another" in ran.out
     assert "\x1b" not in ran.out
 
@@ -171,7 +172,9 @@ def test_avif_without_a_decoder_is_named(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 def test_heic_with_a_decoder(tmp_path: Path) -> None:
     pytest.importorskip("pillow_heif", reason="pillow-heif is not installed")
-    kind = Kind(corpus.encoded(corpus.plain(corpus.RED), "HEIF", quality=95), (32, 24), corpus.RED, 8)
+    kind = Kind(
+        corpus_bytes.encoded(corpus_bytes.plain(corpus_bytes.RED), "HEIF", quality=95), (32, 24), corpus_bytes.RED, 8
+    )
     (tmp_path / "a.jpg").write_bytes(kind.make)  # type: ignore[arg-type]
     as_expected(kind, load_image(tmp_path / "a.jpg"))
 
@@ -189,7 +192,7 @@ def test_a_bomb_is_refused_before_memory_is_taken_for_it(world: World, name: str
 
 
 def test_sixteen_bits_take_few_bytes_a_pixel(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(corpus.wide_png(np.zeros((500, 800), np.uint16)))
+    (tmp_path / "a.png").write_bytes(corpus_bytes.wide_png(np.zeros((500, 800), np.uint16)))
     tracemalloc.start()
     load_image(tmp_path / "a.png")
     peak = tracemalloc.get_traced_memory()[1]
@@ -237,7 +240,7 @@ def test_a_file_that_changes_while_it_is_streamed_ends_the_run_by_name(
     if change == "cut":
         path.write_bytes(raw[: len(raw) // 2])
     elif change == "another picture":
-        path.write_bytes(corpus.encoded(corpus.plain(corpus.RED, size=(10, 10)), "PNG"))
+        path.write_bytes(corpus_bytes.encoded(corpus_bytes.plain(corpus_bytes.RED, size=(10, 10)), "PNG"))
     elif change == "a pipe":
         os.mkfifo(path)
     with pytest.raises(BingoError, match=rf"{path.name} changed while the command was running"):

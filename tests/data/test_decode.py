@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import picture
+from bingo_edge.image import load_image
+from helpers import picture
 from PIL import Image
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
@@ -198,3 +199,30 @@ def test_nvjpeg_gives_the_crops_of_the_cpu(mixed: Path, printed: io.StringIO) ->
     away = (crops(store).cpu().int() - crops(streamed(root)).int()).abs().float()
     assert "warning" not in printed.getvalue()
     assert away.mean() < 2 and away.quantile(0.99) < 12
+
+
+def test_a_large_jpeg_is_decoded_small_and_is_never_under_the_side_asked_for(tmp_path: Path) -> None:
+    rows, columns = np.mgrid[:900, :1300]
+    picture = np.stack((rows // 4, columns // 6, (rows + columns) // 9), axis=2).astype(np.uint8)
+    Image.fromarray(picture).save(tmp_path / "a.jpg", quality=95)
+    upright = load_image(tmp_path / "a.jpg")
+    shapes = {at_least: load_image(tmp_path / "a.jpg", at_least).shape for at_least in (0, 100, 113, 226, 451, 900)}
+    assert shapes == {
+        0: (900, 1300, 3),
+        100: (113, 163, 3),
+        113: (225, 325, 3),
+        226: (450, 650, 3),
+        451: (900, 1300, 3),
+        900: (900, 1300, 3),
+    }
+    small = load_image(tmp_path / "a.jpg", 112).astype(int)
+    wanted = np.asarray(Image.fromarray(upright).resize((163, 113), Image.Resampling.BOX)).astype(int)
+    assert np.abs(small - wanted).mean() < 2
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side
+    Image.fromarray(picture).save(tmp_path / "b.jpg", exif=exif)
+    assert load_image(tmp_path / "b.jpg", 112).shape == (163, 113, 3)
+    raw = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "c.jpg").write_bytes(raw[: len(raw) // 2])
+    with pytest.raises(Exception, match="truncated"):
+        load_image(tmp_path / "c.jpg", 113)

@@ -18,8 +18,7 @@ from bingo_edge.image import ImageError, load_image
 from PIL import Image
 from torch import Tensor
 
-from bingo_compress.data import augment, pixel_store
-from bingo_compress.data import shards as shard_files
+from bingo_compress.data import augment, pixel_store, shards
 from bingo_compress.data.decode import decode_all
 from bingo_compress.data.image_folder import Folder, list_folder
 from bingo_compress.data.pixel_store import build, kept_size, store_of
@@ -81,7 +80,7 @@ def count_decoding(monkeypatch: pytest.MonkeyPatch, stop_after: int | None = Non
             seen.append(index)
             yield index, result
 
-    for module in (pixel_store, shard_files):
+    for module in (pixel_store, shards):
         monkeypatch.setattr(module, "decode_all", decode)
     return seen
 
@@ -160,33 +159,6 @@ def test_a_picture_is_shrunk_alike_with_and_without_vector_code(vectors: bool, m
         assert small.shape == wanted.shape and small.flags.c_contiguous and aspect == shape[1] / shape[0]
         # Pillow's quick way (reducing_gap) is a little off on noise.
         assert np.abs(small.astype(int) - wanted).max() <= (1 if vectors else 30)
-
-
-def test_a_large_jpeg_is_decoded_small_and_is_never_under_the_side_asked_for(tmp_path: Path) -> None:
-    rows, columns = np.mgrid[:900, :1300]
-    picture = np.stack((rows // 4, columns // 6, (rows + columns) // 9), axis=2).astype(np.uint8)
-    Image.fromarray(picture).save(tmp_path / "a.jpg", quality=95)
-    upright = load_image(tmp_path / "a.jpg")
-    shapes = {at_least: load_image(tmp_path / "a.jpg", at_least).shape for at_least in (0, 100, 113, 226, 451, 900)}
-    assert shapes == {
-        0: (900, 1300, 3),
-        100: (113, 163, 3),
-        113: (225, 325, 3),
-        226: (450, 650, 3),
-        451: (900, 1300, 3),
-        900: (900, 1300, 3),
-    }
-    small = load_image(tmp_path / "a.jpg", 112).astype(int)
-    wanted = np.asarray(Image.fromarray(upright).resize((163, 113), Image.Resampling.BOX)).astype(int)
-    assert np.abs(small - wanted).mean() < 2
-    exif = Image.Exif()
-    exif[0x0112] = 6  # lies on its side
-    Image.fromarray(picture).save(tmp_path / "b.jpg", exif=exif)
-    assert load_image(tmp_path / "b.jpg", 112).shape == (163, 113, 3)
-    raw = (tmp_path / "a.jpg").read_bytes()
-    (tmp_path / "c.jpg").write_bytes(raw[: len(raw) // 2])
-    with pytest.raises(Exception, match="truncated"):
-        load_image(tmp_path / "c.jpg", 113)
 
 
 def test_aspect_is_the_originals_width_over_height(photos: Path, work: Path) -> None:

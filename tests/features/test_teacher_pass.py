@@ -18,21 +18,6 @@ from bingo_compress.models.encoder import Encoder
 COUNT = 18
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> image_folder.Folder:
-    return image_folder.list_folder(photos(tmp_path_factory.mktemp("photos"), COUNT // 3))
-
-
-@pytest.fixture(scope="module")
-def store(folder: image_folder.Folder, tmp_path_factory: pytest.TempPathFactory) -> pixel_store.PixelStore:
-    return pixel_store.build(folder, 40, tmp_path_factory.mktemp("work"), CPU)[0]
-
-
-@pytest.fixture(scope="module")
-def teacher() -> Encoder:
-    return encoder()
-
-
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(teacher_pass, "SHARD", 8)

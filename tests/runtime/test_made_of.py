@@ -3,7 +3,7 @@
 import pytest
 
 from bingo_compress.errors import BingoError
-from bingo_compress.runtime.made_of import FORMATS, MadeOf, as_told, made_of
+from bingo_compress.runtime.made_of import FORMATS, MadeOf, as_told, hash_seed, made_of
 
 
 def test_it_reads_back_equal() -> None:
@@ -50,3 +50,14 @@ def test_what_says_nothing_is_of_an_earlier_version() -> None:
 def test_what_is_none_of_ours_is_an_error(told: object) -> None:
     with pytest.raises(BingoError, match="made of"):
         as_told(told)
+
+
+# ---------------------------------------------------------------- seeds
+
+
+def test_seeds_of_other_streams_differ_and_fit_torch() -> None:
+    seeds = {hash_seed(0, "view", view, start) for view in range(10) for start in range(10)} | {
+        hash_seed("0", "view", 0, 0)
+    }
+    assert len(seeds) == 101
+    assert all(0 <= seed < 2**63 for seed in seeds)

@@ -1,0 +1,50 @@
+"""What a comparison of tiny models is of, and its words."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from helpers import flags
+
+from bingo_compress.recipe import Recipe
+
+METHODS = "bingo,moco,bingo:variant=official:bag_size=1"
+
+OFFICIAL = "bingo:variant=official:bag_size=1"
+
+FIGURES, GALLERY = ("knn", "linear", "neighbour_recall"), 28
+
+KINDS, EACH, TRAINING = 4, 9, 33  # kinds 0 and 3 look alike, so that nobody is always right
+
+
+@dataclass
+class World:
+    """A folder of photos, a teacher's weights, and one uninterrupted comparison with what it did."""
+
+    data: Path
+    base: Recipe
+    out: Path
+    table: dict[str, Any]
+    passes: dict[str, int]
+
+    def copy(self, to: Path) -> Path:
+        return Path(shutil.copytree(self.out, to))
+
+    def words(self, out: Path, **changes: str) -> list[str]:
+        """The same comparison on the command line."""
+        given = {
+            "data": str(self.data),
+            "labels": str(self.data),
+            "methods": METHODS,
+            "seeds": "0,1",
+            "out": str(out),
+            **changes,
+        }
+        own = flags(teacher_weights=self.base.teacher_weights)
+        return ["compare", *own, *(word for key, value in given.items() for word in (f"--{key}", value))]
+
+
+def figures(table: dict[str, Any], arm: str) -> list[tuple[Any, ...]]:
+    """The figures of an arm's runs: all that training and judging gave, but no times and memory."""
+    return [(run["seed"], *(run[figure] for figure in FIGURES)) for run in table["runs"] if run["arm"] == arm]
