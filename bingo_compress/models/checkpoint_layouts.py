@@ -54,8 +54,10 @@ LAYOUTS = (
         "backbone.",
         ("projector.",),
         ("LN.LN.L", "LN.L", "L.L", "L"),
-        ("classifier.", "predictor.", "prototypes.", "queue")
-        + tuple(f"momentum_{part}." for part in ("backbone", "projector", "predictor", "classifier")),
+        (
+            *("classifier.", "predictor.", "prototypes.", "queue"),
+            *(f"momentum_{part}." for part in ("backbone", "projector", "predictor", "classifier")),
+        ),
     ),
     Layout(
         "DINOv2",  # the whole training state

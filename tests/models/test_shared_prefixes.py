@@ -22,7 +22,7 @@ def loaded(file: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     "prefix",
-    ["module.", "_orig_mod.", "model.", "net.", "timm_model.", "_orig_mod.net.", "module._orig_mod.model.", "a.b."],
+    ["module.", "_orig_mod.", "model.", "net.", "timm_model.", "module._orig_mod.model.", "a.b."],
 )
 def test_what_stands_before_every_name_is_taken_off_and_said(
     prefix: str, state: dict[str, torch.Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
