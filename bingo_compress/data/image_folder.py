@@ -47,6 +47,14 @@ NOT_IMAGES = frozenset(
     ]
 )
 
+# Never photos, never labels, and nobody's fault: what systems and programs leave in folders, beside hidden names.
+SYSTEM_FOLDERS = frozenset(
+    ["__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found", "system volume information"]
+)
+SYSTEM_FILES = frozenset(["thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"])
+ABOUT = frozenset(["readme", "license", "licence", "copying", "notice", "changelog", "authors", "citation"])
+SPLITS = frozenset(["train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"])
+
 
 @dataclass(frozen=True)
 class Contents:
@@ -65,7 +73,8 @@ class Folder:
     reason).
 
     copies: exact copies that were left out as asked for, as (relative path, the file that is kept). max_bad: share or
-    number of files that may be bad.
+    number of files that may be bad. passed: hidden and system files and folders, and folders of this program, that were
+    passed over.
     """
 
     root: Path
@@ -73,6 +82,7 @@ class Folder:
     bad: tuple[tuple[str, str], ...]
     copies: tuple[tuple[str, str], ...] = ()
     max_bad: str = "100%"
+    passed: int = 0
     read: Contents | None = field(default=None, repr=False, compare=False)  # use `contents`
 
     def path(self, index: int) -> Path:
@@ -163,7 +173,7 @@ def list_folder(root: Path, option: str = "--data") -> Folder:
     files: list[str] = []
     bad: list[tuple[str, str]] = []
     seen: set[tuple[int, int]] = set()
-    anything = False
+    anything, passed = False, 0
     above = {(status.st_dev, status.st_ino) for status in map(os.stat, root.resolve().parents)}
 
     def unreadable(error: OSError) -> None:
@@ -179,8 +189,15 @@ def list_folder(root: Path, option: str = "--data") -> Folder:
             folders.clear()
             continue
         seen.add((here.st_dev, here.st_ino))
-        folders.sort()
-        for name in sorted(names):
+        if Path(folder) != root and _is_ours(names, folders):
+            passed += 1
+            folders.clear()
+            continue
+        photos = [name for name in names if not _is_system_file(name)]
+        searched = [name for name in folders if not name.startswith(".") and name.lower() not in SYSTEM_FOLDERS]
+        passed += len(names) - len(photos) + len(folders) - len(searched)
+        folders[:] = sorted(searched)
+        for name in sorted(photos):
             anything = True
             relative = _relative(os.path.join(folder, name), root)
             reason = _unusable(os.path.join(folder, name), seen)
@@ -192,7 +209,30 @@ def list_folder(root: Path, option: str = "--data") -> Folder:
         raise BingoError(
             f"{option}: expected images, found an empty folder: {root}; put photos in it or name another folder"
         )
-    return Folder(root, tuple(files), tuple(bad))
+    return Folder(root, tuple(files), tuple(bad), passed=passed)
+
+
+def _is_system_file(name: str) -> bool:
+    stem, _, suffix = name.lower().partition(".")
+    about = stem in ABOUT and suffix in ("", "md", "txt", "rst", "html", "pdf", "cff")
+    return name.startswith(".") or name.lower() in SYSTEM_FILES or about
+
+
+def _is_ours(names: Sequence[str], folders: Sequence[str]) -> bool:
+    """Whether a folder of these files and folders is a run, a comparison, exported files or their golden pictures."""
+    run = "recipe.yaml" in names and ("work" in folders or "metrics.jsonl" in names)
+    comparison = "table.json" in names and "runs" in folders
+    exported = any(name.endswith(".onnx") and f"{name[:-5]}.json" in names for name in names)
+    return run or comparison or exported or "golden.json" in names
+
+
+def say_passed(folder: Folder) -> None:
+    """One line about what was passed over, if anything was."""
+    if folder.passed:
+        console.say(
+            f"{folder.passed:,} hidden or system files and folders, and folders of this program, passed over in"
+            f" {folder.root}"
+        )
 
 
 def _relative(path: str, root: Path) -> str:
@@ -226,14 +266,40 @@ def labels_of(folder: Folder) -> tuple[list[str], list[int]]:
     """Classes and one class index an image, from the first folder below the root. Raises BingoError where there are no
     such folders.
     """
-    names = [Path(name).parts[0] if len(Path(name).parts) > 1 else "" for name in folder.files]
-    if "" in names or len(set(names)) < 2:
+    names = [name.split(os.sep, 1)[0] if os.sep in name else "" for name in folder.files]
+    hint = other_root(folder)
+    if "" in names or len(set(names)) < 2 or hint:
         raise BingoError(
             f"labels: expected one folder a class in {folder.root} (class_a/1.jpg, class_b/2.jpg, ...), "
             f"found {len(set(names) - {''})} such folders and {names.count('')} images outside of them"
+            + (f"; {hint}" if hint else "")
         )
     classes = sorted(set(names))
-    return classes, [classes.index(name) for name in names]
+    place = {name: index for index, name in enumerate(classes)}
+    return classes, [place[name] for name in names]
+
+
+def other_root(folder: Folder) -> str:
+    """A word on which folder was meant, where the first folders are no classes but hold them: one folder about all, or
+    train, val and test; else "".
+    """
+    parts = [name.split(os.sep, 2) for name in folder.files]
+    if not parts or any(len(part) < 3 for part in parts):
+        return ""
+    below: dict[str, set[str]] = {}
+    for part in parts:
+        below.setdefault(part[0], set()).add(part[1])
+    if len(below) == 1:
+        ((outer, inner),) = below.items()
+        return f"{outer} holds {len(inner)} folders: did you mean {folder.root / outer}?" if len(inner) > 1 else ""
+    if not all(name.lower() in SPLITS for name in below) or not set.intersection(*below.values()):
+        return ""
+    given = sorted(below, key=lambda name: (not name.lower().startswith("train"), -len(below[name]), name))
+    held = " and ".join(sorted(below))
+    return (
+        f"{held} hold folders of the same names, which look like the classes: give {folder.root / given[0]}, and"
+        f" {folder.root / given[1]} as --test"
+    )
 
 
 def refuse_other_classes(bank: Folder, test: Folder, option: str) -> None:

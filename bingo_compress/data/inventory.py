@@ -33,6 +33,7 @@ def check(data: Path) -> Inventory:
     when none is usable.
     """
     folder = image_folder.list_folder(data)
+    image_folder.say_passed(folder)
     bad = list(folder.bad)
     sides: list[tuple[int, int]] = []
     with console.bar("decode", len(folder.files)) as advance:
@@ -69,7 +70,8 @@ def check(data: Path) -> Inventory:
             f" {max(counts.values()):,} images"
         )
     except BingoError:
-        console.say("no folder names that could be labels; none are needed to distil")
+        hint = image_folder.other_root(folder)
+        console.say(f"no folder names that could be labels{f' ({hint})' if hint else ''}; none are needed to distil")
     console.say(
         f"next: bingo-compress distill --data {data} --teacher resnet152 --student mobilenetv3 --out runs/first"
     )

@@ -10,7 +10,7 @@ from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 
-from bingo_compress.data.image_folder import NOT_IMAGES, UNREADABLE, Folder, list_folder
+from bingo_compress.data.image_folder import NOT_IMAGES, UNREADABLE, Folder, list_folder, say_passed
 from bingo_compress.errors import BingoError
 from bingo_compress.recipe import Recipe
 from bingo_compress.runtime import console, distributed
@@ -73,7 +73,8 @@ def refuse_bad(folder: Folder, bad: Sequence[tuple[str, str]], quarantine: Path)
 
 
 def report(folder: Folder, quarantine: Path) -> None:
-    """Write `quarantine` and say how many files are in it."""
+    """Write `quarantine` and say how many files are in it, and how many were passed over."""
+    say_passed(folder)
     write_quarantine(quarantine, [*folder.bad, *((name, f"exact copy of {first}") for name, first in folder.copies)])
     if folder.bad:
         console.say(

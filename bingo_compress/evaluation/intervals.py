@@ -196,12 +196,6 @@ def confusion(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
     return torch.bincount(labels * classes + predicted, minlength=classes**2).view(classes, classes)
 
 
-def per_class(confusion: Tensor) -> list[float | None]:
-    """Share found of each class of a confusion matrix (C, C); None for a class without queries."""
-    counts = zip(confusion.diagonal().tolist(), confusion.sum(1).tolist(), strict=True)
-    return [found / count if count else None for found, count in counts]
-
-
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
     """Mean and sample standard deviation (n - 1); 0 for one value."""
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0

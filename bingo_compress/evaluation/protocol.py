@@ -50,7 +50,8 @@ def protocol(sides: Sides, test: image_folder.Folder | None, specs: list[str], e
             f" {intervals.FEW} images or where all agree (balanced: Wilson's of each class combined, MOVER), Newcombe's"
             " for the AUC; bank, weights and heads stay as they are, so that a second run of distill may land outside"
         ),
-        "per_class": "the linear probe's recall of each class; confusion: counts, rows the truth",
+        "per_class": "the linear probe's recall of each class; confusion: counts, rows the truth; of more than"
+        f" {scores.DENSE} classes the weakest, and the pairs that are confused most",
         "gap_closed": (
             "(student - random) / (teacher - random) of the linear probe; left out where teacher - random is under "
             f"{scores.LEAST_GAP}"

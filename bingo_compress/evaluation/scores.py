@@ -20,6 +20,7 @@ from bingo_compress.runtime import checkpoint, console
 from bingo_compress.runtime.run_dir import made_by
 
 LEAST_GAP = 0.05
+DENSE = 200  # classes up to which a confusion matrix is written; above, this many classes and pairs
 SUBSETS = 3  # draws of few labels
 TEST_SHARE = 0.25  # of each class, where no test images are given
 
@@ -216,26 +217,36 @@ def _quarter(labels: Tensor, groups: Tensor) -> Tensor:
 
 def by_class(predicted: Tensor, sides: Sides) -> dict[str, Any]:
     """Per class: test images, share found, and the class it is most often taken for; and the confusion matrix, rows the
-    truth.
+    truth. Of more than DENSE classes the weakest, and the pairs that are confused most, as [truth, taken for, images].
     """
-    classes, labels = sides.classes, sides.query_labels
-    counts = intervals.confusion(predicted, labels, len(classes))
+    classes, labels, count = sides.classes, sides.query_labels, len(sides.classes)
+    images = torch.bincount(labels, minlength=count).tolist()
+    right = torch.bincount(labels[predicted == labels], minlength=count).tolist()
+    shares = [found / there if there else None for found, there in zip(right, images, strict=True)]
+    cells, times = (labels * count + predicted).unique(return_counts=True)
+    wrong = [
+        (index // count, index % count, number)
+        for index, number in zip(cells.tolist(), times.tolist(), strict=True)
+        if index // count != index % count
+    ]
+    wrong.sort(key=lambda pair: -pair[2])
+    taken_for: dict[int, int] = {}
+    for truth, guess, _ in wrong:
+        taken_for.setdefault(truth, guess)
+    shown = list(range(count))
+    if count > DENSE:
+        shown = sorted((index for index in shown if images[index]), key=lambda index: shares[index] or 0.0)[:DENSE]
     entries: list[dict[str, Any]] = []
-    for index, accuracy in enumerate(intervals.per_class(counts)):
-        entry: dict[str, Any] = {
-            "class": classes[index],
-            "images": int(counts[index].sum()),
-            "accuracy": accuracy,
-            "mistaken_for": None,
-        }
-        if accuracy is not None:
+    for index in shown:
+        mistaken = classes[taken_for[index]] if index in taken_for else None
+        entry = {"class": classes[index], "images": images[index], "accuracy": shares[index], "mistaken_for": mistaken}
+        if images[index]:
             entry["accuracy_interval"] = intervals.share_interval(predicted[labels == index] == index)
-        others = counts[index].clone()
-        others[index] = 0
-        if others.any():
-            entry["mistaken_for"] = classes[int(others.argmax())]
         entries.append(entry)
-    return {"per_class": entries, "confusion": counts.tolist()}
+    if count > DENSE:
+        pairs = [[classes[truth], classes[guess], number] for truth, guess, number in wrong[:DENSE]]
+        return {"per_class": entries, "confused_most": pairs}
+    return {"per_class": entries, "confusion": intervals.confusion(predicted, labels, count).tolist()}
 
 
 def gap_closed(low: Tensor, value: Tensor, high: Tensor) -> dict[str, Any]:

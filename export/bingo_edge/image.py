@@ -3,6 +3,7 @@ differ.
 """
 
 import io
+import logging
 import math
 import os
 import stat
@@ -16,6 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageChops, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+
+from bingo_edge import tiff
 
 Pixels = NDArray[np.uint8]
 
@@ -46,6 +50,8 @@ RESTARTS = tuple(b"\xff" + bytes([number]) for number in range(0xD0, 0xD8))
 LARGE = 1 << 26  # pixels: larger pictures are decoded one at a time, or a folder of them would take gigabytes a thread
 _ONE_AT_A_TIME = Lock()
 
+# Pillow's own lines on odd files would stand between ours; an application that sets up logging still gets them.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 # Pillow warns at half of the size at which it refuses; the refusal alone is what we act on.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 with suppress(ImportError):
@@ -71,6 +77,8 @@ def load_image(source: str | PathLike[str] | IO[bytes], at_least: int = 0) -> Pi
         with Image.open(source) as opened:
             if opened.format == "EPS":
                 raise ImageError("PostScript, which would be run as a program")
+            if isinstance(opened, TiffImageFile) and (why := tiff.unusable(opened.tag_v2, _start(source))):
+                raise ImageError(why)
             if opened.info.get("progressive"):
                 _refuse_scans(opened)
             _reduce(opened, at_least)
@@ -81,7 +89,7 @@ def load_image(source: str | PathLike[str] | IO[bytes], at_least: int = 0) -> Pi
     except ImageError:
         raise
     except UnidentifiedImageError:
-        raise ImageError(_unknown(source)) from None
+        return _unidentified(source)
     except Image.DecompressionBombError:
         raise ImageError("more pixels than Pillow's safety limit") from None
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
@@ -206,15 +214,33 @@ def _refines(scans: bytes) -> bool:
     return scans[last + 5 + 2 * scans[last + 4] + 2] >> 4 > 0
 
 
+def _start(source: str | PathLike[str] | IO[bytes]) -> bytes:
+    """The first 16 bytes of a file."""
+    if isinstance(source, str | PathLike):
+        with open(source, "rb") as file:
+            return file.read(16)
+    place = source.tell()
+    source.seek(0)
+    start = source.read(16)
+    source.seek(place)
+    return start
+
+
+def _unidentified(source: str | PathLike[str] | IO[bytes]) -> Pixels:
+    """A picture that Pillow does not know: a TIFF of 10, 12 or 14 bits. Raises ImageError for all others."""
+    try:
+        found = tiff.unpacked(source)
+    except Exception as error:  # as of Pillow's own plugins: a damaged file
+        raise ImageError(f"a damaged TIFF: {error or type(error).__name__}") from None
+    if isinstance(found, str):
+        raise ImageError(found or _unknown(source))
+    return _grey_to_rgb(found)
+
+
 def _unknown(source: str | PathLike[str] | IO[bytes]) -> str:
     """What to say of a file that is no picture to Pillow: a phone's HEIC is one all the same."""
     with suppress(OSError, ValueError):
-        if isinstance(source, str | PathLike):
-            with open(source, "rb") as file:
-                start = file.read(12)
-        else:
-            source.seek(0)
-            start = source.read(12)
+        start = _start(source)[:12]
         if start[4:8] == b"ftyp" and start[8:] in (
             b"heic",
             b"heix",
@@ -239,26 +265,26 @@ def _upright(opened: Image.Image, source: str | PathLike[str] | IO[bytes], at_le
         turn = TURNS.get(opened.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # a damaged EXIF block turns nothing; the picture is whole
         turn = None
-    return _to_rgb(opened if turn is None else opened.transpose(turn))
+    meant = tiff.samples(opened) if isinstance(opened, TiffImageFile) else tiff.Samples()
+    return _to_rgb(opened if turn is None else opened.transpose(turn), meant)
 
 
-def _to_rgb(image: Image.Image) -> Pixels:
+def _to_rgb(image: Image.Image, meant: tiff.Samples) -> Pixels:
     if image.width == 0 or image.height == 0:
         raise ImageError("no pixels")
     if image.mode == "I" or image.mode.startswith("I;16"):
         wide = np.asarray(image)
         if wide.min() < 0 or wide.max() > 65535:
             raise ImageError("integer pixels outside 0..65535: the scale is unknown")
-        wide = wide.astype(np.uint32)
-        wide *= 255  # in place: a large picture is in memory once
-        wide += 32767
-        wide //= 65535
-        return _grey_to_rgb(wide.astype(np.uint8))
+        grey = tiff.scaled(wide, meant.largest)
+        return _grey_to_rgb(255 - grey if meant.white_is_zero else grey)
     if image.mode == "F":
         real = np.asarray(image)
         if not np.isfinite(real).all() or real.min() < 0 or real.max() > 1:
             raise ImageError("float pixels outside 0..1: the scale is unknown")
         return _grey_to_rgb(np.rint(real * 255).astype(np.uint8))
+    if not meant.alpha:
+        image = tiff.without_extra(image)
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)

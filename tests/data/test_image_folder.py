@@ -141,7 +141,6 @@ STRANGE = [
     " lead and trail .jpg",
     "-rf.jpg",
     'quo"te,comma.jpg',
-    ".hidden.jpg",
 ]
 
 

@@ -1,0 +1,122 @@
+"""What a TIFF says of its numbers, where Pillow passes on less than that: bits a sample, bands, which end is white, and
+whether it is a camera's raw file, of which Pillow would read the thumbnail.
+"""
+
+from os import PathLike
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
+
+# Tags by their numbers in the standard, TIFF 6.0; the last one is DNG's.
+REDUCED, WIDTH, HEIGHT, BITS, COMPRESSION, MEANING, FILL = 254, 256, 257, 258, 259, 262, 266
+STRIPS, BANDS, STRIP_BYTES, TILES, EXTRA, DNG = 273, 277, 279, 322, 338, 50706
+WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, CMYK, MOSAIC, LINEAR_RAW = 0, 1, 2, 5, 32803, 34892
+COLOURS = {WHITE_IS_ZERO: 1, BLACK_IS_ZERO: 1, RGB: 3, CMYK: 4}  # bands that are seen; all others are extra
+CANON = b"\x10\0\0\0CR\2"  # where a CR2 has its first directory, and its mark
+ALPHA = (1, 2, 999)  # an extra band that is one, associated or not; the last is Corel's
+PACKED = (10, 12, 14)  # bits a sample, without a gap between samples
+RAW = "a camera's raw file: only its thumbnail can be read; develop it first"
+MOST = 1 << 26  # pixels of a packed picture, which is held twice
+
+
+class Samples(NamedTuple):
+    """How the numbers of a picture are meant. largest: the one that is white; white_is_zero: that it is black instead;
+    alpha: that a last band beyond the colours is transparency.
+    """
+
+    largest: int = 65535
+    white_is_zero: bool = False
+    alpha: bool = True
+
+
+def samples(opened: TiffImageFile) -> Samples:
+    """Of a picture that Pillow has opened. Pillow itself turns the 8-bit ones whose zero is white."""
+    tags = opened.tag_v2
+    bits = _first(tags, BITS, 1)
+    wide = opened.mode.startswith("I;16")
+    colours = COLOURS.get(_first(tags, MEANING, -1), 99)
+    return Samples(
+        largest=(1 << bits) - 1 if wide and bits in PACKED else 65535,
+        white_is_zero=wide and _first(tags, MEANING, BLACK_IS_ZERO) == WHITE_IS_ZERO,
+        alpha=_first(tags, BANDS, 1) <= colours or _has_alpha(tags),
+    )
+
+
+def unusable(tags: Any, magic: bytes) -> str:
+    """Why a TIFF with these tags of its first picture is left out, or "". magic: the file's first 16 bytes."""
+    meaning, bands = _first(tags, MEANING, -1), _first(tags, BANDS, 1)
+    if DNG in tags or _first(tags, REDUCED, 0) & 1 or magic[4:11] == CANON or meaning in (MOSAIC, LINEAR_RAW):
+        return RAW
+    colours = COLOURS.get(meaning)
+    if colours is None:
+        return ""
+    if bands > colours + 1 or (colours == 1 and bands == 2 and not _has_alpha(tags)):
+        return f"a TIFF of {bands} bands that does not say which are red, green and blue"
+    return ""
+
+
+def unpacked(source: str | PathLike[str] | IO[bytes]) -> NDArray[np.uint8] | str:
+    """A TIFF that Pillow does not know: grey of 10, 12 or 14 bits a sample, uncompressed, as uint8 (height, width), its
+    numbers scaled by their bits; else why not, in a few words, or "" for what is no TIFF.
+    """
+    if isinstance(source, (str, PathLike)):
+        with open(source, "rb") as file:
+            return _unpacked(file)
+    source.seek(0)
+    return _unpacked(source)
+
+
+def _unpacked(file: IO[bytes]) -> NDArray[np.uint8] | str:
+    magic = file.read(16)
+    if magic[:4] not in (b"II*\0", b"MM\0*"):
+        return ""
+    tags = ImageFileDirectory_v2(magic[:8])
+    file.seek(tags.next)
+    tags.load(file)
+    if why := unusable(tags, magic):
+        return why
+    bits, bands, meaning = _first(tags, BITS, 1), _first(tags, BANDS, 1), _first(tags, MEANING, -1)
+    width, height = _first(tags, WIDTH, 0), _first(tags, HEIGHT, 0)
+    if bits not in PACKED or bands > 1 or meaning not in (WHITE_IS_ZERO, BLACK_IS_ZERO) or width * height > MOST:
+        return f"a TIFF of {bits} bits a sample in {bands} {'bands' if bands > 1 else 'band'}, which cannot be read"
+    if _first(tags, COMPRESSION, 1) != 1 or TILES in tags or _first(tags, FILL, 1) != 1:
+        return f"a TIFF of {bits} bits a sample that is compressed or in tiles; save it with 16 bits"
+    line = (width * bits + 7) // 8
+    raw = b"".join(_strip(file, place, count) for place, count in zip(tags[STRIPS], tags[STRIP_BYTES], strict=True))
+    if not width or len(raw) < line * height:
+        return "a truncated TIFF"
+    rows = np.unpackbits(np.frombuffer(raw, np.uint8, line * height).reshape(height, line), axis=1)
+    numbers = rows[:, : width * bits].reshape(height, width, bits) @ (1 << np.arange(bits)[::-1]).astype(np.uint32)
+    grey = scaled(numbers, (1 << bits) - 1)
+    return 255 - grey if meaning == WHITE_IS_ZERO else grey
+
+
+def scaled(numbers: NDArray[Any], largest: int) -> NDArray[np.uint8]:
+    """Whole numbers of 0 to `largest` as 0 to 255, to the nearest."""
+    wide = numbers.astype(np.uint32)
+    wide *= 255  # in place: a large picture is in memory once
+    wide += largest // 2
+    wide //= largest
+    return wide.astype(np.uint8)
+
+
+def without_extra(image: Image.Image) -> Image.Image:
+    """The colours alone of a picture whose last band is no transparency."""
+    return image.convert("L" if image.mode in ("LA", "La") else "RGB")
+
+
+def _has_alpha(tags: Any) -> bool:
+    return any(one in ALPHA for one in tags.get(EXTRA, ()))
+
+
+def _strip(file: IO[bytes], place: int, count: int) -> bytes:
+    file.seek(place)
+    return file.read(count)
+
+
+def _first(tags: Any, tag: int, default: int) -> int:
+    value = tags.get(tag, default)
+    return int(value[0] if isinstance(value, tuple) else value)
