@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import seeded
+from helpers import crop, seeded
 from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as reference
 
 from bingo_compress.data import augment
-from bingo_compress.data.augment import BLUR_SIZE, ORDERS, Draw, apply, blur, crop, draw
+from bingo_compress.data.augment import BLUR_SIZE, ORDERS, Draw, apply, blur, draw
 
 MANY = 20_000
 
