@@ -27,6 +27,8 @@ from bingo_compress.features.bagging import knn
 from bingo_compress.models.encoder import build
 from bingo_compress.runtime.machine import keep_memory
 from bingo_compress.training import loop
+from bingo_compress.training.loader import Lessons
+from bingo_compress.training.plan import TeacherShape, make_plan
 
 
 def main() -> None:
@@ -67,16 +69,15 @@ def main() -> None:
             }
         )
         if recipe.views == "online":
-            source: targets.TargetOf = targets.OnlineTargets(teacher, store, space, recipe.crop_scale_min, device, dim)
+            source: targets.TargetOf = targets.OnlineTargets(teacher, store, space, recipe.crop_scale_min, device)
         else:
             source = targets.StoredTargets(views, space, device, mean=True)
         student = build(chosen.student, chosen.size, "random", "--student")
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
             files = (Path(folder) / "metrics.jsonl", Path(folder) / "checkpoint.safetensors")
             start = clocks(device)[clock]
-            loop.distill(
-                recipe, student, store, torch.arange(count), bags, source, dim, *files, device, stop_after=steps
-            )
+            plan = make_plan(recipe, count, device, TeacherShape(dim, dim, projected=True))
+            loop.distill(plan, student, Lessons(store, torch.arange(count), bags, source), *files, stop_after=steps)
             return clocks(device)[clock] - start
 
     spent: dict[str, list[float]] = {"official": [], "ours": []}

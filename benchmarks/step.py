@@ -32,9 +32,11 @@ from bingo_compress.models.encoder import build
 from bingo_compress.recipe import make_recipe
 from bingo_compress.runtime import checkpoint
 from bingo_compress.runtime.machine import keep_memory
-from bingo_compress.training import loop, plan
-from bingo_compress.training.loader import Maker
+from bingo_compress.training import loop
+from bingo_compress.training.loader import Lessons, Maker
 from bingo_compress.training.metrics import PARTS, Meter
+from bingo_compress.training.plan import Plan, TeacherShape, make_plan, settle
+from bingo_compress.training.state import make_head, make_optimizer
 
 from synthetic import store_of  # isort: skip
 
@@ -58,6 +60,12 @@ class Case:
 
     def source(self) -> StoredTargets:
         return StoredTargets(self.targets, TargetSpace(None, None), self.device, mean=True)
+
+    def plan(self) -> Plan:
+        return make_plan(self.recipe, SHOWN, self.device, TeacherShape(DIM, DIM, projected=True))
+
+    def lessons(self, source: StoredTargets) -> Lessons:
+        return Lessons(self.store, self.training, self.bags, source)
 
     def student(self) -> Any:
         return build(self.recipe.student, self.recipe.image_size, "random", "--student")
@@ -157,8 +165,7 @@ def ours(case: Case, steps: int) -> tuple[tuple[float, float], dict[str, float]]
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()), unsaved:
         files = (Path(folder) / "metrics.jsonl", Path(folder) / "checkpoint.safetensors")
         start = clocks(case.device)
-        arguments = (case.recipe, student, case.store, case.training, case.bags, source, DIM, *files, case.device)
-        loop.distill(*arguments, stop_after=steps)
+        loop.distill(case.plan(), student, case.lessons(source), *files, stop_after=steps)
         spent = since(start, case.device)
         line = json.loads(files[0].read_text().splitlines()[-1])
     return spent, {name: value for name, value in line.items() if name.startswith("share_")}
@@ -167,9 +174,9 @@ def ours(case: Case, steps: int) -> tuple[tuple[float, float], dict[str, float]]
 def limit(case: Case, steps: int) -> tuple[float, float]:
     """(wall, CPU) seconds of `steps` of student and optimiser alone."""
     recipe, device, student = case.recipe, case.device, case.student()
-    head = plan.make_head(recipe, student.width, DIM).to(device)
+    head = make_head(case.plan(), student.width).to(device)
     student.to(device, memory_format=torch.channels_last).train()
-    optimizer = plan.make_optimizer(recipe, plan.plan(recipe, SHOWN), [student, head])
+    optimizer = make_optimizer(case.plan(), [student, head])
     model: Any = nn.Sequential(student, head)
     if recipe.compile == "on":
         model = torch.compile(model, dynamic=False)
@@ -188,18 +195,7 @@ def limit(case: Case, steps: int) -> tuple[float, float]:
 def making(case: Case, steps: int) -> dict[str, float]:
     """Seconds a batch takes to make with nothing beside it: all, and by part."""
     meter = Meter(case.device)
-    maker = Maker(
-        seed=0,
-        loss=plan.loss_of(case.recipe),
-        pixels=case.store,
-        training=case.training,
-        batch=case.recipe.batch_size,
-        size=case.recipe.image_size,
-        scale_min=case.recipe.crop_scale_min,
-        target_of=case.source(),
-        device=case.device,
-        meter=meter,
-    )
+    maker = Maker(case.plan(), case.lessons(case.source()), case.recipe.image_size, meter)
     maker(0, case.bags)
     start = clocks(case.device)
     meter.read()
@@ -211,8 +207,6 @@ def making(case: Case, steps: int) -> dict[str, float]:
 
 def distill_recipe(settings: dict[str, object]) -> loop.Recipe:
     """A default recipe of these settings, its open ends filled in."""
-    from bingo_compress.training.plan import settle
-
     return settle(
         make_recipe({"queue_size": 1024, "compile": "off", **settings, "save_every_minutes": 1000.0}, "benchmark")
     )

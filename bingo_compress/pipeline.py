@@ -5,8 +5,6 @@ order.
 import json
 import platform
 import time
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,32 +13,22 @@ from torch import Tensor
 
 from bingo_compress import __version__
 from bingo_compress.data import pixel_store
-from bingo_compress.data.quarantine import report, take
+from bingo_compress.data.image_folder import Folder
+from bingo_compress.data.quarantine import report
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation.held_out import held_out_recall, recall_check
 from bingo_compress.features import extract
 from bingo_compress.models import trained
-from bingo_compress.models.encoder import weights_digest
+from bingo_compress.models.encoder import Encoder, weights_digest
 from bingo_compress.models.trained import NOTHING_GIVEN, Given, Models, build_models
 from bingo_compress.recipe import RESUME_MAY_CHANGE, Recipe, deciding, recipe_text
 from bingo_compress.report.tables import closing_table, describe_bags, header, say_smaller
 from bingo_compress.runtime import checkpoint, console, distributed, run_dir
-from bingo_compress.runtime.devices import choose_device, use_threads
 from bingo_compress.runtime.made_of import MadeOf
 from bingo_compress.runtime.run_dir import saved_recipe
 from bingo_compress.training.loop import distill
-from bingo_compress.training.material import (
-    Material,
-    bag_facts,
-    halves,
-    make_bags,
-    prepare,
-    sources_of,
-    step_memory,
-    target_source,
-    views_stored,
-)
-from bingo_compress.training.plan import plan, resolve
+from bingo_compress.training.material import Material, bag_facts, halves, lessons_of, make_bags, prepare, sources_of
+from bingo_compress.training.plan import Plan, absolute, begin, plan_run
 
 
 def run_distill(
@@ -50,85 +38,50 @@ def run_distill(
 
     given: the modules of the user's own that the recipe names.
     """
-    device = choose_device(recipe.device)
-    plan(recipe, len((folder := take(recipe)).files))
-    asked = recipe.model_copy(update={"data": str(Path(recipe.data).resolve())})
-    recipe = resolve(asked)
-    before = saved_recipe(run_dir.RunDir(out)) if resume and (out / "recipe.yaml").is_file() else None
-    models = build_models(recipe, given)
+    asked = absolute(recipe)
+    resolved, folder, device = begin(asked)
+    before = absolute(saved_recipe(run_dir.RunDir(out))) if resume and (out / "recipe.yaml").is_file() else None
+    models = build_models(resolved, given)
     _refuse_other_recipe(before, models.recipe)
     distributed.refuse_unshared(models.student)
     if resume:
-        now = sources_of(models, folder) | {
-            "start": weights_digest(models.student),
-            "settings": deciding(models.recipe),
-        }
-        distributed.from_first(lambda: trained.refuse_other_inputs(run_dir.RunDir(out), now))
-    models = replace(
-        models,
-        recipe=use_threads(
-            models.recipe, models.student, models.student.preprocessing.size, device, before.threads if before else 0
-        ),
-    )
-    recipe = models.recipe
-    step = step_memory(recipe, models.student, len(folder.files), device)
-    side = pixel_store.store_side(recipe.image_size, recipe.teacher_size)
-    if not out.exists():  # refused before anything is written
-        extract.pixels_of(models.student.preprocessing, folder, range(len(folder.files)), 1)
-        above = next(parent for parent in out.resolve().parents if parent.is_dir())
-        views = views_stored(recipe)
-        run_dir.need_space(
-            above, 2 * models.teacher.width * (views + 2) * len(folder.files), "the teacher's embeddings"
-        )
-        if recipe.pixels not in ("auto", "stream"):  # auto streams where the store does not fit
-            run_dir.need_space(above, pixel_store.guess(len(folder.files), side), "the pixel store")
+        _refuse_other_inputs(models, folder, out)
+    plan = plan_run(models, len(folder.files), device, before.threads if before else 0)
+    if not out.exists():
+        _refuse_too_little_space(plan, models.student, folder, out)
     distributed.barrier()  # no process looks at --out after the first has made it
     run = distributed.from_first(lambda: run_dir.open_new(out, resume=resume, overwrite=overwrite))
-    distributed.from_first(lambda: run_dir.write_text(run.resolved, recipe_text(recipe)))
+    distributed.from_first(lambda: run_dir.write_text(run.resolved, recipe_text(plan.recipe)))
     # Last: with it the folder is a run.
     distributed.from_first(lambda: run_dir.write_text(run.recipe, recipe_text(asked)))
-    header(recipe, models.teacher, models.student, folder, device)
+    header(plan, models, folder)
 
-    material = prepare(models, folder, side, run.work, device, step)
+    material = prepare(plan, models, folder, run.work)
+    plan = plan.on(len(material.training))
     distributed.from_first(lambda: report(material.folder, run.quarantine))
-    planned = plan(recipe, len(material.training))
-    console.say(f"{len(material.training):,} images to train on, {len(material.held):,} held out; {planned.describe()}")
-    say_smaller(recipe, planned)
-    bags = make_bags(recipe, models.teacher, material, device)
-    trained_on = material.folder.only(material.training.tolist())
-
-    def save() -> None:
-        checkpoint.save(run.bags, {"bags": bags}, files=trained_on.files, digests=trained_on.digests)
-        trained.save_start(models.student, run.start, recipe)
-
-    distributed.from_first(save)
-    console.say(describe_bags(recipe, facts := bag_facts(recipe, bags, material), len(material.training), device))
-    made = train(models, material, bags, run.metrics, run.checkpoint, device)
-    distributed.from_first(lambda: trained.save_student(models.student, run, recipe, made))
-    recall = held_out_recall(run, models, material, device)
-    distributed.from_first(lambda: _close(run, models, material, facts, recall, device))
+    console.say(f"{len(material.training):,} images to train on, {len(material.held):,} held out; {plan.describe()}")
+    say_smaller(plan)
+    bags = make_bags(plan, models.teacher, material)
+    distributed.from_first(lambda: _save_beginning(run, plan, models.student, material, bags))
+    console.say(describe_bags(plan, facts := bag_facts(plan, bags, material)))
+    made = train(plan, models, material, bags, run.metrics, run.checkpoint)
+    distributed.from_first(lambda: trained.save_student(models.student, run, plan.recipe, made))
+    recall = held_out_recall(run, plan, models.student, material)
+    distributed.from_first(lambda: _close(run, plan, models, material, facts, recall))
     distributed.from_first(lambda: run_dir.drop_stale(run.work, "closing", set()))
     return run
 
 
 def train(
-    models: Models,
-    material: Material,
-    bags: Tensor,
-    metrics: Path,
-    saved: Path,
-    device: torch.device,
-    *,
-    discard: bool = False,
+    plan: Plan, models: Models, material: Material, bags: Tensor, metrics: Path, saved: Path, *, discard: bool = False
 ) -> MadeOf:
     """Distil models.student in place, with checks of neighbour recall where the recipe asks for them. Returns what it
     is made of.
 
     discard: a state in `saved` that is another run's is deleted instead of refused.
     """
-    recipe = models.recipe
-    target_of, dim = target_source(models, material, device)
-    check = None
+    recipe, check = plan.recipe, None
+    lessons = lessons_of(plan, models.teacher, material, bags)
     if recipe.keep_best or recipe.check_every:
         choosing, reporting = halves(material.held, recipe)
         if not len(reporting):
@@ -141,11 +94,31 @@ def train(
                 f"--keep-best chooses by {len(choosing):,} of the images held out; the closing figure is of the other"
                 f" {len(reporting):,}"
             )
-        check = recall_check(material, choosing, device)
-    loop = partial(
-        distill, recipe, models.student, material.store, material.training, bags, target_of, dim, metrics, saved, device
-    )
-    return loop(check=check, sources=material.sources, names=material.folder.files, discard=discard)
+        check = recall_check(material, choosing, plan.device)
+    return distill(plan, models.student, lessons, metrics, saved, check=check, discard=discard)
+
+
+def _refuse_other_inputs(models: Models, folder: Folder, out: Path) -> None:
+    """--resume goes on with the images, weights and settings that are there."""
+    now = sources_of(models, folder) | {"start": weights_digest(models.student), "settings": deciding(models.recipe)}
+    distributed.from_first(lambda: trained.refuse_other_inputs(run_dir.RunDir(out), now))
+
+
+def _refuse_too_little_space(plan: Plan, student: Encoder, folder: Folder, out: Path) -> None:
+    """Before anything is written: one image at least can be decoded, and the disk is large enough."""
+    count = len(folder.files)
+    extract.pixels_of(student.preprocessing, folder, range(count), 1)
+    above = next(parent for parent in out.resolve().parents if parent.is_dir())
+    run_dir.need_space(above, 2 * plan.stored * count, "the teacher's embeddings")
+    if plan.recipe.pixels not in ("auto", "stream"):  # auto streams where the store does not fit
+        run_dir.need_space(above, pixel_store.guess(count, plan.side), "the pixel store")
+
+
+def _save_beginning(run: run_dir.RunDir, plan: Plan, student: Encoder, material: Material, bags: Tensor) -> None:
+    """The bags and the student as it is before training."""
+    trained_on = material.folder.only(material.training.tolist())
+    checkpoint.save(run.bags, {"bags": bags}, files=trained_on.files, digests=trained_on.digests)
+    trained.save_start(student, run.start, plan.recipe)
 
 
 def _refuse_other_recipe(before: Recipe | None, now: Recipe) -> None:
@@ -165,17 +138,16 @@ def _refuse_other_recipe(before: Recipe | None, now: Recipe) -> None:
 
 def _close(
     run: run_dir.RunDir,
+    plan: Plan,
     models: Models,
     material: Material,
     facts: dict[str, float],
     recall: dict[str, float],
-    device: torch.device,
 ) -> None:
     """summary.json and the closing table. recall: of `held_out_recall`."""
-    recipe, student = models.recipe, models.student
     summary: dict[str, Any] = {
         "version": __version__,
-        "run_id": run_dir.stage_key(recipe=deciding(recipe), student=weights_digest(student)),
+        "run_id": run_dir.stage_key(recipe=deciding(plan.recipe), student=weights_digest(models.student)),
         "images": {
             "training": len(material.training),
             "held_out": len(material.held),
@@ -185,7 +157,7 @@ def _close(
         "machine": {
             "processor": platform.processor() or platform.machine(),
             "torch": torch.__version__,
-            "device": str(device),
+            "device": str(plan.device),
             "threads": torch.get_num_threads(),
         },
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -25,7 +25,7 @@ from bingo_compress.recipe import Recipe, make_recipe, recipe_text
 from bingo_compress.runtime import run_dir
 from bingo_compress.runtime.made_of import hash_seed, made_of
 from bingo_compress.runtime.run_dir import RunDir
-from bingo_compress.training.plan import unread
+from bingo_compress.training.plan import Plan, TeacherShape, make_plan, unread
 
 CPU = torch.device("cpu")
 TINY = {
@@ -75,6 +75,11 @@ RULES: tuple[dict[str, Any], ...] = (
 def recipe(**changes: Any) -> Recipe:
     """A recipe of the smallest models and sizes, with `changes`."""
     return make_recipe({**TINY, **changes}, "tests")
+
+
+def planned(chosen: Recipe, images: int, dim: int = 16, device: torch.device = CPU) -> Plan:
+    """The plan of a recipe whose targets come from elsewhere than a teacher: as they are, `dim` wide."""
+    return make_plan(chosen, images, device, TeacherShape(dim, dim, projected=True))
 
 
 def encoder(name: str = "test_resnet", size: int = 32, seed: int = 0) -> Encoder:
@@ -145,6 +150,12 @@ def filled_store(count: int, side: int = 40) -> PixelStore:
 def whole_images(store: PixelStore, indices: Tensor, size: int) -> Tensor:
     """Whole images (B,) of a store, resized without crop: uint8 (B, 3, size, size)."""
     return store.crops(indices, torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(indices), 4), size)
+
+
+def crop(pixels: Tensor, box: Tensor, size: int) -> Tensor:
+    """A store's crops of its pictures, one each. pixels: uint8 (B, H, W, 3); box: (B, 4); uint8 (B, 3, size, size)."""
+    store = store_of(list(pixels.numpy()), torch.ones(len(pixels)), CPU)
+    return store.crops(torch.arange(len(pixels)), box, size)
 
 
 def unit(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

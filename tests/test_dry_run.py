@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import encoder, photos, recipe, unit
+from helpers import CPU, encoder, photos, recipe, unit
 
 from bingo_compress import dry_run
-from bingo_compress.features import targets, teacher_pass
+from bingo_compress.features import targets
 from bingo_compress.runtime import console
-from bingo_compress.training.material import target_kind, target_width
+from bingo_compress.training.plan import make_plan, shape_of
 
 
 @pytest.mark.parametrize("count", [12, 60])
@@ -24,9 +24,9 @@ def test_the_width_of_a_target_is_that_of_the_target_made(method: str, target: s
         teacher = encoder("test_resnet")
         if projected:
             teacher.projection = torch.nn.Linear(teacher.width, 24)
-        seen = unit(count, teacher.width if method == "simreg" else teacher_pass.embedding_width(teacher))
-        made = targets.target_space(seen, target_kind(chosen, teacher), chosen.target_dim)(seen[:1]).shape[1]
-        assert target_width(chosen, teacher, count) == made
+        seen = unit(count, teacher.width if method == "simreg" else teacher.embedding_width())
+        plan = make_plan(chosen, count, CPU, shape_of(teacher))
+        assert plan.dim == targets.target_space(seen, plan.target, chosen.target_dim)(seen[:1]).shape[1]
 
 
 def told(monkeypatch: pytest.MonkeyPatch, data: Path, **changes: Any) -> tuple[dict[str, str], float]:

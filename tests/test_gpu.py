@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Trained, encoder, filled_store, kind_targets, photo, photos, recipe, unit
+from helpers import Trained, encoder, filled_store, kind_targets, photo, photos, planned, recipe, unit
 from torch import Tensor
 
 from bingo_compress.data import augment, pixel_store
@@ -25,6 +25,7 @@ from bingo_compress.features.neighbours import nearest_neighbours
 from bingo_compress.features.targets import StoredTargets, TargetSpace
 from bingo_compress.models.encoder import build
 from bingo_compress.training import loop, plan
+from bingo_compress.training.loader import Lessons
 from bingo_compress.training.losses import LOSSES, Batch, Queries, Targets, make_loss
 from bingo_compress.training.plan import settle
 
@@ -155,9 +156,8 @@ def train(folder: Path, device: torch.device, stops: tuple[int, ...], **settings
     for steps in stops:
         student = encoder(chosen.student)
         pictures = on_gpu(store) if device == GPU else store
-        loop.distill(
-            chosen, student, pictures, torch.arange(count), bags, source, dim, *files, device, stop_after=steps
-        )
+        lessons = Lessons(pictures, torch.arange(count), bags, source)
+        loop.distill(planned(chosen, count, dim, device), student, lessons, *files, stop_after=steps)
     return Trained(student, *files)
 
 
@@ -209,9 +209,8 @@ def test_too_little_memory_is_a_slower_step_with_the_same_result(
             torch.manual_seed(0)
             student = build(name, size, "random", "--test")
             source = StoredTargets(targets, TargetSpace(None, None), GPU, mean=True)
-            loop.distill(
-                chosen, student, on_gpu(store), torch.arange(count), bags, source, dim, *files, GPU, stop_after=steps
-            )
+            lessons = Lessons(on_gpu(store), torch.arange(count), bags, source)
+            loop.distill(planned(chosen, count, dim, GPU), student, lessons, *files, stop_after=steps)
         return [json.loads(line)["loss"] for line in files[0].read_text().splitlines()]
 
     try:

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import CPU, kind_targets, photos, recipe, unit
+from helpers import CPU, kind_targets, photos, planned, recipe, unit
 from torch import Tensor
 
-from bingo_compress.data import image_folder, pixel_store
+from bingo_compress.data import image_folder
 from bingo_compress.evaluation import probes
 from bingo_compress.features import bagging, extract, targets
 from bingo_compress.models import trained
@@ -24,8 +24,9 @@ from bingo_compress.models.encoder import Encoder
 from bingo_compress.runtime import checkpoint
 from bingo_compress.runtime.made_of import FORMATS
 from bingo_compress.training import loop
+from bingo_compress.training.loader import Lessons
 from bingo_compress.training.material import prepare
-from bingo_compress.training.plan import settle
+from bingo_compress.training.plan import plan_run, settle
 
 RECORD = Path(__file__).with_name("stages.json")
 COMPOSED = {"student", "start", "arm"}  # the training's state under another name
@@ -71,7 +72,7 @@ def outputs(folder: Path) -> dict[str, list[float]]:
         by_formula(encoder).eval()
     listed = image_folder.list_folder(folder / "photos")
     (folder / "work").mkdir()
-    material = prepare(models, listed, pixel_store.store_side(32, 32), folder / "work", CPU)
+    material = prepare(plan_run(models, len(listed.files), CPU), models, listed, folder / "work")
     whole = material.store.crops(
         torch.arange(len(material.store)), torch.tensor([[0.1, 0.2, 0.8, 0.9]]).expand(len(material.store), 4), 16
     )
@@ -94,7 +95,8 @@ def outputs(folder: Path) -> dict[str, list[float]]:
     bags = bagging.knn(kind_targets(len(material.training), 1, 16)[:, 0], 3)[0]
     source = targets.StoredTargets(kind_targets(len(material.store), 2, 16), targets.TargetSpace(None, None), CPU)
     files = folder / "metrics.jsonl", folder / "state.safetensors"
-    loop.distill(settings, models.student, material.store, material.training, bags, source, 16, *files, CPU)
+    lessons = Lessons(material.store, material.training, bags, source)
+    loop.distill(planned(settings, len(material.training)), models.student, lessons, *files)
     losses = [json.loads(line)["loss"] for line in files[0].read_text(encoding="utf-8").splitlines()]
     state = checkpoint.load(files[1])[0]
     found["training"] = [

@@ -80,7 +80,7 @@ def command(*words: str, stop_at: int | None = None) -> dict[str, Any]:
 
     def recorded_make(self: loader.Maker, step: int, bags: torch.Tensor) -> loader.Ready:
         ready = make(self, step, bags)
-        made[step] = ready.anchors[loader.own_share(self.batch)].tolist()
+        made[step] = ready.anchors[loader.own_share(self.plan.schedule.batch_size)].tolist()
         return ready
 
     def recorded_rate(step: int, *rest: Any) -> float:

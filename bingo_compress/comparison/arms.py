@@ -6,7 +6,7 @@ from itertools import combinations
 
 from bingo_compress.errors import BingoError
 from bingo_compress.recipe import Recipe, make_recipe, parse_setting, repeated
-from bingo_compress.training.plan import loss_of, refuse_unread, resolve
+from bingo_compress.training.plan import loss_of, refuse_unread, resolve, student_views
 
 # Settings that are one for a whole comparison, with the way to give them.
 SHARED = {
@@ -60,7 +60,7 @@ def make_arms(methods: str, base: Recipe) -> list[Arm]:
         recipe = make_recipe(base.model_dump() | {"method": method} | values, "--methods")
         refuse_unread([recipe], {key: getattr(recipe, key) for key in values}, f"--methods {name}")
         if "epochs" not in values:
-            views = 3 if loss_of(recipe).official else 2
+            views = student_views(loss_of(recipe))
             recipe = recipe.model_copy(update={"epochs": base.epochs * 2 / views if views != 2 else base.epochs})
         arms.append(Arm(name, recipe))
     if not arms:

@@ -15,7 +15,6 @@ from bingo_compress.comparison.arms import make_arms, resolve_arms
 from bingo_compress.comparison.tables import summarise, write
 from bingo_compress.data import image_folder, quarantine
 from bingo_compress.data.image_folder import Folder
-from bingo_compress.data.pixel_store import store_side
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation import probes, scores
 from bingo_compress.features import extract, neighbours
@@ -25,11 +24,11 @@ from bingo_compress.models.trained import Models, build_models
 from bingo_compress.pipeline import train
 from bingo_compress.recipe import WORDS, Recipe, deciding
 from bingo_compress.runtime import checkpoint, console, run_dir
-from bingo_compress.runtime.devices import choose_device, peak_memory, use_threads
+from bingo_compress.runtime.devices import choose_device, peak_memory
 from bingo_compress.runtime.made_of import FORMATS, MadeOf, file_digest, made_of
 from bingo_compress.training import metrics
 from bingo_compress.training.material import Material, bag_facts, make_bags, prepare
-from bingo_compress.training.plan import loss_of, plan, resolve_names
+from bingo_compress.training.plan import Plan, absolute, plan_run, resolve_names, schedule
 
 FOLDS = 5
 
@@ -66,11 +65,11 @@ def compare(
         scores.refuse_shared(bank, tested, "--labels")
     make_arms(methods, base)  # refused before anything is said
     device = choose_device(base.device)
-    base = base.model_copy(update={"data": str(Path(base.data).resolve())})
+    base = absolute(base)
     say = cache(console.say)  # what several arms share is said once
     arms, base = resolve_arms(make_arms(methods, base), say), resolve_names(base, say)
     for arm in arms:
-        plan(arm.recipe, len(folder.files))
+        schedule(arm.recipe, len(folder.files))
     work = _open(out, base, overwrite)
     judging: dict[str, Labelled] = {}
     threads_file = out / "runs" / "threads.json"
@@ -103,18 +102,13 @@ def compare(
             if not checkpoint.is_sound(judged, of_figures):
                 console.say(f"== {arm.name}, seed {seed} ({len(results) + 1} of {len(arms) * len(seeds)})")
                 models = build_models(recipe)
-                settled = use_threads(
-                    recipe, models.student, models.student.preprocessing.size, device, threads.get(recipe.student, 0)
-                ).threads
+                plan = plan_run(models, len(folder.files), device, threads.get(recipe.student, 0))
                 # Once a student: its runs are then alike to the last bit.
                 if recipe.student not in threads and not base.threads:
-                    threads[recipe.student] = settled
+                    threads[recipe.student] = plan.recipe.threads
                     run_dir.write_text(threads_file, json.dumps(threads) + "\n")
                 if not checkpoint.is_sound(student, made):
-                    material = prepare(
-                        models, folder, store_side(models.recipe.image_size, models.recipe.teacher_size), work, device
-                    )
-                    facts = _train(models, material, work, bags, made, device)
+                    facts = _train(plan, models, prepare(plan, models, folder, work), bags, made)
                     checkpoint.save(
                         student, models.student.backbone.state_dict(), made, arm=arm.name, seed=seed, **facts
                     )
@@ -253,33 +247,29 @@ def _in_training(judged: Folder, folder: Folder) -> dict[str, Any]:
     }
 
 
-def _train(
-    models: Models, material: Material, work: Path, bags_file: Path, made: MadeOf, device: torch.device
-) -> dict[str, Any]:
+def _train(plan: Plan, models: Models, material: Material, bags_file: Path, made: MadeOf) -> dict[str, Any]:
     """Distil one arm with one seed, its bags in `bags_file` if it has some; says what it took."""
-    recipe, loss = models.recipe, loss_of(models.recipe)
-    bags = make_bags(recipe, models.teacher, material, device)
-    saved, log = _state(work), work / "metrics.jsonl"
-    train(models, material, bags, log, saved, device, discard=True)
+    plan = plan.on(len(material.training))
+    recipe, loss, schedule = plan.recipe, plan.loss, plan.schedule
+    bags = make_bags(plan, models.teacher, material)
+    saved, log = _state(material.work), material.work / "metrics.jsonl"
+    train(plan, models, material, bags, log, saved, discard=True)
     lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     checkpoint.forget(saved)
     if bags.numel():  # to be judged by whatever labels there will be
         trained_on = material.folder.only(material.training.tolist())
         checkpoint.save(bags_file, {"bags": bags.int()}, made, digests=trained_on.digests)
-    planned = plan(recipe, len(material.training))
-    passes = planned.steps * planned.batch_size
-    stored = len(material.store) * (1 + (0 if recipe.views == "online" else int(recipe.views)))
-    online = passes * (2 if loss.both else 1) if recipe.views == "online" else 0
+    passes = schedule.steps * schedule.batch_size
     return {
         "student": recipe.student,
         "method": recipe.method,
         "epochs": round(recipe.epochs, 2),
-        "student_passes": passes * planned.student_views,
+        "student_passes": passes * schedule.student_views,
         "average_passes": passes * {"": 0, "views": 2, "fresh": 1}[loss.momentum],
-        "teacher_passes": stored + online if loss.teacher else 0,
+        "teacher_passes": len(material.store) * (1 + plan.views) + passes * plan.asked if loss.teacher else 0,
         "train_seconds": metrics.seconds_of(log),
-        "memory_mb": peak_memory(device) / 1e6,
-        "bags": bag_facts(recipe, bags, material),
+        "memory_mb": peak_memory(plan.device) / 1e6,
+        "bags": bag_facts(plan, bags, material),
         "checks": [
             [line["epoch"] + 1, line["neighbour_recall"]] for line in lines if line.get("neighbour_recall") is not None
         ],

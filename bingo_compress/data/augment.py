@@ -204,25 +204,6 @@ def _some(images: Tensor, chosen: Tensor, work: Callable[[Tensor, Tensor], Tenso
         images[there] = work(images[there].contiguous(), which)
 
 
-def window(box: Tensor, height: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
-    """(left, top) and (right, bottom), each (B, 2) int64: the whole pixels that boxes (B, 4), in shares, mean in
-    pictures of height and width (B,).
-    """
-    sides = torch.stack((width, height), dim=1)
-    low = torch.minimum((box[:, :2] * sides).round().long().clamp(min=0), sides - 1)
-    return low, torch.maximum(torch.minimum((box[:, 2:] * sides).round().long(), sides), low + 1)
-
-
-def crop(pixels: Tensor, box: Tensor, size: int) -> Tensor:
-    """Antialiased bilinear crops. pixels: uint8 (B, H, W, 3); box: (B, 4) shares, rounded to whole pixels. Returns
-    uint8 (B, 3, size, size).
-    """
-    sides = torch.tensor(pixels.shape[1:3]).expand(len(pixels), 2)
-    low, high = window(box, sides[:, 0], sides[:, 1])
-    places = zip(pixels, low.tolist(), high.tolist(), strict=True)
-    return resize((image[top:bottom, left:right] for image, (left, top), (right, bottom) in places), len(pixels), size)
-
-
 def resize(pieces: Iterable[Tensor], count: int, size: int) -> Tensor:
     """`count` pieces, each uint8 (h, w, 3) of its own size, antialiased to uint8 (count, 3, size, size)."""
     views = torch.empty((count, 3, size, size), dtype=torch.uint8)
@@ -232,12 +213,12 @@ def resize(pieces: Iterable[Tensor], count: int, size: int) -> Tensor:
 
 
 def crop_flat(flat: Tensor, offset: Tensor, width: Tensor, low: Tensor, high: Tensor, size: int) -> Tensor:
-    """The same crops for a GPU, out of ragged pictures in one flat uint8 tensor, as two batched matrix products: no
-    loop over images.
+    """The same crops as `resize` gives, for a GPU, out of ragged pictures in one flat uint8 tensor, as two batched matrix
+    products: no loop over images.
 
-    offset, width: (B,) start in `flat` and width of each picture; low, high: (B, 2) of `window`. All but `flat` are on
-    the CPU, so that the sizes of the tensors are known without waiting for the device. Returns uint8 (B, 3, size, size)
-    on the device of `flat`.
+    offset, width: (B,) start in `flat` and width of each picture; low, high: (B, 2) of `decode.window`. All but `flat`
+    are on the CPU, so that the sizes of the tensors are known without waiting for the device. Returns uint8 (B, 3,
+    size, size) on the device of `flat`.
     """
     if flat.is_cuda and fused() is not None:
         from bingo_compress.data import kernels

@@ -1,5 +1,5 @@
-"""Plain JPEGs decoded on a GPU for a store that streams, and the spoken way back to the CPU's decoder, which takes
-every other file.
+"""Files to pictures: by many threads, and for a store that streams plain JPEGs on a GPU, with the spoken way back to the
+CPU's decoder.
 """
 
 import math
@@ -16,7 +16,6 @@ from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
-from bingo_compress.data import augment
 from bingo_compress.data.image_folder import Folder
 from bingo_compress.errors import BingoError
 from bingo_compress.runtime import console
@@ -128,7 +127,7 @@ def _shrunk(picture: Tensor, size: tuple[int, int], side: int) -> Tensor:
 def _cropped(pictures: list[Tensor], boxes: Tensor, size: int) -> list[Tensor]:
     """Crops (3, size, size) of pictures of float32 (3, height, width)."""
     height, width = (torch.tensor([picture.shape[axis] for picture in pictures]) for axis in (1, 2))
-    low, high = augment.window(boxes, height, width)
+    low, high = window(boxes, height, width)
     pieces = (
         picture[None, :, top:bottom, left:right]
         for picture, (left, top), (right, bottom) in zip(pictures, low.tolist(), high.tolist(), strict=True)
@@ -139,6 +138,15 @@ def _cropped(pictures: list[Tensor], boxes: Tensor, size: int) -> list[Tensor]:
 def changed(path: Path, why: str) -> BingoError:
     """The error of a file that was whole when the run began."""
     return BingoError(f"{path} changed while the run was reading it ({why}); start the command again")
+
+
+def window(box: Tensor, height: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
+    """(left, top) and (right, bottom), each (B, 2) int64: the whole pixels that boxes (B, 4), in shares, mean in
+    pictures of height and width (B,).
+    """
+    sides = torch.stack((width, height), dim=1)
+    low = torch.minimum((box[:, :2] * sides).round().long().clamp(min=0), sides - 1)
+    return low, torch.maximum(torch.minimum((box[:, 2:] * sides).round().long(), sides), low + 1)
 
 
 def decode_all(

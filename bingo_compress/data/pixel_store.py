@@ -98,7 +98,7 @@ class PixelStore:
         return views
 
     def _crops(self, indices: Tensor, boxes: Tensor, size: int) -> Tensor:
-        low, high = augment.window(boxes, self.height[indices], self.width[indices])
+        low, high = decode.window(boxes, self.height[indices], self.width[indices])
         if self._flat is not None:
             return augment.crop_flat(self._flat, self._offset[indices], self.width[indices], low, high, size)
         where = zip(indices.tolist(), low.tolist(), high.tolist(), strict=True)

@@ -8,10 +8,10 @@ from bingo_compress.evaluation import probes
 from bingo_compress.features import extract, neighbours
 from bingo_compress.models import trained
 from bingo_compress.models.encoder import Encoder, weights_digest
-from bingo_compress.models.trained import Models
 from bingo_compress.runtime import console, distributed, run_dir
 from bingo_compress.training.loop import Check
 from bingo_compress.training.material import Material, halves
+from bingo_compress.training.plan import Plan
 
 GALLERY_AT_MOST = 20_000
 CHECK_GALLERY = 2000
@@ -37,11 +37,11 @@ def recall_check(material: Material, held: Tensor, device: torch.device) -> Chec
     return check
 
 
-def held_out_recall(run: run_dir.RunDir, models: Models, material: Material, device: torch.device) -> dict[str, float]:
+def held_out_recall(run: run_dir.RunDir, plan: Plan, student: Encoder, material: Material) -> dict[str, float]:
     """Neighbour recall on the held-out images before and after ("start", "student"), its k and counts; nothing without
     such. Several processes share them.
     """
-    held, training, truth = halves(material.held, models.recipe)[1], material.training, material.seen.features
+    held, training, truth = halves(material.held, plan.recipe)[1], material.training, material.seen.features
     gallery = training[:: -(-len(training) // GALLERY_AT_MOST)]
     if not len(held) or not neighbours.recall_k(len(gallery)):
         console.say(
@@ -49,8 +49,8 @@ def held_out_recall(run: run_dir.RunDir, models: Models, material: Material, dev
             f" {neighbours.RECALL_SHARE})"
         )
         return {}
-    encoders = {"start": trained.load_start(models.recipe, run, models.student), "student": models.student}
-    ready = {name: extract.as_embed(encoder, device) for name, encoder in encoders.items()}
+    encoders = {"start": trained.load_start(plan.recipe, run, student), "student": student}
+    ready = {name: extract.as_embed(encoder, plan.device) for name, encoder in encoders.items()}
     order = torch.cat((held, gallery)).tolist()
     keep = extract.Keep(run.work, "closing", {name: weights_digest(each) for name, each in encoders.items()})
     found, good = extract.plain(ready, material.folder, order, "check held-out images", keep)

@@ -11,9 +11,7 @@ from bingo_compress.data import augment
 from bingo_compress.data.pixel_store import PixelStore
 from bingo_compress.features.memmap import Matrix, blocks
 from bingo_compress.models.encoder import Encoder
-from bingo_compress.runtime.machine import (
-    sent,
-)
+from bingo_compress.runtime.machine import sent
 
 ROWS = 8192  # rows of a stored pass held in memory at once
 # Images (B,), the step's generator, and which rows of the batch are wanted (b,), to targets (b, D).
@@ -82,7 +80,6 @@ class StoredTargets:
         if device.type == "cuda" and self._views.nbytes < 0.2 * torch.cuda.mem_get_info(device)[0]:
             self._views = self._views.to(device)
         self._device = device
-        self.dim = self._views.shape[2]
 
     def __call__(self, indices: Tensor, generator: torch.Generator, mine: Tensor) -> Tensor:
         """Targets (b, dim), float32, L2-normalised (unless `lengths`), of the images indices[mine]; drawn for all of
@@ -104,7 +101,6 @@ class OnlineTargets:
         space: TargetSpace,
         scale_min: float,
         device: torch.device,
-        dim: int,
         *,
         features: bool = False,
         lengths: bool = False,
@@ -113,7 +109,6 @@ class OnlineTargets:
         self._pixels, self._scale_min = pixels, scale_min
         self._project = space.project if lengths else space.__call__
         self._which = 0 if features else 1
-        self.dim = dim
 
     @torch.no_grad()
     def __call__(self, indices: Tensor, generator: torch.Generator, mine: Tensor) -> Tensor:

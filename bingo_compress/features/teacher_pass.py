@@ -77,7 +77,7 @@ def run(
     shards = work / f"{stem}-{key}"
     distributed.from_first(lambda: drop_stale(work, stem, {shards.name}))
     shards.mkdir(exist_ok=True)
-    count, width = len(folder.files), embedding_width(teacher)
+    count, width = len(folder.files), teacher.embedding_width()
     features, embeddings = Stored(shards / "features.f16", teacher.width), Stored(shards / "embeddings.f16", width)
     # View by view, so that more views go on at the end: (V, N, width).
     viewed = Stored(shards / "views.f16", teacher.width if of_features else width)
@@ -147,15 +147,6 @@ def _say_alike(embeddings: Tensor) -> None:
             f"warning: the teacher tells these images hardly apart (mean cosine {alike:.6f}): float16 rounds off a good"
             " part of what differs. Random weights, or another normalisation than the teacher's own, look like this"
         )
-
-
-@torch.inference_mode()
-def embedding_width(teacher: Encoder) -> int:
-    """Dimensions of the embedding that targets are made of."""
-    if teacher.projection is None:
-        return teacher.width
-    size, device = teacher.preprocessing.size, next(teacher.parameters()).device
-    return teacher.embed(torch.zeros(1, 3, size, size, device=device))[1].shape[1]
 
 
 def _plain_shard(teacher: Encoder, folder: Folder, rows: range, device: torch.device) -> Iterator[Tensor]:

@@ -144,6 +144,14 @@ class Encoder(nn.Module):
             safetensors.torch.save_file(tensors, made / "model.safetensors", metadata={"format": "pt"})
             (made / "config.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
 
+    @torch.inference_mode()
+    def embedding_width(self) -> int:
+        """Dimensions of the embedding that targets are made of."""
+        if self.projection is None:
+            return self.width
+        size, device = self.preprocessing.size, next(self.parameters()).device
+        return self.embed(torch.zeros(1, 3, size, size, device=device))[1].shape[1]
+
     def _measured_width(self) -> int:
         size = self.preprocessing.size
         try:

@@ -9,11 +9,9 @@ from bingo_compress import __version__
 from bingo_compress.data.image_folder import Folder
 from bingo_compress.features import neighbours
 from bingo_compress.models import exported
-from bingo_compress.models.encoder import Encoder
 from bingo_compress.models.trained import Models
-from bingo_compress.recipe import Recipe
 from bingo_compress.runtime import console, run_dir
-from bingo_compress.training.plan import Plan, loss_of, unread
+from bingo_compress.training.plan import Plan, unread
 
 NAMES = {
     "teacher": "teacher",
@@ -167,13 +165,14 @@ def _paired(found: Mapping[str, Any], other: str) -> None:
         )
 
 
-def describe_bags(recipe: Recipe, facts: dict[str, float], images: int, device: torch.device) -> str:
-    """One line for the screen of what `bag_facts` found in a training set of `images`."""
+def describe_bags(plan: Plan, facts: dict[str, float]) -> str:
+    """One line for the screen of what `bag_facts` found in the training set."""
+    recipe = plan.recipe
     if not facts:
         return (
             f"bags: {'none' if 'bag_size' in unread(recipe) else 'rebuilt from the student'} in method {recipe.method}"
         )
-    by = neighbours.Search(recipe.search, device).describe(images)
+    by = neighbours.Search(recipe.search, plan.device).describe(plan.schedule.images)
     line = (
         f"bags: {recipe.bags} by {by}, {facts['size_mean']:.1f} mates on average"
         f" ({facts['size_least']:.0f}-{facts['size_most']:.0f})"
@@ -184,11 +183,13 @@ def describe_bags(recipe: Recipe, facts: dict[str, float], images: int, device: 
     )
 
 
-def say_smaller(recipe: Recipe, planned: Plan) -> None:
-    if planned.batch_size < recipe.batch_size:
-        console.say(f"batch size {planned.batch_size} instead of {recipe.batch_size}: there are no more images")
-    if planned.queue_size < recipe.queue_size:
-        console.say(f"queue {planned.queue_size:,} instead of {recipe.queue_size:,}: one entry an image")
+def say_smaller(plan: Plan) -> None:
+    """A line for a batch, and one for a queue, that there are too few images for."""
+    recipe, schedule = plan.recipe, plan.schedule
+    if schedule.batch_size < recipe.batch_size:
+        console.say(f"batch size {schedule.batch_size} instead of {recipe.batch_size}: there are no more images")
+    if schedule.queue_size < recipe.queue_size:
+        console.say(f"queue {schedule.queue_size:,} instead of {recipe.queue_size:,}: one entry an image")
 
 
 def closing_table(models: Models, rows: dict[str, dict[str, float]], gallery: int) -> None:
@@ -206,10 +207,11 @@ def closing_table(models: Models, rows: dict[str, dict[str, float]], gallery: in
     console.table("", ("", neighbours.recall_title(gallery), "kNN", "linear", "parameters", "MB", "smaller"), cells)
 
 
-def header(recipe: Recipe, teacher: Encoder, student: Encoder, folder: Folder, device: torch.device) -> None:
+def header(plan: Plan, models: Models, folder: Folder) -> None:
     """The models with their sizes, weights and preprocessing; the images, the device and the method."""
+    recipe, device = plan.recipe, plan.device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
-    roles = (("teacher", teacher, recipe.teacher_weights), ("student", student, recipe.student_weights))
+    roles = (("teacher", models.teacher, recipe.teacher_weights), ("student", models.student, recipe.student_weights))
     rows = [
         (
             role,
@@ -225,9 +227,9 @@ def header(recipe: Recipe, teacher: Encoder, student: Encoder, folder: Folder, d
     for role, encoder, _ in roles:
         console.say(f"{role} sees: {encoder.preprocessing.describe()}")
     console.say(f"images: {len(folder.files):,} files in {folder.root}; device: {where}")
-    targets = "an online teacher" if recipe.views == "online" else f"{recipe.views} stored views an image"
+    targets = "an online teacher" if plan.online else f"{plan.views} stored views an image"
     method = f"bingo ({recipe.variant})" if recipe.method == "bingo" else recipe.method
-    source = targets if loss_of(recipe).teacher else "the student's own moving average"
+    source = targets if plan.loss.teacher else "the student's own moving average"
     idle = unread(recipe)
     bags = "" if "bags" in idle else f", bags: {recipe.bags}" + ("" if "bag_size" in idle else f" of {recipe.bag_size}")
     tau = "" if "temperature" in idle else f", temperature {recipe.temperature}"

@@ -2,9 +2,9 @@
 does not wait.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
 from threading import Event
@@ -19,10 +19,26 @@ from bingo_compress.features.targets import TargetOf
 from bingo_compress.runtime import distributed
 from bingo_compress.runtime.devices import AHEAD
 from bingo_compress.runtime.made_of import hash_seed
-from bingo_compress.training.losses import Loss, Targets
+from bingo_compress.training.losses import Targets
 from bingo_compress.training.metrics import Meter
+from bingo_compress.training.plan import Plan
 
 Made = TypeVar("Made")
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """What a student learns from. training: (n,) images of `pixels`; bags: (n, K) positions in `training`, -1 for an
+    empty place; target_of: the teacher's targets (B, D) of images, None for methods without teacher; sources: digests
+    of what these were made from, by name; names: of the images of `pixels`, for messages.
+    """
+
+    pixels: PixelStore
+    training: Tensor
+    bags: Tensor
+    target_of: TargetOf | None
+    sources: Mapping[str, str] = field(default_factory=dict)
+    names: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -47,49 +63,45 @@ class Ready:
 @dataclass(frozen=True)
 class Maker:
     """Makes the material of step n from (seed, n) alone: any step can be made at any time, in any process, and is the
-    same.
+    same. size: pixels a side of the student's views.
     """
 
-    seed: int
-    loss: Loss
-    pixels: PixelStore
-    training: Tensor
-    batch: int
+    plan: Plan
+    lessons: Lessons
     size: int
-    scale_min: float
-    target_of: TargetOf | None
-    device: torch.device
     meter: Meter
 
     def __call__(self, step: int, bags: Tensor) -> Ready:
         """The material of step `step` with these bags (n, K). Every process draws for the whole batch and makes its own
         share.
         """
-        generator = torch.Generator().manual_seed(hash_seed(self.seed, "step", step))
-        anchors = anchors_of(self.seed, step, self.batch, len(self.training))
-        mates = pick_mates(bags, anchors, generator) if self.loss.mates else anchors
-        images, shown = self.training[anchors], self.training[mates]
-        mine = own_share(self.batch)
-        views = self._views(torch.cat((images, shown)), torch.cat((mine, mine + self.batch)), generator)
+        seed, batch, loss = self.plan.recipe.seed, self.plan.schedule.batch_size, self.plan.loss
+        training, target_of = self.lessons.training, self.lessons.target_of
+        generator = torch.Generator().manual_seed(hash_seed(seed, "step", step))
+        anchors = anchors_of(seed, step, batch, len(training))
+        mates = pick_mates(bags, anchors, generator) if loss.mates else anchors
+        images, shown = training[anchors], training[mates]
+        mine = own_share(batch)
+        views = self._views(torch.cat((images, shown)), torch.cat((mine, mine + batch)), generator)
         share = 1.0
-        if self.loss.official:
+        if loss.official:
             mixed, share = augment.cutmix(views[: len(mine)], views[len(mine) :], generator)
             views = torch.cat((views, mixed)).contiguous(memory_format=torch.channels_last)
-        fresh = self._views(images, mine, generator) if self.loss.momentum == "fresh" else None
+        fresh = self._views(images, mine, generator) if loss.momentum == "fresh" else None
         targets = None
-        if self.target_of is not None:
+        if target_of is not None:
             with self.meter("teacher"):
                 targets = Targets(
-                    self.target_of(images, generator, mine),
-                    self.target_of(shown, generator, mine) if self.loss.both else None,
+                    target_of(images, generator, mine), target_of(shown, generator, mine) if loss.both else None
                 )
-        known = torch.cat((anchors[:, None], bags[anchors]), dim=1) if self.loss.mates else anchors[:, None]
+        known = torch.cat((anchors[:, None], bags[anchors]), dim=1) if loss.mates else anchors[:, None]
         return Ready(step, anchors, known[mine], views, share, fresh, targets)
 
     def _views(self, images: Tensor, mine: Tensor, generator: torch.Generator) -> Tensor:
-        drawn = augment.rows(augment.draw(self.pixels.aspect[images], generator, self.scale_min), mine)
+        pixels = self.lessons.pixels
+        drawn = augment.rows(augment.draw(pixels.aspect[images], generator, self.plan.recipe.crop_scale_min), mine)
         with self.meter("pixels"):
-            crops = self.pixels.crops(images[mine], drawn.box, self.size)
+            crops = pixels.crops(images[mine], drawn.box, self.size)
         with self.meter("augment"):
             return augment.apply(crops, drawn).contiguous(memory_format=torch.channels_last)
 

@@ -63,10 +63,16 @@ class Meter:
 
 
 class Log:
-    """Losses summed on the device and read only when a line is due, so that the GPU is not waited for in every step."""
+    """Losses summed on the device and read only when a line is due, so that the GPU is not waited for in every step.
 
-    def __init__(self, path: Path | None, device: torch.device, meter: Meter) -> None:
+    begun: steps taken before. steps: taken since; poisoned: the first step (from 1) whose loss was not finite, -1 for
+    none, a tensor on the device.
+    """
+
+    def __init__(self, path: Path | None, device: torch.device, meter: Meter, begun: int) -> None:
         self._path = path
+        self._begun = begun
+        self.poisoned = torch.full((), -1, device=device)
         self._device = device
         self._meter = meter
         self._start = time.monotonic()
@@ -86,6 +92,8 @@ class Log:
         self._steps += 1
         self.steps += 1
         self._images += images
+        bad = (self.poisoned < 0) & ~losses["loss"].isfinite()
+        self.poisoned = torch.where(bad, self._begun + self.steps, self.poisoned)
 
     def due(self) -> bool:
         """Whether the last line is LOG_SECONDS old."""

@@ -1,23 +1,43 @@
-"""What a recipe leaves open, filled in: names, weights, what a method takes where nothing is set, threads."""
+"""A whole run, decided before it begins: what a recipe leaves open, filled in, and all that follows from it. What no
+run can do is refused here.
+"""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
+from bingo_compress.data import pixel_store, quarantine
+from bingo_compress.data.image_folder import Folder
 from bingo_compress.errors import BingoError
-from bingo_compress.models.encoder import ProjectionHead, RegressionHead
+from bingo_compress.models.encoder import Encoder
 from bingo_compress.models.names import has_pretrained, resolve_name
-from bingo_compress.recipe import GIVEN, Recipe
-from bingo_compress.runtime import console, distributed
-from bingo_compress.runtime.made_of import hash_seed
+from bingo_compress.models.trained import Models
+from bingo_compress.recipe import FILES, GIVEN, WORDS, Recipe
+from bingo_compress.runtime import console, devices, distributed, machine
 from bingo_compress.training.losses import LOSSES, Loss, make_loss, readers, settled
 
 SLOW_AVERAGE, QUICK_AVERAGE = 0.999, 0.99
 ADAMW_BELOW = 50_000
+
+
+def absolute(recipe: Recipe) -> Recipe:
+    """The recipe with whole paths of its images and weights: the run can then go on from any folder."""
+    paths = {"data": recipe.data} | {key: file for key in FILES if (file := getattr(recipe, key)) not in WORDS}
+    return recipe.model_copy(update={key: str(Path(path).resolve()) for key, path in paths.items()})
+
+
+def begin(recipe: Recipe) -> tuple[Recipe, Folder, torch.device]:
+    """(the recipe with names and settings filled in, the files of its folder, the device): all that is known before
+    there are models. Raises BingoError for what no run could do.
+    """
+    device = devices.choose_device(recipe.device)
+    folder = quarantine.take(recipe)
+    schedule(recipe, len(folder.files))
+    return resolve(recipe), folder, device
 
 
 def resolve(recipe: Recipe, say: Callable[[str], None] = console.say) -> Recipe:
@@ -29,9 +49,7 @@ def settle(recipe: Recipe) -> Recipe:
     """What was left to the method is filled in: temperatures, and what a target is. Raises BingoError."""
     chosen = recipe.stored_views
     if chosen == "auto":
-        chosen = (
-            "mean" if make_loss(recipe.method, recipe.model_dump()).averaged and recipe.views != "online" else "drawn"
-        )
+        chosen = "mean" if loss_of(recipe).averaged and recipe.views != "online" else "drawn"
     if chosen == "mean" and recipe.views == "online":
         raise BingoError(
             "--set stored_views=mean: expected stored views to take the mean of, found --views online; give --views 4"
@@ -58,8 +76,8 @@ def resolve_names(recipe: Recipe, say: Callable[[str], None] = console.say) -> R
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a recipe means for a folder of a given size: nothing in it is a setting, all of it follows.
+class Schedule:
+    """Steps and rates for a training set of `images`: nothing in it is a setting, all of it follows.
 
     Every batch is full (`anchors_of`): an epoch may end within one, and the run's last one is filled up with images of
     the epoch that would come next. A smaller last batch would let BatchNorm learn from a few views, and could not be
@@ -99,8 +117,8 @@ def steps_of(epochs: float, images: int, batch: int) -> int:
     return -(-round(epochs * images) // batch)
 
 
-def plan(recipe: Recipe, images: int) -> Plan:
-    """The plan for a training set of `images`. Raises BingoError when there are too few for the bags."""
+def schedule(recipe: Recipe, images: int) -> Schedule:
+    """The schedule for a training set of `images`. Raises BingoError when there are too few for the bags."""
     if "bag_size" not in unread(recipe) and images <= recipe.bag_size:
         raise BingoError(
             f"--data: expected more images than a bag holds ({recipe.bag_size}), found {images} to train on; add images"
@@ -122,8 +140,13 @@ def plan(recipe: Recipe, images: int) -> Plan:
         else round(0.05 * steps)
     )
     average = recipe.average or (SLOW_AVERAGE if steps >= ADAMW_BELOW else QUICK_AVERAGE)
-    views = 3 if loss_of(recipe).official else 2
-    return Plan(images, batch, steps, warmup, optimizer, peak, min(recipe.queue_size, images), views, average)
+    views = student_views(loss_of(recipe))
+    return Schedule(images, batch, steps, warmup, optimizer, peak, min(recipe.queue_size, images), views, average)
+
+
+def student_views(loss: Loss) -> int:
+    """Views of an anchor that the student sees in a step."""
+    return 3 if loss.official else 2
 
 
 def loss_of(recipe: Recipe) -> Loss:
@@ -131,26 +154,126 @@ def loss_of(recipe: Recipe) -> Loss:
     return make_loss(recipe.method, recipe.model_dump())
 
 
-def make_head(recipe: Recipe, width: int, dim: int) -> nn.Module:
-    """The student's head for training, random by the recipe's seed: the paper's, or what the method defines."""
-    torch.manual_seed(hash_seed(recipe.seed, "head"))
-    if loss_of(recipe).regression:
-        return RegressionHead(width, recipe.head_hidden, dim)
-    return ProjectionHead(width, recipe.head_hidden, dim)
+@dataclass(frozen=True)
+class TeacherShape:
+    """What a plan has to know of a teacher. width: dimensions of its features; embedding: of what targets are made of,
+    which is something else where its checkpoint brought a projection head (projected).
+    """
+
+    width: int
+    embedding: int
+    projected: bool
 
 
-def make_optimizer(recipe: Recipe, planned: Plan, modules: list[nn.Module]) -> torch.optim.Optimizer:
-    """SGD with momentum 0.9 as in the paper, or AdamW, which leaves biases and norms undecayed."""
-    parameters = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
-    if planned.optimizer == "sgd":
-        return torch.optim.SGD(
-            parameters, lr=planned.peak_lr, momentum=0.9, weight_decay=recipe.weight_decay, fused=True
+def shape_of(teacher: Encoder) -> TeacherShape:
+    """Asks a teacher with a projection head once."""
+    return TeacherShape(teacher.width, teacher.embedding_width(), teacher.projection is not None)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run with nothing left open. Run, dry run and comparison read it and decide nothing of this themselves.
+
+    recipe: its names, sizes and threads filled in; online: the teacher is run in every step; views: of the teacher that
+    are stored an image, 0 where it is online or there is none; target: what is made of the teacher's embeddings, "" for
+    a method without teacher; dim: dimensions of a target and of what the student's head gives; step_bytes: memory of a
+    training step beside the pixels.
+    """
+
+    recipe: Recipe
+    device: torch.device
+    teacher: TeacherShape
+    schedule: Schedule
+    loss: Loss
+    online: bool
+    views: int
+    target: str
+    dim: int
+    step_bytes: int
+
+    def on(self, images: int) -> "Plan":
+        """The same run on another number of images to train on: some cannot be decoded, some are held out. Raises
+        BingoError for too few.
+        """
+        return replace(make_plan(self.recipe, images, self.device, self.teacher), step_bytes=self.step_bytes)
+
+    @property
+    def side(self) -> int:
+        """Pixels of the short side of the stored pictures."""
+        return pixel_store.store_side(self.recipe.image_size, self.recipe.teacher_size)
+
+    @property
+    def stored(self) -> int:
+        """Numbers that the teacher's pass stores an image: features, embedding and views."""
+        return self.teacher.width + self.teacher.embedding + self.views * self._source
+
+    @property
+    def asked(self) -> int:
+        """Teacher views an anchor and step: 0 unless the teacher is online."""
+        return (2 if self.loss.both else 1) if self.online else 0
+
+    @property
+    def rebags(self) -> bool:
+        """Whether bags are rebuilt from the student's own moving average."""
+        return bool(self.loss.momentum) and self.loss.mates and self.recipe.bags != "none"
+
+    @property
+    def _source(self) -> int:
+        return self.teacher.width if self.loss.regression else self.teacher.embedding
+
+    def describe(self) -> str:
+        """One line for the screen."""
+        target = f"targets: {self.target}" if self.target else "targets: the moving average's"
+        return f"{self.schedule.describe()}; {target}, {self.dim} wide"
+
+
+def make_plan(recipe: Recipe, images: int, device: torch.device, teacher: TeacherShape) -> Plan:
+    """The plan of a resolved recipe for a training set of `images`. Raises BingoError."""
+    loss = loss_of(recipe)
+    online = loss.teacher and recipe.views == "online"
+    views = int(recipe.views) if loss.teacher and not online else 0
+    target, dim = "", recipe.target_dim
+    if loss.teacher:
+        plain = "raw" if loss.regression or teacher.projected else "pca"
+        target = plain if recipe.target == "auto" else recipe.target
+        width = teacher.width if loss.regression else teacher.embedding
+        dim = min(recipe.target_dim, width, images - 1) if target in ("pca", "whitened") else width
+    when = schedule(recipe, images)
+    return Plan(recipe, device, teacher, when, loss, online, views, target, dim, pixel_store.WORK)
+
+
+def plan_run(models: Models, images: int, device: torch.device, threads: int = 0) -> Plan:
+    """The plan for these models: threads settled, a step's memory measured. threads: of the run that goes on. Raises
+    BingoError over --memory.
+    """
+    student = models.student
+    recipe = devices.use_threads(models.recipe, student, student.preprocessing.size, device, threads)
+    made = make_plan(recipe, images, device, shape_of(models.teacher))
+    return replace(made, step_bytes=_step_bytes(made, student))
+
+
+def _step_bytes(plan: Plan, student: Encoder) -> int:
+    """Bytes of memory that this process needs for a training step, beside what it holds and the pixels. Raises
+    BingoError over recipe.memory.
+    """
+    if plan.device.type == "cuda":
+        return pixel_store.WORK
+    batch = plan.schedule.batch_size
+    step, limit, held = (
+        devices.step_bytes(
+            student, student.preprocessing.size, batch * plan.schedule.student_views // distributed.world()
+        ),
+        machine.parse_memory(plan.recipe.memory),
+        machine.resident(),
+    )
+    if limit and held + step > limit:
+        fits = int(batch * (limit - held - devices.BESIDE) / (step - devices.BESIDE))
+        way = f"lower --batch-size to {fits}" if fits >= 2 else "lower --image-size"
+        raise BingoError(
+            f"--memory: expected room for a step of {batch} anchors, about {console.size(step)} beside the"
+            f" {console.size(held)} in use, found {console.size(limit)}; {way}, or raise --memory"
         )
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=planned.peak_lr, fused=True)
+    return step
 
 
 def learning_rate(step: int, total: int, warmup: int, peak: float) -> float:
@@ -167,7 +290,7 @@ def unread(recipe: Recipe) -> dict[str, str]:
     """The settings that change nothing in a run of this recipe, each with what would read it. A setting that is not
     named here is read by every run.
     """
-    loss = make_loss(recipe.method, recipe.model_dump())
+    loss = loss_of(recipe)
     taught, paired, bagged = loss.teacher, loss.mates, loss.mates and recipe.bags != "none"
     for_own_bags = recipe.bags in ("knn", "none")  # a student's own bags are its nearest neighbours
     projected = recipe.target in ("pca", "whitened") or (recipe.target == "auto" and not loss.regression)

@@ -31,7 +31,7 @@ from bingo_compress.recipe import Recipe
 from bingo_compress.report.plots import dots
 from bingo_compress.runtime import checkpoint
 from bingo_compress.training import loop, material
-from bingo_compress.training.plan import plan
+from bingo_compress.training.plan import Plan, schedule
 
 METHODS = "bingo,moco,bingo:variant=official:bag_size=1"
 OFFICIAL = "bingo:variant=official:bag_size=1"
@@ -174,7 +174,7 @@ def test_arms_of_other_batch_sizes_and_views_have_equal_student_passes(count: in
     )
     for epochs in (1, 10, 100):
         for arm in side_by_side.make_arms(names, recipe(epochs=epochs)):
-            planned = plan(arm.recipe, count)
+            planned = schedule(arm.recipe, count)
             surplus = planned.steps * planned.batch_size * planned.student_views - epochs * count * 2
             # A third of an image may be lost.
             assert -1 <= surplus < planned.batch_size * planned.student_views, arm.name
@@ -296,14 +296,14 @@ def test_interrupted_in_training_and_started_again_gives_the_uninterrupted_figur
 ) -> None:
     real, calls = side_by_side.train, list[int]()
 
-    def interrupted(models: Models, *given: Any, **named: Any) -> None:
-        calls.append(models.recipe.seed)
+    def interrupted(plan: Plan, *given: Any, **named: Any) -> None:
+        calls.append(plan.recipe.seed)
         if len(calls) == 2:
             with monkeypatch.context() as patch:
                 patch.setattr(pipeline, "distill", partial(loop.distill, stop_after=5))
-                real(models, *given, **named)
+                real(plan, *given, **named)
             raise KeyboardInterrupt
-        real(models, *given, **named)
+        real(plan, *given, **named)
 
     monkeypatch.setattr(side_by_side, "train", interrupted)
     out, arguments = tmp_path / "out", (world.base, world.data, None, "bingo", [0, 1], tmp_path / "out")

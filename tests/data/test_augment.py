@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import crop
 from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as reference
 
 from bingo_compress.data import augment
-from bingo_compress.data.augment import BLUR_SIZE, ORDERS, Draw, apply, blur, crop, cutmix, draw
+from bingo_compress.data.augment import BLUR_SIZE, ORDERS, Draw, apply, blur, cutmix, draw
 
 MANY = 20_000
 

@@ -14,7 +14,7 @@ import torch
 from helpers import photo
 from torch import Tensor
 
-from bingo_compress.data import augment
+from bingo_compress.data import augment, decode
 
 pytest.importorskip("triton", reason="torch brings no Triton here")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -47,7 +47,7 @@ def test_crops(kernels: ModuleType, side: int, size: int) -> None:
     width = torch.tensor([picture.shape[1] for picture in pictures])
     offset = torch.cat((torch.zeros(1, dtype=torch.int64), (width * side * 3).cumsum(0)[:-1]))
     box = augment.draw(width / side, torch.Generator().manual_seed(0)).box
-    corners = augment.window(box, torch.full((4,), side), width)
+    corners = decode.window(box, torch.full((4,), side), width)
     pieces = [
         torch.from_numpy(picture)[y:bottom, x:right]
         for picture, (x, y), (right, bottom) in zip(pictures, *map(Tensor.tolist, corners), strict=True)

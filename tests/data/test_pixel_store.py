@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from bingo_compress.data import augment, pixel_store
+from bingo_compress.data import shards as shard_files
 from bingo_compress.data.decode import decode_all
 from bingo_compress.data.image_folder import Folder, list_folder
 from bingo_compress.data.pixel_store import build, kept_size, store_of
@@ -80,7 +81,8 @@ def count_decoding(monkeypatch: pytest.MonkeyPatch, stop_after: int | None = Non
             seen.append(index)
             yield index, result
 
-    monkeypatch.setattr(pixel_store, "decode_all", decode)
+    for module in (pixel_store, shard_files):
+        monkeypatch.setattr(module, "decode_all", decode)
     return seen
 
 

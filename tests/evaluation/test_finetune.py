@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import CPU, encoder, filled_store, photo, whole_images
+from helpers import CPU, crop, encoder, filled_store, photo, whole_images
 from torch import nn
 
 from bingo_compress.data import augment
@@ -100,7 +100,7 @@ def test_views_are_crops_of_eight_hundredths_and_flips_without_colours() -> None
     red = torch.zeros(50, 40, 40, 3, dtype=torch.uint8)
     red[..., 0] = 200
     drawn = crop_and_flip(torch.ones(50), torch.Generator().manual_seed(1))
-    views = augment.apply(augment.crop(red, drawn.box, 32), drawn)
+    views = augment.apply(crop(red, drawn.box, 32), drawn)
     assert torch.equal(views, torch.tensor([200 / 255, 0.0, 0.0]).view(1, 3, 1, 1).expand_as(views))
 
 
@@ -230,9 +230,7 @@ def test_the_learning_rate_is_chosen_on_a_fifth_held_out(student: Encoder, monke
     trained: list[tuple[float, list[int]]] = []
     knows: dict[float, int] = {}
 
-    def pretended(
-        encoder: Encoder, images: Labelled, device: torch.device, *, lr: float, **_: object
-    ) -> object:
+    def pretended(encoder: Encoder, images: Labelled, device: torch.device, *, lr: float, **_: object) -> object:
         """Right on as many of the images held out as `knows` says for the learning rate."""
         trained.append((lr, images.rows.tolist()))
         assert torch.equal(images.labels, answers[images.rows])
@@ -255,7 +253,9 @@ def test_the_learning_rate_is_chosen_on_a_fifth_held_out(student: Encoder, monke
 
 def test_after_the_choice_all_rows_are_trained_on(student: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[list[int]] = []
-    monkeypatch.setattr(finetune, "crops_and_flips", lambda encoder, images, *_: shown.append(images.rows.tolist()) or [])
+    monkeypatch.setattr(
+        finetune, "crops_and_flips", lambda encoder, images, *_: shown.append(images.rows.tolist()) or []
+    )
     fine_tune(student, Labelled(filled_store(20), torch.arange(20), torch.arange(20) % 3, 3), CPU)
     assert [len(rows) for rows in shown] == [16] * len(finetune.TUNE_LRS) + [20]
 

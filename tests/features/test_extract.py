@@ -319,7 +319,6 @@ def test_stored_targets_draw_every_view_and_nothing_else() -> None:
     views = unit(12, 4, 16)
     space = target_space(views[:, 0], "centred", 16)
     targets = StoredTargets(views.half(), space, CPU)
-    assert targets.dim == 16
     indices, stream, drawn = torch.tensor([3, 3, 11, 0]), generator(), []
     for _ in range(60):
         found = targets(indices, stream, torch.arange(len(indices)))
@@ -360,8 +359,7 @@ def test_stored_targets_depend_on_the_generator_alone() -> None:
 
 def test_online_targets_are_the_teacher_on_a_fresh_view(store: pixel_store.PixelStore, teacher: Encoder) -> None:
     space = target_space(unit(30, teacher.width), "pca", 10)
-    targets = OnlineTargets(teacher, store, space, 0.3, CPU, 10)
-    assert targets.dim == 10
+    targets = OnlineTargets(teacher, store, space, 0.3, CPU)
     indices = torch.tensor([2, 9, 5])
     found = targets(indices, generator(4), torch.arange(len(indices)))
     drawn = augment.draw(store.aspect[indices], generator(4), 0.3)
@@ -381,7 +379,7 @@ def test_targets_carry_no_gradient_and_can_be_trained_against(
     targets = (
         StoredTargets(unit(COUNT, 2, teacher.width), space, CPU)
         if kind == "stored"
-        else OnlineTargets(teacher, store, space, 0.2, CPU, teacher.width)
+        else OnlineTargets(teacher, store, space, 0.2, CPU)
     )
     found = targets(torch.arange(4), generator(), torch.arange(4))
     query = unit(4, teacher.width, seed=8).requires_grad_()

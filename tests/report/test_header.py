@@ -11,6 +11,7 @@ from helpers import CPU, photos, recipe
 from bingo_compress.data import image_folder
 from bingo_compress.models import trained
 from bingo_compress.report.tables import header
+from bingo_compress.training.plan import plan_run
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -29,7 +30,8 @@ def dino(tmp_path: Path) -> Path:
 def test_the_header_says_how_each_model_sees_a_picture(dino: Path, tmp_path: Path, printed: io.StringIO) -> None:
     settings = recipe(teacher="test_vit", teacher_weights=str(dino))
     models = trained.build_models(settings)
-    header(models.recipe, models.teacher, models.student, image_folder.list_folder(photos(tmp_path / "photos", 2)), CPU)
+    listed = image_folder.list_folder(photos(tmp_path / "photos", 2))
+    header(plan_run(models, len(listed.files), CPU), models, listed)
     said = printed.getvalue()
     assert (
         "teacher sees: the centred 0.95 of the short side, bicubic to 32 px, less mean 0.485 0.456 0.406, by std 0.229"

@@ -28,6 +28,7 @@ from bingo_compress.models import trained
 from bingo_compress.runtime import checkpoint, console, distributed, run_dir, signals
 from bingo_compress.training.loader import own_share
 from bingo_compress.training.material import halves, prepare
+from bingo_compress.training.plan import plan_run
 
 Bingo = Callable[..., Ran]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -140,10 +141,11 @@ def test_two_processes_check_the_student_as_one_does(two: Path, folder: Path) ->
     run = run_dir.RunDir(two / "kept")
     recipe = run_dir.saved_recipe(run)
     models = replace(trained.build_models(recipe), student=trained.load_student(recipe, run.student))
-    side = pixel_store.store_side(recipe.image_size, recipe.teacher_size)
-    material = prepare(models, image_folder.list_folder(folder), side, run.work, CPU)
+    listed = image_folder.list_folder(folder)
+    plan = plan_run(models, len(listed.files), CPU)
+    material = prepare(plan, models, listed, run.work)
     assert json.loads(run.summary.read_text())["neighbour_recall"] == held_out.held_out_recall(
-        run, models, material, CPU
+        run, plan, models.student, material
     )
     checks = [line["neighbour_recall"] for line in lines(run.path) if "neighbour_recall" in line]
     assert len(checks) == 3

@@ -6,12 +6,11 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers import CPU, filled_store, recipe
+from helpers import CPU, filled_store, planned, recipe
 
 from bingo_compress.runtime import distributed
 from bingo_compress.training import loop, plan
-from bingo_compress.training.loader import Maker, anchors_of
-from bingo_compress.training.losses import make_loss
+from bingo_compress.training.loader import Lessons, Maker, anchors_of
 from bingo_compress.training.metrics import Meter
 
 SIZES = [(255, 128, 2, 1), (7, 4, 5, 1), (7, 4, 4, 2), (30, 30, 2, 3), (33, 8, 3, 4), (20, 6, 2.5, 3)]
@@ -22,12 +21,14 @@ def test_every_image_is_an_anchor_once_an_epoch(
     images: int, batch: int, epochs: float, processes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(distributed, "world", lambda: processes)
-    planned = plan.plan(recipe(batch_size=batch, epochs=epochs, bag_size=1), images)
+    chosen = recipe(method="seed", seed=3, batch_size=batch, epochs=epochs, crop_scale_min=1.0)
+    steps = plan.schedule(chosen, images).steps
     training = torch.arange(images).flip(0)
-    loss, bags = make_loss("seed", {}), torch.empty(images, 0, dtype=torch.int64)
-    make = Maker(3, loss, filled_store(images, 8), training, planned.batch_size, 4, 1.0, None, CPU, Meter(CPU))
+    bags = torch.empty(images, 0, dtype=torch.int64)
+    lessons = Lessons(filled_store(images, 8), training, bags, None)
+    make = Maker(planned(chosen, images), lessons, 4, Meter(CPU))
     shown: list[int] = []
-    for step in range(planned.steps):
+    for step in range(steps):
         for rank in range(processes):
             monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
             own = make(step, bags)
@@ -44,7 +45,7 @@ def test_every_image_is_an_anchor_once_an_epoch(
 def test_an_epoch_ends_with_the_step_that_shows_its_last_image() -> None:
     for images in (3, 7, 20, 255):
         for batch in range(2, images + 1):
-            planned = plan.plan(recipe(batch_size=batch, epochs=6, bag_size=1), images)
+            planned = plan.schedule(recipe(batch_size=batch, epochs=6, bag_size=1), images)
             ends = [
                 step
                 for step in range(1, planned.steps + 1)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CPU, Trained, dropping, encoder, filled_store, kind_targets, recipe, whole_images
+from helpers import CPU, Trained, dropping, encoder, filled_store, kind_targets, planned, recipe, whole_images
 
 from bingo_compress.data import augment
 from bingo_compress.errors import BingoError
@@ -18,9 +18,10 @@ from bingo_compress.features.targets import OnlineTargets, StoredTargets, Target
 from bingo_compress.recipe import Recipe
 from bingo_compress.runtime import checkpoint
 from bingo_compress.training import loop, metrics, plan
-from bingo_compress.training.loader import AHEAD
+from bingo_compress.training.loader import AHEAD, Lessons
 from bingo_compress.training.losses import Batch, Bingo
 from bingo_compress.training.out_of_memory import Frugal
+from bingo_compress.training.state import make_optimizer
 
 IMAGES, DIM, VIEWS = 40, 16, 3
 STORE = filled_store(IMAGES)
@@ -47,9 +48,8 @@ def train(
     )
     source = target_of or StoredTargets(TARGETS, TargetSpace(None, None), CPU)
     everything = torch.arange(IMAGES)
-    loop.distill(
-        settings, run.student, STORE, everything, BAGS, source, dim, run.metrics, run.saved, CPU, stop_after=stop_after
-    )
+    lessons = Lessons(STORE, everything, BAGS, source)
+    loop.distill(planned(settings, IMAGES, dim), run.student, lessons, run.metrics, run.saved, stop_after=stop_after)
     return run
 
 
@@ -63,50 +63,50 @@ def equal(one: Trained, two: Trained) -> bool:
 
 
 def test_a_plan_is_arithmetic() -> None:
-    made = plan.plan(recipe(batch_size=8, epochs=7, queue_size=30, optimizer="sgd"), 43)
+    made = plan.schedule(recipe(batch_size=8, epochs=7, queue_size=30, optimizer="sgd"), 43)
     assert (made.batch_size, made.steps, made.warmup) == (8, 38, 0)  # 301 anchors
     assert made.peak_lr == pytest.approx(0.03 * 8 / 256)
     assert (made.optimizer, made.queue_size, made.student_views) == ("sgd", 30, 2)
 
 
 def test_the_paper_at_its_own_size_gets_its_own_constants() -> None:
-    made = plan.plan(recipe(batch_size=256, epochs=200, queue_size=65536), 1_281_167)
+    made = plan.schedule(recipe(batch_size=256, epochs=200, queue_size=65536), 1_281_167)
     assert (made.optimizer, made.warmup, made.queue_size, made.steps) == ("sgd", 0, 65536, 1_000_912)
     assert made.peak_lr == pytest.approx(0.03)
 
 
 def test_few_steps_get_adamw_with_a_warm_up() -> None:
-    made = plan.plan(recipe(batch_size=128, epochs=100), 3000)
+    made = plan.schedule(recipe(batch_size=128, epochs=100), 3000)
     assert (made.optimizer, made.steps, made.warmup) == ("adamw", 2344, 117)
     assert made.peak_lr == pytest.approx(0.003)
-    assert plan.plan(recipe(batch_size=32, epochs=1), 3000).peak_lr == pytest.approx(0.0015)
+    assert plan.schedule(recipe(batch_size=32, epochs=1), 3000).peak_lr == pytest.approx(0.0015)
 
 
 def test_settings_win_over_what_follows() -> None:
-    made = plan.plan(
+    made = plan.schedule(
         recipe(batch_size=10, epochs=4, lr=0.7, warmup_epochs=1.5, optimizer="adamw", variant="official"), 100
     )
     assert (made.peak_lr, made.warmup, made.student_views) == (0.7, 15, 3)
 
 
 def test_batch_and_queue_never_exceed_the_images() -> None:
-    made = plan.plan(recipe(batch_size=500, queue_size=65536, epochs=3), 20)
+    made = plan.schedule(recipe(batch_size=500, queue_size=65536, epochs=3), 20)
     assert (made.batch_size, made.steps, made.queue_size) == (20, 3, 20)
 
 
 def test_the_plan_refuses_fewer_images_than_a_bag_needs() -> None:
     with pytest.raises(BingoError, match=r"expected more images than a bag holds \(3\), found 3"):
-        plan.plan(recipe(bag_size=3), 3)
-    assert plan.plan(recipe(bag_size=3, epochs=2), 4).steps == 2
+        plan.schedule(recipe(bag_size=3), 3)
+    assert plan.schedule(recipe(bag_size=3, epochs=2), 4).steps == 2
     with pytest.raises(BingoError, match="found 0"):
-        plan.plan(recipe(), 0)
+        plan.schedule(recipe(), 0)
 
 
 def test_the_optimizer_decays_no_norms_and_biases_under_adamw_and_everything_under_sgd() -> None:
     model = encoder()
     for kind in ("adamw", "sgd"):
         settings = recipe(optimizer=kind, weight_decay=0.05)
-        made = plan.make_optimizer(settings, plan.plan(settings, IMAGES), [model])
+        made = make_optimizer(planned(settings, IMAGES), [model])
         decay = {id(parameter): group["weight_decay"] for group in made.param_groups for parameter in group["params"]}
         assert len(decay) == len(list(model.parameters()))
         for parameter in model.parameters():
@@ -169,7 +169,8 @@ def test_negatives_are_earlier_anchors_and_the_mask_is_the_anchor_with_its_bag(
     monkeypatch.setattr(Bingo, "__call__", checked)
     source = StoredTargets(torch.eye(IMAGES)[:, None], TargetSpace(None, None), CPU)
     files = (tmp_path / "metrics.jsonl", tmp_path / "checkpoint.safetensors")
-    loop.distill(recipe(queue_size=20, epochs=4), encoder(), STORE, training, bags, source, IMAGES, *files, CPU)
+    chosen = planned(recipe(queue_size=20, epochs=4), len(training), IMAGES)
+    loop.distill(chosen, encoder(), Lessons(STORE, training, bags, source), *files)
     assert len(earlier) == 4 * 30
     assert masks > 50
     # An epoch shows every image once.
@@ -182,7 +183,7 @@ def test_stored_and_online_targets_both_work_and_the_teacher_never_changes(tmp_p
     with torch.no_grad():
         plain = teacher(whole_images(STORE, torch.arange(IMAGES), 40).float() / 255)
     space = target_space(plain, "pca", 12)
-    online = train(tmp_path / "online", recipe(epochs=3), OnlineTargets(teacher, STORE, space, 0.2, CPU, 12), 12)
+    online = train(tmp_path / "online", recipe(epochs=3), OnlineTargets(teacher, STORE, space, 0.2, CPU), 12)
     stored = train(tmp_path / "stored", recipe(epochs=3), StoredTargets(plain[:, None], space, CPU), 12)
     for run in (online, stored):
         assert all(math.isfinite(line["loss"]) and line["loss"] > 0 for line in run.lines)

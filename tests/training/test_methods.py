@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CPU, Trained, encoder, filled_store, kind_targets, recipe, unit
+from helpers import CPU, Trained, encoder, filled_store, kind_targets, planned, recipe, unit
 
 from bingo_compress.features.bagging import knn
 from bingo_compress.features.targets import StoredTargets, TargetSpace
@@ -18,10 +18,9 @@ from bingo_compress.models.encoder import Encoder, ProjectionHead, RegressionHea
 from bingo_compress.recipe import Recipe
 from bingo_compress.runtime import checkpoint
 from bingo_compress.training import loop, plan
-from bingo_compress.training.loader import pick_mates
+from bingo_compress.training.loader import Lessons, pick_mates
 from bingo_compress.training.losses import LOSSES, Batch, Loss, Queries, Targets, make_loss
-from bingo_compress.training.momentum import Average
-from bingo_compress.training.plan import make_head
+from bingo_compress.training.state import Average, make_head
 
 BATCH, DIM, QUEUE = 4, 6, 9
 OTHERS = sorted(set(LOSSES) - {"bingo"})
@@ -247,7 +246,7 @@ def test_temperature_zero_is_the_methods_own_and_any_other_is_taken(method: str)
 def test_settings_reach_the_methods_fields() -> None:
     loss: Any = plan.loss_of(recipe(method="seed", teacher_temperature=0.03))
     assert (loss.teacher_temperature, plan.loss_of(recipe(variant="official")).official) == (0.03, True)
-    heads = [type(make_head(recipe(method=method), 24, 16)) for method in ("bingo", "simreg")]
+    heads = [type(make_head(planned(recipe(method=method), IMAGES), 24)) for method in ("bingo", "simreg")]
     assert heads == [ProjectionHead, RegressionHead]
 
 
@@ -266,19 +265,8 @@ def train(folder: Path, settings: Recipe, stop_after: int | None = None, check: 
     run = Trained(encoder("test_resnet", 32, seed=5), folder / "metrics.jsonl", folder / "checkpoint.safetensors")
     source = StoredTargets(TARGETS, TargetSpace(None, None), CPU, lengths=loss.lengths) if loss.teacher else None
     files = (run.metrics, run.saved)
-    loop.distill(
-        settings,
-        run.student,
-        STORE,
-        torch.arange(IMAGES),
-        BAGS,
-        source,
-        16,
-        *files,
-        CPU,
-        check=check,
-        stop_after=stop_after,
-    )
+    lessons = Lessons(STORE, torch.arange(IMAGES), BAGS, source)
+    loop.distill(planned(settings, IMAGES), run.student, lessons, *files, check=check, stop_after=stop_after)
     return run
 
 
@@ -419,7 +407,7 @@ class Checked:
 @pytest.mark.parametrize(
     ("scores", "best"), [((0.3, 0.9, 0.5, 0.8), 1), ((0.1, 0.2, 0.3, 0.4), 3), ((0.0, 0.0, 0.0, 0.0), 0)]
 )
-def test_keep_best_leaves_the_student_of_the_best_check(scores: tuple[float, ...], best: int, tmp_path: Path) -> None:
+def test_the_loop_leaves_the_weights_of_the_highest_score(scores: tuple[float, ...], best: int, tmp_path: Path) -> None:
     check = Checked(*scores)
     run = train(tmp_path, recipe(epochs=4, check_every=1, keep_best=True), check=check)
     assert len(check.seen) == 4 and not same(check.seen[0], check.seen[1])

@@ -165,7 +165,7 @@ def test_a_batch_is_the_same_whatever_the_threads_it_is_made_with() -> None:
     space, pixels = target_space(targets[:, 0].half(), "pca", 16), filled_store(count, 72)
     sources = (
         StoredTargets(targets.half(), space, CPU),
-        OnlineTargets(encoder("test_resnet", 64), pixels, RAW, 0.2, CPU, 16),
+        OnlineTargets(encoder("test_resnet", 64), pixels, RAW, 0.2, CPU),
     )
     for source in sources:
         made = []
@@ -227,7 +227,7 @@ def test_a_comparison_keeps_the_threads_of_each_student(
     counts = {"test_efficientnet": 1, "test_vit": 2}
     monkeypatch.setattr(devices, "choose_threads", lambda student, _: counts.pop(student.name))  # each is timed once
     monkeypatch.setattr(side_by_side, "prepare", lambda *_: None)
-    monkeypatch.setattr(side_by_side, "_train", lambda models, *_: trained(models))
+    monkeypatch.setattr(side_by_side, "_train", lambda _, models, *__: trained(models))
     base, out = recipe(data=str(world[0]), threads=0), tmp_path / "out"
     for methods in ("bingo", "bingo:student=test_vit", "seed", "bingo:student=test_vit", "moco"):
         with pytest.raises(BingoError):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CPU, Ran, command, encoder, filled_store, flags, kind_targets, photos, recipe
+from helpers import CPU, Ran, command, encoder, filled_store, flags, kind_targets, photos, planned, recipe
 
 from bingo_compress import api
 from bingo_compress.comparison import tables
@@ -17,6 +17,7 @@ from bingo_compress.features.targets import StoredTargets, TargetSpace
 from bingo_compress.options import Distill
 from bingo_compress.recipe import KEYS, RESUME_MAY_CHANGE, Recipe
 from bingo_compress.training import loop, plan
+from bingo_compress.training.loader import Lessons
 from bingo_compress.training.losses import LOSSES
 from bingo_compress.training.plan import refuse_unread, settle, unread
 
@@ -120,17 +121,8 @@ def trained(folder: Path, chosen: Recipe) -> dict[str, torch.Tensor]:
     bags = knn(targets[:, 0], chosen.bag_size)[0] if chosen.bags != "none" else torch.empty(count, 0, dtype=torch.int64)
     student = encoder("test_resnet", 32, seed=5)
     files = folder / "metrics.jsonl", folder / "checkpoint.safetensors"
-    loop.distill(
-        chosen,
-        student,
-        filled_store(count),
-        torch.arange(count),
-        bags,
-        source if loss.teacher else None,
-        16,
-        *files,
-        CPU,
-    )
+    lessons = Lessons(filled_store(count), torch.arange(count), bags, source if loss.teacher else None)
+    loop.distill(planned(chosen, count), student, lessons, *files)
     return student.backbone.state_dict()
 
 

@@ -5,7 +5,7 @@ from collections import deque
 import pytest
 import torch
 
-from bingo_compress.training.momentum import FeatureQueue
+from bingo_compress.training.state import FeatureQueue
 
 CPU = torch.device("cpu")
 
