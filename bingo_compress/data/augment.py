@@ -213,8 +213,8 @@ def resize(pieces: Iterable[Tensor], count: int, size: int) -> Tensor:
 
 
 def crop_flat(flat: Tensor, offset: Tensor, width: Tensor, low: Tensor, high: Tensor, size: int) -> Tensor:
-    """The same crops as `resize` gives, for a GPU, out of ragged pictures in one flat uint8 tensor, as two batched matrix
-    products: no loop over images.
+    """The same crops as `resize` gives, for a GPU, out of ragged pictures in one flat uint8 tensor, as two batched
+    matrix products: no loop over images.
 
     offset, width: (B,) start in `flat` and width of each picture; low, high: (B, 2) of `decode.window`. All but `flat`
     are on the CPU, so that the sizes of the tensors are known without waiting for the device. Returns uint8 (B, 3,

@@ -1,5 +1,5 @@
-"""Files to pictures: by many threads, and for a store that streams plain JPEGs on a GPU, with the spoken way back to the
-CPU's decoder.
+"""Files to pictures: by many threads, and for a store that streams plain JPEGs on a GPU, with the spoken way back to
+the CPU's decoder.
 """
 
 import math
