@@ -32,9 +32,6 @@ TITLES = {
     "literature": "linear, augmented",
 }
 CLASSES_SHOWN = 50
-OWN_AGAIN = (
-    '    bingo_compress.distill(recipe="RUN/recipe.yaml", data="PHOTOS", out="ANOTHER_RUN", teacher=..., student=...)'
-)
 # All that can begin or end something inside a line, of CommonMark and of GitHub's tables, formulas and links that need
 # no brackets.
 MARKUP = re.compile(r"[!#$&*+:<=>@\[\\\]^_`{|}~]|(?<=www)\.", re.IGNORECASE)
@@ -111,7 +108,7 @@ def licence(name: str, source: str) -> str:
     if source == "random":
         return "none: random weights"
     if source != "pretrained":
-        return "given by the user: licence unknown to us"
+        return f"{'module' if source == GIVEN else 'file'} given by the user: licence unknown to us"
     config = timm.models.get_pretrained_cfg(name)
     return plain(config.license) if config and config.license else "timm states none"
 
@@ -181,14 +178,14 @@ def _method(recipe: Recipe) -> list[str]:
         if key not in ELSEWHERE | RESUME_MAY_CHANGE and value != Recipe.model_fields[key].default
     ]
     method = f"bingo ({plain(recipe.variant)})" if recipe.method == "bingo" else plain(recipe.method)
-    own = GIVEN in (recipe.teacher_weights, recipe.student_weights)
+    own = " (in Python, with the same modules)" if GIVEN in (recipe.teacher_weights, recipe.student_weights) else ""
     return [
         "## Method",
         f"{method}, {recipe.epochs:,} epoch{'s' if recipe.epochs > 1 else ''}. "
         + ("Settings that are not the defaults:" if changed else "Every setting is the default."),
         *([_table(("setting", "here", "default"), changed)] if changed else []),
-        "All settings are in the run's recipe.yaml; the same run again:",
-        OWN_AGAIN if own else "    bingo-compress distill --recipe RUN/recipe.yaml --data PHOTOS --out ANOTHER_RUN",
+        f"All settings are in the run's recipe.yaml; the same run again{own}:",
+        "    bingo-compress distill --recipe RUN/recipe.yaml --data PHOTOS --out ANOTHER_RUN",
     ]
 
 
