@@ -19,7 +19,7 @@ from bingo_compress.options import GROUPS, Word
 from bingo_compress.runtime import machine, signals
 
 INTERRUPTED = 130
-CLOSED_PIPE = 141  # 128 and SIGPIPE, as of a program that does not catch it
+CLOSED_PIPE = 1  # as typer and rich end where they notice it
 UsageError: type[Any] = typer.BadParameter.__bases__[
     0
 ]  # typer brings its own click or uses the one that is installed, by version

@@ -14,7 +14,7 @@ from bingo_compress.models.encoder import Encoder
 from bingo_compress.models.trained import NOTHING_GIVEN, Given, Models, build_models
 from bingo_compress.recipe import Recipe, recipe_text
 from bingo_compress.report.tables import header
-from bingo_compress.runtime import console
+from bingo_compress.runtime import console, machine
 from bingo_compress.runtime.devices import saved_bytes
 from bingo_compress.training.material import split
 from bingo_compress.training.plan import Plan, absolute, begin, plan_run
@@ -32,8 +32,9 @@ def estimate(recipe: Recipe, out: Path, given: Given = NOTHING_GIVEN) -> None:
     resolved, folder, device = begin(absolute(recipe))
     models = build_models(resolved, given)
     count = len(folder.files)
-    # Which number of threads is fastest is found out when the run begins: that takes longer than all that is here.
-    plan = plan_run(models, count, device, torch.get_num_threads())
+    # A run tries out how many threads are fastest, which takes longer than all that is here.
+    threads = 0 if resolved.threads else min(torch.get_num_threads(), machine.free_cores())
+    plan = plan_run(models, count, device, threads)
     header(plan, models, folder)
     console.say(recipe_text(models.recipe).rstrip())
     held, training = split(count, plan.recipe)

@@ -99,7 +99,7 @@ def test_a_file_that_holds_something_else_is_one_error_or_made_again(world: Worl
     before = digest(world.outside)
     for content in CONTENTS if places[0].suffix != ".safetensors" else CONTENTS[:2]:
         for word in READ_BY[name]:
-            if word == "export" and content != CONTENTS[-1]:
+            if word == "export" and name == "validation.json" and content != CONTENTS[-1]:
                 continue  # it takes ten seconds
             kept = [place.read_bytes() for place in places]
             for place in places:

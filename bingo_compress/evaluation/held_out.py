@@ -1,5 +1,7 @@
 """Neighbour recall on images that were kept out of training: the only figure that needs no label."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,6 @@ from bingo_compress.features import extract, neighbours
 from bingo_compress.models import trained
 from bingo_compress.models.encoder import Encoder, weights_digest
 from bingo_compress.runtime import console, distributed, run_dir
-from bingo_compress.training.loop import Check
 from bingo_compress.training.material import Material, halves
 from bingo_compress.training.plan import Plan
 
@@ -17,7 +18,7 @@ GALLERY_AT_MOST = 20_000
 CHECK_GALLERY = 2000
 
 
-def recall_check(material: Material, held: Tensor, device: torch.device) -> Check:
+def recall_check(material: Material, held: Tensor, device: torch.device) -> Callable[[Encoder], float]:
     """A student's neighbour recall on the images `held`, from the pixel store, in a gallery of at most CHECK_GALLERY;
     several processes share them.
     """

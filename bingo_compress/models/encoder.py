@@ -98,14 +98,6 @@ class Encoder(nn.Module):
         """Parameters of the backbone: what is exported."""
         return sum(parameter.numel() for parameter in self.backbone.parameters())
 
-    @torch.inference_mode()
-    def embedding_width(self) -> int:
-        """Dimensions of the embedding that targets are made of."""
-        if self.projection is None:
-            return self.width
-        size, device = self.preprocessing.size, next(self.parameters()).device
-        return self.embed(torch.zeros(1, 3, size, size, device=device))[1].shape[1]
-
     def is_timms(self) -> bool:
         """Whether timm by itself can build the backbone by its name, with just these tensors."""
         config = getattr(self.backbone, "pretrained_cfg", None)
@@ -151,6 +143,14 @@ class Encoder(nn.Module):
         with run_dir.atomic_folder(target) as made:
             safetensors.torch.save_file(tensors, made / "model.safetensors", metadata={"format": "pt"})
             (made / "config.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+
+    @torch.inference_mode()
+    def embedding_width(self) -> int:
+        """Dimensions of the embedding that targets are made of."""
+        if self.projection is None:
+            return self.width
+        size, device = self.preprocessing.size, next(self.parameters()).device
+        return self.embed(torch.zeros(1, 3, size, size, device=device))[1].shape[1]
 
     def _measured_width(self) -> int:
         size = self.preprocessing.size

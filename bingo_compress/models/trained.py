@@ -67,6 +67,12 @@ def _copy(given: Encoder | None, name: str, size: int, option: str) -> Encoder:
             f"{option}: {name} is a module of your own, which no name and no file can build; give it in Python:"
             f" {option[2:]}=Encoder({name!r}, module, Preprocessing(...))"
         )
+    places: dict[int, str] = {}
+    for key, tensor in given.backbone.state_dict().items():
+        if tensor.numel() and (first := places.setdefault(tensor.data_ptr(), key)) != key:
+            raise BingoError(
+                f"{option}: expected tensors of their own, found that {key} of {name} is {first}; untie them"
+            )
     copied = copy.deepcopy(given).eval()
     if size in (0, copied.preprocessing.size):
         return copied

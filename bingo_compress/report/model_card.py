@@ -13,7 +13,7 @@ import timm
 from bingo_compress import __version__
 from bingo_compress.features import neighbours
 from bingo_compress.models import exported
-from bingo_compress.recipe import RESUME_MAY_CHANGE, Recipe
+from bingo_compress.recipe import GIVEN, RESUME_MAY_CHANGE, Recipe
 from bingo_compress.report import timing_table
 from bingo_compress.report.tables import NAMES
 from bingo_compress.runtime import checkpoint, console
@@ -108,7 +108,7 @@ def licence(name: str, source: str) -> str:
     if source == "random":
         return "none: random weights"
     if source != "pretrained":
-        return "given by the user: licence unknown to us"
+        return f"{'module' if source == GIVEN else 'file'} given by the user: licence unknown to us"
     config = timm.models.get_pretrained_cfg(name)
     return plain(config.license) if config and config.license else "timm states none"
 
@@ -144,6 +144,8 @@ def _source(name: str, source: str) -> str:
     if source == "pretrained":
         config = timm.models.get_pretrained_cfg(name)
         return f"pretrained ({plain(config.tag)})" if config and config.tag else "pretrained"
+    if source == GIVEN:
+        return "a module of the user's own"
     return source if source in ("random", "auto") else f"the file {plain(Path(source).name)}"
 
 
@@ -176,12 +178,13 @@ def _method(recipe: Recipe) -> list[str]:
         if key not in ELSEWHERE | RESUME_MAY_CHANGE and value != Recipe.model_fields[key].default
     ]
     method = f"bingo ({plain(recipe.variant)})" if recipe.method == "bingo" else plain(recipe.method)
+    own = " (in Python, with the same modules)" if GIVEN in (recipe.teacher_weights, recipe.student_weights) else ""
     return [
         "## Method",
         f"{method}, {recipe.epochs:,} epoch{'s' if recipe.epochs > 1 else ''}. "
         + ("Settings that are not the defaults:" if changed else "Every setting is the default."),
         *([_table(("setting", "here", "default"), changed)] if changed else []),
-        "All settings are in the run's recipe.yaml; the same run again:",
+        f"All settings are in the run's recipe.yaml; the same run again{own}:",
         "    bingo-compress distill --recipe RUN/recipe.yaml --data PHOTOS --out ANOTHER_RUN",
     ]
 

@@ -132,7 +132,7 @@ def validated(run: run_dir.RunDir, test: Folder | None = None) -> dict[str, Any]
     """Put RUN/validation.json there, as `validate` makes it."""
     sides, rows = judged()
     result = {
-        "protocol": protocol._protocol(sides, test, [], False, False, run.path / "secret-run"),
+        "protocol": protocol.protocol(sides, test, [], protocol.Extras(against=run.path / "secret-run")),
         "rows": json.loads(rows),
     }
     result["rows"][1]["weights"] = exported.weights_digest(run.student)
