@@ -8,7 +8,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxpro
 # Where it is set, as in many images, each start of the program would compile again what it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo demo-short test unit check lint bench gpu-pack soak constraints clean
+.PHONY: demo demo-short test unit check lint bench gpu-pack soak kits constraints clean
 
 demo: $(READY)
 	$(BIN)/bingo-compress demo --overwrite
@@ -29,11 +29,18 @@ lint: $(READY)
 
 check: lint test
 
-# Kills, stops, full disks, a lost worker; then stale state: an hour at most for each. The last results are in docs/reliability.md.
+# The long part. Kills, stops, full disks, a lost worker; then stale state: an hour at most for each. The last results are in docs/reliability.md.
 soak: $(READY)
 	mkdir -p runs
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --json runs/soak.json
 	OMP_NUM_THREADS=1 $(BIN)/python tests/stale_state.py --minutes 60 --json runs/stale_state.json
+
+# The C++ and the browser example against the Python kit, which `make test` skips where their parts are not installed.
+# On Debian: apt-get install cmake g++ nlohmann-json3-dev chromium nodejs npm
+kits: $(READY)
+	sh export/cpp/onnxruntime.sh .venv/onnxruntime $(BIN)/python
+	npm ci --prefix export/browser
+	ONNXRUNTIME_ROOT=$(CURDIR)/.venv/onnxruntime $(PYTEST) tests/edge/test_cpp.py tests/edge/test_browser.py
 
 bench: $(READY)
 	$(BIN)/python benchmarks/first_step.py

@@ -1,12 +1,15 @@
-"""Fixtures that several files share: a folder of odd-sized photos, what the program prints, and the pictures outside of
-the repository.
+"""Fixtures that several files share: a folder of odd-sized photos, what the program prints, the pictures outside of the
+repository, and one trace of each network.
 """
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
+import traced
 from helpers import Ran, command, picture
 from rich.console import Console
 
@@ -15,6 +18,20 @@ from bingo_compress.runtime import console
 # (width, height): wide, tall, square, one pixel thin, and nothing a multiple of eight.
 SIZES = ((33, 57), (64, 64), (200, 31), (17, 90), (1, 40), (121, 80), (50, 49), (9, 7))
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with mock.patch.object(torch.onnx, "export", traced.once(tmp_path_factory.mktemp("graphs"))):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """A test that sets torch's threads, as every command does, sets them for itself alone."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

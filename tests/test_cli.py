@@ -172,6 +172,7 @@ def test_a_disk_that_fills_up_while_writing(bingo: Any, data: Path, monkeypatch:
     )
 
 
+@pytest.mark.slow
 def test_weights_that_are_missing_unreadable_or_another_models(bingo: Any, data: Path, tmp_path: Path) -> None:
     (tmp_path / "noise.pth").write_bytes(b"this is no checkpoint")
     (tmp_path / "noise.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0garbage!")
@@ -263,6 +264,7 @@ def test_a_dry_run_prints_all_and_writes_nothing(bingo: Any, data: Path, tmp_pat
     one_error(bingo("distill", *flags(data=data, bag_size=40), "--out", "run", "--dry-run"), "found 12")
 
 
+@pytest.mark.slow
 def test_models_lists_what_matches(bingo: Any) -> None:
     ran = bingo("models", "resnet1*")
     assert ran.status == 0

@@ -17,6 +17,7 @@ def test_interrupted_runs_end_as_the_uninterrupted_one(tmp_path: Path) -> None:
     counts = {"trials": 2, "stops": 1, "two-trials": 1, "two-stops": 1, "disks": 0, "workers": 0, "decodes": 0}
     words = [
         *(word for name, count in counts.items() for word in (f"--{name}", str(count))),
+        "--traced-once",
         "--json",
         str(tmp_path / "soak.json"),
     ]

@@ -100,7 +100,8 @@ def test_the_student_is_the_same_wherever_pixels_are_kept(bingo: Bingo, world: d
     assert same(tmp_path / "stream" / "student.safetensors", tmp_path / "memory" / "student.safetensors")
 
 
-LEFTOVERS = {
+SETTINGS = {"save_every_steps": 1, "seed": 1}
+LEFTOVERS: dict[str, dict[str, Any]] = {
     "another seed": {"seed": 5},
     "another method": {"method": "seed"},
     "another start": {"student_weights": "START"},
@@ -108,19 +109,31 @@ LEFTOVERS = {
 }
 
 
+@pytest.fixture(scope="module")
+def made(world: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A finished run (clean), and one for each of LEFTOVERS that differs from it."""
+    root = tmp_path_factory.mktemp("made")
+    found = {name: root / name.replace(" ", "-") for name in ("clean", *LEFTOVERS)}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, out in found.items():
+            settings = {"data": world["data"], **SETTINGS, **LEFTOVERS.get(name, {})}
+            if "student_weights" in settings:
+                settings["student_weights"] = found["clean"] / "student.safetensors"
+            patch.setattr("sys.argv", ["bingo-compress", "distill", *flags(**settings), "--out", str(out)])
+            with pytest.raises(SystemExit) as ended:
+                main()
+            assert not ended.value.code
+    return found
+
+
 @pytest.mark.parametrize("left", LEFTOVERS)
 @pytest.mark.parametrize("way", ["--overwrite", "--resume"])
 def test_a_run_among_leftovers_is_the_run_in_a_clean_folder_or_is_refused(
-    way: str, left: str, bingo: Bingo, world: dict[str, Path], tmp_path: Path
+    way: str, left: str, bingo: Bingo, world: dict[str, Path], made: dict[str, Path], tmp_path: Path
 ) -> None:
     """--overwrite over another run; --resume of a run whose work folder is another run's."""
-    clean, used, other = (tmp_path / name for name in ("clean", "used", "other"))
-    settings = {"data": world["data"], "save_every_steps": 1, "seed": 1}
-    assert distilled(bingo, clean, **settings).status == 0
-    changes = LEFTOVERS[left]
-    if "student_weights" in changes:
-        changes = {"student_weights": str(clean / "student.safetensors")}
-    assert distilled(bingo, other, **(settings | changes)).status == 0
+    clean, used, settings = made["clean"], tmp_path / "used", {"data": world["data"], **SETTINGS}
+    other = Path(shutil.copytree(made[left], tmp_path / "other"))
     if way == "--overwrite":
         ran = distilled(bingo, other, way, **settings)
         assert ran.status == 0

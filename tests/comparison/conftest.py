@@ -1,6 +1,5 @@
 """One uninterrupted comparison for the files of this room."""
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -13,9 +12,11 @@ from bingo_compress.comparison import side_by_side
 from bingo_compress.evaluation import probes
 from bingo_compress.features import teacher_pass
 
+STRENGTHS = (0.1, 1.0)  # fewer fits: quicker
+
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     root = tmp_path_factory.mktemp("compare")
     weights = root / "teacher.safetensors"
     tensors = encoder("test_resnet", 32, seed=9).backbone.state_dict()
@@ -24,7 +25,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     base = recipe(data=str(data), teacher_weights=str(weights))
     passes = {"_plain_shard": 0, "_view_shard": 0}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(probes, "L2_STRENGTHS", (0.1, 1.0))  # fewer fits: quicker
+        patch.setattr(probes, "L2_STRENGTHS", STRENGTHS)
         for name in passes:
 
             def counted(real: Any, name: str, *given: Any) -> Any:
@@ -33,7 +34,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
             patch.setattr(teacher_pass, name, partial(counted, getattr(teacher_pass, name), name))
         table = side_by_side.compare(base, data, None, METHODS, [0, 1], root / "out")
-        yield World(data, base, root / "out", table, dict(passes))
+    return World(data, base, root / "out", table, dict(passes))
+
+
+@pytest.fixture(autouse=True)
+def as_in_the_world(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probes, "L2_STRENGTHS", STRENGTHS)
 
 
 @pytest.fixture

@@ -155,6 +155,7 @@ def test_it_is_refused_as_soon_as_it_is_known(spoilt: Path, tmp_path: Path, monk
     assert len(decoded) == 7  # the two bad ones of that shard were tried again
 
 
+@pytest.mark.slow
 def test_distill_ends_with_counts_reasons_and_the_list(spoilt: Path, tmp_path: Path, bingo: Callable[..., Ran]) -> None:
     run = tmp_path / "run"
     ran = bingo("distill", *flags(data=spoilt), "--out", run, "--max-bad", "5%")

@@ -175,6 +175,7 @@ def test_the_linear_protocol_learns_three_kinds_of_photo(student: Encoder) -> No
 # ---------------------------------------------------------------- fine-tuning
 
 
+@pytest.mark.slow
 def test_fine_tuning_learns_and_leaves_the_encoder_as_it_was(student: Encoder) -> None:
     rows = torch.arange(30)
     before = copy.deepcopy(student.state_dict())
@@ -260,6 +261,7 @@ def test_after_the_choice_all_rows_are_trained_on(student: Encoder, monkeypatch:
     assert [len(rows) for rows in shown] == [16] * len(finetune.TUNE_LRS) + [20]
 
 
+@pytest.mark.slow
 def test_features_of_any_scale_are_learned_from(student: Encoder) -> None:
     rows, found = torch.arange(24), []
     for scale in (1.0, 1e-2, 1e3):

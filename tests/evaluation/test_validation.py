@@ -183,6 +183,7 @@ def test_every_figure_has_an_interval_and_the_student_its_classes(prove: Any, tm
     assert all(f"[{', '.join(map(str, line))}]" in text for line in counts)
 
 
+@pytest.mark.slow
 def test_shots_probe_every_model_on_parts_of_the_labels(prove: Any) -> None:
     out, result = prove("--shots", "25%,3")
     for row in result["rows"]:
@@ -247,6 +248,7 @@ def test_a_part_set_aside_is_never_trained_on(
     assert json.loads((tmp_path / "v.json").read_text())["protocol"]["bank_images"] == 18
 
 
+@pytest.mark.slow
 def test_against_another_run_adds_its_row_and_a_paired_test(prove: Any, world: dict[str, Path]) -> None:
     out, result = prove("--against", world["other"])
     rows = {row["name"]: row for row in result["rows"]}

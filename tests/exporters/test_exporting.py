@@ -100,6 +100,7 @@ def test_deployed_is_the_encoder_with_its_own_normalisation() -> None:
     assert torch.allclose(embedding, expected / expected.norm(dim=1, keepdim=True), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_graph_takes_uint8_of_any_batch_at_opset_21(exported: tuple[Path, Any]) -> None:
     model = onnx.load(exported[0])
     (image,) = model.graph.input
@@ -111,6 +112,7 @@ def test_the_graph_takes_uint8_of_any_batch_at_opset_21(exported: tuple[Path, An
     assert [path.name for path in sorted(exported[0].parent.iterdir())] == ["student.json", "student.onnx"]
 
 
+@pytest.mark.slow
 def test_the_metadata_is_student_json_without_its_digest_and_size(exported: tuple[Path, Any]) -> None:
     path, student = exported
     contract = json.loads(path.with_suffix(".json").read_text())
@@ -153,6 +155,7 @@ def refused(path: Path, student: Any = None) -> BingoError:
     return caught.value
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_a_file_that_differs_is_refused_and_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exporter, "MAX_DIFFERENCE", 0.0)
@@ -160,6 +163,7 @@ def test_a_file_that_differs_is_refused_and_nothing_is_left(tmp_path: Path, monk
     assert list((tmp_path / "export").iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_a_refused_export_leaves_an_earlier_good_file_alone(
     exported: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -174,6 +178,7 @@ def test_a_refused_export_leaves_an_earlier_good_file_alone(
     bingo_edge.Embedder(tmp_path / "student.onnx")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("change", ["other weights", "not numbers"])
 def test_a_graph_that_is_not_the_student_is_refused(change: str, tmp_path: Path) -> None:
@@ -185,6 +190,7 @@ def test_a_graph_that_is_not_the_student_is_refused(change: str, tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_the_same_graph_passes_so_the_refusals_are_not_for_its_being_copied(tmp_path: Path) -> None:
     export_onnx(encoder("test_efficientnet", 32), pictures(3, 32), tmp_path / "student.onnx", FACTS)
@@ -281,6 +287,7 @@ def golden(folder: Path) -> list[Path]:
     return sorted(folder / name for name in made)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "size"), [("test_efficientnet", 32), ("mobilenetv3_small_050", 96), ("test_resnet", 40)]
 )
@@ -325,6 +332,7 @@ def test_golden_pictures_reach_the_network_the_same_in_the_trainer_and_on_the_de
     assert np.abs(np.rot90(upright, -1) - turned).mean() < 0.5 * np.abs(upright - turned).mean()
 
 
+@pytest.mark.slow
 def test_the_kit_classifies_as_the_probes_do(exported: tuple[Path, Any], tmp_path: Path) -> None:
     path, student = exported
     folder = image_folder.list_folder(photos(tmp_path / "photos", 12))

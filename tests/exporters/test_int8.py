@@ -56,6 +56,7 @@ def domains(file: Path) -> dict[str, int]:
 # ---------------------------------------------------------------- the form of a file
 
 
+@pytest.mark.slow
 def test_a_profile_is_what_the_file_turns_out_to_be(exported: tuple[Path, Form]) -> None:
     path, wanted = exported
     model = onnx.load(path)
@@ -68,6 +69,7 @@ def test_a_profile_is_what_the_file_turns_out_to_be(exported: tuple[Path, Form])
     onnx.checker.check_model(model, full_check=True)
 
 
+@pytest.mark.slow
 def test_a_fixed_batch_gives_what_a_dynamic_one_gives(exported: tuple[Path, Form]) -> None:
     student, batch = encoder("test_efficientnet", SIZE), pictures(5, seed=3)
     with torch.no_grad():
@@ -101,6 +103,7 @@ def test_a_profile_may_be_bent() -> None:
 # ---------------------------------------------------------------- the ladder
 
 
+@pytest.mark.slow
 def test_the_first_rung_is_taken_where_it_passes(exported: tuple[Path, Form], tmp_path: Path) -> None:
     path, wanted = exported
     file, rung, tried = quantise(path, pictures(6), wanted, tmp_path, passing)
@@ -124,6 +127,7 @@ def test_the_first_rung_is_taken_where_it_passes(exported: tuple[Path, Form], tm
     assert image.op_type != "QuantizeLinear" and made["embedding"].op_type == "Div"
 
 
+@pytest.mark.slow
 def test_rungs_come_in_their_order_and_the_ladder_ends(float_file: Path, tmp_path: Path) -> None:
     seen: list[int] = []
 
@@ -147,6 +151,7 @@ def test_rungs_come_in_their_order_and_the_ladder_ends(float_file: Path, tmp_pat
     assert onnx.TensorProto.UINT16 in types
 
 
+@pytest.mark.slow
 def test_a_layer_that_rounding_harms_is_found(tmp_path: Path) -> None:
     student = encoder("test_resnet", SIZE)
     block = student.backbone.layer2[0]
@@ -180,6 +185,7 @@ def test_a_layer_that_rounding_harms_is_found(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_what_is_left_in_float_is_not_rounded(float_file: Path, tmp_path: Path) -> None:
     """The products of a squeeze-and-excite block are neighbours of convolutions that stay rounded; each layer goes with
     what follows it.
@@ -201,6 +207,7 @@ def test_what_is_left_in_float_is_not_rounded(float_file: Path, tmp_path: Path) 
     assert far[0] != far[1] and far[2] < 1e-5 < far[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "profile"), [("mobilenetv3_small_050", "modern"), ("mobilenetv4_conv_small", "edge")])
 def test_features_after_pooling_and_a_last_layer_are_neither_rounded_nor_changed(
     name: str, profile: str, tmp_path: Path
@@ -266,6 +273,7 @@ def judged(float_file: Path, other: Path, gallery: torch.Tensor, **labels: Any) 
     return told | reported, missed or under
 
 
+@pytest.mark.slow
 def test_a_file_is_itself(float_file: Path) -> None:
     told, missed = judged(float_file, float_file, pictures(40, seed=5))
     assert missed == [] and told["mean_cosine"] == pytest.approx(1) and told["recall"] == 1.0
@@ -273,6 +281,7 @@ def test_a_file_is_itself(float_file: Path) -> None:
     assert "recall" not in judged(float_file, float_file, pictures(10, seed=5))[0]  # too few to judge neighbours by
 
 
+@pytest.mark.slow
 def test_other_weights_are_below_the_gate_and_so_are_no_numbers(
     float_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -284,6 +293,7 @@ def test_other_weights_are_below_the_gate_and_so_are_no_numbers(
     assert "mean cosine nan" in judged(float_file, float_file, pictures(40, seed=5))[1][0]
 
 
+@pytest.mark.slow
 def test_with_labels_lost_points_count(float_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bank, test = photos(tmp_path / "bank", 6), photos(tmp_path / "test", 4, start=50)
     told, missed = judged(float_file, float_file, pictures(24), labels=bank, test=test)

@@ -137,6 +137,7 @@ def test_what_is_known_and_not_needed_may_be_missing(tmp_path: Path, case: Case)
     check(case, source, head, saved(content, tmp_path))
 
 
+@pytest.mark.slow
 @each_method
 def test_every_missing_key_of_the_head_is_an_error(tmp_path: Path, case: Case) -> None:
     """A tensor, a layer, all of it."""
@@ -156,6 +157,7 @@ def test_every_missing_key_of_the_head_is_an_error(tmp_path: Path, case: Case) -
     assert "expected one projection head of" in message and "found none; is the file complete?" in message
 
 
+@pytest.mark.slow
 @each_method
 def test_every_missing_key_of_the_trunk_is_named(tmp_path: Path, case: Case) -> None:
     source, _, content, tensors = written(case)

@@ -50,6 +50,7 @@ def pictures(size: int, count: int = 2) -> Tensor:
 # ---------------------------------------------------------------- width
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "size", "width"), MODELS, ids=[name for name, _, _ in MODELS])
 def test_the_measured_width_is_the_width_of_the_features(name: str, size: int, width: int) -> None:
     encoder = build(name, size, "random", "--student")

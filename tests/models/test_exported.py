@@ -18,33 +18,20 @@ from helpers import encoder, interrupted_at, photos, untrained_run
 
 from bingo_compress.errors import BingoError
 from bingo_compress.exporters import exporting, timing
-from bingo_compress.exporters import onnx as exporter
 from bingo_compress.exporters.exporting import Shape
 from bingo_compress.exporters.int8 import LadderEnds, Rung
 from bingo_compress.exporters.onnx import REFUSED
 from bingo_compress.models import exported, trained
-from bingo_compress.models.encoder import weights_digest
 from bingo_compress.runtime import checkpoint, run_dir
 from bingo_compress.runtime.made_of import file_digest
 
 pytestmark = pytest.mark.slow
-GRAPHS: dict[Any, bytes] = {}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def quick() -> Iterator[None]:
-    """Each graph is written by torch once, and nothing is timed for long."""
-    real = exporter._write_graph
-
-    def once(module: Any, images: torch.Tensor, path: Path, wanted: Any) -> None:
-        key = (weights_digest(module.student), images.shape[1], wanted)
-        if key not in GRAPHS:
-            real(module, images, path, wanted)
-            GRAPHS[key] = path.read_bytes()
-        path.write_bytes(GRAPHS[key])
-
+    """Nothing is timed for long."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exporter, "_write_graph", once)
         patch.setattr(exporting, "TIMED", 2)
         patch.setattr(timing, "LOADS", 1)
         yield

@@ -168,6 +168,7 @@ def test_counters_of_batch_norm_may_be_missing(tmp_path: Path) -> None:
     check_equal(build("test_resnet", 64, saved(tensors, tmp_path / "w.pth"), OPTION), source)
 
 
+@pytest.mark.slow
 def test_swavs_wide_resnet() -> None:
     encoder = build("resnet50x2", 32, "random", OPTION)
     shapes = {key: tuple(value.shape) for key, value in encoder.backbone.state_dict().items()}

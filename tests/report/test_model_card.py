@@ -356,6 +356,7 @@ def changed(held: Any, path: tuple[Any, ...], value: Any) -> Any:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", ["<script>alert(1)</script>", {"<b>": 1}, ["<b>"], None, 1e999])
 def test_any_value_of_the_wrong_kind_is_plain_or_refused(value: Any, run: run_dir.RunDir) -> None:
     whole = {

@@ -23,6 +23,7 @@ def test_the_threads_are_those_measured_fastest(
     assert torch.get_num_threads() == before
 
 
+@pytest.mark.slow
 def test_the_calibration_leaves_the_student_as_it_was() -> None:
     student = encoder()
     before = copy.deepcopy(student.state_dict())

@@ -256,6 +256,7 @@ def test_a_cut_or_flipped_save_is_noticed_and_the_one_before_is_used(
         checkpoint.load_newest(two_saves)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("apart", "settings", "expected"),
     [(30.0, {"save_every_steps": 3}, [3, 6, 9]), (0.0, {}, [5, 9]), (30.0, {"save_every_minutes": 10}, [9])],

@@ -20,6 +20,7 @@ IMAGES = 40
 STORE = filled_store(IMAGES)
 TARGETS = kind_targets(IMAGES, 3, 16)
 BAGS = knn(TARGETS[:, 0], 3)[0]
+METHODS = ["bingo", *(pytest.param(method, marks=pytest.mark.slow) for method in sorted(set(LOSSES) - {"bingo"}))]
 TERMS = {
     "bingo": {"intra", "inter"},
     "compress": {"distribution"},
@@ -48,7 +49,7 @@ def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
     return set(one) == set(two) and all(torch.equal(one[name], two[name]) for name in one)
 
 
-@pytest.mark.parametrize("method", sorted(LOSSES))
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_lowers_its_own_loss(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "LOG_SECONDS", math.inf)  # a line an epoch, however slow the machine is
     settings = recipe(
@@ -71,7 +72,7 @@ def test_every_method_lowers_its_own_loss(method: str, tmp_path: Path, monkeypat
     assert terms == TERMS[method]
 
 
-@pytest.mark.parametrize("method", sorted(LOSSES))
+@pytest.mark.parametrize("method", METHODS)
 def test_a_run_stopped_inside_an_epoch_and_gone_on_with_equals_the_whole_bit_for_bit(
     method: str, tmp_path: Path
 ) -> None:
@@ -136,6 +137,7 @@ class Checked:
         return self.scores[len(self.seen) - 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scores", "best"), [((0.3, 0.9, 0.5, 0.8), 1), ((0.1, 0.2, 0.3, 0.4), 3), ((0.0, 0.0, 0.0, 0.0), 0)]
 )
@@ -146,6 +148,7 @@ def test_the_loop_leaves_the_weights_of_the_highest_score(scores: tuple[float, .
     assert [same(run.weights, seen) for seen in check.seen] == [number == best for number in range(4)]
 
 
+@pytest.mark.slow
 def test_the_best_student_outlives_interruptions(tmp_path: Path) -> None:
     settings = recipe(epochs=3, check_every=1, keep_best=True)
     whole = Checked(0.3, 0.9, 0.5)
@@ -157,6 +160,7 @@ def test_the_best_student_outlives_interruptions(tmp_path: Path) -> None:
     assert same(run.weights, left.weights) and same(run.weights, whole.seen[1])
 
 
+@pytest.mark.slow
 def test_checks_come_when_they_are_due_and_change_nothing_where_the_best_is_not_kept(tmp_path: Path) -> None:
     check = Checked(0.9, 0.1)
     run = train(tmp_path / "checked", recipe(epochs=3, check_every=2), check=check)

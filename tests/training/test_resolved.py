@@ -63,6 +63,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 # ---------------------------------------------------------------- two files
 
 
+@pytest.mark.slow
 def test_the_recipe_is_kept_as_asked_for_and_as_run(world: Any) -> None:
     data, run = world
     assert load_recipe(run / "recipe.yaml", [], {}) == recipe(data=str(data.resolve()), **OPEN)
@@ -72,6 +73,7 @@ def test_the_recipe_is_kept_as_asked_for_and_as_run(world: Any) -> None:
     assert was_run.image_size == encoder("test_efficientnet", 0).preprocessing.size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", [{"method": "seed"}, {"variant": "paper"}, {"student": "test_vit"}, {"views": "online"}]
 )
@@ -82,6 +84,7 @@ def test_a_runs_recipe_with_a_change_is_that_recipe_with_that_change(changes: di
     assert again.teacher_temperature == (0.01 if "method" in changes else 0.1)
 
 
+@pytest.mark.slow
 def test_a_bare_resume_changes_neither_file_nor_the_runs_id(
     run: Path, bingo: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,6 +100,7 @@ def test_a_bare_resume_changes_neither_file_nor_the_runs_id(
     assert ids[0] == ids[1] == json.loads((run / "summary.json").read_text())["run_id"]
 
 
+@pytest.mark.slow
 def test_a_run_of_a_relative_folder_keeps_its_id_wherever_it_goes_on(
     world: Any, bingo: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -118,6 +122,7 @@ def test_a_run_of_a_relative_folder_keeps_its_id_wherever_it_goes_on(
     assert Path(was_run.data).is_absolute() and was_run.student_weights == str(tmp_path / "w.safetensors")
 
 
+@pytest.mark.slow
 def test_what_a_newer_version_would_fill_in_otherwise_is_no_resume(
     run: Path, bingo: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,6 +132,7 @@ def test_what_a_newer_version_would_fill_in_otherwise_is_no_resume(
     assert ran.status == 2 and "temperature: 0.2 -> 0.3" in ran.err and len(ran.err.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_run_of_an_earlier_version_has_one_file(run: Path, bingo: Any) -> None:
     (run / "resolved.yaml").replace(run / "recipe.yaml")
     was_run = run_dir.saved_recipe(run_dir.RunDir(run))
@@ -135,6 +141,7 @@ def test_a_run_of_an_earlier_version_has_one_file(run: Path, bingo: Any) -> None
     assert run_dir.saved_recipe(run_dir.RunDir(run)) == was_run
 
 
+@pytest.mark.slow
 def test_overwrite_leaves_nothing_of_the_earlier_recipe(run: Path) -> None:
     run_dir.open_new(run, resume=False, overwrite=True)
     assert not (run / "resolved.yaml").exists() and not (run / "recipe.yaml").exists()
@@ -143,6 +150,7 @@ def test_overwrite_leaves_nothing_of_the_earlier_recipe(run: Path) -> None:
 # ---------------------------------------------------------------- threads
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_threads_when_it_goes_on(
     world: Any, run: Path, bingo: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -179,6 +187,7 @@ def test_fewer_cores_than_the_run_began_with_are_said(
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_a_batch_is_the_same_whatever_the_threads_it_is_made_with() -> None:
     """So it does not matter whether a thread of one core makes it beside the student, or the trainer's own threads."""
     before, count = torch.get_num_threads(), 40
@@ -220,6 +229,7 @@ def built(monkeypatch: pytest.MonkeyPatch, data: Path, methods: str, out: Path, 
     return found[0]
 
 
+@pytest.mark.slow
 def test_an_arms_student_has_its_own_weights(
     world: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -236,6 +246,7 @@ def test_an_arms_student_has_its_own_weights(
     assert (arm.student, arm.student_weights) == ("test_vit", "random")
 
 
+@pytest.mark.slow
 def test_a_comparison_keeps_the_threads_of_each_student(
     world: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

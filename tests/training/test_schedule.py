@@ -137,6 +137,7 @@ OPTIMIZERS: dict[str, Maker] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", sorted(OPTIMIZERS))
 def test_an_optimizer_goes_on_bit_for_bit_after_a_round_trip(kind: str, tmp_path: Path) -> None:
     def network() -> nn.Sequential:

@@ -162,6 +162,7 @@ def test_what_is_said_to_be_unread_changes_nothing_and_the_rest_does(method: str
 # ---------------------------------------------------------------- the command line
 
 
+@pytest.mark.slow
 def test_distill_refuses_what_was_named_and_not_what_a_file_holds(bingo: Any, tmp_path: Path) -> None:
     data = photos(tmp_path / "photos", 4)
     words = ("distill", *flags(data=data, method="seed"), "--out", "run")
@@ -179,6 +180,7 @@ def test_distill_refuses_what_was_named_and_not_what_a_file_holds(bingo: Any, tm
     assert "method: seed, temperature 0.2, targets" in ran.out  # and not a word of bags
 
 
+@pytest.mark.slow
 def test_a_method_without_bags_takes_fewer_images_than_a_bag_holds(bingo: Any, tmp_path: Path) -> None:
     data = photos(tmp_path / "photos", 1)
     assert bingo("distill", *flags(data=data, method="seed", hold_out=0), "--out", "run", "--dry-run").status == 0

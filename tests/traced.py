@@ -1,0 +1,30 @@
+"""torch takes five seconds to trace the smallest network: the same network of the same weights is traced once."""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def once(kept: Path) -> Callable[..., None]:
+    """torch.onnx.export, but that a file of the same module, weights, shapes and settings is copied from `kept`."""
+    export = torch.onnx.export
+
+    def written(module: torch.nn.Module, example: Any, path: Path, **settings: Any) -> None:
+        told = hashlib.sha256(repr((module, [part.shape for part in example], sorted(settings.items()))).encode())
+        # Buffers that no state dict has are constants of the graph too.
+        for name, value in [*module.named_parameters(), *module.named_buffers()]:
+            told.update(f"{name} {value.dtype} {tuple(value.shape)}".encode() + value.numpy(force=True).tobytes())
+        graph = kept / f"{told.hexdigest()}.onnx"
+        if not graph.exists():
+            export(module, example, path, **settings)
+            copy = graph.with_suffix(f".{os.getpid()}")
+            shutil.copyfile(path, copy)
+            copy.replace(graph)  # whole or not at all: the soak test kills processes
+        shutil.copyfile(graph, path)
+
+    return written
