@@ -225,7 +225,7 @@ def test_two_processes_prove_what_one_proves(
 def test_torchrun_does_not_take_run_for_an_option_of_its_own(tmp_path: Path, bingo: Bingo) -> None:
     """On Python 3.11 it does (--run-path) where no -- comes first."""
     words = parse_args(
-        ["--nproc-per-node", "2", "-m", "bingo_compress", "--", *validate(tmp_path, tmp_path, tmp_path, tmp_path)]
+        ["--nproc-per-node", "2", "-m", "bingo_compress", "--", *validate(tmp_path, tmp_path, tmp_path, tmp_path / "proof.json")]
     )
     ran = bingo(*words.training_script_args)
     assert ran.status == 2 and "--run: expected the --out folder of `distill`" in ran.err
@@ -288,8 +288,8 @@ def test_a_lost_process_is_told_in_one_line_and_other_errors_are_not_taken_for_o
 ) -> None:
     gloo = RuntimeError("[/gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:24996: Connection reset by peer")
     assert not distributed.lost(gloo)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
     assert distributed.lost(gloo) and distributed.lost(torch.distributed.DistNetworkError("timed out"))
     assert not distributed.lost(RuntimeError("shape mismatch")) and not distributed.lost(
         ConnectionResetError("Connection reset by peer")
