@@ -23,7 +23,6 @@ from bingo_compress.exporters import onnx as exporter
 from bingo_compress.exporters.onnx import Deployed, export_onnx
 from bingo_compress.features import extract
 from bingo_compress.models import trained
-from bingo_compress.models.exported import onnx_runner
 from bingo_compress.runtime import run_dir
 
 FACTS = {"version": "0", "run_id": "abc", "student": "s", "teacher": "t"}
@@ -63,7 +62,7 @@ def quick(exported: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
 
 MODELS = [
     pytest.param("test_resnet", 32, marks=pytest.mark.slow),
-    pytest.param("mobilenetv3_small_050", 64, marks=pytest.mark.slow),
+    pytest.param("mobilenetv3_small_050", 64, marks=pytest.mark.slow),  # a convolution after pooling
     pytest.param("repvit_m0_9", 64, marks=pytest.mark.slow),  # reparameterised
 ]
 
@@ -128,20 +127,6 @@ def test_the_metadata_is_student_json_without_its_digest_and_size(exported: tupl
     assert contract["parity"]["max_difference"] <= 1e-4 and contract["parity"]["min_cosine"] >= 0.9999
     assert {**contract["preprocess"], "size": 32} == student.preprocessing.geometry()
     assert contract["normalization"]["mean"] == pytest.approx(student.preprocessing.mean)
-
-
-@pytest.mark.slow
-def test_the_last_convolution_of_mobilenetv3_is_in_the_file(tmp_path: Path) -> None:
-    student = encoder("mobilenetv3_small_050", 64)
-    batch = pictures(2, 64)
-    with torch.no_grad():
-        before = Deployed(student)(batch)[0]
-        student.backbone.conv_head.weight.mul_(-1).add_(0.05)
-        after = Deployed(student)(batch)[0]
-    export_onnx(student, batch, tmp_path / "student.onnx", FACTS)
-    got = onnx_runner(tmp_path / "student.onnx")(batch)[0]
-    assert float((got - after).abs().max()) < 1e-4
-    assert float((got - before).abs().max()) > 1e-2
 
 
 # ---------------------------------------------------------------- refused
