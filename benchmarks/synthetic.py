@@ -27,5 +27,5 @@ def store_of(count: int, size: int, device: torch.device) -> pixel_store.PixelSt
         [hundred[number % 100] for number in range(count)], torch.full((count,), 4 / 3), device
     )
     if device.type == "cuda":
-        return pixel_store.PixelStore(store.height, store.width, store.aspect, store._read, device, "gpu")
+        return pixel_store.PixelStore(store.pictures, device, "gpu")
     return store

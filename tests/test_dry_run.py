@@ -1,5 +1,6 @@
 """--dry-run against what a run then does: widths, teacher views, and how often the teacher is asked."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,9 @@ import pytest
 import torch
 from helpers import CPU, encoder, photos, recipe, unit
 
-from bingo_compress import dry_run
+from bingo_compress import dry_run, pipeline
 from bingo_compress.features import targets
-from bingo_compress.runtime import console
+from bingo_compress.runtime import checkpoint, console
 from bingo_compress.training.plan import make_plan, shape_of
 
 
@@ -71,3 +72,44 @@ def test_the_head_is_the_methods_own(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     first = {method: told(monkeypatch, data, method=method, head_hidden=2048)[0] for method in ("seed", "simreg")}
     sizes = {method: rows["student, head, gradients and optimiser"] for method, rows in first.items()}
     assert sizes["seed"] != sizes["simreg"]  # two layers and four
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [{"method": "simreg"}, {"method": "moco"}, {"target": "whitened", "target_dim": 9}, {"target": "whitened"}, {}],
+    ids=str,
+)
+def test_a_dry_run_names_the_width_that_the_run_has(
+    changes: dict[str, Any], tmp_path: Path, printed: io.StringIO
+) -> None:
+    """Neither said what a target is, nor how wide."""
+    chosen = recipe(data=str(photos(tmp_path / "photos", 4)), **{"epochs": 1, "target_dim": 64, **changes})
+    dry_run.estimate(chosen, tmp_path / "out")
+    said = [line.split("; ")[-1] for line in printed.getvalue().splitlines() if " held out; " in line]
+    pipeline.run_distill(chosen, tmp_path / "out")
+    ran = [line.split("; ")[-1] for line in printed.getvalue().splitlines() if " held out; " in line]
+    width = checkpoint.load(tmp_path / "out" / "work" / "checkpoint.safetensors")[0]["queue.rows"].shape[1]
+    assert len(said) == 1 and ran == said * 2 and said[0].endswith(f", {width} wide")
+
+
+def test_stored_views_are_as_wide_as_what_a_method_stores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """simreg stores backbone features, also of a teacher whose projection head makes narrower embeddings."""
+    data, real = photos(tmp_path / "photos", 4), dry_run.build_models
+
+    def projected(chosen: Any) -> Any:
+        models = real(chosen)
+        models.teacher.projection = torch.nn.Linear(models.teacher.width, 24)
+        return models
+
+    monkeypatch.setattr(dry_run, "build_models", projected)
+    width = encoder("test_resnet").width
+    for method, viewed in (("simreg", width), ("seed", 24)):
+        rows, _ = told(monkeypatch, data, method=method, views="2")
+        assert rows["teacher's embeddings"] == console.size(2 * 12 * (width + 24 + 2 * viewed))
+
+
+def test_a_target_that_is_the_mean_of_its_views_is_stored_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    data = photos(tmp_path / "photos", 4)
+    kept = {how: told(monkeypatch, data, views="4", stored_views=how)[0]["stored targets"] for how in ("mean", "drawn")}
+    assert kept == {how: console.size(2 * 11 * 12 * count) for how, count in (("mean", 1), ("drawn", 4))}

@@ -46,7 +46,7 @@ def as_in_a_run() -> Iterator[None]:
 
 
 def on_gpu(store: PixelStore) -> PixelStore:
-    return PixelStore(store.height, store.width, store.aspect, store._read, GPU, "gpu")
+    return PixelStore(store.pictures, GPU, "gpu")
 
 
 def both_stores(count: int, side: int) -> tuple[PixelStore, PixelStore]:
@@ -86,7 +86,7 @@ def test_views_without_triton_are_the_kernels(monkeypatch: pytest.MonkeyPatch) -
 
 def test_pixels_kept_off_the_gpu_give_the_same_views() -> None:
     here = both_stores(20, 80)[0]
-    moved = PixelStore(here.height, here.width, here.aspect, here._read, GPU)
+    moved = PixelStore(here.pictures, GPU)
     rows = torch.arange(20)
     box = augment.draw(here.aspect, torch.Generator().manual_seed(1)).box
     found = moved.crops(rows, box, 64)

@@ -1,7 +1,6 @@
 """Several methods side by side on one folder: shared stages, equal student passes, several seeds, one table."""
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -11,7 +10,7 @@ import timm
 import torch
 from torch import Tensor
 
-from bingo_compress.comparison.arms import make_arms, resolve_arms
+from bingo_compress.comparison.arms import Arm, make_arms, resolve_arms
 from bingo_compress.comparison.tables import summarise, write
 from bingo_compress.data import image_folder, quarantine
 from bingo_compress.data.image_folder import Folder
@@ -48,6 +47,39 @@ class Labelled:
     groups: Tensor
 
 
+@dataclass(frozen=True)
+class Shared:
+    """What all arms have in common. folder: the files of --data; bank, test: as in `Labelled`, but all of their files;
+    threads: of each student, settled once, so that its runs are alike to the last bit; judging: the labelled images by
+    the teacher that sees them, embedded once.
+    """
+
+    folder: Folder
+    bank: Folder
+    test: Folder | None
+    out: Path
+    device: torch.device
+    threads: dict[str, int]
+    judging: dict[str, Labelled]
+
+    @property
+    def work(self) -> Path:
+        return self.out / "work"
+
+    def figures(self, **inputs: Any) -> MadeOf:
+        """What figures on the labelled images are made of, beside `inputs`."""
+        return made_of(
+            "figures", bank=self.bank.fingerprint(), test=self.test.fingerprint() if self.test else "", **inputs
+        )
+
+    def labelled(self, models: Models) -> Labelled:
+        """The labelled images as this teacher sees them."""
+        which = f"{models.recipe.teacher} {models.recipe.teacher_size} {models.recipe.teacher_weights}"
+        if which not in self.judging:
+            self.judging[which] = _labelled(self.bank, self.test, models.teacher, self.device)
+        return self.judging[which]
+
+
 def compare(
     base: Recipe, labels: Path, test: Path | None, methods: str, seeds: list[int], out: Path, *, overwrite: bool = False
 ) -> dict[str, Any]:
@@ -70,89 +102,72 @@ def compare(
     arms, base = resolve_arms(make_arms(methods, base), say), resolve_names(base, say)
     for arm in arms:
         schedule(arm.recipe, len(folder.files))
-    work = _open(out, base, overwrite)
-    judging: dict[str, Labelled] = {}
-    threads_file = out / "runs" / "threads.json"
-    with run_dir.made_by("compare", threads_file):
-        threads = (
-            {}
-            if base.threads
-            else {name: int(count) for name, count in run_dir.read_json("compare", threads_file).items()}
-        )
-
-    def labelled(models: Models) -> Labelled:
-        """The labelled images as this teacher sees them, embedded once."""
-        which = f"{models.recipe.teacher} {models.recipe.teacher_size} {models.recipe.teacher_weights}"
-        if which not in judging:
-            judging[which] = _labelled(bank, tested, models.teacher, device)
-        return judging[which]
-
+    _open(out, base, overwrite)
+    shared = Shared(folder, bank, tested, out, device, {} if base.threads else _threads_kept(out), {})
     results: list[dict[str, Any]] = []
     for arm in arms:
         for seed in seeds:
-            recipe = arm.recipe.model_copy(update={"seed": seed})
-            name = f"{_file_name(arm.name)}-seed{seed}"
-            student, judged, bags = (
-                out / "runs" / f"{name}.{kind}.safetensors" for kind in ("student", "figures", "bags")
-            )
-            made = _made_of(recipe, folder, device)
-            of_figures = made_of(
-                "figures", arm=made.key, bank=bank.fingerprint(), test=tested.fingerprint() if tested else ""
-            )
-            if not checkpoint.is_sound(judged, of_figures):
-                console.say(f"== {arm.name}, seed {seed} ({len(results) + 1} of {len(arms) * len(seeds)})")
-                models = build_models(recipe)
-                plan = plan_run(models, len(folder.files), device, threads.get(recipe.student, 0))
-                # Once a student: its runs are then alike to the last bit.
-                if recipe.student not in threads and not base.threads:
-                    threads[recipe.student] = plan.recipe.threads
-                    run_dir.write_text(threads_file, json.dumps(threads) + "\n")
-                if not checkpoint.is_sound(student, made):
-                    facts = _train(plan, models, prepare(plan, models, folder, work), bags, made)
-                    checkpoint.save(
-                        student, models.student.backbone.state_dict(), made, arm=arm.name, seed=seed, **facts
-                    )
-                tensors, found = checkpoint.load(student)
-                models.student.backbone.load_state_dict(tensors)
-                measured, right = judge(models.student, labelled(models), device)
-                told = {key: value for key, value in found.items() if key != "made_of"} | measured
-                purity = scores.bag_purity(bags, bank) if bags.exists() and checkpoint.made_of(bags) == made else {}
-                checkpoint.save(
-                    judged, right, of_figures, **told, purity=purity, digest=encoder.weights_digest(models.student)
-                )
-            right, found = checkpoint.load(judged)
-            results.append({**found, "tensors": right})
+            title = f"== {arm.name}, seed {seed} ({len(results) + 1} of {len(arms) * len(seeds)})"
+            results.append(_result(shared, arm, seed, title))
     table = summarise(results, [arm.name for arm in arms], base, test)
     table["protocol"] |= _in_training(tested or bank, folder)
-    table["references"] = _references(base, bank, tested, out, labelled, device)
+    table["references"] = _references(shared, base)
     write(table, out)
     return table
 
 
-def _references(
-    base: Recipe,
-    bank: Folder,
-    test: Folder | None,
-    out: Path,
-    labelled: Callable[[Models], Labelled],
-    device: torch.device,
-) -> list[dict[str, Any]]:
+def _threads_file(out: Path) -> Path:
+    return out / "runs" / "threads.json"
+
+
+def _threads_kept(out: Path) -> dict[str, int]:
+    with run_dir.made_by("compare", _threads_file(out)):
+        return {name: int(count) for name, count in run_dir.read_json("compare", _threads_file(out)).items()}
+
+
+def _result(shared: Shared, arm: Arm, seed: int, title: str) -> dict[str, Any]:
+    """What a student was judged to be, with `tensors`, the answers by test image; trained and judged where that is not
+    there yet.
+    """
+    recipe = arm.recipe.model_copy(update={"seed": seed})
+    name = f"{_file_name(arm.name)}-seed{seed}"
+    student, judged, bags = (
+        shared.out / "runs" / f"{name}.{kind}.safetensors" for kind in ("student", "figures", "bags")
+    )
+    made = _made_of(recipe, shared.folder, shared.device)
+    of_figures = shared.figures(arm=made.key)
+    if not checkpoint.is_sound(judged, of_figures):
+        console.say(title)
+        models = build_models(recipe)
+        plan = plan_run(models, len(shared.folder.files), shared.device, shared.threads.get(recipe.student, 0))
+        if recipe.student not in shared.threads and not recipe.threads:
+            shared.threads[recipe.student] = plan.recipe.threads
+            run_dir.write_text(_threads_file(shared.out), json.dumps(shared.threads) + "\n")
+        if not checkpoint.is_sound(student, made):
+            material = prepare(plan, models, shared.folder, shared.work)
+            facts = _train(plan, models, material, bags, made)
+            checkpoint.save(student, models.student.backbone.state_dict(), made, arm=arm.name, seed=seed, **facts)
+        tensors, found = checkpoint.load(student)
+        models.student.backbone.load_state_dict(tensors)
+        measured, right = judge(models.student, shared.labelled(models), shared.device)
+        told = {key: value for key, value in found.items() if key != "made_of"} | measured
+        purity = scores.bag_purity(bags, shared.bank) if bags.exists() and checkpoint.made_of(bags) == made else {}
+        checkpoint.save(judged, right, of_figures, **told, purity=purity, digest=encoder.weights_digest(models.student))
+    right, found = checkpoint.load(judged)
+    return {**found, "tensors": right}
+
+
+def _references(shared: Shared, base: Recipe) -> list[dict[str, Any]]:
     """What the students are to be read against: the teacher, and a student with the random weights of seed 0."""
     recipe = base.model_copy(update={"student_weights": "random", "seed": 0})
-    made = made_of(
-        "figures",
-        settings=deciding(recipe),
-        weights=_weights(recipe),
-        program=_program(device),
-        bank=bank.fingerprint(),
-        test=test.fingerprint() if test else "",
-    )
+    made = shared.figures(settings=deciding(recipe), weights=_weights(recipe), program=_program(shared.device))
     found = []
     for name in ("teacher", "random"):
-        file = out / "runs" / f"{name}.reference.safetensors"
+        file = shared.out / "runs" / f"{name}.reference.safetensors"
         if not checkpoint.is_sound(file, made):
             models = build_models(recipe)
-            measured, right = judge(models.teacher if name == "teacher" else models.student, labelled(models), device)
+            of_name = models.teacher if name == "teacher" else models.student
+            measured, right = judge(of_name, shared.labelled(models), shared.device)
             checkpoint.save(file, right, made, name=f"{name} weights" if name == "random" else name, **measured)
         found.append({field: value for field, value in checkpoint.load(file)[1].items() if field != "made_of"})
     return found
@@ -189,7 +204,7 @@ def _file_name(arm: str) -> str:
     )
 
 
-def _open(out: Path, base: Recipe, overwrite: bool) -> Path:
+def _open(out: Path, base: Recipe, overwrite: bool) -> None:
     run_dir.refuse_taken(out, may_hold_files=True)
     marker = out / "compare.json"
     if out.is_dir() and any(out.iterdir()) and not marker.is_file():
@@ -206,7 +221,6 @@ def _open(out: Path, base: Recipe, overwrite: bool) -> Path:
         checkpoint.forget(_state(out / "work"))
     (out / "runs").mkdir(exist_ok=True)
     run_dir.write_text(marker, said)
-    return out / "work"
 
 
 def _state(work: Path) -> Path:

@@ -33,77 +33,81 @@ def summarise(results: list[dict[str, Any]], arms: list[str], base: Recipe, test
     """Mean and spread (standard deviation over seeds, None for one) of every arm; its paired difference from the first;
     recall's rank correlation with labels.
     """
-    rows = []
     gallery = int(results[0]["gallery"])
-    headed, strengths = titles(gallery), [strength for run in results for strength in run["linear_strengths"]]
-    first = [run for run in results if run["arm"] == arms[0]]
-    for arm in arms:
-        runs = [run for run in results if run["arm"] == arm]
-        row: dict[str, Any] = {
-            "name": arm,
-            "seeds": [run["seed"] for run in runs],
-            "student": runs[0]["student"],
-            "epochs": runs[0]["epochs"],
-        }
-        for figure in headed:
-            row[figure], spread = intervals.mean_and_spread([run[figure] for run in runs])
-            row[f"{figure}_spread"] = spread if len(runs) > 1 else None
-        for count in ("student_passes", "average_passes", "teacher_passes"):
-            row[count] = runs[0][count]
-        row["train_seconds"] = statistics.fmean(run["train_seconds"] for run in runs)
-        row["memory_mb"] = max(run["memory_mb"] for run in runs)
-        row["bags"] = runs[0]["bags"] | runs[0]["purity"]
-        for figure in ("knn", "linear"):
-            # Of each seed on each test image: both arms share them.
-            mine, theirs = (torch.stack([run["tensors"][figure].double() for run in part]) for part in (runs, first))
-            row[f"{figure}_minus_first"] = float((mine - theirs).mean())
-            row[f"{figure}_minus_first_interval"] = list(intervals.seeds_interval(mine - theirs))
-        rows.append(row)
-    ranks = {
-        figure: intervals.spearman(
-            [run.get("neighbour_recall", 0.0) for run in results], [run[figure] for run in results]
-        )
-        for figure in ("knn", "linear")
-    }
-    alone = len(first) == 1
+    by_arm = {arm: [run for run in results if run["arm"] == arm] for arm in arms}
+    first = by_arm[arms[0]]
+    recalls = [run.get("neighbour_recall", 0.0) for run in results]
+    ranks = {name: intervals.spearman(recalls, [run[name] for run in results]) for name in ("knn", "linear")}
+    strengths = [strength for run in results for strength in run["linear_strengths"]]
     return {
-        "protocol": {
-            "knn": f"weighted vote exp(cos/{probes.KNN_TEMPERATURE}), k = {probes.KNN_K} (DINO), plain view",
-            "linear": (
-                "logistic regression on frozen standardised features, its strength by cross-validation inside the bank"
-                " (one-standard-error rule)"
-            ),
-            "linear_strengths_at_the_grids_end": sum(bool(probes.grid_end(strength)) for strength in strengths),
-            "linear_fits": len(strengths),
-            "recall": neighbours.recall_facts(gallery),
-            "queries": (
-                f"all images of {test}"
-                if test
-                else "every labelled image once, cross-validated in stratified folds, exact copies in one fold"
-            ),
-            "spread": (
-                "standard deviation over seeds (student's weights, order, augmentation and mates; teacher views and"
-                " split are shared)"
-            ),
-            "minus_first": (
-                "difference from the first arm; 95% interval over "
-                + (
-                    "test images alone: one seed, the spread between runs is not known"
-                    if alone
-                    else "seeds and test images, both as random effects"
-                )
-                + "; each for itself: of twenty intervals of equal arms one leaves out zero"
-            ),
-            "student_passes": "views through the student, forward and backward",
-            "memory_mb": "highest so far in this process: it also holds the arms before",
-        },
+        "protocol": _protocol(gallery, strengths, test, alone=len(first) == 1),
         "settings": base.model_dump(),
         "rank_correlation_of_recall": {
             **{name: None if math.isnan(value) else value for name, value in ranks.items()},
             "runs": len(results),
         },
-        "rows": rows,
+        "rows": [_row(arm, runs, first, titles(gallery)) for arm, runs in by_arm.items()],
         "runs": [{key: value for key, value in run.items() if key not in ("tensors", "made_of")} for run in results],
+    }
+
+
+def _row(
+    arm: str, runs: list[dict[str, Any]], first: list[dict[str, Any]], headed: Mapping[str, str]
+) -> dict[str, Any]:
+    """An arm's line of the table. first: the runs of the first arm."""
+    row: dict[str, Any] = {
+        "name": arm,
+        "seeds": [run["seed"] for run in runs],
+        "student": runs[0]["student"],
+        "epochs": runs[0]["epochs"],
+    }
+    for figure in headed:
+        row[figure], spread = intervals.mean_and_spread([run[figure] for run in runs])
+        row[f"{figure}_spread"] = spread if len(runs) > 1 else None
+    for count in ("student_passes", "average_passes", "teacher_passes"):
+        row[count] = runs[0][count]
+    row["train_seconds"] = statistics.fmean(run["train_seconds"] for run in runs)
+    row["memory_mb"] = max(run["memory_mb"] for run in runs)
+    row["bags"] = runs[0]["bags"] | runs[0]["purity"]
+    for figure in ("knn", "linear"):
+        # Of each seed on each test image: both arms share them.
+        mine, theirs = (torch.stack([run["tensors"][figure].double() for run in part]) for part in (runs, first))
+        row[f"{figure}_minus_first"] = float((mine - theirs).mean())
+        row[f"{figure}_minus_first_interval"] = list(intervals.seeds_interval(mine - theirs))
+    return row
+
+
+def _protocol(gallery: int, strengths: Sequence[float], test: Path | None, *, alone: bool) -> dict[str, Any]:
+    """How all of it was measured, in words. alone: one seed an arm."""
+    return {
+        "knn": f"weighted vote exp(cos/{probes.KNN_TEMPERATURE}), k = {probes.KNN_K} (DINO), plain view",
+        "linear": (
+            "logistic regression on frozen standardised features, its strength by cross-validation inside the bank"
+            " (one-standard-error rule)"
+        ),
+        "linear_strengths_at_the_grids_end": sum(bool(probes.grid_end(strength)) for strength in strengths),
+        "linear_fits": len(strengths),
+        "recall": neighbours.recall_facts(gallery),
+        "queries": (
+            f"all images of {test}"
+            if test
+            else "every labelled image once, cross-validated in stratified folds, exact copies in one fold"
+        ),
+        "spread": (
+            "standard deviation over seeds (student's weights, order, augmentation and mates; teacher views and split"
+            " are shared)"
+        ),
+        "minus_first": (
+            "difference from the first arm; 95% interval over "
+            + (
+                "test images alone: one seed, the spread between runs is not known"
+                if alone
+                else "seeds and test images, both as random effects"
+            )
+            + "; each for itself: of twenty intervals of equal arms one leaves out zero"
+        ),
+        "student_passes": "views through the student, forward and backward",
+        "memory_mb": "highest so far in this process: it also holds the arms before",
     }
 
 

@@ -6,7 +6,7 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,7 @@ from bingo_compress.data.decode import decode_all
 from bingo_compress.data.image_folder import Folder
 from bingo_compress.errors import BingoError
 from bingo_compress.runtime import console, distributed, machine
-from bingo_compress.runtime.machine import (
-    in_threads,
-    sent,
-)
+from bingo_compress.runtime.machine import in_threads, sent
 from bingo_compress.runtime.made_of import made_of
 from bingo_compress.runtime.run_dir import atomic, drop_stale, need_space, write_text
 
@@ -42,38 +39,41 @@ PLACES = ("gpu", "memory", "disk", "stream")
 Read = Callable[[int, int, int], Tensor]  # (image, top, bottom) to its rows, uint8 (bottom - top, width, 3)
 
 
+@dataclass(frozen=True)
+class Pictures:
+    """N pictures as they are kept. height, width: (N,) of each; aspect: (N,) width / height of the original; read:
+    gives their rows; made_of: a name for all that they depend on, for what is made from them.
+    """
+
+    height: Tensor
+    width: Tensor
+    aspect: Tensor
+    read: Read
+    made_of: str = ""
+
+
 class PixelStore:
-    """N images in their own proportions. height, width: (N,) as kept; aspect: (N,) width / height of the original.
+    """N images in their own proportions. height, width, aspect, made_of: of its `pictures`.
 
     Crops are shares of the whole original image, so no corner of it is out of reach. where: one of PLACES; the crops
-    are the same in each, bit for bit on a CPU. by_gpu: crops what it can before `read` is asked. made_of: a name for
-    all that the pictures depend on, for what is made from them.
+    are the same in each, bit for bit on a CPU. by_gpu: crops what it can before the pictures are read.
     """
 
     def __init__(
-        self,
-        height: Tensor,
-        width: Tensor,
-        aspect: Tensor,
-        read: Read,
-        device: torch.device,
-        where: str = "memory",
-        by_gpu: decode.Crops | None = None,
-        made_of: str = "",
+        self, pictures: Pictures, device: torch.device, where: str = "memory", by_gpu: decode.Crops | None = None
     ) -> None:
-        self.height, self.width, self.aspect = height, width, aspect
-        self.where, self.made_of = where, made_of
-        self._read = read
+        self.pictures = pictures
+        self.height, self.width, self.aspect = pictures.height, pictures.width, pictures.aspect
+        self.where, self.made_of = where, pictures.made_of
         self._by_gpu = by_gpu
         self._device = device
         self._flat: Tensor | None = None
         if where == "gpu":
-            self._offset = torch.cat((torch.zeros(1, dtype=torch.int64), (height * width * 3).cumsum(0)))
+            self._offset = torch.cat((torch.zeros(1, dtype=torch.int64), (self.height * self.width * 3).cumsum(0)))
             self._flat = torch.empty(int(self._offset[-1]), dtype=torch.uint8, device=device)
             for image in range(len(self)):
-                self._flat[self._offset[image] : self._offset[image + 1]] = (
-                    read(image, 0, int(height[image])).reshape(-1).to(device)
-                )
+                rows = pictures.read(image, 0, int(self.height[image]))
+                self._flat[self._offset[image] : self._offset[image + 1]] = rows.reshape(-1).to(device)
 
     def __len__(self) -> int:
         return len(self.height)
@@ -109,15 +109,14 @@ class PixelStore:
         return sent(augment.resize(pieces, len(indices), size), self._device)
 
     def _piece(self, image: int, low: tuple[int, int], high: tuple[int, int]) -> Tensor:
-        return self._read(image, low[1], high[1])[:, low[0] : high[0]]
+        return self.pictures.read(image, low[1], high[1])[:, low[0] : high[0]]
 
 
 def store_of(pictures: Sequence[Pixels], aspect: Tensor, device: torch.device) -> PixelStore:
     """A store of pictures that are in memory already, each uint8 (height, width, 3)."""
     height, width = (torch.tensor([picture.shape[axis] for picture in pictures]) for axis in (0, 1))
-    return PixelStore(
-        height, width, aspect, lambda image, top, bottom: torch.from_numpy(pictures[image][top:bottom]), device
-    )
+    read = lambda image, top, bottom: torch.from_numpy(pictures[image][top:bottom])  # noqa: E731
+    return PixelStore(Pictures(height, width, aspect, read), device)
 
 
 def store_side(image_size: int, teacher_size: int) -> int:
@@ -158,64 +157,60 @@ def build(
         drop_stale(work, stem, {shards.name})
         shards.mkdir(exist_ok=True)
     distributed.barrier()
-    standing = [(rows, shard_files.standing(folder, rows, side, shards, streamed)) for rows in distributed.mine(ranges)]
-    missing, done = (
-        [rows for rows, facts in standing if facts is None],
-        [facts for _, facts in standing if facts is not None],
-    )
-    count = sum(map(len, missing))
     listed = work.parent / "quarantine.csv"
-    quarantine.refuse_bad(folder, shard_files.bad(folder, done), listed)
-    if missing:
-        if not streamed:
-            need_space(work, guess(count, side), "the pixel store")
-        with console.bar(
-            "check images" if streamed else "decode images", sum(map(len, distributed.mine(ranges)))
-        ) as advance:
-            advance(sum(map(len, distributed.mine(ranges))) - count)
-            for rows in missing:
-                done.append(_fill(folder, rows, side, shards, streamed, advance))
-                quarantine.refuse_bad(folder, shard_files.bad(folder, done), listed)
+    _make_missing(folder, distributed.mine(ranges), shards, side, streamed, listed)
     distributed.barrier()
     found = [shard_files.read_facts(shards, rows) for rows in ranges]
-    good = [index for facts in found for index in facts["good"]]
     bad = shard_files.bad(folder, found)
     quarantine.refuse_bad(folder, bad, listed)
+    good, height, width, aspect = (
+        [value for facts in found for value in facts[name]] for name in ("good", "height", "width", "aspect")
+    )
     if not good:
         raise BingoError(
             f"--data: expected images, found none that can be decoded among {len(folder.files) + len(folder.bad)} files"
             f" in {folder.root}"
         )
-    kept = replace(folder.only(good), bad=bad)
-    height, width, aspect = (
-        [value for facts in found for value in facts[name]] for name in ("height", "width", "aspect")
-    )
-    total = sum(high * wide for high, wide in zip(height, width, strict=True)) * 3
-    where, why = (
-        ("stream", "the files are decoded again for every crop")
-        if streamed
-        else place(total, device, wanted, memory, step)
-    )
+    kept, sizes = replace(folder.only(good), bad=bad), list(zip(height, width, strict=True))
+    total = sum(high * wide for high, wide in sizes) * 3
     by_gpu = None
-    if streamed and decode.on_gpu(device):
-        jpegs = [size for facts in found for size in facts["jpeg"]]
-        by_gpu = decode.crops_of(kept, jpegs, list(zip(height, width, strict=True)), side, device)
-        why += f", {sum(map(bool, jpegs)):,} of them by nvJPEG"
+    if streamed:
+        where, why, read = "stream", "the files are decoded again for every crop", _from_files(kept, side, sizes)
+        if decode.on_gpu(device):
+            jpegs = [size for facts in found for size in facts["jpeg"]]
+            by_gpu = decode.crops_of(kept, jpegs, sizes, side, device)
+            why += f", {sum(map(bool, jpegs)):,} of them by nvJPEG"
+    else:
+        where, why = place(total, device, wanted, memory, step)
+        read = _from_shards(shards, ranges, found, mapped=where != "disk")
     console.say(
         f"pixels: {console.size(total)} of {len(good):,} images, {where} ({why}); views are cut from pictures shrunk to"
         f" a short side of {side} px"
     )
-    read = (
-        _from_files(kept, side, list(zip(height, width, strict=True)))
-        if streamed
-        else _from_shards(shards, ranges, found, mapped=where != "disk")
-    )
-    return (
-        PixelStore(
-            torch.tensor(height), torch.tensor(width), torch.tensor(aspect), read, device, where, by_gpu, made.key
-        ),
-        kept,
-    )
+    pictures = Pictures(torch.tensor(height), torch.tensor(width), torch.tensor(aspect), read, made.key)
+    return PixelStore(pictures, device, where, by_gpu), kept
+
+
+def _make_missing(
+    folder: Folder, ranges: Sequence[range], shards: Path, side: int, streamed: bool, listed: Path
+) -> None:
+    """Decode those of the shards `ranges` that do not stand. Raises BingoError as soon as too many files are bad; all
+    that are known by then are in the file `listed`.
+    """
+    standing = [(rows, shard_files.standing(folder, rows, side, shards, streamed)) for rows in ranges]
+    missing = [rows for rows, facts in standing if facts is None]
+    done = [facts for _, facts in standing if facts is not None]
+    count = sum(map(len, missing))
+    quarantine.refuse_bad(folder, shard_files.bad(folder, done), listed)
+    if not missing:
+        return
+    if not streamed:
+        need_space(shards.parent, guess(count, side), "the pixel store")
+    with console.bar("check images" if streamed else "decode images", sum(map(len, ranges))) as advance:
+        advance(sum(map(len, ranges)) - count)
+        for rows in missing:
+            done.append(_fill(folder, rows, side, shards, streamed, advance))
+            quarantine.refuse_bad(folder, shard_files.bad(folder, done), listed)
 
 
 def place(total: int, device: torch.device, wanted: str, memory: int, step: int = WORK) -> tuple[str, str]:

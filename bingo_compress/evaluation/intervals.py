@@ -12,13 +12,13 @@ from torch import Tensor
 
 from bingo_compress.errors import BingoError
 
-DRAWS = 1000
+DRAWS = 1000  # where a caller names no other number
 AT_ONCE = 4_000_000  # resampled values in memory
 FEW = 100  # queries under which a bootstrap is too narrow
 Z = statistics.NormalDist().inv_cdf(0.975)
 
 
-def interval(figure: Callable[[Tensor], float], count: int, draws: int = DRAWS, seed: int = 0) -> tuple[float, float]:
+def interval(figure: Callable[[Tensor], float], count: int, draws: int = 0, seed: int = 0) -> tuple[float, float]:
     """95% percentile bootstrap of any figure of `count` queries (Efron 1979).
 
     figure: takes positions (count,), drawn with replacement, and gives the figure of those queries; a NaN (a class that
@@ -27,16 +27,17 @@ def interval(figure: Callable[[Tensor], float], count: int, draws: int = DRAWS, 
     generator = _generator(count, seed)
     return _middle(
         torch.tensor(
-            [figure(torch.randint(count, (count,), generator=generator)) for _ in range(draws)], dtype=torch.float64
+            [figure(torch.randint(count, (count,), generator=generator)) for _ in range(draws or DRAWS)],
+            dtype=torch.float64,
         )
     )
 
 
-def mean_interval(values: Tensor, draws: int = DRAWS, seed: int = 0) -> tuple[float, float]:
+def mean_interval(values: Tensor, draws: int = 0, seed: int = 0) -> tuple[float, float]:
     """95% percentile bootstrap of the mean of per-query values (M,): `interval` of the mean, many draws at once. Raises
     BingoError without queries.
     """
-    count = len(values)
+    count, draws = len(values), draws or DRAWS
     generator = _generator(count, seed)
     rows = max(1, AT_ONCE // count)
     means = [
@@ -46,7 +47,7 @@ def mean_interval(values: Tensor, draws: int = DRAWS, seed: int = 0) -> tuple[fl
     return _middle(torch.cat(means))
 
 
-def share_interval(values: Tensor, draws: int = DRAWS, seed: int = 0) -> tuple[float, float]:
+def share_interval(values: Tensor, draws: int = 0, seed: int = 0) -> tuple[float, float]:
     """95% interval of a share, the mean of votes (M,) in 0-1: `mean_interval`, and Wilson's under FEW queries or where
     all agree, which a bootstrap takes for certainty. Raises BingoError without queries.
     """
@@ -133,7 +134,7 @@ class Paired:
     p_value: float
 
 
-def paired(a: Tensor, b: Tensor, draws: int = DRAWS, seed: int = 0) -> Paired:
+def paired(a: Tensor, b: Tensor, draws: int = 0, seed: int = 0) -> Paired:
     """Compare per-query correctness a, b (M,) bool of two models on the same queries. Raises BingoError where they are
     not the same queries.
     """

@@ -17,7 +17,7 @@ from bingo_compress.data.pixel_store import PixelStore
 from bingo_compress.errors import BingoError
 from bingo_compress.models.encoder import Encoder, Preprocessing, evaluating
 from bingo_compress.runtime import checkpoint, console, distributed
-from bingo_compress.runtime.made_of import hash_seed, made_of
+from bingo_compress.runtime.made_of import MadeOf, hash_seed, made_of
 
 BATCH = 64
 PART = 8  # batches of plain embeddings in a file
@@ -91,45 +91,15 @@ def plain(
     goes on after the last. Raises BingoError where no image can be decoded, and for an image that a model makes no
     finite numbers of.
     """
-    geometries = {name: model[0].geometry() for name, model in models.items()}
-    distinct = [dict(items) for items in {tuple(geometry.items()) for geometry in geometries.values()}]
-
-    def views(pixels: Pixels) -> list[Pixels]:
-        return [preprocess(pixels, **geometry) for geometry in distinct]
-
     # Batches of places in `indices`, not of good images: they are the same, and so is their rounding, whatever the
     # number of processes.
     starts = distributed.stretch(range(0, len(indices), BATCH))
-    spans = {start: indices[start : start + BATCH] for start in starts}
-
-    def batches(mine: Sequence[int], advance: console.Advance) -> Iterator[list[Tensor]]:
-        decoded = decode_all(folder, chain(*(spans[start] for start in mine)), views)
-        for start in mine:
-            good = [
-                (index, result)
-                for index, result in islice(decoded, len(spans[start]))
-                if not isinstance(result, ImageError)
-            ]
-            if good:
-                stacks = [
-                    torch.from_numpy(np.stack(seen)) for seen in zip(*(result for _, result in good), strict=True)
-                ]
-                places = [index for index, _ in good]
-                features = {name: run(stacks[distinct.index(geometries[name])]) for name, (_, run) in models.items()}
-                for name, rows in features.items():
-                    _refuse_no_numbers(rows, name, folder, places)
-                yield [torch.tensor(places), *features.values()]
-            advance(len(spans[start]))
-
-    def can_be_used_now(mine: Sequence[int], kept: list[int]) -> bool:
-        """Whether an image that could not be decoded when a part was kept can be now."""
-        bad = sorted({index for start in mine for index in spans[start]} - set(kept))
-        return any(not isinstance(result, ImageError) for _, result in decode_all(folder, bad, lambda pixels: None))
+    batches = {start: indices[start : start + BATCH] for start in starts}
 
     def parts() -> Iterator[list[Tensor]]:
-        with console.bar(what, sum(map(len, spans.values()))) as advance:
+        with console.bar(what, sum(map(len, batches.values()))) as advance:
             if keep is None or len(starts) <= PART:
-                yield from batches(starts, advance)
+                yield from _batched(models, folder, list(batches.values()), advance)
                 return
             looks = {name: [keep.models[name], asdict(preprocessing)] for name, (preprocessing, _) in models.items()}
             whole = made_of("embeddings", models=looks, images=folder.fingerprint(), places=str(hash_seed(*indices)))
@@ -137,13 +107,13 @@ def plain(
             home.mkdir(parents=True, exist_ok=True)
             for mine in (starts[first : first + PART] for first in range(0, len(starts), PART)):
                 file = home / f"{mine[0]:012d}-{mine[-1]:012d}.safetensors"
-                kinds = checkpoint.load(file)[0] if checkpoint.is_sound(file, whole) else None
-                if kinds is not None and not can_be_used_now(mine, kinds["0"].tolist() if kinds else []):
-                    made = [kinds[str(number)] for number in range(len(kinds))]
-                    advance(sum(len(spans[start]) for start in mine))
-                else:
-                    made = [torch.cat(kind) for kind in zip(*batches(mine, advance), strict=True)]
+                spans = [batches[start] for start in mine]
+                made = _still_good(file, whole, folder, spans)
+                if made is None:
+                    made = [torch.cat(kind) for kind in zip(*_batched(models, folder, spans, advance), strict=True)]
                     checkpoint.save(file, {str(number): kind for number, kind in enumerate(made)}, whole)
+                else:
+                    advance(sum(map(len, spans)))
                 if made:
                     yield made
 
@@ -154,6 +124,45 @@ def plain(
             f" {folder.root}` says why"
         )
     return dict(zip(models, found[1:], strict=True)), found[0].tolist()
+
+
+def _batched(
+    models: Mapping[str, tuple[Preprocessing, Embed]],
+    folder: Folder,
+    spans: Sequence[Sequence[int]],
+    advance: console.Advance,
+) -> Iterator[list[Tensor]]:
+    """[indices (n,), features (n, width) of each model] of what can be decoded of each of `spans`."""
+    geometries = {name: model[0].geometry() for name, model in models.items()}
+    distinct = [dict(items) for items in {tuple(geometry.items()) for geometry in geometries.values()}]
+
+    def views(pixels: Pixels) -> list[Pixels]:
+        return [preprocess(pixels, **geometry) for geometry in distinct]
+
+    decoded = decode_all(folder, chain(*spans), views)
+    for span in spans:
+        good = [(index, seen) for index, seen in islice(decoded, len(span)) if not isinstance(seen, ImageError)]
+        if good:
+            stacks = [torch.from_numpy(np.stack(seen)) for seen in zip(*(seen for _, seen in good), strict=True)]
+            places = [index for index, _ in good]
+            features = {name: run(stacks[distinct.index(geometries[name])]) for name, (_, run) in models.items()}
+            for name, rows in features.items():
+                _refuse_no_numbers(rows, name, folder, places)
+            yield [torch.tensor(places), *features.values()]
+        advance(len(span))
+
+
+def _still_good(file: Path, whole: MadeOf, folder: Folder, spans: Sequence[Sequence[int]]) -> list[Tensor] | None:
+    """The part in `file`, made of `whole`; None where there is none, or where an image that could not be decoded when
+    it was kept can be now.
+    """
+    if not checkpoint.is_sound(file, whole):
+        return None
+    kinds = checkpoint.load(file)[0]
+    bad = sorted({*chain(*spans)} - set(kinds["0"].tolist() if kinds else []))
+    if any(not isinstance(result, ImageError) for _, result in decode_all(folder, bad, lambda pixels: None)):
+        return None
+    return [kinds[str(number)] for number in range(len(kinds))]
 
 
 def _refuse_no_numbers(rows: Tensor, name: str, folder: Folder, places: Sequence[int]) -> None:

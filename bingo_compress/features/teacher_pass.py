@@ -2,7 +2,7 @@
 twice.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -64,6 +64,7 @@ def run(
     the same whatever `views` and the run's seed are, so that runs share them. of_features: views are backbone features,
     not embeddings. Raises BingoError when the disk is too small, and for an image that the teacher makes no numbers of.
     """
+    apart = of_features and teacher.projection is not None
     key = made_of(
         "teacher",
         images=folder.fingerprint(),
@@ -71,57 +72,98 @@ def run(
         teacher=encoder.weights_digest(teacher),
         preprocessing=asdict(teacher.preprocessing),
         scale_min=scale_min,
-        of_features=of_features and teacher.projection is not None,
+        of_features=apart,
     ).key
-    stem = "teacher_features" if of_features and teacher.projection is not None else "teacher"
+    stem = "teacher_features" if apart else "teacher"
     shards = work / f"{stem}-{key}"
     distributed.from_first(lambda: drop_stale(work, stem, {shards.name}))
     shards.mkdir(exist_ok=True)
-    count, width = len(folder.files), teacher.embedding_width()
-    features, embeddings = Stored(shards / "features.f16", teacher.width), Stored(shards / "embeddings.f16", width)
-    # View by view, so that more views go on at the end: (V, N, width).
-    viewed = Stored(shards / "views.f16", teacher.width if of_features else width)
-
-    def sound(rows: range, view: int) -> bool:
-        if view < 0:
-            return features.sound(rows.start, len(rows)) and embeddings.sound(rows.start, len(rows))
-        return viewed.sound(view * count + rows.start, len(rows))
-
+    count = len(folder.files)
+    files = _files(shards, count, teacher, of_features)
     ranges = [range(start, min(start + SHARD, count)) for start in range(0, count, SHARD)]
     wanted = [(rows, view) for view in range(-1, views) for rows in ranges]
-    lacking = set(chain(*distributed.exchange([shard for shard in distributed.mine(wanted) if not sound(*shard)])))
-    missing = [shard for shard in wanted if shard in lacking]
-    if missing:
-        size = sum(len(rows) * 2 * (teacher.width + width if view < 0 else viewed.width) for rows, view in missing)
-        distributed.from_first(lambda: need_space(work, size, "the teacher's embeddings"))
-        for part, high in ((features, count), (embeddings, count), (viewed, views * count)):
-            part.reserve(high)
+    mine = distributed.mine(wanted)
+    lacking = set(chain(*distributed.exchange([shard for shard in mine if not files.sound(*shard)])))
+    if missing := [shard for shard in wanted if shard in lacking]:
+        distributed.from_first(lambda: need_space(work, files.size(missing), "the teacher's embeddings"))
+        files.reserve(views)
         teacher.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         fit = _Fit(LARGE if device.type == "cuda" else extract.BATCH)
         mine = distributed.mine(missing)
         with console.bar(f"teacher, {views + 1} views", sum(len(rows) for rows, _ in mine)) as advance:
             for rows, view in mine:
-                if view < 0:
-                    batches = _plain_shard(teacher, folder, rows, device)
-                    for part, made in zip(
-                        (features, embeddings), _embedded(teacher, batches, fit, advance), strict=True
-                    ):
-                        _refuse_no_direction(made, folder, rows, teacher)
-                        part.write(rows.start, made)
-                else:
-                    batches = _view_shard(teacher, pixels, rows, view, scale_min)
-                    made = _embedded(teacher, batches, fit, advance)[0 if of_features else 1]
-                    _refuse_no_direction(made, folder, rows, teacher)
-                    viewed.write(view * count + rows.start, made)
+                batches = (
+                    _plain_shard(teacher, folder, rows, device)
+                    if view < 0
+                    else _view_shard(teacher, pixels, rows, view, scale_min)
+                )
+                made = files.kinds(view, *_embedded(teacher, batches, fit, advance))
+                for kind in made:
+                    _refuse_no_direction(kind, folder, rows, teacher)
+                files.write(rows, view, made)
     distributed.barrier()
     if missing:
-        _say_alike(embeddings.read(count, width))
-    views_seen = (
-        viewed.read(views, count, viewed.width).transpose(0, 1)
-        if views
-        else torch.empty(count, 0, width, dtype=torch.float16)
-    )
-    return TeacherPass(features.read(count, teacher.width), embeddings.read(count, width), views_seen, key)
+        _say_alike(files.embeddings.read(count, files.embeddings.width))
+    return files.read(views, key)
+
+
+Shard = tuple[range, int]  # images, and which augmented view of them, -1 for the plain one
+
+
+@dataclass(frozen=True)
+class _Files:
+    """What a pass over `count` images writes. viewed: view by view, so that more views go on at the end, (V, N, width):
+    features or embeddings.
+    """
+
+    features: Stored
+    embeddings: Stored
+    viewed: Stored
+    count: int
+    of_features: bool
+
+    def _parts(self, view: int) -> tuple[Stored, ...]:
+        return (self.features, self.embeddings) if view < 0 else (self.viewed,)
+
+    def _first(self, rows: range, view: int) -> int:
+        return rows.start + max(view, 0) * self.count
+
+    def kinds(self, view: int, features: Tensor, embeddings: Tensor) -> tuple[Tensor, ...]:
+        """Those of the two that are kept of a view."""
+        return (features, embeddings) if view < 0 else (features,) if self.of_features else (embeddings,)
+
+    def sound(self, rows: range, view: int) -> bool:
+        """Whether a shard is there as it was written."""
+        return all(part.sound(self._first(rows, view), len(rows)) for part in self._parts(view))
+
+    def size(self, shards: Iterable[Shard]) -> int:
+        """Bytes of the shards."""
+        return sum(2 * len(rows) * part.width for rows, view in shards for part in self._parts(view))
+
+    def reserve(self, views: int) -> None:
+        """Make room for all images and so many views."""
+        for part, high in ((self.features, 1), (self.embeddings, 1), (self.viewed, views)):
+            part.reserve(high * self.count)
+
+    def write(self, rows: range, view: int, made: Sequence[Tensor]) -> None:
+        """Put a shard, what `kinds` kept of it, in its place."""
+        for part, kind in zip(self._parts(view), made, strict=True):
+            part.write(self._first(rows, view), kind)
+
+    def read(self, views: int, key: str) -> TeacherPass:
+        """All of it, read from disk as it is used."""
+        features, embeddings = (part.read(self.count, part.width) for part in (self.features, self.embeddings))
+        if not views:
+            return TeacherPass(features, embeddings, embeddings.new_empty(self.count, 0, self.embeddings.width), key)
+        viewed = self.viewed.read(views, self.count, self.viewed.width).transpose(0, 1)
+        return TeacherPass(features, embeddings, viewed, key)
+
+
+def _files(shards: Path, count: int, teacher: Encoder, of_features: bool) -> _Files:
+    width = teacher.embedding_width()
+    widths = {"features": teacher.width, "embeddings": width, "views": teacher.width if of_features else width}
+    features, embeddings, viewed = (Stored(shards / f"{name}.f16", columns) for name, columns in widths.items())
+    return _Files(features, embeddings, viewed, count, of_features)
 
 
 def _refuse_no_direction(made: Tensor, folder: Folder, rows: range, teacher: Encoder) -> None:

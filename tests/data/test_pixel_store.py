@@ -61,7 +61,7 @@ def whole(store: pixel_store.PixelStore) -> list[Tensor]:
     """Every picture as it is kept, read by the store's own crops (a crop of everything at its own size changes nothing;
     squares only).
     """
-    return [store._read(image, 0, int(store.height[image])) for image in range(len(store))]
+    return [store.pictures.read(image, 0, int(store.height[image])) for image in range(len(store))]
 
 
 def contents(work: Path) -> dict[str, bytes]:
@@ -124,7 +124,7 @@ def test_crops_of_ragged_pictures_are_the_crops_a_gpu_makes(monkeypatch: pytest.
     ]
     store = store_of(pictures, torch.tensor([picture.shape[1] / picture.shape[0] for picture in pictures]), CPU)
     # Its arithmetic, on the CPU.
-    flat = pixel_store.PixelStore(store.height, store.width, store.aspect, store._read, CPU, "gpu")
+    flat = pixel_store.PixelStore(store.pictures, CPU, "gpu")
     indices = torch.randint(4, (90,), generator=torch.Generator().manual_seed(1))
     boxes = augment.draw(store.aspect[indices], torch.Generator().manual_seed(2)).box
     for size in (8, 24, 60):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import Ran, flags, photos, recipe
 
-from bingo_compress.data import image_folder, pixel_store, quarantine
+from bingo_compress.data import image_folder, pixel_store, quarantine, shards
 from bingo_compress.data.image_folder import list_folder
 from bingo_compress.data.quarantine import write_quarantine
 from bingo_compress.errors import BingoError
@@ -137,7 +137,8 @@ def test_it_is_refused_as_soon_as_it_is_known(spoilt: Path, tmp_path: Path, monk
         decoded.extend(rows)
         return real(folder, rows, *rest, **named)
 
-    monkeypatch.setattr(pixel_store, "decode_all", counted)
+    for module in (pixel_store, shards):
+        monkeypatch.setattr(module, "decode_all", counted)
     (tmp_path / "run" / "work").mkdir(parents=True)
     # Two are empty files, which the listing sees; two are the first that are decoded.
     for limit, seen in (

@@ -334,3 +334,14 @@ def test_rank_correlation_at_its_ends() -> None:
     assert spearman(x, [math.exp(value / 100) for value in x]) == pytest.approx(1)
     assert spearman(x, [-value for value in x]) == pytest.approx(-1)
     assert math.isnan(spearman(x, [1.0] * 4))
+
+
+def test_a_patched_number_of_draws_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was a default argument, bound before any patch: tests that wanted few draws made a thousand."""
+    monkeypatch.setattr(intervals, "DRAWS", 7)
+    drawn = list[int]()
+    interval(lambda rows: float(drawn.append(len(rows)) or 0.0), 5)
+    assert drawn == [5] * 7
+    values = torch.rand(200, generator=torch.Generator().manual_seed(0)) < 0.5
+    few = {made(values) for made in (mean_interval, share_interval)}
+    assert few == {mean_interval(values, draws=7)} != {mean_interval(values, draws=1000)}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from helpers import CPU, Ran, command, encoder, filled_store, interrupted_at, kind_targets, photos, recipe
+from helpers import CPU, Ran, command, encoder, filled_store, flags, interrupted_at, kind_targets, photos, recipe
 
 from bingo_compress import pipeline
 from bingo_compress.comparison import side_by_side
@@ -95,6 +95,27 @@ def test_a_bare_resume_changes_neither_file_nor_the_runs_id(
         ids.append(json.loads((run / "summary.json").read_text())["run_id"])
     assert bingo("distill", "--out", run, "--resume", "--set", "save_every_steps=7").status == 0
     assert ids[0] == ids[1] == json.loads((run / "summary.json").read_text())["run_id"]
+
+
+def test_a_run_of_a_relative_folder_keeps_its_id_wherever_it_goes_on(
+    world: Any, bingo: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What is named by a path is named wholly: images, and a file of weights."""
+    (tmp_path / "elsewhere").mkdir()
+    start = encoder("test_efficientnet", 32).backbone.state_dict()
+    safetensors.torch.save_file({name: value.contiguous() for name, value in start.items()}, tmp_path / "w.safetensors")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").symlink_to(world[0])
+    ids = []
+    words = flags(data="photos", student_weights="w.safetensors", epochs=1)
+    for place, given in ((tmp_path, words), (tmp_path / "elsewhere", ["--resume"]), (tmp_path, ["--resume"])):
+        monkeypatch.chdir(place)
+        ran = bingo("distill", "--out", tmp_path / "out", *given)
+        assert ran.status == 0, ran.err
+        ids.append(json.loads((tmp_path / "out" / "summary.json").read_text())["run_id"])
+    assert len(set(ids)) == 1
+    was_run = run_dir.saved_recipe(run_dir.RunDir(tmp_path / "out"))
+    assert Path(was_run.data).is_absolute() and was_run.student_weights == str(tmp_path / "w.safetensors")
 
 
 def test_what_a_newer_version_would_fill_in_otherwise_is_no_resume(
