@@ -229,10 +229,8 @@ def test_a_part_set_aside_is_never_trained_on(
 ) -> None:
     trained: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def recorded(
-        encoder: object, store: object, rows: torch.Tensor, labels: torch.Tensor, *_: object, **__: object
-    ) -> probes.LinearHead:
-        trained.append((rows, labels))
+    def recorded(encoder: object, images: finetune.Labelled, *_: object, **__: object) -> probes.LinearHead:
+        trained.append((images.rows, images.labels))
         return probes.LinearHead(torch.zeros(3, encoder.width), torch.zeros(3), 0.0)  # type: ignore[attr-defined]
 
     monkeypatch.setattr(finetune, "linear_with_augmentation", recorded)

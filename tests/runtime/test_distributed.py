@@ -225,7 +225,14 @@ def test_two_processes_prove_what_one_proves(
 def test_torchrun_does_not_take_run_for_an_option_of_its_own(tmp_path: Path, bingo: Bingo) -> None:
     """On Python 3.11 it does (--run-path) where no -- comes first."""
     words = parse_args(
-        ["--nproc-per-node", "2", "-m", "bingo_compress", "--", *validate(tmp_path, tmp_path, tmp_path, tmp_path / "proof.json")]
+        [
+            "--nproc-per-node",
+            "2",
+            "-m",
+            "bingo_compress",
+            "--",
+            *validate(tmp_path, tmp_path, tmp_path, tmp_path / "proof.json"),
+        ]
     )
     ran = bingo(*words.training_script_args)
     assert ran.status == 2 and "--run: expected the --out folder of `distill`" in ran.err
