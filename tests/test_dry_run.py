@@ -97,8 +97,8 @@ def test_stored_views_are_as_wide_as_what_a_method_stores(monkeypatch: pytest.Mo
     """simreg stores backbone features, also of a teacher whose projection head makes narrower embeddings."""
     data, real = photos(tmp_path / "photos", 4), dry_run.build_models
 
-    def projected(chosen: Any) -> Any:
-        models = real(chosen)
+    def projected(*chosen: Any) -> Any:
+        models = real(*chosen)
         models.teacher.projection = torch.nn.Linear(models.teacher.width, 24)
         return models
 
