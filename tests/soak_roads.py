@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import torch  # noqa: F401 - imported before the fork, as all below
+import onnxscript  # noqa: F401 - imported before the fork, as all below
+import torch.onnx._internal.exporter._core  # noqa: F401
 from helpers import flags
 
 import bingo_compress.training.loop as loop
