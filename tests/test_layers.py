@@ -99,7 +99,6 @@ def test_no_function_has_many_parameters() -> None:
                     count = len(taken.posonlyargs + taken.args + taken.kwonlyargs) + bool(taken.vararg)
                     if count + bool(taken.kwarg) > PARAMETERS:
                         found.add(f"{module}.{getattr(node, 'name', 'lambda')}")
-    # Until the other half of this work is merged.
     assert found <= MANY, "give what belongs together a frozen dataclass"
 
 
