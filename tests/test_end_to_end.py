@@ -74,6 +74,7 @@ def test_a_run_leaves_the_files_that_it_promises(world: dict[str, Any]) -> None:
         "recipe.yaml",
         "resolved.yaml",
         "student.safetensors",
+        "timm",
         "metrics.jsonl",
         "quarantine.csv",
         "summary.json",

@@ -50,6 +50,7 @@ def test_completion_is_installed_in_the_home_folder_and_completes(shell: str, tm
         "import sys; sys.argv[0] = 'bingo-compress'; from bingo_compress.cli import main; main()",
     ]
     home = {**os.environ, "HOME": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path / ".config")}
+    home["_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION"] = "1"  # or typer takes the shell that runs the tests
     ran = subprocess.run([*program, "--install-completion", shell], capture_output=True, text=True, env=home)
     assert ran.returncode == 0 and "completion installed" in ran.stdout, ran.stderr
     assert any("_BINGO_COMPRESS_COMPLETE" in path.read_text() for path in tmp_path.rglob("*") if path.is_file())

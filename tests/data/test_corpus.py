@@ -138,7 +138,7 @@ def test_in_the_pixel_store(
     mean = np.array(kind.colour) if kind.pixels is None else kind.pixels.reshape(-1, 3).mean(0)
     assert float(store.aspect[place]) == pytest.approx(whole[1] / whole[0])
     assert size == pixel_store.kept_size(*whole, SIDE)
-    assert np.abs(store._read(place, 0, size[0]).numpy().reshape(-1, 3).mean(0) - mean).max() <= kind.within + 3
+    assert np.abs(store.pictures.read(place, 0, size[0]).numpy().reshape(-1, 3).mean(0) - mean).max() <= kind.within + 3
 
 
 def test_every_file_is_met_once(world: World) -> None:

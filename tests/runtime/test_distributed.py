@@ -61,7 +61,6 @@ def two(folder: Path, labelled: Path, tmp_path_factory: pytest.TempPathFactory) 
         (out / "began.json").write_text(
             json.dumps(command(*distill(folder, out / "taken", **HANDED_OVER), stop_at=STOP_AT))
         )
-    run_dir._HELD.pop((out / "taken" / "work" / "writer.json").resolve()).close()  # as the end of a process does
     done = torchrun(Path(__file__).parents[1] / "two_processes.py", folder, labelled, out)
     assert (out / "joined.1.json").exists(), done.stderr[-5000:]
     (out / "stderr").write_text(done.stderr)

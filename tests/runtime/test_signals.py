@@ -123,7 +123,9 @@ def test_sigterm_in_training_saves_and_the_resumed_run_equals_the_uninterrupted_
     running.send_signal(signal.SIGTERM)
     told, complained = running.communicate(timeout=60)
     assert (
-        running.returncode == 143 and "asked to stop: saved at step" in told and "`distill` with --resume" in complained
+        running.returncode == 143
+        and "asked to stop: saved at step" in told
+        and "the same command with --resume" in complained
     )
     step = checkpoint.load(cut / "work" / "checkpoint.safetensors")[1]["step"]
     assert isinstance(step, int) and 0 < step < 4 * 25
