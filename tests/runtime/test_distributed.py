@@ -163,7 +163,7 @@ def test_two_processes_check_the_student_as_one_does(two: Path, folder: Path) ->
 def test_a_signal_to_one_process_stops_both_after_the_same_step_with_a_save(two: Path) -> None:
     first, second = did(two, "stopped")
     assert (first["status"], second["status"]) == (143, 143)
-    assert "`distill` with --resume" in first["err"] and not second["err"]
+    assert "the same command with --resume" in first["err"] and not second["err"]
     assert f"asked to stop: saved at step {STOP_AT + 1} of 18" in first["out"]
     assert list(first["shown"]) == list(second["shown"]) == [str(step) for step in range(STOP_AT + 1)]
 
