@@ -15,3 +15,8 @@ class BingoError(Exception):
 def nearest(word: str, known: Iterable[str], count: int = 3) -> list[str]:
     """The `count` known words most like `word`, best first."""
     return difflib.get_close_matches(word, list(known), n=count, cutoff=0.0)
+
+
+def first_line(error: Exception, most: int = 200) -> str:
+    """The first line of a library's error, its kind where it says nothing; at most so many characters."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from bingo_compress.errors import BingoError
+from bingo_compress.errors import BingoError, first_line
 from bingo_compress.models.encoder import Encoder
 from bingo_compress.models.exported import onnx_runner
 from bingo_compress.runtime.run_dir import atomic, is_full, write_text
@@ -196,7 +196,7 @@ def _write_graph(module: nn.Module, images: Tensor, path: Path, wanted: Form) ->
         except Exception as error:
             if is_full(error):
                 raise
-            why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            why = first_line(error)
             raise BingoError(
                 f"export refused: torch cannot export this student to ONNX ({why}); choose another student", REFUSED
             ) from None

@@ -19,7 +19,7 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
-from bingo_compress.errors import BingoError
+from bingo_compress.errors import BingoError, first_line
 from bingo_compress.report.timing_table import HEADER, PARTS, caption, cells, describe, said
 from bingo_compress.runtime import console
 from bingo_compress.runtime.machine import processor
@@ -216,7 +216,7 @@ def _opened(path: Path, label: str) -> Model:
     try:
         session.run(None, {given.name: fitting})
     except Exception as error:  # onnxruntime's own exceptions share no base class below Exception
-        raise BingoError(f"{path}: expected a file that runs, found {_first_line(error)}; export it again") from None
+        raise BingoError(f"{path}: expected a file that runs, found {first_line(error)}; export it again") from None
     return Model(path, label, _bytes(path), file_digest(path), given.name, fitting)
 
 
@@ -231,7 +231,7 @@ def _session(path: Path, threads: int) -> Any:
     except Exception as error:  # as above
         raise BingoError(
             f"{path}: expected an ONNX file that onnxruntime {onnxruntime.__version__} opens, found"
-            f" {_first_line(error)}; export it again"
+            f" {first_line(error)}; export it again"
         ) from None
 
 
@@ -256,10 +256,6 @@ def _fresh(model: Model) -> dict[str, Any]:
             )
         found.append(json.loads(done.stdout))
     return {key: statistics.median(each[key] for each in found) for key in found[0]}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _protocol(runs: int, warm_up: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from bingo_compress.errors import BingoError
+from bingo_compress.errors import BingoError, first_line
 from bingo_compress.models import extra_models, weights  # timm knows them from here on
 from bingo_compress.models.names import has_pretrained
 from bingo_compress.runtime import checkpoint, run_dir
@@ -159,7 +159,7 @@ class Encoder(nn.Module):
                 features = self(torch.zeros(1, 3, size, size))
         except Exception as error:  # Whatever a model raises for a size it cannot take.
             raise BingoError(
-                f"{self.name} cannot take images of {size} x {size} pixels ({_first_line(error)}); choose another size"
+                f"{self.name} cannot take images of {size} x {size} pixels ({first_line(error)}); choose another size"
             ) from None
         if features.ndim != 2:
             raise BingoError(
@@ -226,12 +226,12 @@ def build(name: str, size: int, source: str, option: str) -> Encoder:
     except Exception as error:
         if source == "pretrained":
             raise BingoError(
-                f"{option}: pretrained weights of {name} could not be fetched ({_first_line(error)}). Ways out: try"
+                f"{option}: pretrained weights of {name} could not be fetched ({first_line(error)}). Ways out: try"
                 f" again online, fill the hub's cache on a machine that is (HF_HOME), give a local file with {option}"
                 f" PATH, or say {option} random"
             ) from None
         raise BingoError(
-            f"{name} cannot be built at {size} x {size} pixels ({_first_line(error)}); choose another size"
+            f"{name} cannot be built at {size} x {size} pixels ({first_line(error)}); choose another size"
         ) from None
     data = timm.data.resolve_model_data_config(backbone)
     encoder = Encoder(
@@ -280,10 +280,6 @@ def _reachable(address: str) -> bool:
     except OSError:
         return False
     return True
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def weights_digest(encoder: Encoder) -> str:

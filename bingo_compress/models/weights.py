@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from bingo_compress.errors import BingoError
+from bingo_compress.errors import BingoError, first_line
 from bingo_compress.models import checkpoint_layouts
 from bingo_compress.models.checkpoint_layouts import Layout, Tensors, misshapen, names, unchunked
 from bingo_compress.runtime import console
@@ -114,11 +114,7 @@ def read_tensors(file: Path, option: str) -> Tensors:
         raise BingoError(f"{option}: {file} is not a readable weights file (damaged, or not a checkpoint)") from None
     except Exception as error:
         # A text file ends in a KeyError whose words are a number.
-        why = (
-            "damaged, or not a checkpoint"
-            if isinstance(error, KeyError)
-            else (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-        )
+        why = "damaged, or not a checkpoint" if isinstance(error, KeyError) else first_line(error, 120)
         raise BingoError(f"{option}: {file} is not a readable weights file ({why})") from None
     while isinstance(content, Mapping):
         wrapper = next((key for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from bingo_compress.errors import BingoError
+from bingo_compress.errors import BingoError, first_line
 from bingo_compress.recipe import Recipe
 from bingo_compress.runtime import console, distributed, machine
 
@@ -108,10 +108,7 @@ def compiled_if_faster(model: nn.Module, views: Tensor, wanted: str) -> Callable
         quick = torch.compile(trial, dynamic=False)
         compiled, plain = seconds(step(quick)), seconds(step(trial))
     except Exception as error:  # The compiler raises whatever its parts raise.
-        console.say(
-            "torch.compile: not used, it failed"
-            f" ({(str(error).strip().splitlines() or [type(error).__name__])[0][:120]})"
-        )
+        console.say(f"torch.compile: not used, it failed ({first_line(error, 120)})")
         return None
     finally:
         torch.compiler.reset()
