@@ -32,6 +32,12 @@ TARGETS = kind_targets(IMAGES, VIEWS, DIM)
 BAGS = knn(TARGETS[:, 0], 3)[0]
 
 
+@pytest.fixture(autouse=True)
+def _a_line_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slow the machine is."""
+    monkeypatch.setattr(metrics, "LOG_SECONDS", math.inf)
+
+
 def train(
     folder: Path,
     settings: Recipe,
@@ -117,10 +123,7 @@ def test_the_optimizer_decays_no_norms_and_biases_under_adamw_and_everything_und
 
 
 @pytest.mark.parametrize("kind", ["adamw", pytest.param("sgd", marks=pytest.mark.slow)])
-def test_the_loss_goes_down_and_the_student_learns_the_kinds(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(metrics, "LOG_SECONDS", math.inf)  # a line an epoch, however slow the machine is
+def test_the_loss_goes_down_and_the_student_learns_the_kinds(kind: str, tmp_path: Path) -> None:
     run = train(tmp_path, recipe(epochs=10, optimizer=kind, lr=0.001 if kind == "adamw" else 0.1, mask_mates=False))
     losses = [line["loss"] for line in run.lines]
     assert len(losses) == 10  # the queue fills in the first
