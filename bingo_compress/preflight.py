@@ -6,8 +6,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 from bingo_compress.data.image_folder import list_folder
-from bingo_compress.errors import BingoError, nearest
-from bingo_compress.models.names import FAMILIES
+from bingo_compress.errors import BingoError
+from bingo_compress.models.names import FAMILIES, on_hub, unknown
 from bingo_compress.recipe import GIVEN, WORDS, Recipe
 from bingo_compress.runtime.run_dir import open_finished, refuse_no_file, refuse_taken, saved_recipe
 
@@ -75,7 +75,7 @@ def _refuse_unknown(word: str, option: str) -> None:
     them.
     """
     spec = importlib.util.find_spec("timm")
-    if spec is None or not spec.submodule_search_locations:
+    if on_hub(word) or spec is None or not spec.submodule_search_locations:
         return
     name = word.removeprefix("timm/").partition(".")[0]
     source = "".join(
@@ -84,10 +84,7 @@ def _refuse_unknown(word: str, option: str) -> None:
     if name in FAMILIES or name in OWN or re.search(rf"\b{re.escape(name)}\b", source):
         return
     known = [*re.findall(r"^@register_model\s+def (\w+)", source, re.MULTILINE), *OWN, *FAMILIES]
-    raise BingoError(
-        f"{option}: unknown model {word!r}; the nearest are {', '.join(nearest(name, known))}; see `bingo-compress"
-        " models`"
-    )
+    raise unknown(word, option, known)
 
 
 def _refuse_foreign(file: Path, option: str) -> None:

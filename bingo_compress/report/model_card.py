@@ -13,6 +13,7 @@ import timm
 from bingo_compress import __version__
 from bingo_compress.features import neighbours
 from bingo_compress.models import exported
+from bingo_compress.models.names import on_hub
 from bingo_compress.recipe import GIVEN, RESUME_MAY_CHANGE, Recipe
 from bingo_compress.report import timing_table
 from bingo_compress.report.tables import NAMES
@@ -110,7 +111,8 @@ def licence(name: str, source: str) -> str:
     if source != "pretrained":
         return f"{'module' if source == GIVEN else 'file'} given by the user: licence unknown to us"
     config = timm.models.get_pretrained_cfg(name)
-    return plain(config.license) if config and config.license else "timm states none"
+    unknown = f"as {plain(name)} says" if on_hub(name) else "timm states none"
+    return plain(config.license) if config and config.license else unknown
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
