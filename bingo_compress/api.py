@@ -288,7 +288,7 @@ def load_student(run: str | Path, student: "Encoder | None" = None) -> "Encoder"
     from bingo_compress.models import trained
 
     opened = run_dir.open_finished(_place(run))
-    return trained.load_student(run_dir.saved_recipe(opened), opened.student, student).eval()
+    return trained.load_student(load_recipe(opened.as_run), opened.student, student).eval()
 
 
 def _own(teacher: "str | Encoder | None", student: "str | Encoder | None") -> "dict[str, Encoder]":

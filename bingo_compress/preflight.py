@@ -8,8 +8,8 @@ from pathlib import Path
 from bingo_compress.data.image_folder import list_folder
 from bingo_compress.errors import BingoError
 from bingo_compress.models.names import FAMILIES, on_hub, unknown
-from bingo_compress.recipe import GIVEN, WORDS, Recipe
-from bingo_compress.runtime.run_dir import open_finished, refuse_no_file, refuse_taken, saved_recipe
+from bingo_compress.recipe import GIVEN, WORDS, Recipe, load_recipe
+from bingo_compress.runtime.run_dir import open_finished, refuse_no_file, refuse_taken
 
 ROLES = ("teacher", "student")
 OWN = ("resnet50x2", "vit_small_moco_v3")  # models that weights.py adds to timm's
@@ -54,7 +54,7 @@ def refuse_early(recipe: Recipe, out: Path, own: Collection[str], *, resume: boo
 def refuse_run(run: Path, own: Collection[str], roles: Collection[str], json_file: Path | None = None) -> None:
     """The same for a finished run, of which the models of these roles are needed."""
     refuse_no_file(json_file, "--json")
-    _refuse_absent(saved_recipe(open_finished(run)), own, roles)
+    _refuse_absent(load_recipe(open_finished(run).as_run), own, roles)
 
 
 def _refuse_absent(recipe: Recipe, own: Collection[str], roles: Collection[str]) -> None:

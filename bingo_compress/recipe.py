@@ -1,7 +1,7 @@
 """Every setting of a run, once: the same word is the command-line flag, the YAML key and the attribute."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from reprlib import repr as shortened
 from typing import Annotated, Any, Literal
@@ -239,13 +239,13 @@ def recipe_file(name: str) -> Path:
     raise BingoError(f"--recipe: expected a YAML file or one of {', '.join(shipped)}; found no file {name!r}")
 
 
-def load_recipe(file: Path | None, settings: list[str], flags: dict[str, Any]) -> Recipe:
+def load_recipe(file: Path | None, settings: Sequence[str] = (), flags: Mapping[str, Any] | None = None) -> Recipe:
     """Defaults, then the file, then each KEY=VALUE of `settings`, then the flags that were given. Raises BingoError."""
     values: dict[str, Any] = {}
     if file is not None:
         values.update(_read_yaml(file))
     values.update(parse_setting(setting, "--set") for setting in settings)
-    values.update({key: value for key, value in flags.items() if value is not None})
+    values.update({key: value for key, value in (flags or {}).items() if value is not None})
     return make_recipe(values, str(file) if file else "the command line")
 
 

@@ -38,7 +38,7 @@ WITHOUT_TORCH = (
     "runtime.signals",
     "data.image_folder",
 )
-FLOORS, MODULES = 15, 8  # import floors with api and __main__, modules in a room
+FLOORS, MODULES = 13, 8  # import floors with api and __main__, modules in a room
 PARAMETERS = 8  # of a function
 # What may have more: a Triton kernel takes pointers and sizes one by one.
 MANY = {"data.kernels._colours", "data.kernels._blur"}

@@ -16,11 +16,11 @@ from bingo_compress.data import image_folder, quarantine
 from bingo_compress.data.image_folder import Folder
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation import probes, scores
+from bingo_compress.evaluation.held_out import train
 from bingo_compress.features import extract, neighbours
 from bingo_compress.models import encoder
 from bingo_compress.models.encoder import Encoder
 from bingo_compress.models.trained import Models, build_models
-from bingo_compress.pipeline import train
 from bingo_compress.recipe import WORDS, Recipe, deciding
 from bingo_compress.runtime import checkpoint, console, run_dir
 from bingo_compress.runtime.devices import choose_device, peak_memory

@@ -197,7 +197,7 @@ def _make_missing(
     """Decode those of the shards `ranges` that do not stand. Raises BingoError as soon as too many files are bad; all
     that are known by then are in the file `listed`.
     """
-    standing = [(rows, shard_files.standing(folder, rows, side, shards, streamed)) for rows in ranges]
+    standing = [(rows, _standing(folder, rows, side, shards, streamed)) for rows in ranges]
     missing = [rows for rows, facts in standing if facts is None]
     done = [facts for _, facts in standing if facts is not None]
     count = sum(map(len, missing))
@@ -211,6 +211,27 @@ def _make_missing(
         for rows in missing:
             done.append(_fill(folder, rows, side, shards, streamed, advance))
             quarantine.refuse_bad(folder, shard_files.bad(folder, done), listed)
+
+
+def _standing(folder: Folder, rows: range, side: int, shards: Path, streamed: bool) -> dict[str, Any] | None:
+    """The facts of a whole shard, its bad files with today's reasons; None for a shard to be made: it is not whole, or
+    a bad file can be decoded now.
+    """
+    if not shard_files.is_whole(shards, rows, streamed):
+        return None
+    facts = shard_files.read_facts(shards, rows)
+    again = list(decode_all(folder, [index for index, _ in facts["bad"]], lambda pixels: None, at_least=side))
+    mended = [folder.files[index] for index, result in again if result is None]
+    if mended:
+        console.say(
+            f"{len(mended):,} files that could not be used can be now, for example {mended[0]}: {len(rows):,} images"
+            " are decoded again"
+        )
+        return None
+    reasons = [[index, str(result)] for index, result in again]
+    if reasons != facts["bad"]:
+        write_text(shard_files.facts_file(shards, rows), json.dumps(facts := facts | {"bad": reasons}))
+    return facts
 
 
 def place(total: int, device: torch.device, wanted: str, memory: int, step: int = WORK) -> tuple[str, str]:

@@ -8,7 +8,6 @@ from bingo_compress.data import image_folder
 from bingo_compress.evaluation import finetune, intervals, probes, scores
 from bingo_compress.evaluation.scores import Sides
 from bingo_compress.features import neighbours
-from bingo_compress.report.tables import NAMES as NAMES
 
 
 @dataclass(frozen=True)
@@ -62,6 +61,11 @@ def protocol(sides: Sides, test: image_folder.Folder | None, specs: list[str], e
         "test_images": len(sides.query_labels),
         "classes": sides.classes,
     }
+    return said | _extra_words(specs, extras)
+
+
+def _extra_words(specs: list[str], extras: Extras) -> dict[str, Any]:
+    said: dict[str, Any] = {}
     if specs:
         said["shots"] = (
             f"the linear probe on a part of each class of the bank ({', '.join(specs)}; at least one image a class):"

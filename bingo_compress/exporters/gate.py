@@ -11,7 +11,7 @@ from torch.nn.functional import cosine_similarity
 from bingo_compress.data import image_folder
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation import probes, scores
-from bingo_compress.exporters.int8 import Judge
+from bingo_compress.exporters.onnx import Gate
 from bingo_compress.features import neighbours
 from bingo_compress.features.neighbours import Search, mates
 from bingo_compress.models.encoder import Preprocessing
@@ -26,16 +26,6 @@ CHOOSE_SHARE = 0.25  # of each class of --labels that is in the bank
 # The bank, and the test images where these have a folder of their own.
 Labels = tuple[image_folder.Folder, image_folder.Folder | None]
 Accuracies = dict[str, dict[str, float]]  # of "knn" and "linear": {"float": .., "int8": ..}
-
-
-class Gate(NamedTuple):
-    """Of a quantised file: `choose` by what it is chosen, `report` how it does on test images that choose nothing, each
-    its figures and those below the gate. labelled: sha256 of the labelled images that either judges by.
-    """
-
-    choose: Judge
-    report: Judge
-    labelled: set[str]
 
 
 def make_gate(

@@ -11,10 +11,10 @@ import torch
 from compared import KINDS, World, figures
 from helpers import CPU, command, encoder, photos
 
-from bingo_compress import pipeline
 from bingo_compress.comparison import side_by_side
 from bingo_compress.data import image_folder
 from bingo_compress.errors import BingoError
+from bingo_compress.evaluation import held_out
 from bingo_compress.features import extract
 from bingo_compress.models.trained import Models
 from bingo_compress.runtime import checkpoint
@@ -45,7 +45,7 @@ def test_interrupted_in_training_and_started_again_gives_the_uninterrupted_figur
         calls.append(plan.recipe.seed)
         if len(calls) == 2:
             with monkeypatch.context() as patch:
-                patch.setattr(pipeline, "distill", partial(loop.distill, stop_after=5))
+                patch.setattr(held_out, "distill", partial(loop.distill, stop_after=5))
                 real(plan, *given, **named)
             raise KeyboardInterrupt
         real(plan, *given, **named)
@@ -76,10 +76,10 @@ def test_what_another_method_left_unfinished_is_not_gone_on_with(
     with monkeypatch.context() as patch:
 
         def stopped(*given: Any, **named: Any) -> None:
-            pipeline.train(*given, **named)
+            held_out.train(*given, **named)
             raise KeyboardInterrupt
 
-        patch.setattr(pipeline, "distill", partial(loop.distill, stop_after=3))
+        patch.setattr(held_out, "distill", partial(loop.distill, stop_after=3))
         patch.setattr(side_by_side, "train", stopped)
         with pytest.raises(KeyboardInterrupt):
             side_by_side.compare(world.base, world.data, None, "seed", [0], out)

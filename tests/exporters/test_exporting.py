@@ -23,6 +23,7 @@ from bingo_compress.exporters import onnx as exporter
 from bingo_compress.exporters.onnx import Deployed, export_onnx
 from bingo_compress.features import extract
 from bingo_compress.models import trained
+from bingo_compress.recipe import load_recipe
 from bingo_compress.runtime import run_dir
 
 FACTS = {"version": "0", "run_id": "abc", "student": "s", "teacher": "t"}
@@ -228,7 +229,7 @@ def test_a_run_is_exported_and_its_file_embeds_its_photos_as_torch_does(
 ) -> None:
     (path,) = exporting.export(finished.path, tmp_path / "elsewhere")
     assert path == tmp_path / "elsewhere" / "student.onnx"
-    settings = run_dir.saved_recipe(finished)
+    settings = load_recipe(finished.as_run)
     student = trained.load_student(settings, finished.student)
     folder = image_folder.list_folder(Path(settings.data))
     expected = extract.plain({"s": extract.as_embed(student, CPU)}, folder, range(9), "test")[0]["s"]

@@ -12,10 +12,10 @@ from helpers import encoder, photos, recipe, untrained_run
 
 from bingo_compress.data import image_folder, pixel_store
 from bingo_compress.errors import BingoError
-from bingo_compress.exporters import exporting, gate, quantization_aware
+from bingo_compress.exporters import exporting, gate, int8_file, quantization_aware
 from bingo_compress.exporters.exporting import Int8
 from bingo_compress.exporters.int8 import LadderEnds, Rung
-from bingo_compress.exporters.onnx import PROFILES, REFUSED
+from bingo_compress.exporters.onnx import PROFILES, REFUSED, Gate, Making
 from bingo_compress.features import extract
 from bingo_compress.models.encoder import Preprocessing
 
@@ -113,12 +113,13 @@ def test_a_chosen_file_below_the_gate_on_the_test_images_is_refused_and_no_furth
         climbed.append("ladder")
         return model, Rung("first"), [row]
 
-    monkeypatch.setattr(exporting, "quantise", quantise)
-    judges = gate.Gate(lambda file: ({}, []), lambda file: ({}, ["knn accuracy 3.00 points below"]), set())
+    monkeypatch.setattr(int8_file, "quantise", quantise)
+    judges = Gate(lambda file: ({}, []), lambda file: ({}, ["knn accuracy 3.00 points below"]), set())
+    making = Making(model, GALLERY, PROFILES["modern"], tmp_path, judges, lambda: pytest.fail("trained"))
     with pytest.raises(
         BingoError, match="first passed where it was chosen, but on the test images misses knn accuracy"
     ) as caught:
-        exporting._int8(model, GALLERY, PROFILES["modern"], tmp_path, judges, lambda: pytest.fail("trained"))
+        int8_file.make(making)
     assert caught.value.exit_status == REFUSED and climbed == ["ladder"]
 
 
@@ -194,13 +195,13 @@ def test_export_keeps_its_gate_and_its_calibration_out_of_fine_tuning(
 
     real = gate.make_gate
 
-    def make_gate(file: Path, gallery: torch.Tensor, *rest: Any) -> gate.Gate:
+    def make_gate(file: Path, gallery: torch.Tensor, *rest: Any) -> Gate:
         used["gallery"], used["gate"] = gallery, real(file, gallery, *rest)
         return used["gate"]
 
     for owner, name, stand_in in (
         (exporting, "_export_float", export_float),
-        (exporting, "quantise", ladder),
+        (int8_file, "quantise", ladder),
         (quantization_aware, "finetune", finetune),
         (gate, "make_gate", make_gate),
     ):

@@ -25,6 +25,7 @@ from bingo_compress.errors import BingoError
 from bingo_compress.evaluation import finetune, held_out
 from bingo_compress.features import extract, neighbours, teacher_pass
 from bingo_compress.models import trained
+from bingo_compress.recipe import load_recipe
 from bingo_compress.runtime import checkpoint, console, distributed, run_dir, signals
 from bingo_compress.training.loader import own_share
 from bingo_compress.training.material import halves, prepare
@@ -138,7 +139,7 @@ def test_two_processes_check_the_student_as_one_does(two: Path, folder: Path) ->
     assert len(first["checked"]) == len(set(first["checked"])) == 3
     assert first["checked"] == second["checked"]  # all have the same student
     run = run_dir.RunDir(two / "kept")
-    recipe = run_dir.saved_recipe(run)
+    recipe = load_recipe(run.as_run)
     models = replace(trained.build_models(recipe), student=trained.load_student(recipe, run.student))
     listed = image_folder.list_folder(folder)
     plan = plan_run(models, len(listed.files), CPU)
