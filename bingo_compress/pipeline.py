@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bingo_compress import __version__
 from bingo_compress.data import pixel_store
-from bingo_compress.data.image_folder import Folder
+from bingo_compress.data.image_list import ImageList
 from bingo_compress.data.quarantine import report
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation.held_out import held_out_recall, train
@@ -69,13 +69,13 @@ def run_distill(
     return run
 
 
-def _refuse_other_inputs(models: Models, folder: Folder, out: Path) -> None:
+def _refuse_other_inputs(models: Models, folder: ImageList, out: Path) -> None:
     """--resume goes on with the images, weights and settings that are there."""
     now = sources_of(models, folder) | {"start": weights_digest(models.student), "settings": deciding(models.recipe)}
     distributed.from_first(lambda: trained.refuse_other_inputs(run_dir.RunDir(out), now))
 
 
-def _refuse_too_little_space(plan: Plan, student: Encoder, folder: Folder, out: Path) -> None:
+def _refuse_too_little_space(plan: Plan, student: Encoder, folder: ImageList, out: Path) -> None:
     """Before anything is written: one image at least can be decoded, and the disk is large enough."""
     count = len(folder.files)
     extract.pixels_of(student.preprocessing, folder, range(count), 1)

@@ -5,11 +5,12 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
-from bingo_compress.data.image_folder import list_folder
+from bingo_compress.data.listing import list_images
 from bingo_compress.errors import BingoError
 from bingo_compress.models.names import FAMILIES, on_hub, unknown
 from bingo_compress.recipe import GIVEN, WORDS, Recipe, load_recipe
 from bingo_compress.runtime.run_dir import open_finished, refuse_no_file, refuse_taken
+from bingo_compress.sources.opened import of_recipe
 
 ROLES = ("teacher", "student")
 OWN = ("resnet50x2", "vit_small_moco_v3")  # models that weights.py adds to timm's
@@ -37,11 +38,11 @@ def refuse_early(recipe: Recipe, out: Path, own: Collection[str], *, resume: boo
     if recipe.keep_best and not recipe.hold_out:
         raise BingoError("--keep-best: expected images held out, found none; raise --set hold_out=0.05")
     refuse_taken(out, may_hold_files=resume or overwrite)
-    folder = list_folder(Path(recipe.data))
+    folder = list_images(of_recipe(recipe))
     if len(folder.files) < 2:  # how many more it takes is the method's to say
         raise BingoError(
             f"--data: expected images, found {len(folder.files)} that may be one among"
-            f" {len(folder.files) + len(folder.bad)} files in {folder.root}"
+            f" {len(folder.files) + len(folder.bad)} files in {folder.where}"
         )
     for role in ROLES:
         source = getattr(recipe, f"{role}_weights")

@@ -16,6 +16,12 @@ def _number_as_text(value: Any) -> Any:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+def _one_or_several(value: Any) -> Any:
+    if not isinstance(value, list | tuple):
+        return value
+    return tuple(value) if len(value) > 1 else next(iter(value), "")
+
+
 def _whole(value: float) -> float:
     return int(value) if value.is_integer() else value
 
@@ -25,9 +31,15 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    data: str = Field(
-        "", description="folder of images, searched to any depth; its folder names are never used as labels"
+    data: Annotated[str | tuple[str, ...], BeforeValidator(_one_or_several)] = Field(
+        "",
+        description=(
+            "folder of images, searched to any depth, or a list, tar shards, a zip or Parquet file; several in a list;"
+            " names of folders are never used as labels"
+        ),
     )
+    image_column: str = Field("", description="column of a list or Parquet file that has the images; empty: by name")
+    label_column: str = Field("", description="column, or key of a JSON file, that has the labels; empty: by name")
     max_bad: Annotated[str, BeforeValidator(_number_as_text)] = Field(
         "100%",
         pattern=r"^([0-9]+|(100|[0-9]{1,2}(\.[0-9]+)?)%)$",
@@ -204,6 +216,8 @@ KEYS = tuple(Recipe.model_fields)
 RESUME_MAY_CHANGE = frozenset(
     {
         "data",
+        "image_column",
+        "label_column",
         "threads",
         "device",
         "save_every_minutes",
@@ -280,7 +294,7 @@ def deciding(recipe: Recipe) -> dict[str, Any]:
 
 def recipe_text(recipe: Recipe) -> str:
     """The recipe as YAML that `load_recipe` reads back to an equal recipe."""
-    return yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
@@ -319,6 +333,8 @@ def _meant(key: str, value: Any) -> Any:
     """
     if key in PLACES and isinstance(value, str):
         return os.path.expanduser(value)
+    if key in PLACES and isinstance(value, list | tuple) and all(isinstance(each, str) for each in value):
+        return list(map(os.path.expanduser, value))
     try:
         return float(value) if isinstance(value, str) and Recipe.model_fields[key].annotation is float else value
     except ValueError:

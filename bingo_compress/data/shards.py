@@ -5,7 +5,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from bingo_compress.data.image_folder import Folder
+from bingo_compress.data.image_list import ImageList
 from bingo_compress.runtime import console
 
 
@@ -22,7 +22,7 @@ def read_facts(shards: Path, rows: range) -> dict[str, Any]:
     return facts
 
 
-def bad(folder: Folder, found: list[dict[str, Any]]) -> tuple[tuple[str, str], ...]:
+def bad(folder: ImageList, found: list[dict[str, Any]]) -> tuple[tuple[str, str], ...]:
     """All that is known to be bad once the shards of `found` were made."""
     return folder.bad + tuple((folder.files[index], why) for facts in found for index, why in facts["bad"])
 

@@ -89,7 +89,7 @@ def held_out_recall(run: run_dir.RunDir, plan: Plan, student: Encoder, material:
     found, good = extract.plain(ready, material.folder, order, "check held-out images", keep)
     if len(good) < len(held) + len(gallery):
         raise BingoError(
-            f"an image in {material.folder.root} changed during the run; start the command again with --resume"
+            f"an image in {material.folder.where} changed during the run; start the command again with --resume"
         )
     sides = {name: features.split((len(held), len(gallery))) for name, features in found.items()}
     counts = neighbours.recall_facts(len(gallery)) | {"queries": len(held)}

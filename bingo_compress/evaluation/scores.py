@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bingo_compress.data.image_folder import UNREADABLE, Folder, labels_of
+from bingo_compress.data.image_list import UNREADABLE, ImageList, labels_of
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation import finetune, intervals, probes
 from bingo_compress.features import extract, neighbours
@@ -38,11 +38,11 @@ class Sides:
     classes: list[str]
     bank: dict[str, Tensor]
     labels: Tensor
-    bank_folder: Folder
+    bank_folder: ImageList
     places: list[int]
     queries: dict[str, Tensor]
     query_labels: Tensor
-    query_folder: Folder
+    query_folder: ImageList
     query_places: list[int]
     groups: Tensor | None = None
 
@@ -80,7 +80,7 @@ def with_interval(key: str, values: Tensor) -> dict[str, Any]:
 
 def embedded(
     models: Mapping[str, tuple[Preprocessing, extract.Embed]],
-    folder: Folder,
+    folder: ImageList,
     classes: list[str],
     what: str,
     keep: extract.Keep | None = None,
@@ -93,7 +93,7 @@ def embedded(
     features, good = extract.plain(models, folder, range(len(folder.files)), what, keep)
     if len(good) < len(folder.files) or folder.bad:
         console.say(
-            f"{len(folder.files) - len(good) + len(folder.bad):,} files in {folder.root} cannot be used and are left"
+            f"{len(folder.files) - len(good) + len(folder.bad):,} files in {folder.where} cannot be used and are left"
             " out; `bingo-compress check` names them"
         )
     names, labels = labels_of(folder)
@@ -102,25 +102,24 @@ def embedded(
 
 
 def again(
-    models: Mapping[str, tuple[Preprocessing, extract.Embed]], folder: Folder, places: Sequence[int], what: str
+    models: Mapping[str, tuple[Preprocessing, extract.Embed]], folder: ImageList, places: Sequence[int], what: str
 ) -> dict[str, Tensor]:
     """Features by model of images that could be decoded before. Raises BingoError where one cannot be now: all rows
     after it would have another's label.
     """
     features, good = extract.plain(models, folder, places, what)
     if len(good) < len(places):
-        lost = folder.files[next(index for index in places if index not in set(good))]
+        lost = folder.place(next(index for index in places if index not in set(good)))
         raise BingoError(
-            f"{folder.root / lost} could be read before and cannot be now; bring it back, or start the command again"
-            " without it"
+            f"{lost} could be read before and cannot be now; bring it back, or start the command again without it"
         )
     return features
 
 
 def sides(
     models: Mapping[str, tuple[Preprocessing, extract.Embed]],
-    bank_folder: Folder,
-    test_folder: Folder | None,
+    bank_folder: ImageList,
+    test_folder: ImageList | None,
     classes: list[str],
     keep: extract.Keep | None = None,
 ) -> Sides:
@@ -159,13 +158,13 @@ def sides(
     )
 
 
-def copies(folder: Folder) -> Tensor:
+def copies(folder: ImageList) -> Tensor:
     """A number (N,) for each image of a folder, the same for exact copies."""
     numbers: dict[str, int] = {}
     return torch.tensor([numbers.setdefault(digest, len(numbers)) for digest in folder.digests])
 
 
-def refuse_shared(bank: Folder, test: Folder, option: str) -> None:
+def refuse_shared(bank: ImageList, test: ImageList, option: str) -> None:
     """Raise BingoError if images of `test` (--test) are, by content, also in `bank` (given by `option`): they would be
     found, not recognised.
     """
@@ -179,7 +178,7 @@ def refuse_shared(bank: Folder, test: Folder, option: str) -> None:
         )
 
 
-def refuse_few(bank: Folder, test: Folder | None, option: str, least: int = 2) -> None:
+def refuse_few(bank: ImageList, test: ImageList | None, option: str, least: int = 2) -> None:
     """Raise BingoError if a class of `bank` (given by `option`) has fewer than `least` different images; with a `test`
     none is tested on, and one less will do. Files are read, nothing is decoded.
     """
@@ -208,7 +207,7 @@ def refuse_small(
         )
 
 
-def trained_on(bags: Path, folder: Folder) -> int | None:
+def trained_on(bags: Path, folder: ImageList) -> int | None:
     """How many images of a folder are, by content, among those that a run was trained on, without labels; None where
     the run does not say. bags: the run's.
     """
@@ -325,7 +324,7 @@ def compared(a: Tensor, b: Tensor) -> dict[str, Any]:
     }
 
 
-def bag_purity(file: Path, labelled: Folder) -> dict[str, Any]:
+def bag_purity(file: Path, labelled: ImageList) -> dict[str, Any]:
     """Share of (anchor, mate) pairs of a run's bags with the same label, of those that `labelled` has both labels for;
     nothing where it has none.
     """

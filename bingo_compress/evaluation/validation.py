@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bingo_compress.data import image_folder, pixel_store
+from bingo_compress.data import image_list, listing, pixel_store
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation import finetune, probes, scores
 from bingo_compress.evaluation.protocol import NO_EXTRAS, Extras, protocol
@@ -28,14 +28,15 @@ from bingo_compress.report import model_card
 from bingo_compress.report.tables import show
 from bingo_compress.runtime import console, distributed, run_dir
 from bingo_compress.runtime.devices import choose_device
+from bingo_compress.sources.opened import Data
 
 REQUIRED = ("knn", "linear", "linear_balanced", "neighbour_recall")  # what a threshold may be set on
 
 
 def validate(
     run_path: Path,
-    data: Path,
-    test: Path | None = None,
+    data: Data,
+    test: Data | None = None,
     json_file: Path | None = None,
     device: str = "auto",
     *,
@@ -61,11 +62,11 @@ def validate(
     run_dir.refuse_no_file(json_file, "--json")
     run = run_dir.open_finished(run_path)
     other = _open_against(extras.against) if extras.against else None
-    bank_folder = image_folder.list_folder(data)
-    classes, _ = image_folder.labels_of(bank_folder)
-    test_folder = image_folder.list_folder(test, "--test") if test else None
+    bank_folder = listing.list_images(data)
+    classes, _ = image_list.labels_of(bank_folder)
+    test_folder = listing.list_images(test, "--test") if test else None
     if test_folder:
-        image_folder.refuse_other_classes(bank_folder, test_folder, "--data")
+        image_list.refuse_other_classes(bank_folder, test_folder, "--data")
         scores.refuse_shared(bank_folder, test_folder, "--data")
     scores.refuse_few(bank_folder, test_folder, "--data")
     where = choose_device(device)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bingo_compress import __version__
-from bingo_compress.data import image_folder
+from bingo_compress.data import image_list, listing
 from bingo_compress.errors import BingoError
 from bingo_compress.exporters import gate, int8_file, quantization_aware, timing
 from bingo_compress.exporters.golden import write_golden
@@ -25,6 +25,7 @@ from bingo_compress.models.trained import NOTHING_GIVEN, Given, load_student
 from bingo_compress.recipe import Recipe, load_recipe
 from bingo_compress.report import model_card
 from bingo_compress.runtime import console, run_dir
+from bingo_compress.sources.opened import Data, of_recipe
 
 # What is made of the float file, "onnx", and judged against it: how, by its row in a proof.
 FORMATS: dict[str, Callable[[Making], Path]] = {"onnx-int8": int8_file.make}
@@ -53,8 +54,8 @@ class Int8:
     points against float; finetune: train it where no way of quantising passes.
     """
 
-    labels: Path | None = None
-    test: Path | None = None
+    labels: Data | None = None
+    test: Data | None = None
     max_loss: float = gate.MAX_LOSS
     finetune: bool = False
 
@@ -65,7 +66,7 @@ MODERN, PLAIN_INT8 = Shape(), Int8()
 def export(
     run_path: Path,
     out: Path | None = None,
-    data: Path | None = None,
+    data: Data | None = None,
     fmt: str = "onnx",
     *,
     shape: Shape = MODERN,
@@ -90,7 +91,7 @@ def export(
     recipe = load_recipe(run.as_run)
     recipe = recipe.model_copy(update={"image_size": shape.image_size or recipe.image_size})
     student = load_student(recipe, run.student, given.student)
-    folder = image_folder.list_folder(data or Path(recipe.data))
+    folder = listing.list_images(data or of_recipe(recipe))
     order, pixels = _pixels(student, folder, fmt, halved=int8.finetune)
     target = (out or run.export) / exported.name("onnx")
     _need_folder(target.parent, student, COPIES if fmt == "onnx" else COPIES_JUDGED)
@@ -143,7 +144,7 @@ def _rows(fmt: str, int8: Int8) -> list[str]:
     return known if fmt == "all" else [fmt]
 
 
-def _pixels(student: Encoder, folder: image_folder.Folder, fmt: str, *, halved: bool) -> tuple[list[int], Tensor]:
+def _pixels(student: Encoder, folder: image_list.ImageList, fmt: str, *, halved: bool) -> tuple[list[int], Tensor]:
     """(which images of the folder may be looked at, those that are: uint8 (n, S, S, 3)). halved: at least half of the
     images are left to train on. Raises BingoError where there are too few.
     """

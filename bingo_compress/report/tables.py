@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from bingo_compress import __version__
-from bingo_compress.data.image_folder import Folder
+from bingo_compress.data.image_list import ImageList
 from bingo_compress.features import neighbours
 from bingo_compress.models import exported
 from bingo_compress.models.trained import Models
@@ -211,7 +211,7 @@ def closing_table(models: Models, rows: dict[str, dict[str, float]], gallery: in
     console.table("", ("", neighbours.recall_title(gallery), "kNN", "linear", "parameters", "MB", "smaller"), cells)
 
 
-def header(plan: Plan, models: Models, folder: Folder) -> None:
+def header(plan: Plan, models: Models, folder: ImageList) -> None:
     """The models with their sizes, weights and preprocessing; the images, the device and the method."""
     recipe, device = plan.recipe, plan.device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
@@ -230,7 +230,7 @@ def header(plan: Plan, models: Models, folder: Folder) -> None:
     console.table(f"bingo-compress {__version__}", ("", "model", "parameters", "input", "width", "weights"), rows)
     for role, encoder, _ in roles:
         console.say(f"{role} sees: {encoder.preprocessing.describe()}")
-    console.say(f"images: {len(folder.files):,} files in {folder.root}; device: {where}")
+    console.say(f"images: {len(folder.files):,} files in {folder.where}; device: {where}")
     targets = "an online teacher" if plan.online else f"{plan.views} stored views an image"
     method = f"bingo ({recipe.variant})" if recipe.method == "bingo" else recipe.method
     source = targets if plan.loss.teacher else "the student's own moving average"

@@ -10,7 +10,7 @@ import torch
 from edge_models import make_model
 from helpers import encoder, photos, recipe, untrained_run
 
-from bingo_compress.data import image_folder, pixel_store
+from bingo_compress.data import image_list, listing, pixel_store
 from bingo_compress.errors import BingoError
 from bingo_compress.exporters import exporting, gate, int8_file, quantization_aware
 from bingo_compress.exporters.exporting import Int8
@@ -58,7 +58,7 @@ def test_choosing_looks_at_labels_alone_and_reporting_at_test_alone(
     asked: list[tuple[str, set[str]]] = []
     real = extract.plain
 
-    def recorded(models: Any, folder: image_folder.Folder, order: Any, *rest: Any) -> Any:
+    def recorded(models: Any, folder: image_list.ImageList, order: Any, *rest: Any) -> Any:
         asked.append((folder.root.name, {folder.digests[place] for place in order}))
         return real(models, folder, order, *rest)
 
@@ -83,7 +83,7 @@ def test_without_a_test_folder_three_parts_of_labels_do_not_meet(
     parts: list[set[str]] = []
     real = extract.plain
 
-    def recorded(models: Any, folder: image_folder.Folder, order: Any, *rest: Any) -> Any:
+    def recorded(models: Any, folder: image_list.ImageList, order: Any, *rest: Any) -> Any:
         parts.append({folder.digests[place] for place in order})
         return real(models, folder, order, *rest)
 
@@ -145,21 +145,19 @@ def test_what_the_gate_judges_by_is_not_trained_on_nor_are_copies_of_it(
     folder = photos(tmp_path / "photos", 6)
     apart = contents(folder / "kind0") | contents(folder / "kind1")
     shutil.copy(folder / "kind0" / "000.png", folder / "kind2" / "copy.png")
-    trained: list[image_folder.Folder] = []
+    trained: list[image_list.ImageList] = []
 
-    def build(chosen: image_folder.Folder, *_: Any) -> Any:
+    def build(chosen: image_list.ImageList, *_: Any) -> Any:
         trained.append(chosen)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(pixel_store, "build", build)
     settings, student = recipe(data=str(folder)), encoder("test_efficientnet", 32)
     with pytest.raises(KeyboardInterrupt):
-        quantization_aware.finetune(settings, student, image_folder.list_folder(folder), tmp_path, apart)
+        quantization_aware.finetune(settings, student, listing.list_images(folder), tmp_path, apart)
     assert trained[0].files == tuple(f"kind2/{number:03d}.png" for number in range(6))
     with pytest.raises(BingoError, match=r"--finetune: expected images in .* beside those that int8 is judged by"):
-        quantization_aware.finetune(
-            settings, student, image_folder.list_folder(folder), tmp_path, apart | contents(folder)
-        )
+        quantization_aware.finetune(settings, student, listing.list_images(folder), tmp_path, apart | contents(folder))
 
 
 @pytest.mark.parametrize("labelled", [False, True])
@@ -189,7 +187,7 @@ def test_export_keeps_its_gate_and_its_calibration_out_of_fine_tuning(
             ]
         )
 
-    def finetune(settings: Any, student: Any, folder: image_folder.Folder, work: Path, apart: set[str]) -> Any:
+    def finetune(settings: Any, student: Any, folder: image_list.ImageList, work: Path, apart: set[str]) -> Any:
         used["apart"], used["folder"] = apart, folder
         raise KeyboardInterrupt
 
