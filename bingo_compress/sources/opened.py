@@ -2,10 +2,11 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import TypeVar
 
 from bingo_compress.errors import BingoError
 from bingo_compress.recipe import Recipe
@@ -15,6 +16,7 @@ from bingo_compress.sources.listed import NO_COLUMNS, Columns, Listed, Opened, i
 SOURCES = (tar, zipped, parquet, lists, folder)  # the first that matches
 ARCHIVES = (tar, zipped, parquet)
 BESIDE = (".txt", ".json", ".md", ".csv", ".idx", ".index")  # what may lie beside shards
+Result = TypeVar("Result")
 BRACES = re.compile(r"\{([^{}]*)\}")
 
 
@@ -94,7 +96,7 @@ def _expanded(place: str, option: str) -> list[Path]:
     if path.is_dir():
         return _shards(path) or [path]
     if path.suffix.lower() == ".txt":
-        lines = lists.lines_of(path)
+        lines = _said(option, lambda: lists.lines_of(path))
         inside = [path.parent / os.path.expanduser(line) for line in lines]
         if lines and all(_is_archive(each) for each in inside):
             return inside
@@ -142,18 +144,23 @@ def _refuse_twice(paths: Sequence[Path], option: str) -> None:
             )
 
 
+def _said(option: str, work: Callable[[], Result]) -> Result:
+    """What `work` gives; its BingoError names the option."""
+    try:
+        return work()
+    except BingoError as error:
+        raise BingoError(f"{option}: {error}", error.exit_status) from None
+
+
 def _listed(path: Path, columns: Columns, option: str) -> Listed:
-    for source in SOURCES:
-        if source.matches(path):
-            try:
-                found: Listed = source.listed(path, columns)
-                return found
-            except BingoError as error:
-                raise BingoError(f"{option}: {error}", error.exit_status) from None
-    raise BingoError(
-        f"{option}: expected a folder of images, found a file: {path}; name its folder (or give a list .txt or .csv, a"
-        " .tar, .zip or .parquet)"
-    )
+    source = next((each for each in SOURCES if each.matches(path)), None)
+    if source is None:
+        raise BingoError(
+            f"{option}: expected a folder of images, found a file: {path}; name its folder (or give a list .txt or"
+            " .csv, a .tar, .zip or .parquet)"
+        )
+    found: Listed = _said(option, lambda: source.listed(path, columns))
+    return found
 
 
 def _tails(paths: Sequence[Path]) -> list[str]:

@@ -62,7 +62,7 @@ def _holds_images(kind: Any) -> bool:
         return True
     try:
         return _is_binary(kind.field("bytes").type)
-    except (AttributeError, KeyError):
+    except (AttributeError, KeyError, TypeError):
         return False
 
 
