@@ -6,8 +6,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 from bingo_compress.data.listing import list_images
-from bingo_compress.errors import BingoError, nearest
-from bingo_compress.models.names import FAMILIES
+from bingo_compress.errors import BingoError
+from bingo_compress.models.names import FAMILIES, on_hub, unknown
 from bingo_compress.recipe import GIVEN, WORDS, Recipe, load_recipe
 from bingo_compress.runtime.run_dir import open_finished, refuse_no_file, refuse_taken
 from bingo_compress.sources.opened import of_recipe
@@ -76,7 +76,7 @@ def _refuse_unknown(word: str, option: str) -> None:
     them.
     """
     spec = importlib.util.find_spec("timm")
-    if spec is None or not spec.submodule_search_locations:
+    if on_hub(word) or spec is None or not spec.submodule_search_locations:
         return
     name = word.removeprefix("timm/").partition(".")[0]
     source = "".join(
@@ -85,10 +85,7 @@ def _refuse_unknown(word: str, option: str) -> None:
     if name in FAMILIES or name in OWN or re.search(rf"\b{re.escape(name)}\b", source):
         return
     known = [*re.findall(r"^@register_model\s+def (\w+)", source, re.MULTILINE), *OWN, *FAMILIES]
-    raise BingoError(
-        f"{option}: unknown model {word!r}; the nearest are {', '.join(nearest(name, known))}; see `bingo-compress"
-        " models`"
-    )
+    raise unknown(word, option, known)
 
 
 def _refuse_foreign(file: Path, option: str) -> None:

@@ -57,6 +57,13 @@ class Recipe(BaseModel):
     student_weights: str = Field(
         "auto", description="auto (pretrained where timm has weights, else random), pretrained, random, or a file"
     )
+    ema: bool = Field(
+        True,
+        description=(
+            "of weights files that hold a moving average beside what was averaged (model_ema and model): true takes the"
+            " average, false the other"
+        ),
+    )
     teacher_size: int = Field(0, ge=0, description="pixels a side the teacher sees; 0: its own input size")
     image_size: int = Field(
         0, ge=0, description="pixels a side the student sees, in training and on the device; 0: its own input size"

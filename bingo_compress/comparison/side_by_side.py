@@ -96,6 +96,7 @@ def compare(
     if tested:
         image_list.refuse_other_classes(bank, tested, "--labels")
         scores.refuse_shared(bank, tested, "--labels")
+    scores.refuse_few(bank, tested, "--labels")
     make_arms(methods, base)  # refused before anything is said
     device = choose_device(base.device)
     base = absolute(base)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bingo_compress.data.image_list import ImageList, labels_of
+from bingo_compress.data.image_list import UNREADABLE, ImageList, labels_of
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation import finetune, intervals, probes
 from bingo_compress.features import extract, neighbours
@@ -21,6 +21,7 @@ from bingo_compress.runtime.run_dir import made_by
 
 LEAST_GAP = 0.05
 DENSE = 200  # classes up to which a confusion matrix is written; above, this many classes and pairs
+NAMED = 5  # classes in a message
 SUBSETS = 3  # draws of few labels
 TEST_SHARE = 0.25  # of each class, where no test images are given
 
@@ -96,7 +97,8 @@ def embedded(
             " out; `bingo-compress check` names them"
         )
     names, labels = labels_of(folder)
-    return features, torch.tensor([classes.index(names[labels[index]]) for index in good]), good
+    place = {name: position for position, name in enumerate(classes)}
+    return features, torch.tensor([place[names[labels[index]]] for index in good]), good
 
 
 def again(
@@ -138,6 +140,7 @@ def sides(
         return Sides(
             classes, bank, labels, bank_folder, places, queries, query_labels, test_folder, query_places, groups
         )
+    refuse_small(classes, labels.tolist(), groups.tolist(), "--data", 2)  # some could not be decoded
     chosen = _quarter(labels, groups)
     queries, bank = ({name: rows[part] for name, rows in bank.items()} for part in (chosen, ~chosen))
     query_places, places = (torch.tensor(places)[part].tolist() for part in (chosen, ~chosen))
@@ -166,11 +169,41 @@ def refuse_shared(bank: ImageList, test: ImageList, option: str) -> None:
     found, not recognised.
     """
     names = dict(zip(bank.digests, bank.files, strict=True))
+    names.pop(UNREADABLE, None)  # what nobody could read is not the same picture
     shared = [(name, names[digest]) for name, digest in zip(test.files, test.digests, strict=True) if digest in names]
     if shared:
         raise BingoError(
             f"--test: expected images that are not in {option}, found {len(shared):,} of {len(test.files):,} in both "
             f"({shared[0][0]} is {shared[0][1]}); take them out of one, or leave --test out"
+        )
+
+
+def refuse_few(bank: ImageList, test: ImageList | None, option: str, least: int = 2) -> None:
+    """Raise BingoError if a class of `bank` (given by `option`) has fewer than `least` different images; with a `test`
+    none is tested on, and one less will do. Files are read, nothing is decoded.
+    """
+    classes, labels = labels_of(bank)
+    refuse_small(classes, labels, bank.digests, option, least - bool(test))
+
+
+def refuse_small(
+    classes: Sequence[str], labels: Sequence[int], contents: Sequence[Any], option: str, least: int
+) -> None:
+    """Raise BingoError with the names of the classes of fewer than `least` different images. labels, contents: of each
+    image, its position in `classes` and what is equal for copies.
+    """
+    different: list[set[Any]] = [set() for _ in classes]
+    for label, content in zip(labels, contents, strict=True):
+        if content != UNREADABLE:
+            different[label].add(content)
+    small = [f"{len(found)} in {name}" for name, found in zip(classes, different, strict=True) if len(found) < least]
+    if small:
+        more = f" and in {len(small) - NAMED:,} classes more" if len(small) > NAMED else ""
+        way = ", or give --test" if least > 1 else ""
+        raise BingoError(
+            f"{option}: expected at least {('one', 'two', 'three')[least - 1]} different images in every class, so that"
+            f" one can be tested on and another kept; found {', '.join(small[:NAMED])}{more}; add images, take the"
+            f" class out{way}"
         )
 
 
@@ -195,23 +228,23 @@ def _quarter(labels: Tensor, groups: Tensor) -> Tensor:
     Returns bool (N,). Raises BingoError for a class of which not one image can be tested on and another kept.
     """
     generator = torch.Generator().manual_seed(0)
-    chosen = torch.zeros(len(labels), dtype=torch.bool)
-    for label in labels.unique():
-        rows = (labels == label).nonzero()[:, 0]
+    taken: set[int] = set()
+    classes: list[Counter[int]] = []
+    for rows in intervals.rows_by_class(labels):
         take = max(1, int(len(rows) * TEST_SHARE))
         sizes = Counter(groups[rows[torch.randperm(len(rows), generator=generator)]].tolist())
-        smallest = min(sizes.values())
+        held, smallest = sum(size for group, size in sizes.items() if group in taken), min(sizes.values())
         for group, size in sizes.items():
-            held = int(chosen[rows].sum())
-            if held + size <= take or (not held and size == smallest):
-                chosen |= groups == group
-    for label in labels.unique():
-        if len(set(chosen[labels == label].tolist())) < 2:
-            raise BingoError(
-                "--data: expected at least two different images in every class, so that one can be tested on; add"
-                " images or give --test"
-            )
-    return chosen
+            if group not in taken and (held + size <= take or (not held and size == smallest)):
+                taken.add(group)
+                held += size
+        classes.append(sizes)
+    if not all(0 < len(taken & sizes.keys()) < len(sizes) for sizes in classes):
+        raise BingoError(
+            "--data: expected at least two different images in every class, so that one can be tested on; add images or"
+            " give --test"
+        )
+    return torch.tensor([group in taken for group in groups.tolist()])
 
 
 def by_class(predicted: Tensor, sides: Sides) -> dict[str, Any]:

@@ -68,6 +68,7 @@ def validate(
     if test_folder:
         image_list.refuse_other_classes(bank_folder, test_folder, "--data")
         scores.refuse_shared(bank_folder, test_folder, "--data")
+    scores.refuse_few(bank_folder, test_folder, "--data")
     where = choose_device(device)
     distributed.from_first(lambda: run_dir.hold(run.path, "--run"))
     subjects = _subjects(run, other, given)

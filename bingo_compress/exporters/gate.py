@@ -10,7 +10,7 @@ from torch.nn.functional import cosine_similarity
 
 from bingo_compress.data import image_list, listing
 from bingo_compress.errors import BingoError
-from bingo_compress.evaluation import probes, scores
+from bingo_compress.evaluation import intervals, probes, scores
 from bingo_compress.exporters.onnx import Gate
 from bingo_compress.features import neighbours
 from bingo_compress.features.neighbours import Search, mates
@@ -115,6 +115,7 @@ def open_labelled(labels: Data, test: Data | None) -> Labels:
     if test_folder:
         image_list.refuse_other_classes(bank_folder, test_folder, "--labels")
         scores.refuse_shared(bank_folder, test_folder, "--labels")
+    scores.refuse_few(bank_folder, test_folder, "--labels", 3)
     return bank_folder, test_folder
 
 
@@ -179,8 +180,8 @@ def _part(labels: Tensor, contents: Sequence[str]) -> Tensor:
     """
     generator = torch.Generator().manual_seed(0)
     chosen: set[str] = set()
-    for label in labels.unique():
-        different = list(dict.fromkeys(contents[row] for row in (labels == label).nonzero()[:, 0].tolist()))
+    for rows in intervals.rows_by_class(labels):
+        different = list(dict.fromkeys(contents[row] for row in rows.tolist()))
         take = max(1, int(len(different) * CHOOSE_SHARE))
         chosen |= {different[place] for place in torch.randperm(len(different), generator=generator)[:take].tolist()}
     return torch.tensor([content in chosen for content in contents])

@@ -319,7 +319,9 @@ def unread(recipe: Recipe) -> dict[str, str]:
     for_own_bags = recipe.bags in ("knn", "none")  # a student's own bags are its nearest neighbours
     projected = recipe.target in ("pca", "whitened") or (recipe.target == "auto" and not loss.regression)
     with_bags = f"{_methods('mates')} with bags"
+    from_file = not {recipe.teacher_weights, recipe.student_weights} <= WORDS
     table = {
+        "ema": (from_file, "a file of weights"),
         "bags": (
             paired and (taught or for_own_bags),
             _methods("mates") + ("" if taught or not paired else " (self: only knn or none)"),

@@ -93,7 +93,7 @@ def test_without_a_test_folder_three_parts_of_labels_do_not_meet(
     judges.report(model)
     assert judges.labelled == parts[0] | parts[1] and judges.labelled < contents(labels)
     lonely = photos(tmp_path / "lonely", 2)
-    with pytest.raises(BingoError, match="--labels: expected three different images or more in every class"):
+    with pytest.raises(BingoError, match="--labels: expected at least three different images in every class"):
         gate.make_gate(model, GALLERY, SEEN, gate.open_labelled(lonely, None), 0.5)
 
 
