@@ -127,7 +127,7 @@ def _place(place: str | Path) -> Path:
     return Path(os.path.expanduser(place))
 
 
-def _asked(data: options.Data, words: options.Tables | Columns) -> Asked:
+def _asked(data: options.Data, words: options.Check | options.Validate | options.Export | Columns) -> Asked:
     """Images, with `~` as the home folder, and the columns that the words name."""
     places = asked(data).places
     columns = words if isinstance(words, Columns) else Columns(words.image_column, words.label_column)

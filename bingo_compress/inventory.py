@@ -9,7 +9,7 @@ from bingo_edge.image import ImageError
 from bingo_compress.data import decode, image_list, listing, quarantine
 from bingo_compress.errors import BingoError
 from bingo_compress.runtime import console
-from bingo_compress.sources.opened import Data
+from bingo_compress.sources.opened import Data, asked
 
 SHOWN = 50
 
@@ -76,7 +76,6 @@ def check(data: Data) -> Inventory:
     except BingoError:
         hint = image_list.other_root(folder)
         console.say(f"no folder names that could be labels{f' ({hint})' if hint else ''}; none are needed to distil")
-    console.say(
-        f"next: bingo-compress distill --data {folder.where} --teacher resnet152 --student mobilenetv3 --out runs/first"
-    )
+    given = " ".join(f"--data {place}" for place in asked(data).places)
+    console.say(f"next: bingo-compress distill {given} --teacher resnet152 --student mobilenetv3 --out runs/first")
     return Inventory(len(sides), tuple(sorted(bad)), tuple(short), tuple(copies), known)

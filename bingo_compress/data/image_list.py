@@ -174,7 +174,7 @@ def labels_of(folder: ImageList) -> tuple[list[str], list[int]]:
             raise BingoError(
                 f"labels: expected a label for each image of {folder.where} (a folder a class, a column label, or"
                 f" NAME.cls beside NAME.jpg), found {len(set(names) - {''})} classes and {names.count('')} images"
-                " without; see --set label_column"
+                " without; see --label-column"
             )
         raise BingoError(
             f"labels: expected one folder a class in {folder.root} (class_a/1.jpg, class_b/2.jpg, ...), "

@@ -133,6 +133,8 @@ def refuse_no_file(file: Path | None, option: str) -> None:
     if file and (file.is_dir() or not file.parent.is_dir()):
         way = "name a file in it" if file.is_dir() else f"make {file.parent} first"
         raise BingoError(f"{option}: expected a file in a folder that is there, found {file}; {way}")
+    if file and file.exists() and not file.is_file():  # it would be replaced, by root even /dev/null
+        raise BingoError(f"{option}: expected a file, found a device or a pipe: {file}; name a file")
 
 
 @contextmanager

@@ -14,8 +14,8 @@ from helpers import Ran, photos, recipe, untrained_run
 from torch import Tensor
 
 from bingo_compress.comparison import side_by_side
+from bingo_compress.data import listing
 from bingo_compress.data.image_list import Contents, ImageList, labels_of
-from bingo_compress.data.listing import list_images
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation import scores, validation
 from bingo_compress.exporters import gate
@@ -81,7 +81,7 @@ def test_export_wants_one_more_to_choose_by(bingo: Bingo, run: RunDir, tmp_path:
 
 
 def test_with_test_images_of_its_own_a_class_may_have_one(tmp_path: Path) -> None:
-    labelled = list_images(with_a_rare_class(tmp_path / "labelled"))
+    labelled = listing.list_images(with_a_rare_class(tmp_path / "labelled"))
     with pytest.raises(BingoError):
         scores.refuse_few(labelled, None, "--data")
     scores.refuse_few(labelled, labelled, "--data")
@@ -92,14 +92,14 @@ def test_many_small_classes_are_counted(tmp_path: Path) -> None:
         (tmp_path / f"c{number}").mkdir()
         (tmp_path / f"c{number}" / "1.jpg").write_bytes(b"%d" % number)
     with pytest.raises(BingoError, match=r"found 1 in c0, 1 in c1, .*1 in c4 and in 4 classes more; add"):
-        scores.refuse_few(list_images(tmp_path), None, "--data")
+        scores.refuse_few(listing.list_images(tmp_path), None, "--data")
 
 
 def test_a_class_that_is_one_image_because_the_other_is_damaged_is_named_too(tmp_path: Path) -> None:
     data = photos(tmp_path / "data", 3)
     (data / "kind2" / "002.png").unlink()
     (data / "kind2" / "001.png").write_bytes(b"damaged")
-    folder = list_images(data)
+    folder = listing.list_images(data)
     scores.refuse_few(folder, None, "--data")
     run = lambda batch: batch.float().mean((1, 2))  # noqa: E731
     seen = SimpleNamespace(geometry=lambda: {"size": 8, "crop_pct": 1.0, "interpolation": "bilinear"})
