@@ -57,6 +57,7 @@ class Check:
     data: Annotated[Data, _places(f"{IMAGES}; {AGAIN}")]
     image_column: Annotated[str, IMAGE_COLUMN] = ""
     label_column: Annotated[str, LABEL_COLUMN] = ""
+    bands: Annotated[str, Word("data", "red, green and blue of TIFF files of many bands, for example 3,2,1")] = ""
     progress: bool = True
 
 

@@ -17,6 +17,7 @@ SHARED = {
             "data",
             "image_column",
             "label_column",
+            "bands",
             "duplicates",
             "ema",
             "max_bad",

@@ -39,7 +39,7 @@ def picture(folder: ImageList, index: int, at_least: int = 0) -> Decoded:
         raw = folder.read_raw(index)
     except OSError as error:
         raise ImageError(error.strerror or str(error)) from None
-    return decode_file(io.BytesIO(raw) if isinstance(raw, bytes) else raw, at_least)
+    return decode_file(io.BytesIO(raw) if isinstance(raw, bytes) else raw, at_least, folder.bands)
 
 
 def plain_jpeg(raw: Path | bytes, side: int) -> int:

@@ -77,26 +77,30 @@ class Decoded(NamedTuple):
     peak: int
 
 
-def load_image(source: str | PathLike[str] | IO[bytes], at_least: int = 0) -> Pixels:
+def load_image(source: str | PathLike[str] | IO[bytes], at_least: int = 0, bands: tiff.Bands = ()) -> Pixels:
     """Decode a picture to upright 8-bit RGB.
 
     source: a path or a binary file. at_least: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, its short side not
-    under this (0: at its size). Returns uint8 (height, width, 3), EXIF rotation applied, the first frame of an
-    animation, transparency laid over white, 16-bit values scaled (never clipped) to 8. Raises ImageError for anything
-    that is not wholly decodable: a truncated file is an error, never half an image.
+    under this (0: at its size). bands: of a TIFF of many bands that does not say which are red, green and blue, their
+    numbers, from 1; without them such a file cannot be used. Returns uint8 (height, width, 3), EXIF rotation applied,
+    the first frame of an animation, transparency laid over white, 16-bit values scaled (never clipped) to 8. Raises
+    ImageError for anything that is not wholly decodable: a truncated file is an error, never half an image.
     """
-    return decode(source, at_least).pixels
+    return decode(source, at_least, bands).pixels
 
 
-def decode(source: str | PathLike[str] | IO[bytes], at_least: int = 0) -> Decoded:
+def decode(source: str | PathLike[str] | IO[bytes], at_least: int = 0, bands: tiff.Bands = ()) -> Decoded:
     """The same, with what a folder of such files is to be told about."""
     try:
         _refuse_file(source)
         with Image.open(source) as opened:
             if opened.format == "EPS":
                 raise ImageError("PostScript, which would be run as a program")
-            if isinstance(opened, TiffImageFile) and (why := tiff.unusable(opened.tag_v2, _start(source))):
-                raise ImageError(why)
+            if isinstance(opened, TiffImageFile):
+                if why := tiff.unusable(opened.tag_v2, _start(source), bands):
+                    raise ImageError(why)
+                if tiff.unsaid(opened.tag_v2):
+                    return _unidentified(source, bands)
             if opened.info.get("progressive"):
                 _refuse_scans(opened)
             _reduce(opened, at_least)
@@ -107,7 +111,7 @@ def decode(source: str | PathLike[str] | IO[bytes], at_least: int = 0) -> Decode
     except ImageError:
         raise
     except UnidentifiedImageError:
-        return Decoded(_unidentified(source), several=False, peak=0)
+        return _unidentified(source, bands)
     except Image.DecompressionBombError:
         raise ImageError("more pixels than Pillow's safety limit") from None
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
@@ -244,15 +248,18 @@ def _start(source: str | PathLike[str] | IO[bytes]) -> bytes:
     return start
 
 
-def _unidentified(source: str | PathLike[str] | IO[bytes]) -> Pixels:
-    """A picture that Pillow does not know: a TIFF of 10, 12 or 14 bits. Raises ImageError for all others."""
+def _unidentified(source: str | PathLike[str] | IO[bytes], bands: tiff.Bands) -> Decoded:
+    """A picture that Pillow does not know: a TIFF of 10, 12 or 14 bits, or of many bands. Raises ImageError for all
+    others.
+    """
     try:
-        found = tiff.unpacked(source)
+        found = tiff.unpacked(source, bands)
     except Exception as error:  # as of Pillow's own plugins: a damaged file
         raise ImageError(f"a damaged TIFF: {error or type(error).__name__}") from None
     if isinstance(found, str):
         raise ImageError(found or _unknown(source))
-    return _grey_to_rgb(found)
+    pixels, peak = found
+    return Decoded(pixels if pixels.ndim == 3 else _grey_to_rgb(pixels), several=False, peak=peak)
 
 
 def _unknown(source: str | PathLike[str] | IO[bytes]) -> str:

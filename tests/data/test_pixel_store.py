@@ -268,7 +268,7 @@ def test_what_could_not_be_used_is_tried_again_at_each_start(
         "6.jpg": "no decoder is installed",
     }
 
-    def load(path: Path, at_least: int = 0) -> Any:
+    def load(path: Path, at_least: int = 0, bands: Any = ()) -> Any:
         if path.name in fails:
             raise ImageError(fails[path.name])
         return decode_file(path, at_least)
@@ -301,7 +301,7 @@ def test_a_stricter_rule_drops_what_was_good(photos: Path, work: Path, monkeypat
     listed = list_images(photos)
     assert len(build(listed, SIDE, work, CPU)[0]) == 8
 
-    def strict(path: Path, at_least: int = 0) -> Any:
+    def strict(path: Path, at_least: int = 0, bands: Any = ()) -> Any:
         if path.name == "4.jpg":
             raise ImageError("one pixel thin")
         return decode_file(path, at_least)

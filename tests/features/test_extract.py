@@ -49,7 +49,7 @@ def test_several_models_share_one_decoding(
     decoded: list[str] = []
     real = decode.decode_file
 
-    def counted(path: Any, at_least: int = 0) -> Any:
+    def counted(path: Any, at_least: int = 0, bands: Any = ()) -> Any:
         decoded.append(Path(path).name)
         return real(path, at_least)
 
@@ -130,7 +130,7 @@ def test_a_kept_part_is_made_again_when_what_it_left_out_can_be_used(
     keep = extract.Keep(tmp_path, "keep", {"a": ""})
     real = decode.decode_file
 
-    def refused(path: Path, at_least: int = 0) -> Any:
+    def refused(path: Path, at_least: int = 0, bands: Any = ()) -> Any:
         if path == listed.read_raw(2):
             raise ImageError("Permission denied")
         return real(path, at_least)
