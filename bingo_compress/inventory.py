@@ -36,9 +36,10 @@ def check(data: Data) -> Inventory:
     image_list.say_passed(folder)
     bad = list(folder.bad)
     sides: list[tuple[int, int]] = []
+    oddities: list[decode.Oddity] = []
     with console.bar("decode", len(folder.files)) as advance:
         for index, result in decode.decode_all(
-            folder, range(len(folder.files)), lambda pixels: (pixels.shape[1], pixels.shape[0])
+            folder, range(len(folder.files)), lambda pixels: (pixels.shape[1], pixels.shape[0]), oddities=oddities
         ):
             if isinstance(result, ImageError):
                 bad.append((folder.files[index], str(result)))
@@ -60,6 +61,7 @@ def check(data: Data) -> Inventory:
         f"{len(sides):,} usable images in {folder.where}; short side {short[0]} to {short[-1]} px, half of them"
         f" {short[len(short) // 2]} px or more"
     )
+    decode.say_oddities(oddities)
     copies = quarantine.copies(folder)
     quarantine.say_copies(copies, "keep")
     known: dict[str, int] = {}

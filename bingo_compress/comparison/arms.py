@@ -18,6 +18,7 @@ SHARED = {
             "image_column",
             "label_column",
             "duplicates",
+            "ema",
             "max_bad",
             "device",
             "threads",

@@ -11,7 +11,7 @@ import warnings
 from contextlib import suppress
 from os import PathLike
 from threading import Lock
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,8 +60,21 @@ with suppress(ImportError):
     pillow_heif.register_heif_opener()
 
 
+PAGED = ("TIFF", "GIF", "WEBP", "PNG")  # not a phone's MPO, whose second picture is a preview or a depth map
+
+
 class ImageError(Exception):
     """A picture that cannot be used; the message says why in a few words."""
+
+
+class Decoded(NamedTuple):
+    """A picture, uint8 (height, width, 3), and what its file was. several: that it holds more pages or frames, of which
+    this is the first; peak: of 16 bits a sample, the largest number, where it may be up to 65,535; 0 for other files.
+    """
+
+    pixels: Pixels
+    several: bool
+    peak: int
 
 
 def load_image(source: str | PathLike[str] | IO[bytes], at_least: int = 0) -> Pixels:
@@ -72,6 +85,11 @@ def load_image(source: str | PathLike[str] | IO[bytes], at_least: int = 0) -> Pi
     animation, transparency laid over white, 16-bit values scaled (never clipped) to 8. Raises ImageError for anything
     that is not wholly decodable: a truncated file is an error, never half an image.
     """
+    return decode(source, at_least).pixels
+
+
+def decode(source: str | PathLike[str] | IO[bytes], at_least: int = 0) -> Decoded:
+    """The same, with what a folder of such files is to be told about."""
     try:
         _refuse_file(source)
         with Image.open(source) as opened:
@@ -89,7 +107,7 @@ def load_image(source: str | PathLike[str] | IO[bytes], at_least: int = 0) -> Pi
     except ImageError:
         raise
     except UnidentifiedImageError:
-        return _unidentified(source)
+        return Decoded(_unidentified(source), several=False, peak=0)
     except Image.DecompressionBombError:
         raise ImageError("more pixels than Pillow's safety limit") from None
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
@@ -257,7 +275,9 @@ def _unknown(source: str | PathLike[str] | IO[bytes]) -> str:
     return "not an image that Pillow can read"
 
 
-def _upright(opened: Image.Image, source: str | PathLike[str] | IO[bytes], at_least: int) -> Pixels:
+def _upright(opened: Image.Image, source: str | PathLike[str] | IO[bytes], at_least: int) -> Decoded:
+    several = opened.format in PAGED and _holds_several(opened)
+    high_bytes = opened.format in ("PNG", "TIFF") and _has_16_bits(opened)  # in colour Pillow reads those alone
     opened.load()
     if isinstance(opened, JpegImageFile):
         _refuse_closed_early(opened, source, at_least)
@@ -266,10 +286,23 @@ def _upright(opened: Image.Image, source: str | PathLike[str] | IO[bytes], at_le
     except Exception:  # a damaged EXIF block turns nothing; the picture is whole
         turn = None
     meant = tiff.samples(opened) if isinstance(opened, TiffImageFile) else tiff.Samples()
-    return _to_rgb(opened if turn is None else opened.transpose(turn), meant)
+    pixels, peak = _to_rgb(opened if turn is None else opened.transpose(turn), meant)
+    if high_bytes and opened.mode == "RGB":
+        peak = int(pixels.max()) << 8 | 255
+    return Decoded(pixels, several, peak)
 
 
-def _to_rgb(image: Image.Image, meant: tiff.Samples) -> Pixels:
+def _has_16_bits(opened: Any) -> bool:
+    how = opened.tile[0][3] if opened.tile else ""
+    return ";16" in str(how if isinstance(how, str) else how[0])
+
+
+def _holds_several(opened: Any) -> bool:
+    return tiff.several(opened) if isinstance(opened, TiffImageFile) else getattr(opened, "is_animated", False)
+
+
+def _to_rgb(image: Image.Image, meant: tiff.Samples) -> tuple[Pixels, int]:
+    """(a picture as 8-bit RGB, `Decoded.peak`)."""
     if image.width == 0 or image.height == 0:
         raise ImageError("no pixels")
     if image.mode == "I" or image.mode.startswith("I;16"):
@@ -277,18 +310,19 @@ def _to_rgb(image: Image.Image, meant: tiff.Samples) -> Pixels:
         if wide.min() < 0 or wide.max() > 65535:
             raise ImageError("integer pixels outside 0..65535: the scale is unknown")
         grey = tiff.scaled(wide, meant.largest)
-        return _grey_to_rgb(255 - grey if meant.white_is_zero else grey)
+        peak = int(wide.max()) if meant.largest == 65535 else 0
+        return _grey_to_rgb(255 - grey if meant.white_is_zero else grey), peak
     if image.mode == "F":
         real = np.asarray(image)
         if not np.isfinite(real).all() or real.min() < 0 or real.max() > 1:
             raise ImageError("float pixels outside 0..1: the scale is unknown")
-        return _grey_to_rgb(np.rint(real * 255).astype(np.uint8))
+        return _grey_to_rgb(np.rint(real * 255).astype(np.uint8)), 0
     if not meant.alpha:
         image = tiff.without_extra(image)
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-    return np.array(image if image.mode == "RGB" else image.convert("RGB"))  # convert would copy
+    return np.array(image if image.mode == "RGB" else image.convert("RGB")), 0  # convert would copy
 
 
 def _grey_to_rgb(grey: Pixels) -> Pixels:

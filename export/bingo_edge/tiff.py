@@ -19,6 +19,7 @@ CANON = b"\x10\0\0\0CR\2"  # where a CR2 has its first directory, and its mark
 ALPHA = (1, 2, 999)  # an extra band that is one, associated or not; the last is Corel's
 PACKED = (10, 12, 14)  # bits a sample, without a gap between samples
 RAW = "a camera's raw file: only its thumbnail can be read; develop it first"
+PAGES = 4  # looked at for one that counts
 MOST = 1 << 26  # pixels of a packed picture, which is held twice
 
 
@@ -43,6 +44,26 @@ def samples(opened: TiffImageFile) -> Samples:
         white_is_zero=wide and _first(tags, MEANING, BLACK_IS_ZERO) == WHITE_IS_ZERO,
         alpha=_first(tags, BANDS, 1) <= colours or _has_alpha(tags),
     )
+
+
+def several(opened: TiffImageFile) -> bool:
+    """Whether one of the next pages is a picture of its own, no smaller copy of another and no mask."""
+    file, tags = opened.fp, opened.tag_v2
+    assert file is not None
+    place = file.tell()
+    for _ in range(PAGES):
+        if not tags.next:
+            break
+        start = tags.next
+        file.seek(0)
+        tags = ImageFileDirectory_v2(file.read(8))
+        file.seek(start)
+        tags.load(file)
+        if WIDTH in tags and not _first(tags, REDUCED, 0) & (1 | 4):
+            file.seek(place)
+            return True
+    file.seek(place)
+    return False
 
 
 def unusable(tags: Any, magic: bytes) -> str:
