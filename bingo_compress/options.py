@@ -27,20 +27,33 @@ class Word(NamedTuple):
     positional: bool = False
 
 
+Data = str | Path | Sequence[str | Path]
 RunFolder = Annotated[Place, Word("run", "the --out folder of a finished distill", Path)]
 Json = Annotated[Place | None, Word("run", "write protocol and figures to this file", Path)]
+IMAGES = "images: a folder, searched to any depth, a list (.txt, .csv), tar shards, a .zip or .parquet"
+AGAIN = "may be repeated"
+LABELLED = "labelled images, one folder a class, or any of these with labels"
 TestFolder = Annotated[
-    Place | None, Word("data", "labelled images to test on; default: a quarter of the others is set aside", Path)
+    Data | None,
+    Word("data", "labelled images to test on; default: a quarter of the others is set aside", list[Path]),
 ]
 DEVICE = Word("machine", "auto, cpu or cuda")
 OWN_SIZE = "pixels a side for the {}; default: its own"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Check:
+class Tables:
+    """The columns of lists and Parquet files, where their names do not tell."""
+
+    image_column: Annotated[str, Word("data", "column of a list or Parquet file that has the images")] = ""
+    label_column: Annotated[str, Word("data", "column, or key of a JSON file, that has the labels")] = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check(Tables):
     """Say what is in a folder, what cannot be used and why."""
 
-    data: Annotated[Place, Word("data", "folder of images, searched to any depth", Path)]
+    data: Annotated[Data, Word("data", f"{IMAGES}; {AGAIN}", list[Path])]
     progress: bool = True
 
 
@@ -48,7 +61,7 @@ class Check:
 class _Training:
     """What a run and a comparison of runs are both asked for."""
 
-    data: Annotated[Place | None, Word("data", "folder of images to distil on")]
+    data: Annotated[Data | None, Word("data", f"{IMAGES}; {AGAIN}", list[str])]
     teacher: Annotated["str | Encoder | None", Word("models", "a timm model or family")]
     student: Annotated["str | Encoder | None", Word("models", "a timm model or family")]
     recipe: Annotated[
@@ -76,6 +89,8 @@ class _Training:
         str | None, Word("machine", "where decoded images are kept: auto, gpu, memory, disk or stream")
     ] = None
     memory: Annotated[str | None, Word("machine", "memory the run may hold at most, for example 4GB")] = None
+    image_column: Annotated[str | None, Word("data", "column of a list or Parquet file that has the images")] = None
+    label_column: Annotated[str | None, Word("data", "column, or key of a JSON file, that has the labels")] = None
     progress: bool = True
 
 
@@ -83,7 +98,7 @@ class _Training:
 class Distill(_Training):
     """Distil a teacher into a student on a folder of images."""
 
-    data: Annotated[Place | None, Word("data", "folder of images, searched to any depth; labels are not needed")] = None
+    data: Annotated[Data | None, Word("data", f"{IMAGES}; {AGAIN}; no labels are needed", list[str])] = None
     teacher: Annotated["str | Encoder | None", Word("models", "a timm model or family, for example resnet152")] = None
     student: Annotated["str | Encoder | None", Word("models", "a timm model or family, for example mobilenetv3")] = None
     out: Annotated[Place, Word("run", "folder for all that the run makes", Path)] = Path("runs/first")
@@ -126,9 +141,9 @@ class Compare(_Training):
     A method with settings after colons is a variant; every arm's student sees as many views.
     """
 
-    labels: Annotated[Place, Word("data", "labelled images, one folder a class: the bank of the probes", Path)]
+    labels: Annotated[Data, Word("data", "labelled images, one folder a class: the bank of the probes", list[Path])]
     test: Annotated[
-        Place | None, Word("data", "labelled images to judge on; default: --labels, cross-validated", Path)
+        Data | None, Word("data", "labelled images to judge on; default: --labels, cross-validated", list[Path])
     ] = None
     methods: Annotated[
         str,
@@ -149,14 +164,14 @@ class Compare(_Training):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Validate:
+class Validate(Tables):
     """Prove a run: kNN, linear probe and recall of each of its models.
 
     Of teacher, student, the student before, one with random weights, and every exported file.
     """
 
     run: RunFolder
-    data: Annotated[Place, Word("data", "labelled images, one folder a class", Path)]
+    data: Annotated[Data, Word("data", LABELLED, list[Path])]
     test: TestFolder = None
     json: Json = None
     shots: Annotated[
@@ -192,7 +207,7 @@ class Validate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Export:
+class Export(Tables):
     """Write the student as ONNX files, proven on your own images.
 
     Float and int8, each shown to be the model that torch has.
@@ -200,7 +215,7 @@ class Export:
 
     run: RunFolder
     out: Annotated[Place | None, Word("run", "folder for the files; default: RUN/export", Path)] = None
-    data: Annotated[Place | None, Word("data", "where the run's images are now, if they moved", Path)] = None
+    data: Annotated[Data | None, Word("data", "where the run's images are now, if they moved", list[Path])] = None
     format: Annotated[str, Word("method", "onnx, onnx-int8 or all")] = "onnx"
     profile: Annotated[
         str,
@@ -212,8 +227,12 @@ class Export:
         None
     )
     labels: Annotated[
-        Place | None,
-        Word("data", "labelled images, one folder a class: int8 may lose --max-loss points of accuracy on them", Path),
+        Data | None,
+        Word(
+            "data",
+            "labelled images, one folder a class: int8 may lose --max-loss points of accuracy on them",
+            list[Path],
+        ),
     ] = None
     test: TestFolder = None
     max_loss: Annotated[float, Word("method", "points of kNN and linear accuracy that int8 may lose", float)] = 0.5

@@ -16,7 +16,7 @@ import torch
 from helpers import CPU, kind_targets, photos, planned, recipe, unit
 from torch import Tensor
 
-from bingo_compress.data import image_folder
+from bingo_compress.data import listing
 from bingo_compress.evaluation import probes
 from bingo_compress.features import bagging, extract, targets
 from bingo_compress.models import trained
@@ -70,7 +70,7 @@ def outputs(folder: Path) -> dict[str, list[float]]:
     models = trained.build_models(settings)
     for encoder in (models.teacher, models.student):
         by_formula(encoder).eval()
-    listed = image_folder.list_folder(folder / "photos")
+    listed = listing.list_images(folder / "photos")
     (folder / "work").mkdir()
     material = prepare(plan_run(models, len(listed.files), CPU), models, listed, folder / "work")
     whole = material.store.crops(

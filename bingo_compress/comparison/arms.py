@@ -15,6 +15,8 @@ SHARED = {
     **dict.fromkeys(
         (
             "data",
+            "image_column",
+            "label_column",
             "duplicates",
             "max_bad",
             "device",

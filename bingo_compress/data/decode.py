@@ -2,6 +2,7 @@
 the CPU's decoder.
 """
 
+import io
 import math
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -16,7 +17,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
-from bingo_compress.data.image_folder import Folder
+from bingo_compress.data.image_list import ImageList
 from bingo_compress.errors import BingoError
 from bingo_compress.runtime import console
 from bingo_compress.runtime.machine import Result, in_threads
@@ -29,12 +30,21 @@ STRETCH = 64
 Crops = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
-def plain_jpeg(path: Path, side: int) -> int:
-    """Bytes of a file that nvJPEG decodes as Pillow does: an upright JPEG in grey or YCbCr, not too large for pictures
-    of short side `side`. Otherwise 0.
+def picture(folder: ImageList, index: int, at_least: int = 0) -> Pixels:
+    """Image number `index`, uint8 (height, width, 3); at_least: as in `load_image`. Raises ImageError."""
+    try:
+        raw = folder.read_raw(index)
+    except OSError as error:
+        raise ImageError(error.strerror or str(error)) from None
+    return load_image(io.BytesIO(raw) if isinstance(raw, bytes) else raw, at_least)
+
+
+def plain_jpeg(raw: Path | bytes, side: int) -> int:
+    """Bytes of an image that nvJPEG decodes as Pillow does: an upright JPEG in grey or YCbCr, not too large for
+    pictures of short side `side`. Otherwise 0.
     """
     try:
-        with Image.open(path) as opened:
+        with Image.open(io.BytesIO(raw) if isinstance(raw, bytes) else raw) as opened:
             plain = (
                 isinstance(opened, JpegImageFile)
                 and opened.format == "JPEG"  # MPO, several pictures in a file, is a subclass
@@ -45,7 +55,7 @@ def plain_jpeg(path: Path, side: int) -> int:
                 and opened.width * opened.height <= LARGEST
                 and max(opened.size) <= STRETCH * side
             )
-            return path.stat().st_size if plain else 0
+            return (len(raw) if isinstance(raw, bytes) else raw.stat().st_size) if plain else 0
     except OSError:
         return 0  # it has changed since it was checked; the CPU's decoder will say so
 
@@ -55,7 +65,9 @@ def on_gpu(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def crops_of(folder: Folder, sizes: list[int], kept: list[tuple[int, int]], side: int, device: torch.device) -> Crops:
+def crops_of(
+    folder: ImageList, sizes: list[int], kept: list[tuple[int, int]], side: int, device: torch.device
+) -> Crops:
     """A function that crops the images of `folder` that nvJPEG decodes. sizes: `plain_jpeg` of each; kept: (height,
     width) of each in a store of `side`.
 
@@ -69,12 +81,13 @@ def crops_of(folder: Folder, sizes: list[int], kept: list[tuple[int, int]], side
 
     def read(image: int) -> Tensor:
         try:
-            raw = np.fromfile(folder.path(image), np.uint8)
+            raw = folder.read_raw(image)
+            content = np.fromfile(raw, np.uint8) if isinstance(raw, Path) else np.frombuffer(bytearray(raw), np.uint8)
         except OSError as error:
             folder.refuse_changed(image)
-            raise changed(folder.path(image), error.strerror or type(error).__name__) from None
+            raise changed(folder.place(image), error.strerror or str(error)) from None
         folder.refuse_changed(image)  # nvJPEG may pass half of a picture as whole
-        return torch.from_numpy(raw)
+        return torch.from_numpy(content)
 
     def crops(indices: Tensor, boxes: Tensor, size: int) -> tuple[Tensor, Tensor]:
         views = torch.empty((len(indices), 3, size, size), dtype=torch.uint8, device=device)
@@ -135,9 +148,9 @@ def _cropped(pictures: list[Tensor], boxes: Tensor, size: int) -> list[Tensor]:
     return [interpolate(piece, (size, size), mode="bilinear", antialias=True)[0].round_() for piece in pieces]
 
 
-def changed(path: Path, why: str) -> BingoError:
+def changed(place: str, why: str) -> BingoError:
     """The error of a file that was whole when the run began."""
-    return BingoError(f"{path} changed while the run was reading it ({why}); start the command again")
+    return BingoError(f"{place} changed while the run was reading it ({why}); start the command again")
 
 
 def window(box: Tensor, height: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,7 +163,7 @@ def window(box: Tensor, height: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def decode_all(
-    folder: Folder, indices: Iterable[int], use: Callable[[Pixels], Result], at_least: int = 0
+    folder: ImageList, indices: Iterable[int], use: Callable[[Pixels], Result], at_least: int = 0
 ) -> Iterator[tuple[int, Result | ImageError]]:
     """Decode the images `indices` of `folder` in threads, in order: (index, use(pixels)), or (index, ImageError) for a
     bad file.
@@ -161,10 +174,10 @@ def decode_all(
 
     def job(index: int) -> Result | ImageError:
         try:
-            picture: Pixels | ImageError = load_image(folder.path(index), at_least)
+            found: Pixels | ImageError = picture(folder, index, at_least)
         except ImageError as error:
-            picture = error
+            found = error
         folder.refuse_changed(index)
-        return picture if isinstance(picture, ImageError) else use(picture)
+        return found if isinstance(found, ImageError) else use(found)
 
     yield from in_threads(job, indices)

@@ -4,11 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bingo_compress.data import image_folder
+from bingo_compress.data import image_list
 from bingo_compress.evaluation import finetune, intervals, probes, scores
 from bingo_compress.evaluation.scores import Sides
 from bingo_compress.features import neighbours
-from bingo_compress.report.tables import NAMES as NAMES
 
 
 @dataclass(frozen=True)
@@ -27,9 +26,9 @@ class Extras:
 NO_EXTRAS = Extras()
 
 
-def protocol(sides: Sides, test: image_folder.Folder | None, specs: list[str], extras: Extras) -> dict[str, Any]:
+def protocol(sides: Sides, test: image_list.ImageList | None, specs: list[str], extras: Extras) -> dict[str, Any]:
     """What was measured on these sides, key by key. specs: the parts of extras.shots."""
-    root = sides.bank_folder.root
+    bank = sides.bank_folder.where
     said: dict[str, Any] = {
         "knn": f"weighted vote exp(cos/{probes.KNN_TEMPERATURE}), k = {probes.KNN_K} (DINO), plain view",
         "linear": (
@@ -56,12 +55,17 @@ def protocol(sides: Sides, test: image_folder.Folder | None, specs: list[str], e
             "(student - random) / (teacher - random) of the linear probe; left out where teacher - random is under "
             f"{scores.LEAST_GAP}"
         ),
-        "bank": str(root),
-        "test": str(test.root) if test else f"a quarter of each class of {root}, set aside",
+        "bank": bank,
+        "test": test.where if test else f"a quarter of each class of {bank}, set aside",
         "bank_images": len(sides.labels),
         "test_images": len(sides.query_labels),
         "classes": sides.classes,
     }
+    return said | _extra_words(specs, extras)
+
+
+def _extra_words(specs: list[str], extras: Extras) -> dict[str, Any]:
+    said: dict[str, Any] = {}
     if specs:
         said["shots"] = (
             f"the linear probe on a part of each class of the bank ({', '.join(specs)}; at least one image a class):"

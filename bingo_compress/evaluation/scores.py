@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bingo_compress.data.image_folder import Folder, labels_of
+from bingo_compress.data.image_list import UNREADABLE, ImageList, labels_of
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation import finetune, intervals, probes
 from bingo_compress.features import extract, neighbours
@@ -21,6 +21,7 @@ from bingo_compress.runtime.run_dir import made_by
 
 LEAST_GAP = 0.05
 DENSE = 200  # classes up to which a confusion matrix is written; above, this many classes and pairs
+NAMED = 5  # classes in a message
 SUBSETS = 3  # draws of few labels
 TEST_SHARE = 0.25  # of each class, where no test images are given
 
@@ -37,11 +38,11 @@ class Sides:
     classes: list[str]
     bank: dict[str, Tensor]
     labels: Tensor
-    bank_folder: Folder
+    bank_folder: ImageList
     places: list[int]
     queries: dict[str, Tensor]
     query_labels: Tensor
-    query_folder: Folder
+    query_folder: ImageList
     query_places: list[int]
     groups: Tensor | None = None
 
@@ -79,7 +80,7 @@ def with_interval(key: str, values: Tensor) -> dict[str, Any]:
 
 def embedded(
     models: Mapping[str, tuple[Preprocessing, extract.Embed]],
-    folder: Folder,
+    folder: ImageList,
     classes: list[str],
     what: str,
     keep: extract.Keep | None = None,
@@ -92,33 +93,33 @@ def embedded(
     features, good = extract.plain(models, folder, range(len(folder.files)), what, keep)
     if len(good) < len(folder.files) or folder.bad:
         console.say(
-            f"{len(folder.files) - len(good) + len(folder.bad):,} files in {folder.root} cannot be used and are left"
+            f"{len(folder.files) - len(good) + len(folder.bad):,} files in {folder.where} cannot be used and are left"
             " out; `bingo-compress check` names them"
         )
     names, labels = labels_of(folder)
-    return features, torch.tensor([classes.index(names[labels[index]]) for index in good]), good
+    place = {name: position for position, name in enumerate(classes)}
+    return features, torch.tensor([place[names[labels[index]]] for index in good]), good
 
 
 def again(
-    models: Mapping[str, tuple[Preprocessing, extract.Embed]], folder: Folder, places: Sequence[int], what: str
+    models: Mapping[str, tuple[Preprocessing, extract.Embed]], folder: ImageList, places: Sequence[int], what: str
 ) -> dict[str, Tensor]:
     """Features by model of images that could be decoded before. Raises BingoError where one cannot be now: all rows
     after it would have another's label.
     """
     features, good = extract.plain(models, folder, places, what)
     if len(good) < len(places):
-        lost = folder.files[next(index for index in places if index not in set(good))]
+        lost = folder.place(next(index for index in places if index not in set(good)))
         raise BingoError(
-            f"{folder.root / lost} could be read before and cannot be now; bring it back, or start the command again"
-            " without it"
+            f"{lost} could be read before and cannot be now; bring it back, or start the command again without it"
         )
     return features
 
 
 def sides(
     models: Mapping[str, tuple[Preprocessing, extract.Embed]],
-    bank_folder: Folder,
-    test_folder: Folder | None,
+    bank_folder: ImageList,
+    test_folder: ImageList | None,
     classes: list[str],
     keep: extract.Keep | None = None,
 ) -> Sides:
@@ -139,6 +140,7 @@ def sides(
         return Sides(
             classes, bank, labels, bank_folder, places, queries, query_labels, test_folder, query_places, groups
         )
+    refuse_small(classes, labels.tolist(), groups.tolist(), "--data", 2)  # some could not be decoded
     chosen = _quarter(labels, groups)
     queries, bank = ({name: rows[part] for name, rows in bank.items()} for part in (chosen, ~chosen))
     query_places, places = (torch.tensor(places)[part].tolist() for part in (chosen, ~chosen))
@@ -156,17 +158,18 @@ def sides(
     )
 
 
-def copies(folder: Folder) -> Tensor:
+def copies(folder: ImageList) -> Tensor:
     """A number (N,) for each image of a folder, the same for exact copies."""
     numbers: dict[str, int] = {}
     return torch.tensor([numbers.setdefault(digest, len(numbers)) for digest in folder.digests])
 
 
-def refuse_shared(bank: Folder, test: Folder, option: str) -> None:
+def refuse_shared(bank: ImageList, test: ImageList, option: str) -> None:
     """Raise BingoError if images of `test` (--test) are, by content, also in `bank` (given by `option`): they would be
     found, not recognised.
     """
     names = dict(zip(bank.digests, bank.files, strict=True))
+    names.pop(UNREADABLE, None)  # what nobody could read is not the same picture
     shared = [(name, names[digest]) for name, digest in zip(test.files, test.digests, strict=True) if digest in names]
     if shared:
         raise BingoError(
@@ -175,7 +178,36 @@ def refuse_shared(bank: Folder, test: Folder, option: str) -> None:
         )
 
 
-def trained_on(bags: Path, folder: Folder) -> int | None:
+def refuse_few(bank: ImageList, test: ImageList | None, option: str, least: int = 2) -> None:
+    """Raise BingoError if a class of `bank` (given by `option`) has fewer than `least` different images; with a `test`
+    none is tested on, and one less will do. Files are read, nothing is decoded.
+    """
+    classes, labels = labels_of(bank)
+    refuse_small(classes, labels, bank.digests, option, least - bool(test))
+
+
+def refuse_small(
+    classes: Sequence[str], labels: Sequence[int], contents: Sequence[Any], option: str, least: int
+) -> None:
+    """Raise BingoError with the names of the classes of fewer than `least` different images. labels, contents: of each
+    image, its position in `classes` and what is equal for copies.
+    """
+    different: list[set[Any]] = [set() for _ in classes]
+    for label, content in zip(labels, contents, strict=True):
+        if content != UNREADABLE:
+            different[label].add(content)
+    small = [f"{len(found)} in {name}" for name, found in zip(classes, different, strict=True) if len(found) < least]
+    if small:
+        more = f" and in {len(small) - NAMED:,} classes more" if len(small) > NAMED else ""
+        way = ", or give --test" if least > 1 else ""
+        raise BingoError(
+            f"{option}: expected at least {('one', 'two', 'three')[least - 1]} different images in every class, so that"
+            f" one can be tested on and another kept; found {', '.join(small[:NAMED])}{more}; add images, take the"
+            f" class out{way}"
+        )
+
+
+def trained_on(bags: Path, folder: ImageList) -> int | None:
     """How many images of a folder are, by content, among those that a run was trained on, without labels; None where
     the run does not say. bags: the run's.
     """
@@ -196,23 +228,23 @@ def _quarter(labels: Tensor, groups: Tensor) -> Tensor:
     Returns bool (N,). Raises BingoError for a class of which not one image can be tested on and another kept.
     """
     generator = torch.Generator().manual_seed(0)
-    chosen = torch.zeros(len(labels), dtype=torch.bool)
-    for label in labels.unique():
-        rows = (labels == label).nonzero()[:, 0]
+    taken: set[int] = set()
+    classes: list[Counter[int]] = []
+    for rows in intervals.rows_by_class(labels):
         take = max(1, int(len(rows) * TEST_SHARE))
         sizes = Counter(groups[rows[torch.randperm(len(rows), generator=generator)]].tolist())
-        smallest = min(sizes.values())
+        held, smallest = sum(size for group, size in sizes.items() if group in taken), min(sizes.values())
         for group, size in sizes.items():
-            held = int(chosen[rows].sum())
-            if held + size <= take or (not held and size == smallest):
-                chosen |= groups == group
-    for label in labels.unique():
-        if len(set(chosen[labels == label].tolist())) < 2:
-            raise BingoError(
-                "--data: expected at least two different images in every class, so that one can be tested on; add"
-                " images or give --test"
-            )
-    return chosen
+            if group not in taken and (held + size <= take or (not held and size == smallest)):
+                taken.add(group)
+                held += size
+        classes.append(sizes)
+    if not all(0 < len(taken & sizes.keys()) < len(sizes) for sizes in classes):
+        raise BingoError(
+            "--data: expected at least two different images in every class, so that one can be tested on; add images or"
+            " give --test"
+        )
+    return torch.tensor([group in taken for group in groups.tolist()])
 
 
 def by_class(predicted: Tensor, sides: Sides) -> dict[str, Any]:
@@ -292,7 +324,7 @@ def compared(a: Tensor, b: Tensor) -> dict[str, Any]:
     }
 
 
-def bag_purity(file: Path, labelled: Folder) -> dict[str, Any]:
+def bag_purity(file: Path, labelled: ImageList) -> dict[str, Any]:
     """Share of (anchor, mate) pairs of a run's bags with the same label, of those that `labelled` has both labels for;
     nothing where it has none.
     """

@@ -15,7 +15,7 @@ from torch.nn.functional import avg_pool2d, cosine_similarity, interpolate
 
 from bingo_compress.data import augment
 from bingo_compress.data.decode import decode_all
-from bingo_compress.data.image_folder import UNREADABLE, Folder
+from bingo_compress.data.image_list import UNREADABLE, ImageList
 from bingo_compress.data.pixel_store import PixelStore, store_of
 from bingo_compress.features import extract, neighbours
 from bingo_compress.features.memmap import Matrix
@@ -84,7 +84,7 @@ def find(photos: Photos, limits: Limits, search: neighbours.Search = neighbours.
     return scenes
 
 
-def fit(model: tuple[Preprocessing, extract.Embed], folder: Folder, seed: int = 0) -> Limits:
+def fit(model: tuple[Preprocessing, extract.Embed], folder: ImageList, seed: int = 0) -> Limits:
     """The limits that all but MISSED of the pairs of a folder's own images keep, each under two of a burst's
     disturbances. model: the teacher. Raises BingoError where no image can be decoded.
     """
@@ -147,7 +147,7 @@ def describe(scenes: Tensor, names: Sequence[str], images: str = "images") -> st
     )
 
 
-def of_folder(features: Matrix, folder: Folder) -> Photos:
+def of_folder(features: Matrix, folder: ImageList) -> Photos:
     """The images of a folder, whose pictures are decoded when they are looked at."""
 
     seen: dict[int, Tensor] = {}
@@ -164,7 +164,7 @@ def of_folder(features: Matrix, folder: Folder) -> Photos:
     return Photos(features, folder.digests, look)
 
 
-def of_store(features: Matrix, folder: Folder, pixels: PixelStore) -> Photos:
+def of_store(features: Matrix, folder: ImageList, pixels: PixelStore) -> Photos:
     """The same images in the pixel store, which decodes nothing again."""
     whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
 

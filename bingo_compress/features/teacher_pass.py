@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 
 from bingo_compress.data import augment
 from bingo_compress.data.decode import decode_all
-from bingo_compress.data.image_folder import Folder
+from bingo_compress.data.image_list import ImageList
 from bingo_compress.data.pixel_store import PixelStore
 from bingo_compress.errors import BingoError
 from bingo_compress.features import extract
@@ -48,7 +48,7 @@ class TeacherPass:
 
 def run(
     teacher: Encoder,
-    folder: Folder,
+    folder: ImageList,
     pixels: PixelStore,
     views: int,
     scale_min: float,
@@ -166,7 +166,7 @@ def _files(shards: Path, count: int, teacher: Encoder, of_features: bool) -> _Fi
     return _Files(features, embeddings, viewed, count, of_features)
 
 
-def _refuse_no_direction(made: Tensor, folder: Folder, rows: range, teacher: Encoder) -> None:
+def _refuse_no_direction(made: Tensor, folder: ImageList, rows: range, teacher: Encoder) -> None:
     """Raise BingoError for a row of `made` (n, D), the images `rows`, that is not of length one: the teacher gave
     zeros, infinities or NaN.
     """
@@ -175,7 +175,7 @@ def _refuse_no_direction(made: Tensor, folder: Folder, rows: range, teacher: Enc
     if bad:
         raise BingoError(
             f"--teacher {teacher.name}: expected features with a direction, found zeros, infinities or NaN for"
-            f" {len(bad):,} of {len(rows):,} images, the first {folder.path(rows[bad[0]])}; are the teacher's weights"
+            f" {len(bad):,} of {len(rows):,} images, the first {folder.place(rows[bad[0]])}; are the teacher's weights"
             f" whole, and does it take {teacher.preprocessing.size} px?"
         )
 
@@ -191,7 +191,7 @@ def _say_alike(embeddings: Tensor) -> None:
         )
 
 
-def _plain_shard(teacher: Encoder, folder: Folder, rows: range, device: torch.device) -> Iterator[Tensor]:
+def _plain_shard(teacher: Encoder, folder: ImageList, rows: range, device: torch.device) -> Iterator[Tensor]:
     """The plain view of the images `rows`, BATCH at a time: (B, 3, S, S)."""
     geometry = teacher.preprocessing.geometry()
     decoded = decode_all(folder, rows, lambda picture: preprocess(picture, **geometry))
@@ -201,7 +201,7 @@ def _plain_shard(teacher: Encoder, folder: Folder, rows: range, device: torch.de
             result = next(decoded)[1]
             if isinstance(result, ImageError):
                 raise BingoError(
-                    f"{folder.path(index)} changed while the run was reading it ({result}); start the command again"
+                    f"{folder.place(index)} changed while the run was reading it ({result}); start the command again"
                 )
             batch.append(torch.from_numpy(result))
         yield extract.to_float(torch.stack(batch).to(device))

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from bingo_compress import __version__
-from bingo_compress.data.image_folder import Folder
+from bingo_compress.data.image_list import ImageList
 from bingo_compress.features import neighbours
 from bingo_compress.models import exported
 from bingo_compress.models.trained import Models
@@ -19,10 +19,14 @@ NAMES = {
     "start": "student before",
     "random": "student, random weights",
     "onnx": "exported ONNX file",
-    "onnx-int8": "exported int8 file",
     "against": "student of --against",
 }
 CLASSES_SHOWN = 20
+
+
+def title(row: str) -> str:
+    """A row of a proof in words: "onnx-int8" is the exported int8 file."""
+    return NAMES.get(row) or f"exported {row.removeprefix('onnx-')} file"
 
 
 def show(result: dict[str, Any], run: run_dir.RunDir, models: Models) -> None:
@@ -77,7 +81,7 @@ def _main(protocol: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Non
         plain = ["linear_balanced", *(["linear_auc"] if areas else []), "neighbour_recall"]
         cells.append(
             [
-                NAMES[row["name"]],
+                title(row["name"]),
                 _figure(row, "knn"),
                 _figure(row, "linear"),
                 *(f"{row[key]:.3f}" if key in row else "-" for key in plain),
@@ -104,7 +108,7 @@ def _few_labels(rows: Sequence[Mapping[str, Any]]) -> None:
             f"{found['linear']:.3f} ± {found['linear_spread']:.3f} [{found['linear_interval'][0]:.3f},"
             f" {found['linear_interval'][1]:.3f}]"
         )
-        cells.append([spec, NAMES[name], f"{found['images']:,}", spread])
+        cells.append([spec, title(name), f"{found['images']:,}", spread])
         if tuned:
             cells[-1].append(_figure(found, "fine_tuned") if "fine_tuned" in found else "-")
     console.table(
@@ -124,14 +128,14 @@ def _classes(found: Sequence[Mapping[str, Any]]) -> None:
         for entry in shown
     ]
     console.table(
-        f"{NAMES['student']}, linear probe by class{more}", ("", "images", "found", "most often taken for"), cells
+        f"{title('student')}, linear probe by class{more}", ("", "images", "found", "most often taken for"), cells
     )
 
 
 def _strengths(rows: Sequence[Mapping[str, Any]]) -> None:
     """Where the linear probe would perhaps have taken a penalty beyond its grid."""
     ends = [
-        f"{NAMES[row['name']]} ({row['linear_strength']:g}, the {row['linear_at_grid_end']})"
+        f"{title(row['name'])} ({row['linear_strength']:g}, the {row['linear_at_grid_end']})"
         for row in rows
         if row.get("linear_at_grid_end")
     ]
@@ -207,7 +211,7 @@ def closing_table(models: Models, rows: dict[str, dict[str, float]], gallery: in
     console.table("", ("", neighbours.recall_title(gallery), "kNN", "linear", "parameters", "MB", "smaller"), cells)
 
 
-def header(plan: Plan, models: Models, folder: Folder) -> None:
+def header(plan: Plan, models: Models, folder: ImageList) -> None:
     """The models with their sizes, weights and preprocessing; the images, the device and the method."""
     recipe, device = plan.recipe, plan.device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
@@ -226,7 +230,7 @@ def header(plan: Plan, models: Models, folder: Folder) -> None:
     console.table(f"bingo-compress {__version__}", ("", "model", "parameters", "input", "width", "weights"), rows)
     for role, encoder, _ in roles:
         console.say(f"{role} sees: {encoder.preprocessing.describe()}")
-    console.say(f"images: {len(folder.files):,} files in {folder.root}; device: {where}")
+    console.say(f"images: {len(folder.files):,} files in {folder.where}; device: {where}")
     targets = "an online teacher" if plan.online else f"{plan.views} stored views an image"
     method = f"bingo ({recipe.variant})" if recipe.method == "bingo" else recipe.method
     source = targets if plan.loss.teacher else "the student's own moving average"

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bingo_compress.data import image_folder, pixel_store
+from bingo_compress.data import image_list, pixel_store
 from bingo_compress.features import bagging, extract, near_copies, neighbours, targets, teacher_pass
 from bingo_compress.features.memmap import Rows
 from bingo_compress.models import encoder
@@ -30,7 +30,7 @@ class Material:
     """
 
     store: pixel_store.PixelStore
-    folder: image_folder.Folder
+    folder: image_list.ImageList
     held: Tensor
     training: Tensor
     seen: teacher_pass.TeacherPass
@@ -39,12 +39,12 @@ class Material:
     sources: dict[str, str]
 
 
-def sources_of(models: Models, folder: image_folder.Folder) -> dict[str, str]:
+def sources_of(models: Models, folder: image_list.ImageList) -> dict[str, str]:
     """Digests by name of what a run is made from, beside its settings and its student's start."""
     return {"images": folder.fingerprint(), "teacher": encoder.weights_digest(models.teacher)}
 
 
-def prepare(plan: Plan, models: Models, folder: image_folder.Folder, work: Path) -> Material:
+def prepare(plan: Plan, models: Models, folder: image_list.ImageList, work: Path) -> Material:
     """Pixels, split and the teacher's pass, under `work`; what is there already is not made again. Raises
     BingoError.
     """
@@ -73,7 +73,7 @@ def prepare(plan: Plan, models: Models, folder: image_folder.Folder, work: Path)
 def _scenes(
     plan: Plan,
     teacher: Encoder,
-    folder: image_folder.Folder,
+    folder: image_list.ImageList,
     store: pixel_store.PixelStore,
     seen: teacher_pass.TeacherPass,
     work: Path,
@@ -128,7 +128,7 @@ def make_bags(plan: Plan, teacher: Encoder, material: Material) -> Tensor:
         )
     labels = None
     if recipe.bags == "labels":
-        names, indices = image_folder.labels_of(material.folder)
+        names, indices = image_list.labels_of(material.folder)
         console.say(
             f"warning: bags by {len(names)} folder names are an oracle for comparison; a real run has no labels"
         )

@@ -3,13 +3,13 @@
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from bingo_edge.image import ImageError
 
-from bingo_compress.data import decode, image_folder, quarantine
+from bingo_compress.data import decode, image_list, listing, quarantine
 from bingo_compress.errors import BingoError
 from bingo_compress.runtime import console
+from bingo_compress.sources.opened import Data, asked
 
 SHOWN = 50
 
@@ -28,12 +28,12 @@ class Inventory:
     classes: Mapping[str, int]
 
 
-def check(data: Path) -> Inventory:
-    """Decode every image below `data` and print counts, sizes and each unusable file with its reason. Raises BingoError
+def check(data: Data) -> Inventory:
+    """Decode every image of `data` and print counts, sizes and each unusable file with its reason. Raises BingoError
     when none is usable.
     """
-    folder = image_folder.list_folder(data)
-    image_folder.say_passed(folder)
+    folder = listing.list_images(data)
+    image_list.say_passed(folder)
     bad = list(folder.bad)
     sides: list[tuple[int, int]] = []
     with console.bar("decode", len(folder.files)) as advance:
@@ -52,17 +52,19 @@ def check(data: Path) -> Inventory:
         for line in quarantine.reasons(bad, 5):
             console.say(f"  {line}")
     if not sides:
-        raise BingoError(f"--data: expected images, found none that can be decoded among {len(bad)} files in {data}")
+        raise BingoError(
+            f"--data: expected images, found none that can be decoded among {len(bad)} files in {folder.where}"
+        )
     short = sorted(min(side) for side in sides)
     console.say(
-        f"{len(sides):,} usable images in {data}; short side {short[0]} to {short[-1]} px, half of them"
+        f"{len(sides):,} usable images in {folder.where}; short side {short[0]} to {short[-1]} px, half of them"
         f" {short[len(short) // 2]} px or more"
     )
     copies = quarantine.copies(folder)
     quarantine.say_copies(copies, "keep")
     known: dict[str, int] = {}
     try:
-        classes, labels = image_folder.labels_of(image_folder.Folder(folder.root, folder.files, ()))
+        classes, labels = image_list.labels_of(folder)
         counts = Counter(labels)
         known = {name: counts[number] for number, name in enumerate(classes)}
         console.say(
@@ -70,9 +72,8 @@ def check(data: Path) -> Inventory:
             f" {max(counts.values()):,} images"
         )
     except BingoError:
-        hint = image_folder.other_root(folder)
+        hint = image_list.other_root(folder)
         console.say(f"no folder names that could be labels{f' ({hint})' if hint else ''}; none are needed to distil")
-    console.say(
-        f"next: bingo-compress distill --data {data} --teacher resnet152 --student mobilenetv3 --out runs/first"
-    )
+    given = " ".join(f"--data {place}" for place in asked(data).places)
+    console.say(f"next: bingo-compress distill {given} --teacher resnet152 --student mobilenetv3 --out runs/first")
     return Inventory(len(sides), tuple(sorted(bad)), tuple(short), tuple(copies), known)
