@@ -2,6 +2,7 @@
 BAGGERS.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -115,6 +116,24 @@ def _drawn(groups: Tensor, bag_size: int, seed: int) -> Tensor:
         steps[:, column] = torch.where((steps == drawn[:, None]).any(1), last, drawn)
     mates = order[first[:, None] + (place[:, None] + 1 + steps) % size[:, None]]
     return torch.where(torch.arange(bag_size) < others[:, None], mates, -1)
+
+
+def over_scenes(make: Callable[[Tensor], Tensor], scenes: Tensor) -> Tensor:
+    """Bags (n, K) whose mates are all of other scenes: near-copies would fill them up. scenes: (n,) as
+    `near_copies.find` names them; make: bags (R, K), or narrower, of R images, one a scene, in positions among them.
+
+    All images of a scene have the same scenes for mates; which image of a mate's scene it is goes round. Where every
+    image has a scene to itself, bags are what `make` makes of all.
+    """
+    firsts, scene, sizes = scenes.unique(return_inverse=True, return_counts=True)
+    bags = make(firsts)
+    if len(firsts) == len(scenes):
+        return bags
+    starts, order = sizes.cumsum(0) - sizes, scene.argsort(stable=True)
+    mates = bags[scene]
+    some = mates.clamp(min=0)
+    turn = torch.arange(len(scenes))[:, None] % sizes[some]
+    return torch.where(mates >= 0, order[starts[some] + turn], -1)
 
 
 def _packed(bags: Tensor) -> Tensor:
