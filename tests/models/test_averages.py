@@ -101,7 +101,7 @@ def test_both_roles_read_the_setting(both: tuple[Tensors, Tensors], tmp_path: Pa
 
 
 def test_all_arms_of_a_comparison_take_the_same_of_the_two() -> None:
-    with pytest.raises(BingoError, match="ema.*same for all arms"):  # their teacher is embedded once
+    with pytest.raises(BingoError, match=r"ema.*same for all arms"):  # their teacher is embedded once
         make_arms("bingo,bingo:ema=false", recipe())
 
 
