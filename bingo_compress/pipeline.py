@@ -17,15 +17,21 @@ from bingo_compress.data.image_list import ImageList
 from bingo_compress.data.quarantine import report
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation.held_out import held_out_recall, train
-from bingo_compress.features import extract
+from bingo_compress.features import extract, near_copies
 from bingo_compress.models import trained
 from bingo_compress.models.encoder import Encoder, weights_digest
 from bingo_compress.models.trained import NOTHING_GIVEN, Given, Models, build_models
 from bingo_compress.recipe import RESUME_MAY_CHANGE, Recipe, deciding, load_recipe, recipe_text
 from bingo_compress.report.tables import closing_table, describe_bags, header, say_smaller
 from bingo_compress.runtime import checkpoint, console, distributed, run_dir
-from bingo_compress.training.material import Material, bag_facts, make_bags, prepare, sources_of
+from bingo_compress.training.material import Material, anchors_count, bag_facts, make_bags, prepare, sources_of
 from bingo_compress.training.plan import Plan, absolute, begin, plan_run
+
+# What becomes of near-copies; second with duplicates=near.
+NEAR = (
+    "none is another's mate or negative; --set duplicates=near trains on one of each scene an epoch",
+    "one of each scene is trained on an epoch, another each time",
+)
 
 
 def run_distill(
@@ -54,9 +60,11 @@ def run_distill(
     header(plan, models, folder)
 
     material = prepare(plan, models, folder, run.work)
-    plan = plan.on(len(material.training))
+    plan = plan.on(anchors_count(plan, material))
     distributed.from_first(lambda: report(material.folder, run.quarantine))
     console.say(f"{len(material.training):,} images to train on, {len(material.held):,} held out; {plan.describe()}")
+    if copies := near_copies.describe(material.scenes, material.folder.files):
+        console.say(f"{copies}; {NEAR[plan.recipe.duplicates == 'near']}")
     say_smaller(plan)
     bags = make_bags(plan, models.teacher, material)
     distributed.from_first(lambda: _save_beginning(run, plan, models.student, material, bags))
@@ -122,6 +130,7 @@ def _close(
         "images": {
             "training": len(material.training),
             "held_out": len(material.held),
+            "scenes": len(material.scenes.unique()),
             "unusable": len(material.folder.bad),
         },
         "bags": facts,

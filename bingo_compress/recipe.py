@@ -60,7 +60,13 @@ class Recipe(BaseModel):
             " like are not counted)"
         ),
     )
-    duplicates: Literal["keep", "drop"] = Field("keep", description="exact copies of a file; drop: one of each is used")
+    duplicates: Literal["keep", "drop", "near"] = Field(
+        "keep",
+        description=(
+            "copies; drop: of exact copies one is used; near: of near-copies (bursts, video frames) and exact ones, one"
+            " of each scene an epoch, another each time"
+        ),
+    )
     teacher: str = Field("", description="a timm model, or a family name such as resnet or mobilenetv3")
     student: str = Field("", description="a timm model, or a family name")
     teacher_weights: str = Field(

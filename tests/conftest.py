@@ -17,6 +17,7 @@ from bingo_compress.runtime import console
 
 # (width, height): wide, tall, square, one pixel thin, and nothing a multiple of eight.
 SIZES = ((33, 57), (64, 64), (200, 31), (17, 90), (1, 40), (121, 80), (50, 49), (9, 7))
+THREADS = torch.get_num_threads()
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
@@ -28,10 +29,12 @@ def traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def threads() -> Iterator[None]:
-    """A test that sets torch's threads, as every command does, sets them for itself alone."""
-    before = torch.get_num_threads()
+    """A test that sets torch's threads, as every command does, sets them for itself alone; what a fixture of its module
+    set before it holds no more.
+    """
+    torch.set_num_threads(THREADS)
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from bingo_compress.runtime.devices import choose_device, peak_memory
 from bingo_compress.runtime.made_of import FORMATS, MadeOf, file_digest, made_of
 from bingo_compress.sources.opened import Data
 from bingo_compress.training import metrics
-from bingo_compress.training.material import Material, bag_facts, make_bags, prepare
+from bingo_compress.training.material import Material, anchors_count, bag_facts, make_bags, prepare
 from bingo_compress.training.plan import Plan, absolute, plan_run, resolve_names, schedule, take
 
 FOLDS = 5
@@ -265,7 +265,7 @@ def _in_training(judged: ImageList, folder: ImageList) -> dict[str, Any]:
 
 def _train(plan: Plan, models: Models, material: Material, bags_file: Path, made: MadeOf) -> dict[str, Any]:
     """Distil one arm with one seed, its bags in `bags_file` if it has some; says what it took."""
-    plan = plan.on(len(material.training))
+    plan = plan.on(anchors_count(plan, material))
     recipe, loss, schedule = plan.recipe, plan.loss, plan.schedule
     bags = make_bags(plan, models.teacher, material)
     saved, log = _state(material.work), material.work / "metrics.jsonl"
