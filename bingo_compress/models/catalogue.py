@@ -39,11 +39,12 @@ def show(pattern: str) -> None:
     none does.
     """
     known = timm.list_models()
-    found = (
-        [name for name in known if fnmatch.fnmatch(name, pattern if set("*?[") & set(pattern) else f"*{pattern}*")]
-        if pattern
-        else SHORT_LIST
-    )
+    wanted = pattern if set("*?[") & set(pattern) else f"*{pattern}*"
+    found = fnmatch.filter(known, wanted) if pattern else SHORT_LIST
+    # Some are known by whose weights they are: eupe, metaclip; or by neither: mobileclip.
+    found = found or fnmatch.filter(timm.list_pretrained(), wanted)
+    if not found and timm.is_model(FAMILIES.get(pattern, "").partition(".")[0]):
+        found = [FAMILIES[pattern]]
     if not found:
         raise BingoError(
             f"models: no model matches {pattern!r}; the nearest are {', '.join(nearest(pattern, [*known, *FAMILIES]))}"

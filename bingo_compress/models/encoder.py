@@ -217,13 +217,16 @@ def build(name: str, size: int, source: str, option: str, ema: bool = True) -> E
         )
     arguments: dict[str, Any] = {"num_classes": 0}
     config: Any = None
+    by_page = source == "pretrained" and on_hub(name)
     try:
         with _hub() if fetched else contextlib.nullcontext():
             config = _hub_config(name, option) if on_hub(name) else timm.models.get_pretrained_cfg(name)
             own = min(config.input_size[1:]) if config else 224
             if size and size != own and config and config.fixed_input_size:
                 arguments["img_size"] = size
-            backbone = timm.create_model(name, pretrained=source == "pretrained", **arguments)
+            # Of a page our own loader: timm's leaves what does not fit as it was drawn.
+            apart = timm.models.load_state_dict_from_hf(name.removeprefix(HUB)) if by_page else {}
+            backbone = timm.create_model(name, pretrained=source == "pretrained" and not by_page, **arguments)
     except BingoError:
         raise
     except Exception as error:
@@ -250,7 +253,9 @@ def build(name: str, size: int, source: str, option: str, ema: bool = True) -> E
             std=tuple(map(float, data["std"])),
         ),
     )
-    if source not in ("pretrained", "random"):
+    if by_page:
+        encoder.projection = weights.put_into(backbone, name, apart, f"{option}: {name}", ema)[1]
+    elif source not in ("pretrained", "random"):
         layout, projection = weights.load_into(encoder.backbone, name, Path(source), option, ema)
         if layout is not None:
             encoder = encoder.normalised_by(layout.mean, layout.std)

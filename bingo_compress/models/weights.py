@@ -38,8 +38,15 @@ BESIDE = {
 def load_into(
     backbone: nn.Module, name: str, file: Path, option: str, ema: bool = True
 ) -> tuple[Layout | None, nn.Module | None]:
-    """Load `file` into `backbone` (a timm model without classifier). Returns (the layout of a method's file, its
-    projection head if it brings one). ema: as in `read_tensors`.
+    """`put_into` of `file`; ema: as in `read_tensors`. Raises BingoError."""
+    return put_into(backbone, name, read_tensors(file, option, ema), f"{option}: {file}", ema)
+
+
+def put_into(
+    backbone: nn.Module, name: str, tensors: Tensors, where: str, ema: bool = True
+) -> tuple[Layout | None, nn.Module | None]:
+    """Load tensors by name into `backbone` (a timm model without classifier). Returns (the layout of a method's file,
+    its projection head if it brings one). where: the option and file, for messages; ema: as in `read_tensors`.
 
     The projection is in eval mode, (B, width) -> (B, D), not normalised. Layouts, with or without prefixes that all
     keys share:
@@ -57,8 +64,6 @@ def load_into(
     Raises BingoError for anything that does not fit exactly, each missing and unexpected key by name; the backbone is
     then as before.
     """
-    tensors = read_tensors(file, option, ema)
-    where = f"{option}: {file}"
     tensors = _without_shared_prefix(tensors, backbone.state_dict(), where, ema)
     layout = checkpoint_layouts.find(tensors)
     projection = None
@@ -73,7 +78,7 @@ def load_into(
     else:
         wanted = backbone.state_dict()
         if name.startswith("tf_efficientnet_lite") and not set(wanted) & set(tensors):
-            tensors = _in_order(tensors, wanted, name, file, option)
+            tensors = _in_order(tensors, wanted, name, where)
         tensors = _fitted(backbone, name, tensors, where, left_out=_classifier(backbone))
     backbone.load_state_dict(tensors, strict=False)  # BatchNorm's counters may be missing
     return layout, projection
@@ -84,7 +89,11 @@ def _without_shared_prefix(tensors: Tensors, wanted: Mapping[str, Tensor], where
     module., torch.compile's _orig_mod., Lightning's model. and the like, in any combination; of model.* and model_ema.*
     one, by `ema`. As they are where that does not help.
     """
-    peeled, prefix, said = tensors, "", []
+    peeled, prefix, said = tensors, "", list[str]()
+    if not ema and any(key.startswith("student.backbone.") for key in tensors):  # DINOv2's training, where EMA is fixed
+        said.append("student and teacher; those under student are taken (as they were trained)")
+        other = {"student.": "teacher.", "teacher.": "student."}
+        peeled = {other.get(key[:8], key[:8]) + key[8:]: value for key, value in tensors.items()}
     while checkpoint_layouts.find(peeled) is None and not wanted.keys() & peeled.keys():
         firsts = list(dict.fromkeys(key.partition(".")[0] for key in peeled))
         averages = [first for first in firsts if _is_average(first)]
@@ -221,20 +230,20 @@ def _holds_weights_below(value: Any) -> bool:
     )
 
 
-def _in_order(tensors: Tensors, wanted: Mapping[str, Tensor], name: str, file: Path, option: str) -> Tensors:
+def _in_order(tensors: Tensors, wanted: Mapping[str, Tensor], name: str, where: str) -> Tensors:
     """The efficientnet-lite packages list timm's keys in timm's order under other names; the two last are the
     classifier.
     """
     given = list(tensors.items())
     if len(given) not in (len(wanted), len(wanted) + 2):
         raise BingoError(
-            f"{option}: {name} has {len(wanted)} tensors, {file} has {len(given)}: these are the weights of another"
+            f"{where}: {name} has {len(wanted)} tensors, the file has {len(given)}: these are the weights of another"
             " model"
         )
     for (theirs, value), (ours, like) in zip(given, wanted.items(), strict=False):
         if value.shape != like.shape:
             raise BingoError(
-                f"{option}: {file}: {theirs} is {tuple(value.shape)}, {name} wants {tuple(like.shape)} for {ours}:"
+                f"{where}: {theirs} is {tuple(value.shape)}, {name} wants {tuple(like.shape)} for {ours}:"
                 " another model's weights"
             )
     return {ours: value for (_, value), ours in zip(given, wanted, strict=False)}

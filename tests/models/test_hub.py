@@ -15,6 +15,7 @@ from helpers import Ran, flags, photos
 from huggingface_hub import constants
 
 from bingo_compress.errors import BingoError
+from bingo_compress.models import catalogue
 from bingo_compress.models.encoder import build
 from bingo_compress.models.names import FAMILIES, resolve_name
 from bingo_compress.preflight import _refuse_unknown
@@ -133,6 +134,44 @@ def test_a_page_of_the_hub_is_a_model_with_its_own_settings(cache: Path) -> None
     assert not torch.equal(random.backbone.state_dict()["conv1.0.weight"], saved["conv1.0.weight"])
 
 
+def test_a_page_as_transformers_writes_it_is_loaded(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = cached(cache, PAGE, settings())
+    saved = safetensors.torch.load_file(file)
+    safetensors.torch.save_file({f"timm_model.{key}": value for key, value in saved.items()}, file)
+    found = build(f"hf-hub:{PAGE}", 0, "pretrained", OPTION).backbone.state_dict()
+    assert all(torch.equal(found[key], saved[key]) for key in found)
+    assert "timm_model. before every name is taken off" in capsys.readouterr().out
+
+
+def test_what_a_page_lacks_is_never_left_random(cache: Path) -> None:
+    file = cached(cache, PAGE, settings())
+    saved = safetensors.torch.load_file(file)
+    del saved["conv1.0.weight"]
+    safetensors.torch.save_file(saved, file)
+    message = refusal(lambda: build(f"hf-hub:{PAGE}", 0, "pretrained", OPTION))
+    assert f"hf-hub:{PAGE} does not fit" in message and "1 missing keys (conv1.0.weight)" in message
+
+
+@pytest.mark.slow
+def test_a_whole_run_with_pages_for_both(bingo: Callable[..., Ran], cache: Path, tmp_path: Path) -> None:
+    cached(cache, PAGE, settings())
+    data, run, name = photos(tmp_path / "photos", 8), tmp_path / "run", f"hf-hub:{PAGE}"
+    words = flags(data=data, teacher=name, student=name, teacher_weights="pretrained", student_weights="auto", epochs=1)
+    for command in (
+        ("distill", *words, "--out", run),
+        ("export", "--run", run),
+        ("validate", "--run", run, "--data", data),
+        ("distill", *words, "--out", run, "--resume"),
+    ):
+        ran = bingo(*command)
+        assert ran.status == 0, ran.err
+    card = (run / "export" / "MODEL_CARD.md").read_text().replace("\\", "")
+    assert name in card and not (run / "timm").exists()
+    shutil.rmtree(cache)
+    ran = bingo("export", "--run", run)
+    assert ran.status == 2 and f"the settings of {name} could not be fetched" in ran.err
+
+
 def test_a_page_is_pretrained_where_weights_are_left_open() -> None:
     chosen = make_recipe({"teacher": f"hf-hub:{PAGE}", "student": f"hf-hub:{PAGE}@v2"}, "tests")
     resolved = resolve_names(chosen, lambda line: None)
@@ -234,6 +273,19 @@ def test_what_others_call_a_model_gets_timms_name_of_it_first(word: str, name: s
 def test_it_is_so_before_torch_is_there_too() -> None:
     message = refusal(lambda: _refuse_unknown("facebook/dinov2-base", "--student"))
     assert "the nearest are vit_base_patch14_dinov2, " in message and message.startswith("--student: unknown model")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "shown"),
+    [("mobileclip", "fastvit_mci0.apple_mclip"), ("metaclip", "metaclip_400m"), ("siglip2", "v2_webli")],
+)
+def test_models_finds_them_by_their_weights_and_by_the_familys_name(
+    pattern: str, shown: str, bingo: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(catalogue, "_row", lambda name: asked.append(name) or (name, "", "", "", ""))
+    assert bingo("models", pattern).status == 0
+    assert any(shown in name for name in asked)
 
 
 def test_every_renaming_leads_to_a_model_or_says_nothing() -> None:
