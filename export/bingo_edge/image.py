@@ -60,7 +60,7 @@ with suppress(ImportError):
     pillow_heif.register_heif_opener()
 
 
-PAGED = ("TIFF", "GIF", "WEBP", "PNG")  # not a phone's MPO, whose second picture is a preview or a depth map
+ANIMATED = ("GIF", "WEBP", "PNG")  # a phone's MPO is none: its second picture is a preview or a depth map
 
 
 class ImageError(Exception):
@@ -283,7 +283,7 @@ def _unknown(source: str | PathLike[str] | IO[bytes]) -> str:
 
 
 def _upright(opened: Image.Image, source: str | PathLike[str] | IO[bytes], at_least: int) -> Decoded:
-    several = opened.format in PAGED and _holds_several(opened)
+    pages = isinstance(opened, TiffImageFile) and tiff.several(opened)  # its file may be closed afterwards
     high_bytes = opened.format in ("PNG", "TIFF") and _has_16_bits(opened)  # in colour Pillow reads those alone
     opened.load()
     if isinstance(opened, JpegImageFile):
@@ -296,7 +296,7 @@ def _upright(opened: Image.Image, source: str | PathLike[str] | IO[bytes], at_le
     pixels, peak = _to_rgb(opened if turn is None else opened.transpose(turn), meant)
     if high_bytes and opened.mode == "RGB":
         peak = int(pixels.max()) << 8 | 255
-    return Decoded(pixels, several, peak)
+    return Decoded(pixels, pages or _has_frames(opened), peak)
 
 
 def _has_16_bits(opened: Any) -> bool:
@@ -304,8 +304,11 @@ def _has_16_bits(opened: Any) -> bool:
     return ";16" in str(how if isinstance(how, str) else how[0])
 
 
-def _holds_several(opened: Any) -> bool:
-    return tiff.several(opened) if isinstance(opened, TiffImageFile) else getattr(opened, "is_animated", False)
+def _has_frames(opened: Any) -> bool:
+    """Of a picture that is decoded: to ask may be to read the next frame, which may be damaged and is not needed."""
+    with suppress(Exception):
+        return opened.format in ANIMATED and bool(opened.is_animated)
+    return False
 
 
 def _to_rgb(image: Image.Image, meant: tiff.Samples) -> tuple[Pixels, int]:

@@ -2,6 +2,7 @@
 whether it is a camera's raw file, of which Pillow would read the thumbnail.
 """
 
+from collections.abc import Iterable
 from os import PathLike
 from typing import IO, Any, NamedTuple
 
@@ -49,22 +50,28 @@ def samples(opened: TiffImageFile) -> Samples:
 
 
 def several(opened: TiffImageFile) -> bool:
-    """Whether one of the next pages is a picture of its own, no smaller copy of another and no mask."""
+    """Whether one of the next pages is a picture of its own, no smaller copy of another and no mask. What is damaged
+    there is not needed, and counts as none.
+    """
     file, tags = opened.fp, opened.tag_v2
     assert file is not None
     place = file.tell()
-    for _ in range(PAGES):
-        if not tags.next:
-            break
-        start = tags.next
+    try:
         file.seek(0)
-        tags = ImageFileDirectory_v2(file.read(8))
-        file.seek(start)
-        tags.load(file)
-        if WIDTH in tags and not _first(tags, REDUCED, 0) & (1 | 4):
-            file.seek(place)
-            return True
-    file.seek(place)
+        head = file.read(8)
+        for _ in range(PAGES):
+            start = tags.next
+            if not start:
+                return False
+            tags = ImageFileDirectory_v2(head)
+            file.seek(start)
+            tags.load(file)
+            if WIDTH in tags and not _first(tags, REDUCED, 0) & (1 | 4):
+                return True
+    except Exception:  # of a damaged directory, struct's, Pillow's and Python's own
+        return False
+    finally:
+        file.seek(place)
     return False
 
 
@@ -119,7 +126,7 @@ def _unpacked(file: IO[bytes], chosen: Bands) -> tuple[NDArray[np.uint8], int] |
     if _first(tags, COMPRESSION, 1) != 1 or TILES in tags or _first(tags, FILL, 1) != 1:
         return f"a TIFF of {bits} bits a sample that is compressed or in tiles; save it with 16 bits"
     line = (width * bits + 7) // 8
-    raw = b"".join(_strip(file, place, count) for place, count in zip(tags[STRIPS], tags[STRIP_BYTES], strict=True))
+    raw = _joined(file, zip(tags[STRIPS], tags[STRIP_BYTES], strict=True), line * height)
     if not width or len(raw) < line * height:
         return "a truncated TIFF"
     rows = np.unpackbits(np.frombuffer(raw, np.uint8, line * height).reshape(height, line), axis=1)
@@ -144,7 +151,7 @@ def _picked(file: IO[bytes], tags: Any, chosen: Bands, order: str) -> tuple[NDAr
     parts = [strips[each * (number - 1) : each * number] for number in chosen] if planes else [strips]
     kind = np.dtype(f"{order}u{bits // 8}")
     samples = width * height * (1 if planes else count)
-    raw = [b"".join(_strip(file, place, size) for place, size in part) for part in parts]
+    raw = [_joined(file, part, samples * kind.itemsize) for part in parts]
     if not samples or min(map(len, raw)) < samples * kind.itemsize:
         return "a truncated TIFF"
     found = [np.frombuffer(one, kind, samples).reshape(height, width, -1) for one in raw]
@@ -173,9 +180,15 @@ def _has_alpha(tags: Any) -> bool:
     return any(one in ALPHA for one in tags.get(EXTRA, ()))
 
 
-def _strip(file: IO[bytes], place: int, count: int) -> bytes:
-    file.seek(place)
-    return file.read(count)
+def _joined(file: IO[bytes], strips: Iterable[tuple[int, int]], most: int) -> bytes:
+    """What is in the strips, each (place, bytes), up to so many bytes: a file may claim any number of strips."""
+    found = bytearray()
+    for place, count in strips:
+        if len(found) >= most:
+            break
+        file.seek(place)
+        found += file.read(min(count, most - len(found)))
+    return bytes(found)
 
 
 def _first(tags: Any, tag: int, default: int) -> int:

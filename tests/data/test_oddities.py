@@ -1,5 +1,6 @@
 """What a folder is told once: files of several pages, and 16-bit files with the numbers of 12 bits."""
 
+import io
 import json
 import struct
 from collections.abc import Callable
@@ -30,6 +31,23 @@ def test_pages_beyond_the_first_are_noticed_and_the_first_is_used(name: str, tmp
     assert found.several and (found.pixels == 40).all()
     FRAMES[0].save(tmp_path / f"one-{name}")
     assert not decode(tmp_path / f"one-{name}").several
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.tif", "a.webp"])
+def test_what_is_damaged_behind_the_first_page_changes_nothing(name: str, tmp_path: Path) -> None:
+    """A file that is usable without its last bytes, as libraries have it, is so though more is asked of it."""
+    frames(lossless=True)(tmp_path / name)
+    raw = (tmp_path / name).read_bytes()
+    usable = 0
+    for kept in range(len(raw)):
+        try:
+            with Image.open(io.BytesIO(raw[:kept])) as opened:
+                opened.load()
+        except Exception:
+            continue
+        usable += 1
+        assert (decode(io.BytesIO(raw[:kept])).pixels == 40).all()
+    assert usable > 20 or name == "a.webp"
 
 
 def test_the_second_picture_of_a_phones_photo_is_no_page(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -74,6 +75,29 @@ def test_files_that_say_what_their_bands_are_stay_as_they_are(tmp_path: Path) ->
 def test_what_cannot_be_picked_from_is_named(raw: bytes, why: str) -> None:
     with pytest.raises(ImageError, match=why):
         load_image(io.BytesIO(raw), bands=(3, 2, 7))
+
+
+@pytest.mark.parametrize(("bits", "picked"), [((12,), ()), ((8,) * 5, PICK)])
+def test_a_file_that_claims_its_bytes_many_times_is_read_once(bits: tuple[int, ...], picked: tuple[int, ...]) -> None:
+    raw, strips = bytes(400_000), 2000
+    file = tiff(raw, bits, 1, t273=(8,) * strips, t279=(len(raw),) * strips)
+    tracemalloc.start()
+    assert load_image(io.BytesIO(file), bands=picked).shape == (HEIGHT, WIDTH, 3)
+    assert tracemalloc.get_traced_memory()[1] < 2e7
+    tracemalloc.stop()
+
+
+def test_damaged_files_are_errors_and_nothing_else() -> None:
+    whole = tiff(numbers(5, "<u2").tobytes(), (16,) * 5, 1, t284=(1,))
+    random, damaged = np.random.default_rng(0), 0
+    for _ in range(600):
+        raw = np.frombuffer(whole, np.uint8).copy()
+        raw[random.integers(0, len(raw), 3)] = random.integers(0, 256, 3)
+        try:
+            assert load_image(io.BytesIO(raw.tobytes()), bands=PICK).dtype == np.uint8
+        except ImageError:
+            damaged += 1
+    assert 50 < damaged < 600
 
 
 # ---------------------------------------------------------------- one value, from the recipe to the device

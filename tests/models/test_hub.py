@@ -143,6 +143,18 @@ def test_a_page_as_transformers_writes_it_is_loaded(cache: Path, capsys: pytest.
     assert "timm_model. before every name is taken off" in capsys.readouterr().out
 
 
+def test_a_page_of_a_fixed_input_size_is_resized_to_another(cache: Path) -> None:
+    told = settings(architecture="test_vit")
+    told["pretrained_cfg"] |= {"fixed_input_size": True, "input_size": [3, 160, 160], "first_conv": "patch_embed.proj"}
+    file = cached(cache, PAGE, told)
+    saved = timm.create_model("test_vit").state_dict()
+    safetensors.torch.save_file(saved, file)
+    encoder = build(f"hf-hub:{PAGE}", 64, "pretrained", OPTION)
+    assert encoder.preprocessing.size == 64 and encoder.backbone.pos_embed.shape == (1, 17, 64)
+    assert torch.equal(encoder.backbone.blocks[1].mlp.fc1.weight, saved["blocks.1.mlp.fc1.weight"])
+    assert torch.equal(build(f"hf-hub:{PAGE}", 0, "pretrained", OPTION).backbone.pos_embed, saved["pos_embed"])
+
+
 def test_what_a_page_lacks_is_never_left_random(cache: Path) -> None:
     file = cached(cache, PAGE, settings())
     saved = safetensors.torch.load_file(file)
