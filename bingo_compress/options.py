@@ -54,6 +54,12 @@ class Check(Tables):
     """Say what is in a folder, what cannot be used and why."""
 
     data: Annotated[Data, Word("data", f"{IMAGES}; {AGAIN}", list[Path])]
+    teacher: Annotated[
+        str | None, Word("models", "a timm model or family that looks for near-copies: bursts, video frames")
+    ] = None
+    teacher_weights: Annotated[str, Word("models", "pretrained, a file, or random")] = "pretrained"
+    teacher_size: Annotated[int, Word("models", OWN_SIZE.format("teacher"), int)] = 0
+    device: Annotated[str, DEVICE] = "auto"
     progress: bool = True
 
 

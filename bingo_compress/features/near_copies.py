@@ -7,6 +7,7 @@ and the eye's neighbour of many another; its creases are its own.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from bingo_edge.image import ImageError, Pixels, preprocess
@@ -20,6 +21,7 @@ from bingo_compress.data.pixel_store import PixelStore, store_of
 from bingo_compress.features import extract, neighbours
 from bingo_compress.features.memmap import Matrix
 from bingo_compress.models.encoder import Preprocessing
+from bingo_compress.runtime import console
 from bingo_compress.runtime.made_of import hash_seed
 
 SIDE = 64  # pixels of a picture that is compared
@@ -69,7 +71,7 @@ def find(photos: Photos, limits: Limits, search: neighbours.Search = neighbours.
     video and the last. Exact copies are always one scene.
     """
     count = len(photos.features)
-    scenes = _same_bytes(photos.digests)
+    scenes = same_bytes(photos.digests)
     wanted = min(NEIGHBOURS, count - 1)
     if wanted < 1 or limits.alike > 1:
         return scenes
@@ -79,8 +81,9 @@ def find(photos: Photos, limits: Limits, search: neighbours.Search = neighbours.
         # What earlier neighbours have joined needs no second look.
         pairs = pairs[:, (similar[:, place] >= limits.similar) & (scenes[pairs[0]] != scenes[pairs[1]])]
         pairs = pairs.sort(dim=0).values.unique(dim=1)
-        alike = [_compared(photos.look, part) >= limits.alike for part in pairs.split(PAIRS, dim=1)]
-        scenes = _joined(scenes, pairs[:, torch.cat(alike)] if alike else pairs)
+        if pairs.numel():
+            alike = [_compared(photos.look, part) >= limits.alike for part in pairs.split(PAIRS, dim=1)]
+            scenes = _joined(scenes, pairs[:, torch.cat(alike)])
     return scenes
 
 
@@ -104,7 +107,7 @@ def fit(model: tuple[Preprocessing, extract.Embed], folder: ImageList, seed: int
     return Limits(float(cosine_similarity(seen, again).quantile(MISSED)), alike)
 
 
-def joined(one: Photos, other: Photos) -> Photos:
+def _joined_photos(one: Photos, other: Photos) -> Photos:
     """The images of both, one after the other, in memory."""
     first = len(one.features)
 
@@ -125,6 +128,35 @@ def within(scenes: Tensor, which: Tensor) -> Tensor:
     _, scene = scenes[which].unique(return_inverse=True)
     first = torch.full((len(which),), len(which)).scatter_reduce(0, scene, torch.arange(len(which)), "amin")
     return first[scene]
+
+
+def in_folders(model: tuple[Preprocessing, extract.Embed], parts: Sequence[tuple[Tensor, ImageList]]) -> Tensor:
+    """`find` among the images of all `parts`, one after the other, with limits fitted to the first. model: the teacher;
+    parts: its features of the images of a folder.
+    """
+    photos = reduce(_joined_photos, (of_folder(features, folder) for features, folder in parts))
+    return find(photos, fit(model, parts[0][1]))
+
+
+def said(model: tuple[Preprocessing, extract.Embed], folder: ImageList) -> list[list[int]]:
+    """`groups` of a folder as a teacher sees it; says how many, or that there are none."""
+    features, good = extract.plain({"teacher": model}, folder, range(len(folder.files)), "teacher")
+    scenes = in_folders(model, [(features["teacher"], folder.only(good))])
+    console.say(describe(scenes, [folder.files[image] for image in good]) or "no near-copies, as this teacher sees it")
+    return [[good[image] for image in scene] for scene in groups(scenes)]
+
+
+def parted(scenes: Tensor, labels: Tensor, copied: Tensor) -> tuple[Tensor, list[int]]:
+    """(groups (N,) that a split leaves together, labels of one scene): the scenes, but of a label that is one scene,
+    and could else not be split, the exact copies. labels, copied: (N,), copied the same for exact copies.
+    """
+    found, whole = scenes.clone(), []
+    for label in labels.unique().tolist():
+        rows = (labels == label).nonzero()[:, 0]
+        if len(rows) > 1 and len(scenes[rows].unique()) == 1:
+            found[rows] = len(scenes) + copied[rows]
+            whole.append(label)
+    return found, whole
 
 
 def groups(scenes: Tensor) -> list[list[int]]:
@@ -240,7 +272,7 @@ def _disturbed(plain: Tensor, generator: torch.Generator) -> Tensor:
     return found.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-def _same_bytes(digests: Sequence[str]) -> Tensor:
+def same_bytes(digests: Sequence[str]) -> Tensor:
     """`find` by exact copies alone."""
     first: dict[str, int] = {}
     return torch.tensor(
