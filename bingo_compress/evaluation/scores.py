@@ -285,7 +285,7 @@ def _quarter(labels: Tensor, groups: Tensor) -> Tensor:
         sizes = Counter(groups[rows[torch.randperm(len(rows), generator=generator)]].tolist())
         held, smallest = sum(size for group, size in sizes.items() if group in taken), min(sizes.values())
         for group, size in sizes.items():
-            if group not in taken and (held + size <= take or (not held and size == smallest)):
+            if group not in taken and (2 * held + size <= 2 * take or (not held and size == smallest)):
                 taken.add(group)
                 held += size
         classes.append(sizes)

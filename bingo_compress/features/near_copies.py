@@ -35,6 +35,7 @@ SAMPLE = 128  # images that the limits are fitted to
 # augment.Draw.
 KEPT, STOPS, NOISE, BLUR = 0.94, 0.3, 8.0, 1.5
 MISSED = 0.1  # share of pairs of a scene that may lie beyond each limit: two images have many ways to meet
+LEAST = 0.7  # however much a small picture loses to noise: lookalikes among photos of clothes reach 0.78
 # Where any two pictures are all but alike (parts on one fixture), one scene cannot be told from another: the limit is
 # so many median deviations above what two pictures have in common at random.
 STRANGERS, DEVIATIONS = 4, 6
@@ -98,7 +99,7 @@ def fit(model: tuple[Preprocessing, extract.Embed], folder: ImageList, seed: int
     views = [_disturbed(plain, generator) for _ in range(2)]
     seen, again = (torch.cat([embed(part) for part in view.split(extract.BATCH)]) for view in views)
     one, other = (_fine(_small(view)) for view in views)
-    alike = float(correlation(one, other).quantile(MISSED))
+    alike = max(LEAST, float(correlation(one, other).quantile(MISSED)))
     if len(plain) > 1:
         shifts = range(1, min(STRANGERS, len(plain) - 1) + 1)
         strange = torch.cat([correlation(one, other.roll(by, 0)) for by in shifts])
