@@ -38,7 +38,7 @@ MISSED = 0.1  # share of pairs of a scene that may lie beyond each limit: two im
 LEAST = 0.7  # however much a small picture loses to noise: lookalikes among photos of clothes reach 0.78
 # Where any two pictures are all but alike (parts on one fixture), one scene cannot be told from another: the limit is
 # so many median deviations above what two pictures have in common at random.
-STRANGERS, DEVIATIONS = 4, 6
+STRANGERS, DEVIATIONS = 4, 4
 
 Look = Callable[[Tensor], Tensor]  # images (B,) to their pictures, float32 (B, 3, SIDE, SIDE)
 
