@@ -140,13 +140,25 @@ def _maybe(place: str | Path | None) -> Path | None:
 
 @_with_words(options.Check)
 def check(words: options.Check) -> "Inventory":
-    """Decode every image below `data`: counts, sizes, and each file that cannot be used with its reason. Raises
-    BingoError where none can be.
+    """Decode every image below `data`: counts, sizes, and each file that cannot be used with its reason; with a
+    `teacher`, which is what torch is imported for, near-copies too. Raises BingoError where none can be.
     """
     from bingo_compress.inventory import check as look
 
+    near = None
+    if words.teacher:
+        from bingo_compress.features import near_copies
+        from bingo_compress.features.extract import as_embed
+        from bingo_compress.models.names import resolve_name
+        from bingo_compress.models.trained import build_teacher
+        from bingo_compress.runtime.devices import choose_device
+
+        named = {"teacher": resolve_name(words.teacher, "--teacher"), "teacher_size": words.teacher_size}
+        weights = {"teacher_weights": os.path.expanduser(words.teacher_weights)}
+        teacher = build_teacher(make_recipe(named | weights, "the command line"))
+        near = functools.partial(near_copies.said, as_embed(teacher, choose_device(words.device)))
     bands = make_recipe({"bands": words.bands}, "--bands").bands
-    return look(_asked(words.data, words, bands))
+    return look(_asked(words.data, words, bands), near)
 
 
 @_with_words(options.Distill)

@@ -1,12 +1,13 @@
 """What is in a folder: decoded to the last file, nothing written."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from bingo_edge.image import ImageError
 
 from bingo_compress.data import decode, image_list, listing, quarantine
+from bingo_compress.data.image_list import ImageList
 from bingo_compress.errors import BingoError
 from bingo_compress.runtime import console
 from bingo_compress.sources.opened import Data, asked
@@ -18,7 +19,8 @@ SHOWN = 50
 class Inventory:
     """What is in a folder. images: how many can be used; bad: (relative path, reason) of every file that cannot;
     short_sides: pixels, ascending, one an image; copies: (relative path, the first file of the very same bytes);
-    classes: how many images each folder has, where folder names could be labels.
+    classes: how many images each folder has, where folder names could be labels; scenes: the names of the images of
+    every scene that more than one shows, where a teacher looked for near-copies.
     """
 
     images: int
@@ -26,17 +28,21 @@ class Inventory:
     short_sides: tuple[int, ...]
     copies: tuple[tuple[str, str], ...]
     classes: Mapping[str, int]
+    scenes: tuple[tuple[str, ...], ...] | None = None
 
 
-def check(data: Data) -> Inventory:
+def check(data: Data, look: Callable[[ImageList], list[list[int]]] | None = None) -> Inventory:
     """Decode every image of `data` and print counts, sizes and each unusable file with its reason. Raises BingoError
     when none is usable.
+
+    look: finds the near-copies among usable images, and says how many.
     """
     folder = listing.list_images(data)
     image_list.say_passed(folder)
     bad = list(folder.bad)
     sides: list[tuple[int, int]] = []
     oddities: list[decode.Oddity] = []
+    usable: list[int] = []
     with console.bar("decode", len(folder.files)) as advance:
         for index, result in decode.decode_all(
             folder, range(len(folder.files)), lambda pixels: (pixels.shape[1], pixels.shape[0]), oddities=oddities
@@ -45,6 +51,7 @@ def check(data: Data) -> Inventory:
                 bad.append((folder.files[index], str(result)))
             else:
                 sides.append(result)
+                usable.append(index)
             advance(1)
     if bad:
         console.table(f"{len(bad):,} files cannot be used", ("file", "reason"), [*sorted(bad)[:SHOWN]])
@@ -64,6 +71,8 @@ def check(data: Data) -> Inventory:
     decode.say_oddities(oddities)
     copies = quarantine.copies(folder)
     quarantine.say_copies(copies, "keep")
+    good = folder.only(usable)
+    scenes = tuple(tuple(good.files[image] for image in scene) for scene in look(good)) if look else None
     known: dict[str, int] = {}
     try:
         classes, labels = image_list.labels_of(folder)
@@ -78,4 +87,4 @@ def check(data: Data) -> Inventory:
         console.say(f"no folder names that could be labels{f' ({hint})' if hint else ''}; none are needed to distil")
     given = " ".join(f"--data {place}" for place in asked(data).places)
     console.say(f"next: bingo-compress distill {given} --teacher resnet152 --student mobilenetv3 --out runs/first")
-    return Inventory(len(sides), tuple(sorted(bad)), tuple(short), tuple(copies), known)
+    return Inventory(len(sides), tuple(sorted(bad)), tuple(short), tuple(copies), known, scenes)

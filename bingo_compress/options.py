@@ -58,6 +58,12 @@ class Check:
     image_column: Annotated[str, IMAGE_COLUMN] = ""
     label_column: Annotated[str, LABEL_COLUMN] = ""
     bands: Annotated[str, Word("data", "red, green and blue of TIFF files of many bands, for example 3,2,1")] = ""
+    teacher: Annotated[
+        str | None, Word("models", "a timm model or family that looks for near-copies: bursts, video frames")
+    ] = None
+    teacher_weights: Annotated[str, Word("models", "pretrained, a file, or random")] = "pretrained"
+    teacher_size: Annotated[int, Word("models", OWN_SIZE.format("teacher"), int)] = 0
+    device: Annotated[str, DEVICE] = "auto"
     progress: bool = True
 
 

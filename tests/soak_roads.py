@@ -24,7 +24,6 @@ from helpers import flags
 
 import bingo_compress.training.loop as loop
 from bingo_compress import cli, pipeline
-from bingo_compress.evaluation import intervals, probes
 from bingo_compress.features import extract
 from bingo_compress.runtime import checkpoint, console, signals
 
@@ -141,10 +140,8 @@ def _walk(commands: list[list[str]], ports: list[int], *, first: bool) -> int:
     status = 0
     try:
         with ExitStack() as told:
-            # Several parts to a stage, of so few photos; fewer fits and draws.
+            # Several parts to a stage, of so few photos.
             told.enter_context(mock.patch.multiple(extract, BATCH=8, PART=1))
-            told.enter_context(mock.patch.object(probes, "L2_STRENGTHS", (0.1, 1.0)))
-            told.enter_context(mock.patch.object(intervals, "DRAWS", 100))
             if first:
                 _tell(told)
             for number, words in enumerate(commands):

@@ -150,11 +150,13 @@ def protocol(sides: Sides, test: image_list.ImageList | None, specs: list[str], 
             f"{scores.LEAST_GAP}"
         ),
         "bank": bank,
-        "test": test.where if test else f"a quarter of each class of {bank}, set aside",
+        "test": test.where
+        if test
+        else f"a quarter of each class of {bank}, set aside by scenes: near-copies stay together",
         "bank_images": bank_size,
         "test_images": len(sides.query_labels),
         "classes": sides.classes,
-    }
+    } | ({"near_copies": sides.near} if sides.near else {})
     return said | _extra_words(said["figures"], specs, extras)
 
 

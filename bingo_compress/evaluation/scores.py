@@ -4,7 +4,7 @@ bags' purity.
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ from torch import Tensor
 from bingo_compress.data.image_list import UNREADABLE, ImageList, labels_of
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation import finetune, intervals, probes
-from bingo_compress.features import extract
+from bingo_compress.features import extract, near_copies
 from bingo_compress.models.encoder import Preprocessing
-from bingo_compress.runtime import checkpoint, console
+from bingo_compress.runtime import checkpoint, console, distributed
 from bingo_compress.runtime.run_dir import made_by
 
 LEAST_GAP = 0.05
@@ -31,8 +31,8 @@ class Sides:
     """Bank and test images as every model sees them.
 
     bank, queries: features (N, D) and (M, D) by model; labels, query_labels: (N,) and (M,), positions in `classes`.
-    places, query_places: which files of bank_folder and query_folder the N and M rows are; groups: (N,) as `copies`
-    tells them.
+    places, query_places: which files of bank_folder and query_folder the N and M rows are; groups: (N,) the same for
+    images that no split sets apart, exact copies or near-copies; near: near-copies as the protocol tells them.
     """
 
     classes: list[str]
@@ -45,6 +45,7 @@ class Sides:
     query_folder: ImageList
     query_places: list[int]
     groups: Tensor | None = None
+    near: dict[str, Any] = field(default_factory=dict)
 
 
 def with_interval(key: str, values: Tensor) -> dict[str, Any]:
@@ -98,7 +99,7 @@ def sides(
     keep: extract.Keep | None = None,
 ) -> Sides:
     """Every labelled image embedded by every model; without a test folder a quarter of each class of the bank is set
-    aside, exact copies on one side.
+    aside, copies on one side: near-copies where the teacher is among the models, else exact ones.
 
     keep: as in `embedded`.
     """
@@ -111,10 +112,16 @@ def sides(
         )
     if test_folder:
         queries, query_labels, query_places = embedded(models, test_folder, classes, "embed test images", keep)
+        parts = ((bank, bank_folder.only(places)), (queries, test_folder.only(query_places)))
+        scenes = _scenes(models, parts)
+        near, groups = _near_bank(scenes, len(places)), scenes[: len(places)]
         return Sides(
-            classes, bank, labels, bank_folder, places, queries, query_labels, test_folder, query_places, groups
+            classes, bank, labels, bank_folder, places, queries, query_labels, test_folder, query_places, groups, near
         )
     refuse_small(classes, labels.tolist(), groups.tolist(), "--data", 2)  # some could not be decoded
+    scenes = _scenes(models, ((bank, bank_folder.only(places)),))
+    groups, whole = near_copies.parted(scenes, labels, groups)
+    near = _near_data(scenes, [classes[label] for label in whole])
     chosen = _quarter(labels, groups)
     queries, bank = ({name: rows[part] for name, rows in bank.items()} for part in (chosen, ~chosen))
     query_places, places = (torch.tensor(places)[part].tolist() for part in (chosen, ~chosen))
@@ -129,7 +136,50 @@ def sides(
         bank_folder,
         query_places,
         groups[~chosen],
+        near,
     )
+
+
+def _scenes(
+    models: Mapping[str, tuple[Preprocessing, extract.Embed]], parts: Sequence[tuple[Mapping[str, Tensor], ImageList]]
+) -> Tensor:
+    """The scene (N,) of every image of `parts` (features by model, images), as the teacher sees them; says what it
+    found. Without a teacher exact copies alone.
+    """
+    if "teacher" not in models:
+        return near_copies.same_bytes([digest for _, folder in parts for digest in folder.digests])
+    seen = [(features["teacher"], folder) for features, folder in parts]
+    scenes = distributed.from_first(lambda: near_copies.in_folders(models["teacher"], seen))
+    names = [folder.place(index) for _, folder in parts for index in range(len(folder.files))]
+    if told := near_copies.describe(scenes, names, "labelled images"):
+        console.say(f"{told}; a scene stays on one side of every split")
+    return scenes
+
+
+def _near_bank(scenes: Tensor, bank: int) -> dict[str, Any]:
+    """How many of the images to test on, which stand behind `bank` others in `scenes` (N + M,), have a near-copy among
+    those; says so.
+    """
+    shared = torch.isin(scenes[bank:], scenes[:bank])
+    count, share = int(shared.sum()), float(shared.double().mean())
+    if count:
+        console.say(
+            f"warning: {count:,} of {len(shared):,} test images ({share:.0%}) have a near-copy in the bank, which is"
+            " found, not recognised: every model looks better than it is; put whole scenes on one side"
+        )
+    return {"test_images_near_bank": count, "test_share_near_bank": share}
+
+
+def _near_data(scenes: Tensor, whole: Sequence[str]) -> dict[str, Any]:
+    """What is told of a split by scenes (N,) of which `whole` classes are one each; says so."""
+    found = near_copies.groups(scenes)
+    if whole:
+        more = f" and {len(whole) - NAMED:,} classes more" if len(whole) > NAMED else ""
+        console.say(
+            f"warning: all images of {', '.join(whole[:NAMED])}{more} are near-copies of one another, one scene, and on"
+            " both sides of the split: every model looks better than it is; give --test with other scenes"
+        )
+    return {"images": sum(map(len, found)), "scenes": len(found), "classes_of_one_scene": list(whole)}
 
 
 def copies(folder: ImageList) -> Tensor:
@@ -196,8 +246,8 @@ def trained_on(bags: Path, folder: ImageList) -> int | None:
 
 
 def _quarter(labels: Tensor, groups: Tensor) -> Tensor:
-    """A quarter of each class, at random but always the same, as the test set; exact copies (equal groups, (N,)) stay
-    together.
+    """A quarter of each class, at random but always the same, as the test set; copies (equal groups, (N,)) stay
+    together, and a group goes where it brings the test set nearer to a quarter.
 
     Returns bool (N,). Raises BingoError for a class of which not one image can be tested on and another kept.
     """
@@ -209,7 +259,7 @@ def _quarter(labels: Tensor, groups: Tensor) -> Tensor:
         sizes = Counter(groups[rows[torch.randperm(len(rows), generator=generator)]].tolist())
         held, smallest = sum(size for group, size in sizes.items() if group in taken), min(sizes.values())
         for group, size in sizes.items():
-            if group not in taken and (held + size <= take or (not held and size == smallest)):
+            if group not in taken and (2 * held + size <= 2 * take or (not held and size == smallest)):
                 taken.add(group)
                 held += size
         classes.append(sizes)

@@ -155,7 +155,7 @@ def _target_source(plan: Plan, teacher: Encoder, material: Material) -> targets.
     if not loss.teacher:
         return None
     plain = Rows(seen.features if loss.regression else seen.embeddings, material.training)
-    space = targets.target_space(plain, plan.target, recipe.target_dim)
+    space = targets.target_space(plain, plan.target, plan.dim)
     if not plan.online:
         mean = recipe.stored_views == "mean"
         return targets.StoredTargets(seen.views, space, plan.device, lengths=loss.lengths, mean=mean)

@@ -161,7 +161,7 @@ def set_aside_slowly(labels: Tensor, groups: Tensor) -> Tensor:
         drawn = groups[rows[torch.randperm(len(rows), generator=generator)]].tolist()
         for group in dict.fromkeys(drawn):
             held, size = int(chosen[rows].sum()), drawn.count(group)
-            if held + size <= take or (not held and size == min(map(drawn.count, drawn))):
+            if 2 * held + size <= 2 * take or (not held and size == min(map(drawn.count, drawn))):
                 chosen |= groups == group
     return chosen
 
