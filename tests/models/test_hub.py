@@ -145,7 +145,8 @@ def test_a_page_as_transformers_writes_it_is_loaded(cache: Path, capsys: pytest.
 
 def test_a_page_of_a_fixed_input_size_is_resized_to_another(cache: Path) -> None:
     told = settings(architecture="test_vit")
-    told["pretrained_cfg"] |= {"fixed_input_size": True, "input_size": [3, 160, 160], "first_conv": "patch_embed.proj"}
+    told["pretrained_cfg"] |= {"fixed_input_size": True, "input_size": [3, 160, 160], "classifier": "head"}
+    told["pretrained_cfg"]["first_conv"] = "patch_embed.proj"
     file = cached(cache, PAGE, told)
     saved = timm.create_model("test_vit").state_dict()
     safetensors.torch.save_file(saved, file)
