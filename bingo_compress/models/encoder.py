@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from bingo_compress.errors import BingoError, first_line
-from bingo_compress.models import extra_models, weights  # timm knows them from here on
+from bingo_compress.models import checkpoint_layouts, extra_models, weights  # timm knows them from here on
 from bingo_compress.models.names import HUB, has_pretrained, on_hub, page
-from bingo_compress.runtime import checkpoint, run_dir
+from bingo_compress.runtime import checkpoint, console, run_dir
 
 HUB_SECONDS = 3.0
 
@@ -219,7 +219,7 @@ def build(name: str, size: int, source: str, option: str, ema: bool = True) -> E
     config: Any = None
     by_page = source == "pretrained" and on_hub(name)
     try:
-        with _hub() if fetched else contextlib.nullcontext():
+        with _hub() if fetched else contextlib.nullcontext(), _saying_what_is_missing(name, option):
             config = _hub_config(name, option) if on_hub(name) else timm.models.get_pretrained_cfg(name)
             own = min(config.input_size[1:]) if config else 224
             if size and size != own and config and config.fixed_input_size:
@@ -290,6 +290,31 @@ def _refuse_damaged(repository: str | None, option: str) -> None:
             raise BingoError(
                 f"{option}: {file.resolve()} in the hub's cache is damaged ({why}); delete it, and start again online"
                 " or with a whole copy"
+            )
+
+
+@contextlib.contextmanager
+def _saying_what_is_missing(name: str, option: str) -> Iterator[None]:
+    """Tensors that pretrained weights do not have stay random, of which timm tells its log alone; and no line of that
+    log reaches the screen.
+    """
+    log, told = logging.getLogger("timm.models._builder"), list[str]()
+    handler, level = logging.Handler(), log.level
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+    for line in told:
+        if line.startswith("Missing keys ("):
+            missing = line.partition("(")[2].rpartition(")")[0].split(", ")
+            console.say(
+                f"warning: {option}: the pretrained weights of {name} have nothing for {len(missing):,} of its tensors"
+                f" ({checkpoint_layouts.names(missing)}), which are random; is the file in the hub's cache another"
+                " model's?"
             )
 
 

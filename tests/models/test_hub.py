@@ -1,6 +1,7 @@
 """The hub as people have it: a cache that was copied in part, models named by their page, and names from elsewhere."""
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -105,6 +106,23 @@ def test_a_whole_cache_of_another_model_is_not_called_damaged(cache: Path) -> No
     safetensors.torch.save_file({"conv1.0.weight": torch.ones(2)}, file)
     message = refusal(lambda: build("test_resnet", 0, "pretrained", OPTION))
     assert "could not be fetched" in message and "damaged" not in message
+
+
+def test_what_pretrained_weights_lack_is_said_and_no_line_of_timms_log(
+    cache: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.root, "handlers", [])  # as in a program that sets up no logging
+    file = cached(cache, "timm/test_resnet.r160_in1k")
+    build("test_resnet", 0, "pretrained", OPTION)
+    assert capfd.readouterr() == ("", "")
+    saved = safetensors.torch.load_file(file)
+    del saved["conv1.0.weight"], saved["layer1.0.conv1.weight"]
+    safetensors.torch.save_file(saved | {"other": torch.ones(2)}, file)
+    build("test_resnet", 0, "pretrained", OPTION)
+    out, err = capfd.readouterr()
+    shown = " ".join(out.split())
+    assert "have nothing for 2 of its tensors (conv1.0.weight, layer1.0.conv1.weight), which are random" in shown
+    assert err == "" and "Unexpected keys" not in shown
 
 
 def test_the_command_names_it(bingo: Callable[..., Ran], cache: Path, tmp_path: Path) -> None:
