@@ -1,5 +1,6 @@
 """What is in a folder: decoded to the last file, nothing written."""
 
+import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -85,6 +86,6 @@ def check(data: Data, look: Callable[[ImageList], list[list[int]]] | None = None
     except BingoError:
         hint = image_list.other_root(folder)
         console.say(f"no folder names that could be labels{f' ({hint})' if hint else ''}; none are needed to distil")
-    given = " ".join(f"--data {place}" for place in asked(data).places)
+    given = " ".join(f"--data {shlex.quote(place)}" for place in asked(data).places)
     console.say(f"next: bingo-compress distill {given} --teacher resnet152 --student mobilenetv3 --out runs/first")
     return Inventory(len(sides), tuple(sorted(bad)), tuple(short), tuple(copies), known, scenes)

@@ -103,7 +103,7 @@ class ImageList:
         """A hash of names and contents, wherever the folder lies: differs when any file does, or how one is read."""
         digest = hashlib.sha256("\0".join(self.files).encode("utf-8", "surrogateescape"))
         digest.update(self.contents.digests.tobytes())
-        digest.update(bytes(self.bands))
+        digest.update(repr(self.bands).encode() if self.bands else b"")  # a satellite has more than 255
         return digest.hexdigest()
 
     def only(self, indices: Sequence[int]) -> "ImageList":
