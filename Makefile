@@ -34,7 +34,11 @@ check: lint test
 soak: $(READY)
 	mkdir -p runs
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --json runs/soak.json
+	for source in list tar; do OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --source $$source --traced-once --trials 30 --stops 10 \
+		--two-trials 0 --two-stops 0 --disks 0 --workers 0 --decodes 0 --minutes 10 --json runs/soak-$$source.json || exit 1; done
 	OMP_NUM_THREADS=1 $(BIN)/python tests/stale_state.py --minutes 60 --json runs/stale_state.json
+	for source in list tar; do OMP_NUM_THREADS=1 $(BIN)/python tests/stale_state.py --source $$source --sequences 60 --minutes 20 \
+		--json runs/stale_state-$$source.json || exit 1; done
 
 # The C++ and the browser example against the Python kit, which `make test` skips where their parts are not installed.
 # On Debian: apt-get install cmake g++ nlohmann-json3-dev chromium nodejs npm

@@ -15,7 +15,7 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
-from bingo_compress.data import image_folder
+from bingo_compress.data import image_list, listing
 from bingo_compress.evaluation import probes, scores
 from bingo_compress.features import extract
 from bingo_compress.models.encoder import build
@@ -32,11 +32,11 @@ def main() -> None:
     parser.add_argument("files", nargs="+", type=Path)
     chosen = parser.parse_args()
     bank, test, where = (
-        image_folder.list_folder(chosen.bank),
-        image_folder.list_folder(chosen.test),
+        listing.list_images(chosen.bank),
+        listing.list_images(chosen.test),
         choose_device("auto"),
     )
-    classes, _ = image_folder.labels_of(bank)
+    classes, _ = image_list.labels_of(bank)
     students = {str(file): build(chosen.student, chosen.image_size, str(file), "FILE") for file in chosen.files}
     sides = scores.sides(
         {name: extract.as_embed(student, where) for name, student in students.items()}, bank, test, classes

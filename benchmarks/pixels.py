@@ -28,7 +28,7 @@ from synthetic import photo
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from bingo_compress.data import augment, pixel_store
-from bingo_compress.data.image_folder import list_folder
+from bingo_compress.data.listing import list_images
 from bingo_compress.runtime.machine import keep_memory
 
 Decoder = Callable[[bytes, int], np.ndarray]
@@ -138,7 +138,7 @@ def places(size: int, count: int, rounds: int, device: torch.device) -> list[dic
         side = pixel_store.store_side(size, 0)
 
         def store(where: str) -> pixel_store.PixelStore:
-            return pixel_store.build(list_folder(folder), side, work, device, where)[0]
+            return pixel_store.build(list_images(folder), side, work, device, where)[0]
 
         kinds = ["memory", "disk", "gpu"] if device.type == "cuda" else ["memory", "disk"]
         stores = {where: store(where) for where in kinds}

@@ -15,9 +15,11 @@ from bingo_compress import options, preflight
 from bingo_compress.errors import BingoError
 from bingo_compress.recipe import GIVEN, KEYS, Recipe, load_recipe, make_recipe, parse_setting, recipe_file
 from bingo_compress.runtime import console, run_dir
+from bingo_compress.sources.listed import Columns
+from bingo_compress.sources.opened import Asked, asked
 
 if TYPE_CHECKING:
-    from bingo_compress.data.inventory import Inventory
+    from bingo_compress.inventory import Inventory
     from bingo_compress.models.encoder import Encoder
 
 P = ParamSpec("P")
@@ -125,18 +127,38 @@ def _place(place: str | Path) -> Path:
     return Path(os.path.expanduser(place))
 
 
+def _asked(data: options.Data, words: options.Check | options.Validate | options.Export | Columns, bands: str) -> Asked:
+    """Images, with `~` as the home folder, the columns that the words name, and `Asked.bands`."""
+    places = asked(data).places
+    columns = words if isinstance(words, Columns) else Columns(words.image_column, words.label_column)
+    return Asked(tuple(map(os.path.expanduser, places)), columns, bands)
+
+
 def _maybe(place: str | Path | None) -> Path | None:
     return _place(place) if place is not None else None
 
 
 @_with_words(options.Check)
 def check(words: options.Check) -> "Inventory":
-    """Decode every image below `data`: counts, sizes, and each file that cannot be used with its reason. Raises
-    BingoError where none can be.
+    """Decode every image below `data`: counts, sizes, and each file that cannot be used with its reason; with a
+    `teacher`, which is what torch is imported for, near-copies too. Raises BingoError where none can be.
     """
-    from bingo_compress.data.inventory import check as look
+    from bingo_compress.inventory import check as look
 
-    return look(_place(words.data))
+    near = None
+    if words.teacher:
+        from bingo_compress.features import near_copies
+        from bingo_compress.features.extract import as_embed
+        from bingo_compress.models.names import resolve_name
+        from bingo_compress.models.trained import build_teacher
+        from bingo_compress.runtime.devices import choose_device
+
+        named = {"teacher": resolve_name(words.teacher, "--teacher"), "teacher_size": words.teacher_size}
+        weights = {"teacher_weights": os.path.expanduser(words.teacher_weights)}
+        teacher = build_teacher(make_recipe(named | weights, "the command line"))
+        near = functools.partial(near_copies.said, as_embed(teacher, choose_device(words.device)))
+    bands = make_recipe({"bands": words.bands}, "--bands").bands
+    return look(_asked(words.data, words, bands), near)
 
 
 @_with_words(options.Distill)
@@ -194,7 +216,10 @@ def compare(words: options.Compare) -> Comparison:
 
     _refuse_unread(words, recipe, [arm.recipe for arm in make_arms(words.methods, recipe)])
     seeds = list(dict.fromkeys(map(int, numbers)))
-    table = run(recipe, _place(words.labels), _maybe(words.test), words.methods, seeds, out, overwrite=words.overwrite)
+    columns = Columns(recipe.image_column, recipe.label_column)
+    labels = _asked(words.labels, columns, recipe.bands)
+    test = _asked(words.test, columns, recipe.bands) if words.test else None
+    table = run(recipe, labels, test, words.methods, seeds, out, overwrite=words.overwrite)
     return Comparison(out, table)
 
 
@@ -207,7 +232,7 @@ def validate(words: options.Validate) -> Validation:
     """
     run, json_file = _place(words.run), _maybe(words.json)
     given = _own(words.teacher, words.student)
-    preflight.refuse_run(run, given, ("teacher", "student"), json_file)
+    bands = preflight.refuse_run(run, given, ("teacher", "student"), json_file).bands
 
     from bingo_compress.evaluation.protocol import Extras
     from bingo_compress.evaluation.validation import validate as prove
@@ -215,8 +240,8 @@ def validate(words: options.Validate) -> Validation:
 
     found = prove(
         run,
-        _place(words.data),
-        _maybe(words.test),
+        _asked(words.data, words, bands),
+        _asked(words.test, words, bands) if words.test else None,
         json_file,
         words.device,
         extras=Extras(words.shots, words.fine_tune, words.literature, _maybe(words.against)),
@@ -241,20 +266,21 @@ def export(words: options.Export) -> Exported:
     student: the module of a run that was distilled into your own.
     """
     given = _own(None, words.student)
-    preflight.refuse_run(_place(words.run), given, ("student",))
+    bands = preflight.refuse_run(_place(words.run), given, ("student",)).bands
 
     from bingo_compress.exporters.exporting import Int8, Shape
     from bingo_compress.exporters.exporting import export as write
     from bingo_compress.models import exported
     from bingo_compress.models.trained import Given
 
+    labels, test = (_asked(data, words, bands) if data else None for data in (words.labels, words.test))
     files = write(
         _place(words.run),
         _maybe(words.out),
-        _maybe(words.data),
+        _asked(words.data, words, bands) if words.data else None,
         words.format,
         shape=Shape(words.profile, words.batch, words.opset, words.image_size),
-        int8=Int8(_maybe(words.labels), _maybe(words.test), words.max_loss, words.finetune),
+        int8=Int8(labels, test, words.max_loss, words.finetune),
         given=Given(**given),
     )
     return Exported(tuple(files), files[0].with_name(exported.CARD))
@@ -288,7 +314,7 @@ def load_student(run: str | Path, student: "Encoder | None" = None) -> "Encoder"
     from bingo_compress.models import trained
 
     opened = run_dir.open_finished(_place(run))
-    return trained.load_student(run_dir.saved_recipe(opened), opened.student, student).eval()
+    return trained.load_student(load_recipe(opened.as_run), opened.student, student).eval()
 
 
 def _own(teacher: "str | Encoder | None", student: "str | Encoder | None") -> "dict[str, Encoder]":
@@ -299,8 +325,8 @@ def _own(teacher: "str | Encoder | None", student: "str | Encoder | None") -> "d
 
 def _named(words: options.Distill | options.Compare) -> dict[str, Any]:
     """The settings that were named, beside a recipe's: first those of `settings`, then words of their own."""
-    asked = words.settings or ()
-    named = dict(asked) if isinstance(asked, Mapping) else dict(parse_setting(each, "--set") for each in asked)
+    chosen = words.settings or ()
+    named = dict(chosen) if isinstance(chosen, Mapping) else dict(parse_setting(each, "--set") for each in chosen)
     for field in fields(words):
         value = getattr(words, field.name)
         if field.name not in KEYS or value is None:
@@ -308,7 +334,7 @@ def _named(words: options.Distill | options.Compare) -> dict[str, Any]:
         if field.name in ("teacher", "student") and not isinstance(value, str):
             named |= {field.name: value.name, f"{field.name}_weights": GIVEN}
         else:
-            named[field.name] = os.fspath(value) if isinstance(value, Path) else value
+            named[field.name] = list(asked(value).places) if field.name == "data" else value
     return named
 
 

@@ -15,11 +15,12 @@ import torch
 from bingo_compress import options
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation import probes
-from bingo_compress.evaluation.validation import NAMES, validate
+from bingo_compress.evaluation.validation import validate
 from bingo_compress.exporters.exporting import export
 from bingo_compress.models import exported
 from bingo_compress.pipeline import run_distill
 from bingo_compress.recipe import RECIPES_DIR, load_recipe, recipe_text
+from bingo_compress.report.tables import title
 from bingo_compress.runtime import console
 from bingo_compress.runtime.run_dir import open_new, write_text
 
@@ -107,7 +108,7 @@ def _closing(result: dict[str, Any], seconds: float) -> None:
         ]
         cells.append(
             (
-                NAMES[name],
+                title(name),
                 f"{rows[name]['linear_auc']:.3f}",
                 f"{rows[name]['linear_balanced']:.3f}",
                 *(f"{share:.0%}" for share in shares),

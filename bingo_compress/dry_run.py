@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from bingo_compress.data.decode import decode_all
-from bingo_compress.data.image_folder import Folder
+from bingo_compress.data.image_list import ImageList
 from bingo_compress.data.pixel_store import guess
 from bingo_compress.errors import BingoError
 from bingo_compress.models.encoder import Encoder
@@ -82,7 +82,7 @@ def _disk(plan: Plan, count: int) -> dict[str, int]:
     return {"pixel store": guess(count, plan.side), "teacher's embeddings": 2 * plan.stored * count}
 
 
-def _decode_seconds(folder: Folder) -> float:
+def _decode_seconds(folder: ImageList) -> float:
     sample = range(0, len(folder.files), max(1, len(folder.files) // SAMPLE))
     start = time.perf_counter()
     good = sum(
@@ -90,7 +90,7 @@ def _decode_seconds(folder: Folder) -> float:
     )
     if not good:
         raise BingoError(
-            f"--data: expected images, found none that can be decoded among {len(sample)} tried in {folder.root}"
+            f"--data: expected images, found none that can be decoded among {len(sample)} tried in {folder.where}"
         )
     return (time.perf_counter() - start) / len(sample)
 

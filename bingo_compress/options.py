@@ -27,11 +27,25 @@ class Word(NamedTuple):
     positional: bool = False
 
 
+Data = str | Path | Sequence[str | Path]
+
+
+def _places(help_text: str) -> Word:
+    """Images: one place or several."""
+    return Word("data", help_text, list[str], metavar="PLACE")
+
+
 RunFolder = Annotated[Place, Word("run", "the --out folder of a finished distill", Path)]
 Json = Annotated[Place | None, Word("run", "write protocol and figures to this file", Path)]
+IMAGES = "images: a folder, searched to any depth, a list (.txt, .csv), tar shards, a .zip or .parquet"
+AGAIN = "may be repeated"
+LABELLED = "labelled images: one folder a class, or a list, tar shards, a .zip or .parquet with labels"
 TestFolder = Annotated[
-    Place | None, Word("data", "labelled images to test on; default: a quarter of the others is set aside", Path)
+    Data | None,
+    _places("labelled images to test on; default: a quarter of the others is set aside"),
 ]
+IMAGE_COLUMN = Word("data", "column of a list or Parquet file that has the images, where its name does not tell")
+LABEL_COLUMN = Word("data", "the same for labels; or the key of a JSON file")
 DEVICE = Word("machine", "auto, cpu or cuda")
 OWN_SIZE = "pixels a side for the {}; default: its own"
 
@@ -40,7 +54,16 @@ OWN_SIZE = "pixels a side for the {}; default: its own"
 class Check:
     """Say what is in a folder, what cannot be used and why."""
 
-    data: Annotated[Place, Word("data", "folder of images, searched to any depth", Path)]
+    data: Annotated[Data, _places(f"{IMAGES}; {AGAIN}")]
+    image_column: Annotated[str, IMAGE_COLUMN] = ""
+    label_column: Annotated[str, LABEL_COLUMN] = ""
+    bands: Annotated[str, Word("data", "red, green and blue of TIFF files of many bands, for example 3,2,1")] = ""
+    teacher: Annotated[
+        str | None, Word("models", "a timm model or family that looks for near-copies: bursts, video frames")
+    ] = None
+    teacher_weights: Annotated[str, Word("models", "pretrained, a file, or random")] = "pretrained"
+    teacher_size: Annotated[int, Word("models", OWN_SIZE.format("teacher"), int)] = 0
+    device: Annotated[str, DEVICE] = "auto"
     progress: bool = True
 
 
@@ -48,7 +71,7 @@ class Check:
 class _Training:
     """What a run and a comparison of runs are both asked for."""
 
-    data: Annotated[Place | None, Word("data", "folder of images to distil on")]
+    data: Annotated[Data | None, _places(f"{IMAGES}; {AGAIN}")]
     teacher: Annotated["str | Encoder | None", Word("models", "a timm model or family")]
     student: Annotated["str | Encoder | None", Word("models", "a timm model or family")]
     recipe: Annotated[
@@ -76,6 +99,8 @@ class _Training:
         str | None, Word("machine", "where decoded images are kept: auto, gpu, memory, disk or stream")
     ] = None
     memory: Annotated[str | None, Word("machine", "memory the run may hold at most, for example 4GB")] = None
+    image_column: Annotated[str | None, IMAGE_COLUMN] = None
+    label_column: Annotated[str | None, LABEL_COLUMN] = None
     progress: bool = True
 
 
@@ -83,7 +108,7 @@ class _Training:
 class Distill(_Training):
     """Distil a teacher into a student on a folder of images."""
 
-    data: Annotated[Place | None, Word("data", "folder of images, searched to any depth; labels are not needed")] = None
+    data: Annotated[Data | None, _places(f"{IMAGES}; {AGAIN}; no labels are needed")] = None
     teacher: Annotated["str | Encoder | None", Word("models", "a timm model or family, for example resnet152")] = None
     student: Annotated["str | Encoder | None", Word("models", "a timm model or family, for example mobilenetv3")] = None
     out: Annotated[Place, Word("run", "folder for all that the run makes", Path)] = Path("runs/first")
@@ -126,9 +151,10 @@ class Compare(_Training):
     A method with settings after colons is a variant; every arm's student sees as many views.
     """
 
-    labels: Annotated[Place, Word("data", "labelled images, one folder a class: the bank of the probes", Path)]
+    labels: Annotated[Data, _places("labelled images, one folder a class: the bank of the probes")]
     test: Annotated[
-        Place | None, Word("data", "labelled images to judge on; default: --labels, cross-validated", Path)
+        Data | None,
+        _places("labelled images to judge on; default: --labels, cross-validated"),
     ] = None
     methods: Annotated[
         str,
@@ -156,7 +182,7 @@ class Validate:
     """
 
     run: RunFolder
-    data: Annotated[Place, Word("data", "labelled images, one folder a class", Path)]
+    data: Annotated[Data, _places(LABELLED)]
     test: TestFolder = None
     json: Json = None
     shots: Annotated[
@@ -185,6 +211,8 @@ class Validate:
             metavar="KEY=VALUE",
         ),
     ] = ()
+    image_column: Annotated[str, IMAGE_COLUMN] = ""
+    label_column: Annotated[str, LABEL_COLUMN] = ""
     device: Annotated[str, DEVICE] = "auto"
     teacher: "Encoder | None" = None
     student: "Encoder | None" = None
@@ -200,7 +228,7 @@ class Export:
 
     run: RunFolder
     out: Annotated[Place | None, Word("run", "folder for the files; default: RUN/export", Path)] = None
-    data: Annotated[Place | None, Word("data", "where the run's images are now, if they moved", Path)] = None
+    data: Annotated[Data | None, _places("where the run's images are now, if they moved")] = None
     format: Annotated[str, Word("method", "onnx, onnx-int8 or all")] = "onnx"
     profile: Annotated[
         str,
@@ -212,8 +240,8 @@ class Export:
         None
     )
     labels: Annotated[
-        Place | None,
-        Word("data", "labelled images, one folder a class: int8 may lose --max-loss points of accuracy on them", Path),
+        Data | None,
+        _places("labelled images, one folder a class: int8 may lose --max-loss points of accuracy on them"),
     ] = None
     test: TestFolder = None
     max_loss: Annotated[float, Word("method", "points of kNN and linear accuracy that int8 may lose", float)] = 0.5
@@ -225,6 +253,8 @@ class Export:
             bool,
         ),
     ] = False
+    image_column: Annotated[str, IMAGE_COLUMN] = ""
+    label_column: Annotated[str, LABEL_COLUMN] = ""
     student: "Encoder | None" = None
     progress: bool = True
 

@@ -13,22 +13,25 @@ from torch import Tensor
 
 from bingo_compress import __version__
 from bingo_compress.data import pixel_store
-from bingo_compress.data.image_folder import Folder
+from bingo_compress.data.image_list import ImageList
 from bingo_compress.data.quarantine import report
 from bingo_compress.errors import BingoError
-from bingo_compress.evaluation.held_out import held_out_recall, recall_check
-from bingo_compress.features import extract
+from bingo_compress.evaluation.held_out import held_out_recall, train
+from bingo_compress.features import extract, near_copies
 from bingo_compress.models import trained
 from bingo_compress.models.encoder import Encoder, weights_digest
 from bingo_compress.models.trained import NOTHING_GIVEN, Given, Models, build_models
-from bingo_compress.recipe import RESUME_MAY_CHANGE, Recipe, deciding, recipe_text
+from bingo_compress.recipe import RESUME_MAY_CHANGE, Recipe, deciding, load_recipe, recipe_text
 from bingo_compress.report.tables import closing_table, describe_bags, header, say_smaller
 from bingo_compress.runtime import checkpoint, console, distributed, run_dir
-from bingo_compress.runtime.made_of import MadeOf
-from bingo_compress.runtime.run_dir import saved_recipe
-from bingo_compress.training.loop import distill
-from bingo_compress.training.material import Material, bag_facts, halves, lessons_of, make_bags, prepare, sources_of
+from bingo_compress.training.material import Material, anchors_count, bag_facts, make_bags, prepare, sources_of
 from bingo_compress.training.plan import Plan, absolute, begin, plan_run
+
+# What becomes of near-copies; second with duplicates=near.
+NEAR = (
+    "none is another's mate or negative; --set duplicates=near trains on one of each scene an epoch",
+    "one of each scene is trained on an epoch, another each time",
+)
 
 
 def run_distill(
@@ -40,7 +43,7 @@ def run_distill(
     """
     asked = absolute(recipe)
     resolved, folder, device = begin(asked)
-    before = absolute(saved_recipe(run_dir.RunDir(out))) if resume and (out / "recipe.yaml").is_file() else None
+    before = absolute(load_recipe(run_dir.RunDir(out).as_run)) if resume and (out / "recipe.yaml").is_file() else None
     models = build_models(resolved, given)
     _refuse_other_recipe(before, models.recipe)
     distributed.refuse_unshared(models.student)
@@ -57,9 +60,11 @@ def run_distill(
     header(plan, models, folder)
 
     material = prepare(plan, models, folder, run.work)
-    plan = plan.on(len(material.training))
+    plan = plan.on(anchors_count(plan, material))
     distributed.from_first(lambda: report(material.folder, run.quarantine))
     console.say(f"{len(material.training):,} images to train on, {len(material.held):,} held out; {plan.describe()}")
+    if copies := near_copies.describe(material.scenes, material.folder.files):
+        console.say(f"{copies}; {NEAR[plan.recipe.duplicates == 'near']}")
     say_smaller(plan)
     bags = make_bags(plan, models.teacher, material)
     distributed.from_first(lambda: _save_beginning(run, plan, models.student, material, bags))
@@ -72,39 +77,13 @@ def run_distill(
     return run
 
 
-def train(
-    plan: Plan, models: Models, material: Material, bags: Tensor, metrics: Path, saved: Path, *, discard: bool = False
-) -> MadeOf:
-    """Distil models.student in place, with checks of neighbour recall where the recipe asks for them. Returns what it
-    is made of.
-
-    discard: a state in `saved` that is another run's is deleted instead of refused.
-    """
-    recipe, check = plan.recipe, None
-    lessons = lessons_of(plan, models.teacher, material, bags)
-    if recipe.keep_best or recipe.check_every:
-        choosing, reporting = halves(material.held, recipe)
-        if not len(reporting):
-            raise BingoError(
-                f"--keep-best: expected 2 or more images held out, found {len(material.held)}; add images or raise"
-                " --set hold_out=0.05"
-            )
-        if recipe.keep_best:
-            console.say(
-                f"--keep-best chooses by {len(choosing):,} of the images held out; the closing figure is of the other"
-                f" {len(reporting):,}"
-            )
-        check = recall_check(material, choosing, plan.device)
-    return distill(plan, models.student, lessons, metrics, saved, check=check, discard=discard)
-
-
-def _refuse_other_inputs(models: Models, folder: Folder, out: Path) -> None:
+def _refuse_other_inputs(models: Models, folder: ImageList, out: Path) -> None:
     """--resume goes on with the images, weights and settings that are there."""
     now = sources_of(models, folder) | {"start": weights_digest(models.student), "settings": deciding(models.recipe)}
     distributed.from_first(lambda: trained.refuse_other_inputs(run_dir.RunDir(out), now))
 
 
-def _refuse_too_little_space(plan: Plan, student: Encoder, folder: Folder, out: Path) -> None:
+def _refuse_too_little_space(plan: Plan, student: Encoder, folder: ImageList, out: Path) -> None:
     """Before anything is written: one image at least can be decoded, and the disk is large enough."""
     count = len(folder.files)
     extract.pixels_of(student.preprocessing, folder, range(count), 1)
@@ -151,6 +130,7 @@ def _close(
         "images": {
             "training": len(material.training),
             "held_out": len(material.held),
+            "scenes": len(material.scenes.unique()),
             "unusable": len(material.folder.bad),
         },
         "bags": facts,

@@ -5,11 +5,12 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
-from bingo_compress.data.image_folder import list_folder
-from bingo_compress.errors import BingoError, nearest
-from bingo_compress.models.names import FAMILIES
-from bingo_compress.recipe import GIVEN, WORDS, Recipe
-from bingo_compress.runtime.run_dir import open_finished, refuse_no_file, refuse_taken, saved_recipe
+from bingo_compress.data.listing import list_images
+from bingo_compress.errors import BingoError
+from bingo_compress.models.names import FAMILIES, on_hub, unknown
+from bingo_compress.recipe import GIVEN, WORDS, Recipe, load_recipe
+from bingo_compress.runtime.run_dir import open_finished, refuse_no_file, refuse_taken
+from bingo_compress.sources.opened import of_recipe
 
 ROLES = ("teacher", "student")
 OWN = ("resnet50x2", "vit_small_moco_v3")  # models that weights.py adds to timm's
@@ -37,11 +38,11 @@ def refuse_early(recipe: Recipe, out: Path, own: Collection[str], *, resume: boo
     if recipe.keep_best and not recipe.hold_out:
         raise BingoError("--keep-best: expected images held out, found none; raise --set hold_out=0.05")
     refuse_taken(out, may_hold_files=resume or overwrite)
-    folder = list_folder(Path(recipe.data))
+    folder = list_images(of_recipe(recipe))
     if len(folder.files) < 2:  # how many more it takes is the method's to say
         raise BingoError(
             f"--data: expected images, found {len(folder.files)} that may be one among"
-            f" {len(folder.files) + len(folder.bad)} files in {folder.root}"
+            f" {len(folder.files) + len(folder.bad)} files in {folder.where}"
         )
     for role in ROLES:
         source = getattr(recipe, f"{role}_weights")
@@ -51,10 +52,12 @@ def refuse_early(recipe: Recipe, out: Path, own: Collection[str], *, resume: boo
             _refuse_foreign(Path(source), f"--{role}-weights")
 
 
-def refuse_run(run: Path, own: Collection[str], roles: Collection[str], json_file: Path | None = None) -> None:
-    """The same for a finished run, of which the models of these roles are needed."""
+def refuse_run(run: Path, own: Collection[str], roles: Collection[str], json_file: Path | None = None) -> Recipe:
+    """The same for a finished run, of which the models of these roles are needed. Returns its recipe."""
     refuse_no_file(json_file, "--json")
-    _refuse_absent(saved_recipe(open_finished(run)), own, roles)
+    recipe = load_recipe(open_finished(run).as_run)
+    _refuse_absent(recipe, own, roles)
+    return recipe
 
 
 def _refuse_absent(recipe: Recipe, own: Collection[str], roles: Collection[str]) -> None:
@@ -75,7 +78,7 @@ def _refuse_unknown(word: str, option: str) -> None:
     them.
     """
     spec = importlib.util.find_spec("timm")
-    if spec is None or not spec.submodule_search_locations:
+    if on_hub(word) or spec is None or not spec.submodule_search_locations:
         return
     name = word.removeprefix("timm/").partition(".")[0]
     source = "".join(
@@ -84,10 +87,7 @@ def _refuse_unknown(word: str, option: str) -> None:
     if name in FAMILIES or name in OWN or re.search(rf"\b{re.escape(name)}\b", source):
         return
     known = [*re.findall(r"^@register_model\s+def (\w+)", source, re.MULTILINE), *OWN, *FAMILIES]
-    raise BingoError(
-        f"{option}: unknown model {word!r}; the nearest are {', '.join(nearest(name, known))}; see `bingo-compress"
-        " models`"
-    )
+    raise unknown(word, option, known)
 
 
 def _refuse_foreign(file: Path, option: str) -> None:

@@ -1,7 +1,7 @@
 """Every setting of a run, once: the same word is the command-line flag, the YAML key and the attribute."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from reprlib import repr as shortened
 from typing import Annotated, Any, Literal
@@ -16,6 +16,16 @@ def _number_as_text(value: Any) -> Any:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+def _numbers_as_text(value: Any) -> Any:
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else value
+
+
+def _one_or_several(value: Any) -> Any:
+    if not isinstance(value, list | tuple):
+        return value
+    return tuple(value) if len(value) > 1 else next(iter(value), "")
+
+
 def _whole(value: float) -> float:
     return int(value) if value.is_integer() else value
 
@@ -25,8 +35,22 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    data: str = Field(
-        "", description="folder of images, searched to any depth; its folder names are never used as labels"
+    data: Annotated[str | tuple[str, ...], BeforeValidator(_one_or_several)] = Field(
+        "",
+        description=(
+            "folder of images, searched to any depth, or a list, tar shards, a zip or Parquet file; several in a list;"
+            " names of folders are never used as labels"
+        ),
+    )
+    image_column: str = Field("", description="column of a list or Parquet file that has the images; empty: by name")
+    label_column: str = Field("", description="column, or key of a JSON file, that has the labels; empty: by name")
+    bands: Annotated[str, BeforeValidator(_numbers_as_text)] = Field(
+        "",
+        pattern=r"^([1-9][0-9]*(,[1-9][0-9]*){2})?$",
+        description=(
+            "of TIFF files of many bands that do not say which are red, green and blue: their numbers from 1, for"
+            " example 3,2,1; empty: such files are left out"
+        ),
     )
     max_bad: Annotated[str, BeforeValidator(_number_as_text)] = Field(
         "100%",
@@ -36,7 +60,13 @@ class Recipe(BaseModel):
             " like are not counted)"
         ),
     )
-    duplicates: Literal["keep", "drop"] = Field("keep", description="exact copies of a file; drop: one of each is used")
+    duplicates: Literal["keep", "drop", "near"] = Field(
+        "keep",
+        description=(
+            "copies; drop: of exact copies one is used; near: of near-copies (bursts, video frames) and exact ones, one"
+            " of each scene an epoch, another each time"
+        ),
+    )
     teacher: str = Field("", description="a timm model, or a family name such as resnet or mobilenetv3")
     student: str = Field("", description="a timm model, or a family name")
     teacher_weights: str = Field(
@@ -44,6 +74,13 @@ class Recipe(BaseModel):
     )
     student_weights: str = Field(
         "auto", description="auto (pretrained where timm has weights, else random), pretrained, random, or a file"
+    )
+    ema: bool = Field(
+        True,
+        description=(
+            "of weights files that hold a moving average beside what was averaged (model_ema and model): true takes the"
+            " average, false the other"
+        ),
     )
     teacher_size: int = Field(0, ge=0, description="pixels a side the teacher sees; 0: its own input size")
     image_size: int = Field(
@@ -197,6 +234,8 @@ KEYS = tuple(Recipe.model_fields)
 RESUME_MAY_CHANGE = frozenset(
     {
         "data",
+        "image_column",
+        "label_column",
         "threads",
         "device",
         "save_every_minutes",
@@ -232,13 +271,13 @@ def recipe_file(name: str) -> Path:
     raise BingoError(f"--recipe: expected a YAML file or one of {', '.join(shipped)}; found no file {name!r}")
 
 
-def load_recipe(file: Path | None, settings: list[str], flags: dict[str, Any]) -> Recipe:
+def load_recipe(file: Path | None, settings: Sequence[str] = (), flags: Mapping[str, Any] | None = None) -> Recipe:
     """Defaults, then the file, then each KEY=VALUE of `settings`, then the flags that were given. Raises BingoError."""
     values: dict[str, Any] = {}
     if file is not None:
         values.update(_read_yaml(file))
     values.update(parse_setting(setting, "--set") for setting in settings)
-    values.update({key: value for key, value in flags.items() if value is not None})
+    values.update({key: value for key, value in (flags or {}).items() if value is not None})
     return make_recipe(values, str(file) if file else "the command line")
 
 
@@ -273,7 +312,7 @@ def deciding(recipe: Recipe) -> dict[str, Any]:
 
 def recipe_text(recipe: Recipe) -> str:
     """The recipe as YAML that `load_recipe` reads back to an equal recipe."""
-    return yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
@@ -312,6 +351,8 @@ def _meant(key: str, value: Any) -> Any:
     """
     if key in PLACES and isinstance(value, str):
         return os.path.expanduser(value)
+    if key in PLACES and isinstance(value, list | tuple) and all(isinstance(each, str) for each in value):
+        return list(map(os.path.expanduser, value))
     try:
         return float(value) if isinstance(value, str) and Recipe.model_fields[key].annotation is float else value
     except ValueError:

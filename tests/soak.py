@@ -2,7 +2,8 @@
 then resumed and compared bit for bit.
 
     python tests/soak.py [--trials 200] [--stops 50] [--two-trials 50] [--two-stops 20] [--disks 30]
-        [--workers 3] [--decodes 1000000] [--minutes 60] [--seed 0] [--traced-once] [--json FILE]
+        [--workers 3] [--decodes 1000000] [--minutes 60] [--seed 0] [--traced-once] [--source folder]
+        [--json FILE]
 
 A trial is the whole road - pixels, teacher, bags, training, proof, export - of the smallest models on drawn photos,
 forked from a process that has imported everything, so that no time goes into imports. --minutes bounds the whole:
@@ -29,7 +30,7 @@ import torch
 import traced
 from helpers import flags, photos
 from soak_pictures import closed_early, decodes, throughput
-from soak_roads import SAVE_EVERY, WATCH, ended, orphans, result, road
+from soak_roads import SAVE_EVERY, WATCH, ended, orphans, result, road, source_of
 
 from bingo_compress.runtime import checkpoint
 
@@ -223,6 +224,7 @@ def main() -> None:
         ("seed", 0),
     ):
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--source", choices=("folder", "list", "tar"), default="folder")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--traced-once", action="store_true", help="trace the student once: an export takes a second")
     given = parser.parse_args()
@@ -257,7 +259,7 @@ def main() -> None:
         if given.traced_once:
             (home / "graphs").mkdir()
             torch.onnx.export = traced.once(home / "graphs")
-        data = photos(home / "photos", 12)
+        data = source_of(photos(home / "photos", 12), given.source)
 
         @cache
         def whole(processes: int, *, exports: bool) -> Whole:

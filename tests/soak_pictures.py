@@ -13,7 +13,7 @@ from helpers import CPU, photo, photos
 from PIL import Image
 
 from bingo_compress.data import pixel_store
-from bingo_compress.data.image_folder import list_folder
+from bingo_compress.data.listing import list_images
 from bingo_compress.runtime import machine
 
 SPEED_FILES, ROUNDS = 3000, 5
@@ -69,7 +69,7 @@ def throughput(home: Path) -> dict[str, Any]:
             work = home / f"speed-{turn}-{name}"
             work.mkdir()
             began = time.monotonic()
-            store, _ = pixel_store.build(list_folder(folder), 64, work, CPU, "memory")
+            store, _ = pixel_store.build(list_images(folder), 64, work, CPU, "memory")
             best[name] = max(best[name], SPEED_FILES / (time.monotonic() - began))
             assert len(store) == SPEED_FILES - (name != "whole") * SPEED_FILES // 100
             shutil.rmtree(work)

@@ -10,6 +10,7 @@ import signal
 import socket
 import struct
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -29,6 +30,19 @@ from bingo_compress.runtime import checkpoint, console, signals
 SAVE_EVERY = 5  # steps
 EPOCHS = 6
 NAMED = ("make_bags", "bag_facts", "held_out_recall", "_close")  # of pipeline: stages without a bar of their own
+
+
+def source_of(folder: Path, kind: str) -> Path:
+    """The folder, or a list or a tar file of its images."""
+    files = sorted(folder.rglob("*.png"))
+    target = folder.with_suffix({"folder": "", "list": ".txt", "tar": ".tar"}[kind])
+    if kind == "list":
+        target.write_text("\n".join(map(str, files)))
+    elif kind == "tar":
+        with tarfile.open(target, "w") as archive:
+            for file in files:
+                archive.add(file, str(file.relative_to(folder)))
+    return target
 
 
 class Watch:

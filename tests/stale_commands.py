@@ -32,7 +32,7 @@ class Command(NamedTuple):
 def words(command: Command, root: Path, world: World, there: Path) -> list[str]:
     """The command's words. root: where runs are; there: where the world is."""
     run, photos, bank, test = (
-        str(path) for path in (root / command.place, *(there / folder.name for folder in world[:3]))
+        str(path) for path in (root / command.place, *(there / world.given(folder) for folder in world[:3]))
     )
     kind, get = command.kind, command.get
     if kind in ("distill", "compare"):
@@ -76,6 +76,7 @@ def words(command: Command, root: Path, world: World, there: Path) -> list[str]:
         ]
     file = str((Path(f"{run}-files") if get("elsewhere") else Path(run, "export")) / f"student{get('file')}.onnx")
     index = f"{run}-index.npz"
+    bank, test = (str(there / folder.name) for folder in (world.bank, world.test))  # the kit takes folders
     rest = {
         "index": ["embed", file, bank, "--out", index],
         "nearest": ["nearest", file, f"{test}/{world.test.files[0][0]}", "--index", index, "--k", "4", "--json"],

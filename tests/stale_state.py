@@ -1,7 +1,8 @@
 """Stale state: random sequences of commands over a tiny world that changes between them; the last one's result against
 the same in clean folders.
 
-    python tests/stale_state.py [--sequences 300] [--seed 0] [--length 6] [--only N] [--minutes 120] [--json FILE]
+    python tests/stale_state.py [--sequences 300] [--seed 0] [--length 6] [--only N] [--minutes 120]
+        [--source folder] [--json FILE]
 
 A sequence is commands (distill, resumed, killed, overwritten; export, validate, compare; the kit's index, nearest,
 classify) in two runs and a comparison, and changes between them (pictures, folders, weights, times, copies of runs and
@@ -29,7 +30,7 @@ import torch
 from stale_commands import RUNS, Command, Held, chain, draw, read, remember, words
 from stale_result import differing, result
 from stale_run import Ended, run
-from stale_world import World, changed, first_world, put
+from stale_world import ENDINGS, World, changed, first_world, put
 
 HEAD = "student.linear.npz"
 KEPT = 60  # clean folders on the disk at once
@@ -54,7 +55,8 @@ class Fuzzer:
     the next sequences.
     """
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, source: str = "folder") -> None:
+        self.source = source
         self.home, self.live, self.clean = home, home / "live", home / "clean"
         self.kept = home / "graphs"
         for folder in (self.live, self.clean, self.kept):
@@ -74,7 +76,7 @@ class Fuzzer:
         """A whole sequence: the verdict on its last command, and all of it in words."""
         random = np.random.default_rng([seed, number])
         shutil.rmtree(self.live)
-        world, held, history = first_world(), {name: Held() for name in RUNS}, []
+        world, held, history = first_world(self.source), {name: Held() for name in RUNS}, []
         put(world, self.live / "world")
         for step in range(length):
             if step:
@@ -209,9 +211,11 @@ def _deleted(file: Path) -> bool:
     return there
 
 
-def fuzz(home: Path, numbers: list[int], seed: int, length: int, over: Callable[[], bool]) -> dict[str, Any]:
+def fuzz(
+    home: Path, numbers: list[int], seed: int, length: int, over: Callable[[], bool], source: str = "folder"
+) -> dict[str, Any]:
     """Sequences `numbers`; what was found."""
-    fuzzer, counts, found, refusals = Fuzzer(home), Counter[str](), [], Counter[str]()
+    fuzzer, counts, found, refusals = Fuzzer(home, source), Counter[str](), [], Counter[str]()
     began, last_kinds = time.monotonic(), Counter[str]()
     for done, number in enumerate(numbers, 1):
         verdict, history = fuzzer.sequence(number, seed, length)
@@ -256,6 +260,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in (("sequences", 300), ("seed", 0), ("length", 6), ("only", -1), ("minutes", 120.0)):
         parser.add_argument(f"--{name}", type=type(value), default=value)
+    parser.add_argument("--source", choices=ENDINGS, default="folder")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -266,7 +271,9 @@ def main() -> None:
     end = time.monotonic() + 60 * given.minutes
     numbers = [given.only] if given.only >= 0 else list(range(given.sequences))
     with tempfile.TemporaryDirectory(prefix="bingo-stale-") as name:
-        told = fuzz(Path(name) / "home", numbers, given.seed, given.length, lambda: time.monotonic() > end)
+        told = fuzz(
+            Path(name) / "home", numbers, given.seed, given.length, lambda: time.monotonic() > end, given.source
+        )
     if given.json:
         given.json.write_text(json.dumps(told, indent=1) + "\n")
     shown = {key: value for key, value in told.items() if key not in ("found", "said")}

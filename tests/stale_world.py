@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import shutil
+import tarfile
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from helpers import encoder, photo
 from PIL import Image
 from safetensors.torch import save
 
+ENDINGS = {"folder": "", "list": ".txt", "tar": ".tar"}
 WRITTEN = 1_700_000_000
 CLASSES = 3
 
@@ -37,9 +39,14 @@ class World(NamedTuple):
     test: Pictures
     teacher: int = 0
     start: int = 0
+    source: str = "folder"  # what bingo-compress is given: the folders, or a list or a tar file of each
+
+    def given(self, folder: Pictures) -> str:
+        """The name of what stands for a folder."""
+        return folder.name + ENDINGS[self.source]
 
 
-def first_world() -> World:
+def first_world(source: str = "folder") -> World:
     """Bank and test have the same names, sizes and times, and nothing else in common."""
 
     def folder(name: str, each: int, start: int) -> Pictures:
@@ -50,7 +57,7 @@ def first_world() -> World:
             ),
         )
 
-    return World(folder("photos", 8, 0), folder("bank", 6, 100), folder("test", 6, 200))
+    return World(folder("photos", 8, 0), folder("bank", 6, 100), folder("test", 6, 200), source=source)
 
 
 @cache
@@ -60,6 +67,20 @@ def _contents(name: str, seed: int) -> bytes:
     """
     kind, file = int(name[4]), io.BytesIO()
     Image.fromarray(photo(kind if seed % 3 else (kind + 1) % CLASSES, 10 * seed + kind, 32, 40)).save(file, "BMP")
+    return file.getvalue()
+
+
+@cache
+def _packed(folder: Pictures, source: str) -> bytes:
+    """A list, or a tar file, of a folder."""
+    if source == "list":
+        return "\n".join(f"{folder.name}/{name}" for name, _ in folder.files).encode()
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        for name, seed in folder.files:
+            member = tarfile.TarInfo(name)
+            member.size = len(_contents(name, seed))
+            archive.addfile(member, io.BytesIO(_contents(name, seed)))
     return file.getvalue()
 
 
@@ -78,6 +99,8 @@ def put(world: World, root: Path, *, told_apart: bool = False) -> None:
         for folder in world[:3]
         for name, seed in folder.files
     }
+    if world.source != "folder":
+        wanted |= {world.given(folder): (_packed(folder, world.source), folder.written) for folder in world[:3]}
     wanted["teacher.safetensors"] = _weights("test_resnet", world.teacher), WRITTEN
     wanted["start.safetensors"] = _weights("test_efficientnet", world.start + 10), WRITTEN
     for path in root.rglob("*"):

@@ -16,7 +16,7 @@ from helpers import Trained, encoder, filled_store, kind_targets, photo, photos,
 from torch import Tensor
 
 from bingo_compress.data import augment, pixel_store
-from bingo_compress.data.image_folder import list_folder
+from bingo_compress.data.listing import list_images
 from bingo_compress.data.pixel_store import PixelStore
 from bingo_compress.errors import BingoError
 from bingo_compress.features import teacher_pass
@@ -103,7 +103,7 @@ def test_neighbours_are_the_cpus() -> None:
 
 
 def test_the_teacher_pass_is_the_cpus(tmp_path: Path) -> None:
-    folder = list_folder(photos(tmp_path / "photos", 6))
+    folder = list_images(photos(tmp_path / "photos", 6))
     seen = []
     for device in (CPU, GPU):
         work = tmp_path / device.type
@@ -242,7 +242,7 @@ def test_too_little_memory_is_a_slower_step_with_the_same_result(
 
 
 def test_photos_streamed_through_nvjpeg_are_pillows(clothing: Path, tmp_path: Path, printed: io.StringIO) -> None:
-    folder = list_folder(clothing / "test")
+    folder = list_images(clothing / "test")
     folder = replace(folder, files=folder.files[:96])
     found = []
     for device in (CPU, GPU):

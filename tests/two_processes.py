@@ -21,7 +21,7 @@ from helpers import CPU, clustered, encoder, flags
 
 import bingo_compress.training.loop as loop
 from bingo_compress import cli
-from bingo_compress.data import image_folder, pixel_store
+from bingo_compress.data import listing, pixel_store
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation import finetune
 from bingo_compress.features import extract, neighbours, teacher_pass
@@ -118,7 +118,7 @@ def command(*words: str, stop_at: int | None = None) -> dict[str, Any]:
 
 def whole_pass(data: Path, out: Path) -> dict[str, Any]:
     """Features and views that this process got."""
-    folder, work = image_folder.list_folder(data), out / "pass"
+    folder, work = listing.list_images(data), out / "pass"
     work.mkdir(exist_ok=True)
     store, _ = pixel_store.build(folder, 40, work, CPU)
     seen = teacher_pass.run(encoder(), folder, store, 2, 0.2, work, CPU)

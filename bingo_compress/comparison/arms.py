@@ -15,7 +15,11 @@ SHARED = {
     **dict.fromkeys(
         (
             "data",
+            "image_column",
+            "label_column",
+            "bands",
             "duplicates",
+            "ema",
             "max_bad",
             "device",
             "threads",

@@ -12,22 +12,23 @@ from torch import Tensor
 
 from bingo_compress.comparison.arms import Arm, make_arms, resolve_arms
 from bingo_compress.comparison.tables import summarise, write
-from bingo_compress.data import image_folder, quarantine
-from bingo_compress.data.image_folder import Folder
+from bingo_compress.data import image_list, listing
+from bingo_compress.data.image_list import ImageList
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation import probes, scores
+from bingo_compress.evaluation.held_out import train
 from bingo_compress.features import extract, neighbours
 from bingo_compress.models import encoder
 from bingo_compress.models.encoder import Encoder
 from bingo_compress.models.trained import Models, build_models
-from bingo_compress.pipeline import train
 from bingo_compress.recipe import WORDS, Recipe, deciding
 from bingo_compress.runtime import checkpoint, console, run_dir
 from bingo_compress.runtime.devices import choose_device, peak_memory
 from bingo_compress.runtime.made_of import FORMATS, MadeOf, file_digest, made_of
+from bingo_compress.sources.opened import Data
 from bingo_compress.training import metrics
-from bingo_compress.training.material import Material, bag_facts, make_bags, prepare
-from bingo_compress.training.plan import Plan, absolute, plan_run, resolve_names, schedule
+from bingo_compress.training.material import Material, anchors_count, bag_facts, make_bags, prepare
+from bingo_compress.training.plan import Plan, absolute, plan_run, resolve_names, schedule, take
 
 FOLDS = 5
 
@@ -38,8 +39,8 @@ class Labelled:
     bank); teacher: its features; groups: (N,) exact copies in the bank, as `figures.copies` tells them.
     """
 
-    bank: Folder
-    test: Folder | None
+    bank: ImageList
+    test: ImageList | None
     labels: Tensor
     test_labels: Tensor
     classes: int
@@ -54,9 +55,9 @@ class Shared:
     the teacher that sees them, embedded once.
     """
 
-    folder: Folder
-    bank: Folder
-    test: Folder | None
+    folder: ImageList
+    bank: ImageList
+    test: ImageList | None
     out: Path
     device: torch.device
     threads: dict[str, int]
@@ -81,20 +82,21 @@ class Shared:
 
 
 def compare(
-    base: Recipe, labels: Path, test: Path | None, methods: str, seeds: list[int], out: Path, *, overwrite: bool = False
+    base: Recipe, labels: Data, test: Data | None, methods: str, seeds: list[int], out: Path, *, overwrite: bool = False
 ) -> dict[str, Any]:
     """Distil every arm with every seed and judge all students on the labelled images; table.txt, .json, .csv and .svg
     land in `out`.
 
     Called again with the same settings it goes on where it was. Raises BingoError.
     """
-    folder = quarantine.take(base)
-    bank = image_folder.list_folder(labels, "--labels")
-    tested = image_folder.list_folder(test, "--test") if test else None
-    image_folder.labels_of(bank)
+    folder = take(base)
+    bank = listing.list_images(labels, "--labels")
+    tested = listing.list_images(test, "--test") if test else None
+    image_list.labels_of(bank)
     if tested:
-        image_folder.refuse_other_classes(bank, tested, "--labels")
+        image_list.refuse_other_classes(bank, tested, "--labels")
         scores.refuse_shared(bank, tested, "--labels")
+    scores.refuse_few(bank, tested, "--labels")
     make_arms(methods, base)  # refused before anything is said
     device = choose_device(base.device)
     base = absolute(base)
@@ -109,7 +111,7 @@ def compare(
         for seed in seeds:
             title = f"== {arm.name}, seed {seed} ({len(results) + 1} of {len(arms) * len(seeds)})"
             results.append(_result(shared, arm, seed, title))
-    table = summarise(results, [arm.name for arm in arms], base, test)
+    table = summarise(results, [arm.name for arm in arms], base, tested.where if tested else None)
     table["protocol"] |= _in_training(tested or bank, folder)
     table["references"] = _references(shared, base)
     write(table, out)
@@ -173,7 +175,7 @@ def _references(shared: Shared, base: Recipe) -> list[dict[str, Any]]:
     return found
 
 
-def _made_of(recipe: Recipe, folder: Folder, device: torch.device) -> MadeOf:
+def _made_of(recipe: Recipe, folder: ImageList, device: torch.device) -> MadeOf:
     """What an arm's student is made from; all students of a table are of one version of the program and of what it
     stands on.
     """
@@ -228,8 +230,8 @@ def _state(work: Path) -> Path:
     return work / "checkpoint.safetensors"
 
 
-def _labelled(bank: Folder, test: Folder | None, teacher: Encoder, device: torch.device) -> Labelled:
-    classes = image_folder.labels_of(bank)[0]
+def _labelled(bank: ImageList, test: ImageList | None, teacher: Encoder, device: torch.device) -> Labelled:
+    classes = image_list.labels_of(bank)[0]
     features, labels, kept = {}, {}, {}
     for role, folder in {"bank": bank, "test": test}.items():
         if folder:
@@ -250,7 +252,7 @@ def _labelled(bank: Folder, test: Folder | None, teacher: Encoder, device: torch
     )
 
 
-def _in_training(judged: Folder, folder: Folder) -> dict[str, Any]:
+def _in_training(judged: ImageList, folder: ImageList) -> dict[str, Any]:
     """How many of the images that students are judged on are, by content, also in --data: without their labels, which
     is legitimate, but is to be known.
     """
@@ -263,7 +265,7 @@ def _in_training(judged: Folder, folder: Folder) -> dict[str, Any]:
 
 def _train(plan: Plan, models: Models, material: Material, bags_file: Path, made: MadeOf) -> dict[str, Any]:
     """Distil one arm with one seed, its bags in `bags_file` if it has some; says what it took."""
-    plan = plan.on(len(material.training))
+    plan = plan.on(anchors_count(plan, material))
     recipe, loss, schedule = plan.recipe, plan.loss, plan.schedule
     bags = make_bags(plan, models.teacher, material)
     saved, log = _state(material.work), material.work / "metrics.jsonl"

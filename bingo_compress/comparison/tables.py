@@ -29,7 +29,7 @@ def titles(gallery: int) -> dict[str, str]:
     return {"knn": "kNN", "linear": "linear"} | recall
 
 
-def summarise(results: list[dict[str, Any]], arms: list[str], base: Recipe, test: Path | None) -> dict[str, Any]:
+def summarise(results: list[dict[str, Any]], arms: list[str], base: Recipe, test: str | None) -> dict[str, Any]:
     """Mean and spread (standard deviation over seeds, None for one) of every arm; its paired difference from the first;
     recall's rank correlation with labels.
     """
@@ -77,7 +77,7 @@ def _row(
     return row
 
 
-def _protocol(gallery: int, strengths: Sequence[float], test: Path | None, *, alone: bool) -> dict[str, Any]:
+def _protocol(gallery: int, strengths: Sequence[float], test: str | None, *, alone: bool) -> dict[str, Any]:
     """How all of it was measured, in words. alone: one seed an arm."""
     return {
         "knn": f"weighted vote exp(cos/{probes.KNN_TEMPERATURE}), k = {probes.KNN_K} (DINO), plain view",

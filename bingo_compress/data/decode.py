@@ -2,21 +2,23 @@
 the CPU's decoder.
 """
 
+import io
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 import torch
-from bingo_edge.image import ImageError, Pixels, load_image
+from bingo_edge.image import Decoded, ImageError, Pixels
+from bingo_edge.image import decode as decode_file
 from PIL import ExifTags, Image
 from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
-from bingo_compress.data.image_folder import Folder
+from bingo_compress.data.image_list import ImageList
 from bingo_compress.errors import BingoError
 from bingo_compress.runtime import console
 from bingo_compress.runtime.machine import Result, in_threads
@@ -26,15 +28,26 @@ LARGEST = 1 << 24  # pixels of a picture: AT_ONCE of them are 0.8 GB
 # torch's antialiased resize holds its weights in a GPU's shared memory, which is full at a factor of 45; the long side
 # is kept at 2 `side`
 STRETCH = 64
+DARK = 4096  # a sixteenth of what 16 bits hold: numbers of a sensor of 12 bits
 Crops = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+Oddity = tuple[bool, int]  # `several` and `peak` of `Decoded`
 
 
-def plain_jpeg(path: Path, side: int) -> int:
-    """Bytes of a file that nvJPEG decodes as Pillow does: an upright JPEG in grey or YCbCr, not too large for pictures
-    of short side `side`. Otherwise 0.
+def picture(folder: ImageList, index: int, at_least: int = 0) -> Decoded:
+    """Image number `index`; at_least: as in `load_image`. Raises ImageError."""
+    try:
+        raw = folder.read_raw(index)
+    except OSError as error:
+        raise ImageError(error.strerror or str(error)) from None
+    return decode_file(io.BytesIO(raw) if isinstance(raw, bytes) else raw, at_least, folder.bands)
+
+
+def plain_jpeg(raw: Path | bytes, side: int) -> int:
+    """Bytes of an image that nvJPEG decodes as Pillow does: an upright JPEG in grey or YCbCr, not too large for
+    pictures of short side `side`. Otherwise 0.
     """
     try:
-        with Image.open(path) as opened:
+        with Image.open(io.BytesIO(raw) if isinstance(raw, bytes) else raw) as opened:
             plain = (
                 isinstance(opened, JpegImageFile)
                 and opened.format == "JPEG"  # MPO, several pictures in a file, is a subclass
@@ -45,7 +58,7 @@ def plain_jpeg(path: Path, side: int) -> int:
                 and opened.width * opened.height <= LARGEST
                 and max(opened.size) <= STRETCH * side
             )
-            return path.stat().st_size if plain else 0
+            return (len(raw) if isinstance(raw, bytes) else raw.stat().st_size) if plain else 0
     except OSError:
         return 0  # it has changed since it was checked; the CPU's decoder will say so
 
@@ -55,7 +68,9 @@ def on_gpu(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def crops_of(folder: Folder, sizes: list[int], kept: list[tuple[int, int]], side: int, device: torch.device) -> Crops:
+def crops_of(
+    folder: ImageList, sizes: list[int], kept: list[tuple[int, int]], side: int, device: torch.device
+) -> Crops:
     """A function that crops the images of `folder` that nvJPEG decodes. sizes: `plain_jpeg` of each; kept: (height,
     width) of each in a store of `side`.
 
@@ -69,12 +84,13 @@ def crops_of(folder: Folder, sizes: list[int], kept: list[tuple[int, int]], side
 
     def read(image: int) -> Tensor:
         try:
-            raw = np.fromfile(folder.path(image), np.uint8)
+            raw = folder.read_raw(image)
+            content = np.fromfile(raw, np.uint8) if isinstance(raw, Path) else np.frombuffer(bytearray(raw), np.uint8)
         except OSError as error:
             folder.refuse_changed(image)
-            raise changed(folder.path(image), error.strerror or type(error).__name__) from None
+            raise changed(folder.place(image), error.strerror or str(error)) from None
         folder.refuse_changed(image)  # nvJPEG may pass half of a picture as whole
-        return torch.from_numpy(raw)
+        return torch.from_numpy(content)
 
     def crops(indices: Tensor, boxes: Tensor, size: int) -> tuple[Tensor, Tensor]:
         views = torch.empty((len(indices), 3, size, size), dtype=torch.uint8, device=device)
@@ -135,9 +151,9 @@ def _cropped(pictures: list[Tensor], boxes: Tensor, size: int) -> list[Tensor]:
     return [interpolate(piece, (size, size), mode="bilinear", antialias=True)[0].round_() for piece in pieces]
 
 
-def changed(path: Path, why: str) -> BingoError:
+def changed(place: str, why: str) -> BingoError:
     """The error of a file that was whole when the run began."""
-    return BingoError(f"{path} changed while the run was reading it ({why}); start the command again")
+    return BingoError(f"{place} changed while the run was reading it ({why}); start the command again")
 
 
 def window(box: Tensor, height: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,21 +166,44 @@ def window(box: Tensor, height: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def decode_all(
-    folder: Folder, indices: Iterable[int], use: Callable[[Pixels], Result], at_least: int = 0
+    folder: ImageList,
+    indices: Iterable[int],
+    use: Callable[[Pixels], Result],
+    at_least: int = 0,
+    oddities: list[Oddity] | None = None,
 ) -> Iterator[tuple[int, Result | ImageError]]:
     """Decode the images `indices` of `folder` in threads, in order: (index, use(pixels)), or (index, ImageError) for a
     bad file.
 
-    at_least: as in `load_image`. pixels: uint8 (height, width, 3). A bounded number is in flight, so memory does not
-    grow with the folder. Raises BingoError for a file that changed since the folder's contents were read.
+    at_least: as in `load_image`. pixels: uint8 (height, width, 3); oddities: where these are put. A bounded number is
+    in flight, so memory does not grow with the folder. Raises BingoError for a file that changed since the folder's
+    contents were read.
     """
 
     def job(index: int) -> Result | ImageError:
         try:
-            picture: Pixels | ImageError = load_image(folder.path(index), at_least)
+            found: Decoded | ImageError = picture(folder, index, at_least)
         except ImageError as error:
-            picture = error
+            found = error
         folder.refuse_changed(index)
-        return picture if isinstance(picture, ImageError) else use(picture)
+        if isinstance(found, ImageError):
+            return found
+        if oddities is not None and (found.several or found.peak):
+            oddities.append((found.several, found.peak))
+        return use(found.pixels)
 
     yield from in_threads(job, indices)
+
+
+def say_oddities(found: Sequence[Oddity]) -> None:
+    """One line about files of several pages, and one where all that have 16 bits a sample use a few of them."""
+    several = sum(one for one, _ in found)
+    if several:
+        console.say(f"{several:,} files hold several pages or frames; the first of each is used")
+    peaks = [peak for _, peak in found if peak]
+    if peaks and max(peaks) < DARK:
+        bits = max(8, max(peaks).bit_length())
+        console.say(
+            f"warning: {len(peaks):,} files have 16 bits a sample and none passes {max(peaks):,} of 65,535: numbers of"
+            f" {bits} bits, which are seen as nearly black; multiply them by {65536 >> bits} and save them again"
+        )

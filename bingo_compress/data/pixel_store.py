@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bingo_edge.image import ImageError, Pixels, load_image
+from bingo_edge.image import ImageError, Pixels
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -21,7 +21,7 @@ from torch.nn.functional import interpolate
 from bingo_compress.data import augment, decode, quarantine
 from bingo_compress.data import shards as shard_files
 from bingo_compress.data.decode import decode_all
-from bingo_compress.data.image_folder import Folder
+from bingo_compress.data.image_list import ImageList
 from bingo_compress.errors import BingoError
 from bingo_compress.runtime import console, distributed, machine
 from bingo_compress.runtime.machine import in_threads, sent
@@ -136,8 +136,14 @@ def kept_size(height: int, width: int, side: int) -> tuple[int, int]:
 
 
 def build(
-    folder: Folder, side: int, work: Path, device: torch.device, wanted: str = "auto", memory: int = 0, step: int = WORK
-) -> tuple[PixelStore, Folder]:
+    folder: ImageList,
+    side: int,
+    work: Path,
+    device: torch.device,
+    wanted: str = "auto",
+    memory: int = 0,
+    step: int = WORK,
+) -> tuple[PixelStore, ImageList]:
     """Decode `folder` into work/pixels-KEY (or find it there). Returns the store and the folder without the files that
     could not be decoded.
 
@@ -169,8 +175,9 @@ def build(
     if not good:
         raise BingoError(
             f"--data: expected images, found none that can be decoded among {len(folder.files) + len(folder.bad)} files"
-            f" in {folder.root}"
+            f" in {folder.where}"
         )
+    decode.say_oddities([oddity for facts in found for oddity in facts["oddities"]])
     kept, sizes = replace(folder.only(good), bad=bad), list(zip(height, width, strict=True))
     total = sum(high * wide for high, wide in sizes) * 3
     by_gpu = None
@@ -192,12 +199,12 @@ def build(
 
 
 def _make_missing(
-    folder: Folder, ranges: Sequence[range], shards: Path, side: int, streamed: bool, listed: Path
+    folder: ImageList, ranges: Sequence[range], shards: Path, side: int, streamed: bool, listed: Path
 ) -> None:
     """Decode those of the shards `ranges` that do not stand. Raises BingoError as soon as too many files are bad; all
     that are known by then are in the file `listed`.
     """
-    standing = [(rows, shard_files.standing(folder, rows, side, shards, streamed)) for rows in ranges]
+    standing = [(rows, _standing(folder, rows, side, shards, streamed)) for rows in ranges]
     missing = [rows for rows, facts in standing if facts is None]
     done = [facts for _, facts in standing if facts is not None]
     count = sum(map(len, missing))
@@ -211,6 +218,27 @@ def _make_missing(
         for rows in missing:
             done.append(_fill(folder, rows, side, shards, streamed, advance))
             quarantine.refuse_bad(folder, shard_files.bad(folder, done), listed)
+
+
+def _standing(folder: ImageList, rows: range, side: int, shards: Path, streamed: bool) -> dict[str, Any] | None:
+    """The facts of a whole shard, its bad files with today's reasons; None for a shard to be made: it is not whole, or
+    a bad file can be decoded now.
+    """
+    if not shard_files.is_whole(shards, rows, streamed):
+        return None
+    facts = shard_files.read_facts(shards, rows)
+    again = list(decode_all(folder, [index for index, _ in facts["bad"]], lambda pixels: None, at_least=side))
+    mended = [folder.files[index] for index, result in again if result is None]
+    if mended:
+        console.say(
+            f"{len(mended):,} files that could not be used can be now, for example {mended[0]}: {len(rows):,} images"
+            " are decoded again"
+        )
+        return None
+    reasons = [[index, str(result)] for index, result in again]
+    if reasons != facts["bad"]:
+        write_text(shard_files.facts_file(shards, rows), json.dumps(facts := facts | {"bad": reasons}))
+    return facts
 
 
 def place(total: int, device: torch.device, wanted: str, memory: int, step: int = WORK) -> tuple[str, str]:
@@ -236,7 +264,7 @@ def guess(count: int, side: int) -> int:
     return count * side * side * 4
 
 
-def _fits_the_disk(folder: Folder, side: int, work: Path) -> bool:
+def _fits_the_disk(folder: ImageList, side: int, work: Path) -> bool:
     try:
         need_space(work, guess(len(folder.files), side), "the pixel store")
     except BingoError:
@@ -258,7 +286,7 @@ def _shrink(pixels: Pixels, side: int) -> tuple[Pixels, float]:
 
 
 def _fill(
-    folder: Folder, rows: range, side: int, shards: Path, streamed: bool, advance: console.Advance
+    folder: ImageList, rows: range, side: int, shards: Path, streamed: bool, advance: console.Advance
 ) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "tried": len(rows),
@@ -268,6 +296,7 @@ def _fill(
         "aspect": [],
         "jpeg": [],
         "bad": [],
+        "oddities": [],
         "crc32": 0,
     }
 
@@ -286,18 +315,27 @@ def _fill(
         return pixels
 
     with atomic(shard_files.data_file(shards, rows)) as temporary, temporary.open("wb") as handle:
-        for index, result in decode_all(folder, rows, lambda pixels: _shrink(pixels, side), at_least=side):
+        for index, result in decode_all(folder, rows, lambda pixels: _shrink(pixels, side), side, facts["oddities"]):
             pixels = add(result, index)
             if pixels is not None and streamed:
-                facts["jpeg"].append(decode.plain_jpeg(folder.path(index), side))
+                facts["jpeg"].append(_jpeg(folder, index, side))
             elif pixels is not None:
                 raw = pixels.tobytes()
                 facts["crc32"] = zlib.crc32(raw, facts["crc32"])
                 handle.write(raw)
             advance(1, note=f"{len(facts['bad'])} bad" if facts["bad"] else None)
+    facts["oddities"].sort()  # threads found them
     # After the pixels: what it says is there, is there.
     write_text(shard_files.facts_file(shards, rows), json.dumps(facts))
     return facts
+
+
+def _jpeg(folder: ImageList, index: int, side: int) -> int:
+    """`plain_jpeg` of an image that was decoded a moment ago."""
+    try:
+        return decode.plain_jpeg(folder.read_raw(index), side)
+    except OSError:
+        return 0
 
 
 def _from_shards(shards: Path, ranges: list[range], found: list[dict[str, Any]], *, mapped: bool) -> Read:
@@ -334,20 +372,20 @@ def _open(path: Path, size: int, mapped: bool) -> Any:
     return np.memmap(path, np.uint8, "c", shape=(size,)) if size else np.empty(0, np.uint8)
 
 
-def _from_files(folder: Folder, side: int, sizes: list[tuple[int, int]]) -> Read:
+def _from_files(folder: ImageList, side: int, sizes: list[tuple[int, int]]) -> Read:
     """Rows of images decoded anew, shrunk as the store would. sizes: (height, width) that each had when it was
     checked.
     """
 
     def read(image: int, top: int, bottom: int) -> Tensor:
         try:
-            pixels = _shrink(load_image(folder.path(image), at_least=side), side)[0]
+            pixels = _shrink(decode.picture(folder, image, side).pixels, side)[0]
         except ImageError as error:
             folder.refuse_changed(image)
-            raise decode.changed(folder.path(image), str(error)) from None
+            raise decode.changed(folder.place(image), str(error)) from None
         folder.refuse_changed(image)
         if pixels.shape[:2] != sizes[image]:
-            raise decode.changed(folder.path(image), "it is another picture")
+            raise decode.changed(folder.place(image), "it is another picture")
         return torch.from_numpy(pixels)[top:bottom]
 
     return read

@@ -1,41 +1,22 @@
-"""Which files of a folder a run takes: exact copies, and how many files may be bad before it is the folder that is
-wrong.
-"""
+"""Files that are not used: exact copies, and how many may be bad before it is the folder that is wrong."""
 
 import csv
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 
-from bingo_compress.data.image_folder import NOT_IMAGES, UNREADABLE, Folder, list_folder, say_passed
+from bingo_compress.data.image_list import UNREADABLE, ImageList, say_passed
 from bingo_compress.errors import BingoError
-from bingo_compress.recipe import Recipe
-from bingo_compress.runtime import console, distributed
+from bingo_compress.runtime import console
 from bingo_compress.runtime.run_dir import atomic
+from bingo_compress.sources.listed import NOT_IMAGES
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
-def take(recipe: Recipe) -> Folder:
-    """The files of recipe.data, exact copies counted on screen and dropped where the recipe says so, with the recipe's
-    limit on bad files. Raises BingoError.
-    """
-    listed = list_folder(Path(recipe.data))
-    read = distributed.from_first(lambda: listed.contents)  # by one process, and so the same for all
-    folder = replace(listed, max_bad=recipe.max_bad, read=read)
-    found = copies(folder)
-    say_copies(found, recipe.duplicates)
-    if recipe.duplicates == "drop":
-        left_out = {name for name, _ in found}
-        kept = [index for index, name in enumerate(folder.files) if name not in left_out]
-        folder = replace(folder.only(kept), copies=tuple(found))
-    return folder
-
-
-def copies(folder: Folder) -> list[tuple[str, str]]:
+def copies(folder: ImageList) -> list[tuple[str, str]]:
     """(relative path, the first file of the very same bytes) of every exact copy."""
     first: dict[str, str] = {}
     found = []
@@ -54,7 +35,7 @@ def say_copies(found: Sequence[tuple[str, str]], duplicates: str) -> None:
         )
 
 
-def refuse_bad(folder: Folder, bad: Sequence[tuple[str, str]], quarantine: Path) -> None:
+def refuse_bad(folder: ImageList, bad: Sequence[tuple[str, str]], quarantine: Path) -> None:
     """Raise BingoError if more of the folder's files are bad than folder.max_bad allows; all of `bad` is in
     `quarantine` then.
     """
@@ -72,7 +53,7 @@ def refuse_bad(folder: Folder, bad: Sequence[tuple[str, str]], quarantine: Path)
     )
 
 
-def report(folder: Folder, quarantine: Path) -> None:
+def report(folder: ImageList, quarantine: Path) -> None:
     """Write `quarantine` and say how many files are in it, and how many were passed over."""
     say_passed(folder)
     write_quarantine(quarantine, [*folder.bad, *((name, f"exact copy of {first}") for name, first in folder.copies)])

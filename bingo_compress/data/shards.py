@@ -5,10 +5,8 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from bingo_compress.data.decode import decode_all
-from bingo_compress.data.image_folder import Folder
+from bingo_compress.data.image_list import ImageList
 from bingo_compress.runtime import console
-from bingo_compress.runtime.run_dir import write_text
 
 
 def data_file(shards: Path, rows: range) -> Path:
@@ -24,30 +22,9 @@ def read_facts(shards: Path, rows: range) -> dict[str, Any]:
     return facts
 
 
-def bad(folder: Folder, found: list[dict[str, Any]]) -> tuple[tuple[str, str], ...]:
+def bad(folder: ImageList, found: list[dict[str, Any]]) -> tuple[tuple[str, str], ...]:
     """All that is known to be bad once the shards of `found` were made."""
     return folder.bad + tuple((folder.files[index], why) for facts in found for index, why in facts["bad"])
-
-
-def standing(folder: Folder, rows: range, side: int, shards: Path, streamed: bool) -> dict[str, Any] | None:
-    """The facts of a whole shard, its bad files with today's reasons; None for a shard to be made: it is not whole, or
-    a bad file can be decoded now.
-    """
-    if not is_whole(shards, rows, streamed):
-        return None
-    facts = read_facts(shards, rows)
-    again = list(decode_all(folder, [index for index, _ in facts["bad"]], lambda pixels: None, at_least=side))
-    mended = [folder.files[index] for index, result in again if result is None]
-    if mended:
-        console.say(
-            f"{len(mended):,} files that could not be used can be now, for example {mended[0]}: {len(rows):,} images"
-            " are decoded again"
-        )
-        return None
-    reasons = [[index, str(result)] for index, result in again]
-    if reasons != facts["bad"]:
-        write_text(facts_file(shards, rows), json.dumps(facts := facts | {"bad": reasons}))
-    return facts
 
 
 def is_whole(shards: Path, rows: range, streamed: bool) -> bool:
@@ -82,6 +59,7 @@ def _fits(facts: dict[str, Any], rows: range, streamed: bool) -> bool:
         facts["tried"] == len(rows)
         and tried == list(rows)
         and all(len(values) == len(good) for values in lists)
+        and all(isinstance(several, bool) and isinstance(peak, int) for several, peak in facts["oddities"])
         and all(isinstance(size, int) and size > 0 for size in sizes)
         and all(isinstance(aspect, float) and aspect > 0 for aspect in facts["aspect"])
     )

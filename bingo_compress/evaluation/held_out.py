@@ -1,6 +1,9 @@
-"""Neighbour recall on images that were kept out of training: the only figure that needs no label."""
+"""Neighbour recall on images that were kept out of training, the only figure that needs no label: while the student
+trains, and at the end.
+"""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -10,12 +13,41 @@ from bingo_compress.evaluation import probes
 from bingo_compress.features import extract, neighbours
 from bingo_compress.models import trained
 from bingo_compress.models.encoder import Encoder, weights_digest
+from bingo_compress.models.trained import Models
 from bingo_compress.runtime import console, distributed, run_dir
-from bingo_compress.training.material import Material, halves
+from bingo_compress.runtime.made_of import MadeOf
+from bingo_compress.training.loop import distill
+from bingo_compress.training.material import Material, halves, lessons_of
 from bingo_compress.training.plan import Plan
 
 GALLERY_AT_MOST = 20_000
 CHECK_GALLERY = 2000
+
+
+def train(
+    plan: Plan, models: Models, material: Material, bags: Tensor, metrics: Path, saved: Path, *, discard: bool = False
+) -> MadeOf:
+    """Distil models.student in place, with checks of neighbour recall where the recipe asks for them. Returns what it
+    is made of.
+
+    discard: a state in `saved` that is another run's is deleted instead of refused.
+    """
+    recipe, check = plan.recipe, None
+    lessons = lessons_of(plan, models.teacher, material, bags)
+    if recipe.keep_best or recipe.check_every:
+        choosing, reporting = halves(material.held, recipe)
+        if not len(reporting):
+            raise BingoError(
+                f"--keep-best: expected 2 or more images held out, found {len(material.held)}; add images or raise"
+                " --set hold_out=0.05"
+            )
+        if recipe.keep_best:
+            console.say(
+                f"--keep-best chooses by {len(choosing):,} of the images held out; the closing figure is of the other"
+                f" {len(reporting):,}"
+            )
+        check = recall_check(material, choosing, plan.device)
+    return distill(plan, models.student, lessons, metrics, saved, check=check, discard=discard)
 
 
 def recall_check(material: Material, held: Tensor, device: torch.device) -> Callable[[Encoder], float]:
@@ -57,7 +89,7 @@ def held_out_recall(run: run_dir.RunDir, plan: Plan, student: Encoder, material:
     found, good = extract.plain(ready, material.folder, order, "check held-out images", keep)
     if len(good) < len(held) + len(gallery):
         raise BingoError(
-            f"an image in {material.folder.root} changed during the run; start the command again with --resume"
+            f"an image in {material.folder.where} changed during the run; start the command again with --resume"
         )
     sides = {name: features.split((len(held), len(gallery))) for name, features in found.items()}
     counts = neighbours.recall_facts(len(gallery)) | {"queries": len(held)}

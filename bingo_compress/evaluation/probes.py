@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation import logistic
-from bingo_compress.evaluation.intervals import ranks
+from bingo_compress.evaluation.intervals import ranks, rows_by_class
 from bingo_compress.features.neighbours import RECALL_SHARE, nearest_neighbours, recall_k
 
 KNN_K = 20
@@ -131,7 +131,8 @@ def accuracy(predicted: Tensor, labels: Tensor) -> float:
 
 def balanced_accuracy(predicted: Tensor, labels: Tensor) -> float:
     """Mean over the classes present in `labels` of the share found: a rare class counts as much as a common one."""
-    return float(torch.stack([(predicted[labels == c] == c).double().mean() for c in labels.unique()]).mean())
+    right = (predicted == labels).double()
+    return float(torch.stack([right[rows].mean() for rows in rows_by_class(labels)]).mean())
 
 
 def auc(scores: Tensor, positive: Tensor) -> float:

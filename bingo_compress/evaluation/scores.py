@@ -4,23 +4,24 @@ bags' purity.
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bingo_compress.data.image_folder import Folder, labels_of
+from bingo_compress.data.image_list import UNREADABLE, ImageList, labels_of
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation import finetune, intervals, probes
-from bingo_compress.features import extract, neighbours
+from bingo_compress.features import extract, near_copies
 from bingo_compress.models.encoder import Preprocessing
-from bingo_compress.runtime import checkpoint, console
+from bingo_compress.runtime import checkpoint, console, distributed
 from bingo_compress.runtime.run_dir import made_by
 
 LEAST_GAP = 0.05
 DENSE = 200  # classes up to which a confusion matrix is written; above, this many classes and pairs
+NAMED = 5  # classes in a message
 SUBSETS = 3  # draws of few labels
 TEST_SHARE = 0.25  # of each class, where no test images are given
 
@@ -30,46 +31,21 @@ class Sides:
     """Bank and test images as every model sees them.
 
     bank, queries: features (N, D) and (M, D) by model; labels, query_labels: (N,) and (M,), positions in `classes`.
-    places, query_places: which files of bank_folder and query_folder the N and M rows are; groups: (N,) as `copies`
-    tells them.
+    places, query_places: which files of bank_folder and query_folder the N and M rows are; groups: (N,) the same for
+    images that no split sets apart, exact copies or near-copies; near: near-copies as the protocol tells them.
     """
 
     classes: list[str]
     bank: dict[str, Tensor]
     labels: Tensor
-    bank_folder: Folder
+    bank_folder: ImageList
     places: list[int]
     queries: dict[str, Tensor]
     query_labels: Tensor
-    query_folder: Folder
+    query_folder: ImageList
     query_places: list[int]
     groups: Tensor | None = None
-
-
-def scores(name: str, sides: Sides, head: probes.LinearHead) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(the figures of one model, whether kNN and linear were right on each query, bool (M,)); no recall where the bank
-    is too small for one.
-    """
-    bank, queries, labels, classes = sides.bank[name], sides.queries[name], sides.query_labels, len(sides.classes)
-    predicted = head.predict(queries)
-    right = {"knn": probes.knn_predict(bank, sides.labels, queries, classes) == labels, "linear": predicted == labels}
-    found = with_interval("knn", right["knn"]) | with_interval("linear", right["linear"])
-    found["linear_balanced"] = probes.balanced_accuracy(predicted, labels)
-    found["linear_balanced_interval"] = intervals.mean_share_interval(right["linear"], labels)
-    found["linear_strength"] = head.strength
-    if probes.grid_end(head.strength):
-        found["linear_at_grid_end"] = probes.grid_end(head.strength)
-    if classes == 2:
-        # Not a softmax: where that rounds to 1, a sure answer and a surer one would be equal.
-        logits, positive = head.logits(queries), labels == 0
-        found["linear_auc"] = probes.auc(logits[:, 0] - logits[:, 1], positive)
-        found["linear_auc_interval"] = intervals.area_interval(
-            found["linear_auc"], int(positive.sum()), int((~positive).sum())
-        )
-    if neighbours.recall_k(len(bank)):
-        each = probes.neighbour_recalls((sides.queries["teacher"], sides.bank["teacher"]), (queries, bank))
-        found |= {"neighbour_recall": float(each.mean()), "neighbour_recall_interval": intervals.mean_interval(each)}
-    return found, right
+    near: dict[str, Any] = field(default_factory=dict)
 
 
 def with_interval(key: str, values: Tensor) -> dict[str, Any]:
@@ -79,7 +55,7 @@ def with_interval(key: str, values: Tensor) -> dict[str, Any]:
 
 def embedded(
     models: Mapping[str, tuple[Preprocessing, extract.Embed]],
-    folder: Folder,
+    folder: ImageList,
     classes: list[str],
     what: str,
     keep: extract.Keep | None = None,
@@ -92,38 +68,38 @@ def embedded(
     features, good = extract.plain(models, folder, range(len(folder.files)), what, keep)
     if len(good) < len(folder.files) or folder.bad:
         console.say(
-            f"{len(folder.files) - len(good) + len(folder.bad):,} files in {folder.root} cannot be used and are left"
+            f"{len(folder.files) - len(good) + len(folder.bad):,} files in {folder.where} cannot be used and are left"
             " out; `bingo-compress check` names them"
         )
     names, labels = labels_of(folder)
-    return features, torch.tensor([classes.index(names[labels[index]]) for index in good]), good
+    place = {name: position for position, name in enumerate(classes)}
+    return features, torch.tensor([place[names[labels[index]]] for index in good]), good
 
 
 def again(
-    models: Mapping[str, tuple[Preprocessing, extract.Embed]], folder: Folder, places: Sequence[int], what: str
+    models: Mapping[str, tuple[Preprocessing, extract.Embed]], folder: ImageList, places: Sequence[int], what: str
 ) -> dict[str, Tensor]:
     """Features by model of images that could be decoded before. Raises BingoError where one cannot be now: all rows
     after it would have another's label.
     """
     features, good = extract.plain(models, folder, places, what)
     if len(good) < len(places):
-        lost = folder.files[next(index for index in places if index not in set(good))]
+        lost = folder.place(next(index for index in places if index not in set(good)))
         raise BingoError(
-            f"{folder.root / lost} could be read before and cannot be now; bring it back, or start the command again"
-            " without it"
+            f"{lost} could be read before and cannot be now; bring it back, or start the command again without it"
         )
     return features
 
 
 def sides(
     models: Mapping[str, tuple[Preprocessing, extract.Embed]],
-    bank_folder: Folder,
-    test_folder: Folder | None,
+    bank_folder: ImageList,
+    test_folder: ImageList | None,
     classes: list[str],
     keep: extract.Keep | None = None,
 ) -> Sides:
     """Every labelled image embedded by every model; without a test folder a quarter of each class of the bank is set
-    aside, exact copies on one side.
+    aside, copies on one side: near-copies where the teacher is among the models, else exact ones.
 
     keep: as in `embedded`.
     """
@@ -136,9 +112,16 @@ def sides(
         )
     if test_folder:
         queries, query_labels, query_places = embedded(models, test_folder, classes, "embed test images", keep)
+        parts = ((bank, bank_folder.only(places)), (queries, test_folder.only(query_places)))
+        scenes = _scenes(models, parts)
+        near, groups = _near_bank(scenes, len(places)), scenes[: len(places)]
         return Sides(
-            classes, bank, labels, bank_folder, places, queries, query_labels, test_folder, query_places, groups
+            classes, bank, labels, bank_folder, places, queries, query_labels, test_folder, query_places, groups, near
         )
+    refuse_small(classes, labels.tolist(), groups.tolist(), "--data", 2)  # some could not be decoded
+    scenes = _scenes(models, ((bank, bank_folder.only(places)),))
+    groups, whole = near_copies.parted(scenes, labels, groups)
+    near = _near_data(scenes, [classes[label] for label in whole])
     chosen = _quarter(labels, groups)
     queries, bank = ({name: rows[part] for name, rows in bank.items()} for part in (chosen, ~chosen))
     query_places, places = (torch.tensor(places)[part].tolist() for part in (chosen, ~chosen))
@@ -153,20 +136,64 @@ def sides(
         bank_folder,
         query_places,
         groups[~chosen],
+        near,
     )
 
 
-def copies(folder: Folder) -> Tensor:
+def _scenes(
+    models: Mapping[str, tuple[Preprocessing, extract.Embed]], parts: Sequence[tuple[Mapping[str, Tensor], ImageList]]
+) -> Tensor:
+    """The scene (N,) of every image of `parts` (features by model, images), as the teacher sees them; says what it
+    found. Without a teacher exact copies alone.
+    """
+    if "teacher" not in models:
+        return near_copies.same_bytes([digest for _, folder in parts for digest in folder.digests])
+    seen = [(features["teacher"], folder) for features, folder in parts]
+    scenes = distributed.from_first(lambda: near_copies.in_folders(models["teacher"], seen))
+    names = [folder.place(index) for _, folder in parts for index in range(len(folder.files))]
+    if told := near_copies.describe(scenes, names, "labelled images"):
+        console.say(f"{told}; a scene stays on one side of every split")
+    return scenes
+
+
+def _near_bank(scenes: Tensor, bank: int) -> dict[str, Any]:
+    """How many of the images to test on, which stand behind `bank` others in `scenes` (N + M,), have a near-copy among
+    those; says so.
+    """
+    shared = torch.isin(scenes[bank:], scenes[:bank])
+    count, share = int(shared.sum()), float(shared.double().mean())
+    if count:
+        console.say(
+            f"warning: {count:,} of {len(shared):,} test images ({share:.0%}) have a near-copy in the bank, which is"
+            " found, not recognised: every model looks better than it is; put whole scenes on one side"
+        )
+    return {"test_images_near_bank": count, "test_share_near_bank": share}
+
+
+def _near_data(scenes: Tensor, whole: Sequence[str]) -> dict[str, Any]:
+    """What is told of a split by scenes (N,) of which `whole` classes are one each; says so."""
+    found = near_copies.groups(scenes)
+    if whole:
+        more = f" and {len(whole) - NAMED:,} classes more" if len(whole) > NAMED else ""
+        console.say(
+            f"warning: all images of {', '.join(whole[:NAMED])}{more} are near-copies of one another, one scene, and on"
+            " both sides of the split: every model looks better than it is; give --test with other scenes"
+        )
+    return {"images": sum(map(len, found)), "scenes": len(found), "classes_of_one_scene": list(whole)}
+
+
+def copies(folder: ImageList) -> Tensor:
     """A number (N,) for each image of a folder, the same for exact copies."""
     numbers: dict[str, int] = {}
     return torch.tensor([numbers.setdefault(digest, len(numbers)) for digest in folder.digests])
 
 
-def refuse_shared(bank: Folder, test: Folder, option: str) -> None:
+def refuse_shared(bank: ImageList, test: ImageList, option: str) -> None:
     """Raise BingoError if images of `test` (--test) are, by content, also in `bank` (given by `option`): they would be
     found, not recognised.
     """
     names = dict(zip(bank.digests, bank.files, strict=True))
+    names.pop(UNREADABLE, None)  # what nobody could read is not the same picture
     shared = [(name, names[digest]) for name, digest in zip(test.files, test.digests, strict=True) if digest in names]
     if shared:
         raise BingoError(
@@ -175,7 +202,36 @@ def refuse_shared(bank: Folder, test: Folder, option: str) -> None:
         )
 
 
-def trained_on(bags: Path, folder: Folder) -> int | None:
+def refuse_few(bank: ImageList, test: ImageList | None, option: str, least: int = 2) -> None:
+    """Raise BingoError if a class of `bank` (given by `option`) has fewer than `least` different images; with a `test`
+    none is tested on, and one less will do. Files are read, nothing is decoded.
+    """
+    classes, labels = labels_of(bank)
+    refuse_small(classes, labels, bank.digests, option, least - bool(test))
+
+
+def refuse_small(
+    classes: Sequence[str], labels: Sequence[int], contents: Sequence[Any], option: str, least: int
+) -> None:
+    """Raise BingoError with the names of the classes of fewer than `least` different images. labels, contents: of each
+    image, its position in `classes` and what is equal for copies.
+    """
+    different: list[set[Any]] = [set() for _ in classes]
+    for label, content in zip(labels, contents, strict=True):
+        if content != UNREADABLE:
+            different[label].add(content)
+    small = [f"{len(found)} in {name}" for name, found in zip(classes, different, strict=True) if len(found) < least]
+    if small:
+        more = f" and in {len(small) - NAMED:,} classes more" if len(small) > NAMED else ""
+        way = ", or give --test" if least > 1 else ""
+        raise BingoError(
+            f"{option}: expected at least {('one', 'two', 'three')[least - 1]} different images in every class, so that"
+            f" one can be tested on and another kept; found {', '.join(small[:NAMED])}{more}; add images, take the"
+            f" class out{way}"
+        )
+
+
+def trained_on(bags: Path, folder: ImageList) -> int | None:
     """How many images of a folder are, by content, among those that a run was trained on, without labels; None where
     the run does not say. bags: the run's.
     """
@@ -190,29 +246,29 @@ def trained_on(bags: Path, folder: Folder) -> int | None:
 
 
 def _quarter(labels: Tensor, groups: Tensor) -> Tensor:
-    """A quarter of each class, at random but always the same, as the test set; exact copies (equal groups, (N,)) stay
-    together.
+    """A quarter of each class, at random but always the same, as the test set; copies (equal groups, (N,)) stay
+    together, and a group goes where it brings the test set nearer to a quarter.
 
     Returns bool (N,). Raises BingoError for a class of which not one image can be tested on and another kept.
     """
     generator = torch.Generator().manual_seed(0)
-    chosen = torch.zeros(len(labels), dtype=torch.bool)
-    for label in labels.unique():
-        rows = (labels == label).nonzero()[:, 0]
+    taken: set[int] = set()
+    classes: list[Counter[int]] = []
+    for rows in intervals.rows_by_class(labels):
         take = max(1, int(len(rows) * TEST_SHARE))
         sizes = Counter(groups[rows[torch.randperm(len(rows), generator=generator)]].tolist())
-        smallest = min(sizes.values())
+        held, smallest = sum(size for group, size in sizes.items() if group in taken), min(sizes.values())
         for group, size in sizes.items():
-            held = int(chosen[rows].sum())
-            if held + size <= take or (not held and size == smallest):
-                chosen |= groups == group
-    for label in labels.unique():
-        if len(set(chosen[labels == label].tolist())) < 2:
-            raise BingoError(
-                "--data: expected at least two different images in every class, so that one can be tested on; add"
-                " images or give --test"
-            )
-    return chosen
+            if group not in taken and (2 * held + size <= 2 * take or (not held and size == smallest)):
+                taken.add(group)
+                held += size
+        classes.append(sizes)
+    if not all(0 < len(taken & sizes.keys()) < len(sizes) for sizes in classes):
+        raise BingoError(
+            "--data: expected at least two different images in every class, so that one can be tested on; add images or"
+            " give --test"
+        )
+    return torch.tensor([group in taken for group in groups.tolist()])
 
 
 def by_class(predicted: Tensor, sides: Sides) -> dict[str, Any]:
@@ -292,7 +348,7 @@ def compared(a: Tensor, b: Tensor) -> dict[str, Any]:
     }
 
 
-def bag_purity(file: Path, labelled: Folder) -> dict[str, Any]:
+def bag_purity(file: Path, labelled: ImageList) -> dict[str, Any]:
     """Share of (anchor, mate) pairs of a run's bags with the same label, of those that `labelled` has both labels for;
     nothing where it has none.
     """

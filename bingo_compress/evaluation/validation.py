@@ -4,7 +4,8 @@ labelled images.
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,30 +13,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bingo_compress.data import image_folder, pixel_store
+from bingo_compress.data import image_list, listing, pixel_store
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation import finetune, probes, scores
-from bingo_compress.evaluation.protocol import NO_EXTRAS, Extras, protocol
+from bingo_compress.evaluation.protocol import FIGURES, NO_EXTRAS, Extras, figures_of, protocol
 from bingo_compress.evaluation.scores import Sides
 from bingo_compress.features import extract, neighbours
 from bingo_compress.models import exported, trained
 from bingo_compress.models.encoder import Encoder, Preprocessing, weights_digest
 from bingo_compress.models.exported import onnx_runner
 from bingo_compress.models.trained import NOTHING_GIVEN, Given, Models, build_student, load_student
+from bingo_compress.recipe import Recipe, load_recipe
 from bingo_compress.report import model_card
-from bingo_compress.report.tables import NAMES as NAMES
 from bingo_compress.report.tables import show
 from bingo_compress.runtime import console, distributed, run_dir
 from bingo_compress.runtime.devices import choose_device
-from bingo_compress.runtime.run_dir import saved_recipe
+from bingo_compress.sources.opened import Data
 
-REQUIRED = ("knn", "linear", "linear_balanced", "neighbour_recall")  # what a threshold may be set on
+REQUIRED = tuple(FIGURES)  # what a threshold may be set on
 
 
 def validate(
     run_path: Path,
-    data: Path,
-    test: Path | None = None,
+    data: Data,
+    test: Data | None = None,
     json_file: Path | None = None,
     device: str = "auto",
     *,
@@ -61,75 +62,28 @@ def validate(
     run_dir.refuse_no_file(json_file, "--json")
     run = run_dir.open_finished(run_path)
     other = _open_against(extras.against) if extras.against else None
-    recipe = saved_recipe(run)
-    bank_folder = image_folder.list_folder(data)
-    classes, _ = image_folder.labels_of(bank_folder)
-    test_folder = image_folder.list_folder(test, "--test") if test else None
+    bank_folder = listing.list_images(data)
+    classes, _ = image_list.labels_of(bank_folder)
+    test_folder = listing.list_images(test, "--test") if test else None
     if test_folder:
-        image_folder.refuse_other_classes(bank_folder, test_folder, "--data")
+        image_list.refuse_other_classes(bank_folder, test_folder, "--data")
         scores.refuse_shared(bank_folder, test_folder, "--data")
+    scores.refuse_few(bank_folder, test_folder, "--data")
     where = choose_device(device)
     distributed.from_first(lambda: run_dir.hold(run.path, "--run"))
-    weights = {file.stem: exported.weights_digest(file) for file in (run.student, run.start) if file.exists()}
-    contracts = {name: _contract(file, weights["student"]) for name, file in exported.files(run.export).items()}
-    teacher = trained.load_teacher(recipe, run, given.teacher)
-    student = load_student(recipe, run.student, given.student)
-    trainable = {"student": student}
-    if run.start.exists():
-        trainable["start"] = trained.load_start(recipe, run, given.student)
-    if run.bags.exists():
-        trained.refuse_other_bags(run)
-    trainable["random"] = build_student(recipe, "random", "random row", given.student)
-    encoders = {"teacher": teacher} | trainable
-    models = {name: extract.as_embed(encoder, where) for name, encoder in encoders.items()}
-    for name, contract in contracts.items():
-        file = run.export / contract["file"]
-        models[name] = _preprocessing(file, contract), _features_of(file)
-    if other:
-        encoders["against"] = load_student(saved_recipe(other), other.student)
-        models["against"] = extract.as_embed(encoders["against"], where)
-    made_from = {name: weights_digest(encoder) for name, encoder in encoders.items()}
-    keep = extract.Keep(
-        run.work, "proof", made_from | {name: contract["sha256"] for name, contract in contracts.items()}
-    )
+    subjects = _subjects(run, other, given)
+    models = _runnable(subjects, run, where)
+    keep = extract.Keep(run.work, "proof", _digests(subjects))
     distributed.from_first(lambda: run_dir.drop_stale(run.work, "proof", {keep.folder.name}))
     sides = scores.sides(models, bank_folder, test_folder, classes, keep)
 
     def judge() -> dict[str, Any]:
-        rows: list[dict[str, Any]] = []
-        heads: dict[str, probes.LinearHead] = {}
-        right: dict[str, dict[str, Tensor]] = {}
-        for name in models:
-            # The float file has the student's own head: one fitted anew on features that differ by rounding may end
-            # elsewhere. Where a file sees pictures otherwise, and in int8, the features are others, and the head that
-            # the device will have is fitted on those.
-            own = name == "onnx" and models[name][0] == models["student"][0]
-            heads[name] = (
-                heads["student"]
-                if own
-                else probes.fit_linear(sides.bank[name], sides.labels, len(classes), groups=sides.groups)
-            )
-            found, right[name] = scores.scores(name, sides, heads[name])
-            if name == "student" or name in contracts:
-                found |= scores.by_class(heads[name].predict(sides.queries[name]), sides)
-            if specs and name not in contracts:
-                found["shots"] = {spec: scores.few_labels(name, sides, spec) for spec in specs}
-            source = {"weights": weights[name]} if name in weights else {}
-            if name in contracts:
-                source = {key: contracts[name][key] for key in ("file", "sha256")}
-            rows.append({"name": name, **source, **found})
+        rows, heads, right = _rows(subjects, models, sides, specs)
         by_name = {row["name"]: row for row in rows}
-        by_name["student"] |= scores.gap_closed(
-            right["random"]["linear"], right["student"]["linear"], right["teacher"]["linear"]
-        )
         if extras.fine_tune or extras.literature:
             tuned = specs if extras.fine_tune else []
-            _train_with_labels(by_name, trainable, sides, tuned, extras.literature, run, where)
-
-        result: dict[str, Any] = {
-            "protocol": protocol(sides, test_folder, specs, extras),
-            "rows": rows,
-        }
+            _train_with_labels(by_name, subjects.trainable, sides, tuned, extras.literature, run, where)
+        result: dict[str, Any] = {"protocol": protocol(sides, test_folder, specs, extras), "rows": rows}
         if other:
             result["paired"] = {
                 key: scores.compared(right["student"][key], right["against"][key]) for key in ("knn", "linear")
@@ -139,29 +93,126 @@ def validate(
             result["protocol"]["test_images_trained_on"] = scores.trained_on(
                 run.bags, sides.query_folder.only(sides.query_places)
             )
-        paths = [bank_folder.files[place] for place in sides.places]
-        for name, contract in contracts.items():
-            save_heads(
-                run.export / contract["file"],
-                contract["sha256"],
-                heads[name],
-                sides.bank[name],
-                sides.labels,
-                classes,
-                paths,
-            )
-        for file in filter(None, (run.validation, json_file)):
-            run_dir.write_text(file, _json(result))
-        run_dir.drop_stale(run.work, "proof", set())
-        if contracts:
-            model_card.renew(run, run.export)
-        else:  # it would say how to use files that are not there
-            (run.export / exported.CARD).unlink(missing_ok=True)
-        show(result, run, Models(recipe, teacher, student))
-        _refuse_under(least, [by_name[name] for name in contracts or ("student",)], len(sides.labels))
+        _write(result, run, json_file, subjects.contracts, sides, heads)
+        show(result, run, Models(subjects.recipe, subjects.encoders["teacher"], subjects.encoders["student"]))
+        _refuse_under(least, [by_name[name] for name in subjects.contracts or ("student",)], len(sides.labels))
         return result
 
     return distributed.from_first(judge)
+
+
+@dataclass(frozen=True)
+class Subjects:
+    """What is proven. encoders: teacher, student, the student before, random weights and the student of another run, by
+    their rows; contracts: of each exported file; weights: digests of the run's own files of weights.
+    """
+
+    recipe: Recipe
+    encoders: dict[str, Encoder]
+    contracts: dict[str, dict[str, Any]]
+    weights: dict[str, str]
+
+    @property
+    def trainable(self) -> dict[str, Encoder]:
+        """What may be trained with labels: the teacher would be expensive."""
+        return {name: encoder for name, encoder in self.encoders.items() if name in ("student", "start", "random")}
+
+
+def _subjects(run: run_dir.RunDir, other: run_dir.RunDir | None, given: Given) -> Subjects:
+    """All models of a run. Raises BingoError where one of its files is not the run's."""
+    recipe = load_recipe(run.as_run)
+    weights = {file.stem: exported.weights_digest(file) for file in (run.student, run.start) if file.exists()}
+    contracts = {name: _contract(file, weights["student"]) for name, file in exported.files(run.export).items()}
+    encoders = {
+        "teacher": trained.load_teacher(recipe, run, given.teacher),
+        "student": load_student(recipe, run.student, given.student),
+    }
+    if run.start.exists():
+        encoders["start"] = trained.load_start(recipe, run, given.student)
+    if run.bags.exists():
+        trained.refuse_other_bags(run)
+    encoders["random"] = build_student(recipe, "random", "random row", given.student)
+    if other:
+        encoders["against"] = load_student(load_recipe(other.as_run), other.student)
+    return Subjects(recipe, encoders, contracts, weights)
+
+
+def _runnable(
+    subjects: Subjects, run: run_dir.RunDir, device: torch.device
+) -> dict[str, tuple[Preprocessing, extract.Embed]]:
+    """Encoders and exported files as functions of pictures, in the order of their rows: another run's student last."""
+    models = {name: extract.as_embed(encoder, device) for name, encoder in subjects.encoders.items()}
+    against = models.pop("against", None)
+    for name, contract in subjects.contracts.items():
+        file = run.export / contract["file"]
+        models[name] = _preprocessing(file, contract), _features_of(file)
+    return models | ({"against": against} if against else {})
+
+
+def _digests(subjects: Subjects) -> dict[str, str]:
+    """Of what features are made from, by row."""
+    made_from = {name: weights_digest(encoder) for name, encoder in subjects.encoders.items()}
+    return made_from | {name: contract["sha256"] for name, contract in subjects.contracts.items()}
+
+
+def _rows(
+    subjects: Subjects, models: Mapping[str, tuple[Preprocessing, extract.Embed]], sides: Sides, specs: list[str]
+) -> tuple[list[dict[str, Any]], dict[str, probes.LinearHead], dict[str, dict[str, Tensor]]]:
+    """(figures, linear head, per test image whether kNN and linear were right) of each model."""
+    rows: list[dict[str, Any]] = []
+    heads: dict[str, probes.LinearHead] = {}
+    right: dict[str, dict[str, Tensor]] = {}
+    for name in models:
+        # The float file has the student's own head: one fitted anew on features that differ by rounding may end
+        # elsewhere. Where a file sees pictures otherwise, and in int8, the features are others, and the head that the
+        # device will have is fitted on those.
+        own = name == "onnx" and models[name][0] == models["student"][0]
+        heads[name] = (
+            heads["student"]
+            if own
+            else probes.fit_linear(sides.bank[name], sides.labels, len(sides.classes), groups=sides.groups)
+        )
+        found, right[name] = figures_of(name, sides, heads[name])
+        if name == "student" or name in subjects.contracts:
+            found |= scores.by_class(heads[name].predict(sides.queries[name]), sides)
+        if specs and name not in subjects.contracts:
+            found["shots"] = {spec: scores.few_labels(name, sides, spec) for spec in specs}
+        source = {"weights": subjects.weights[name]} if name in subjects.weights else {}
+        if name in subjects.contracts:
+            source = {key: subjects.contracts[name][key] for key in ("file", "sha256")}
+        rows.append({"name": name, **source, **found})
+    student = next(row for row in rows if row["name"] == "student")
+    student |= scores.gap_closed(*(right[name]["linear"] for name in ("random", "student", "teacher")))
+    return rows, heads, right
+
+
+def _write(
+    result: dict[str, Any],
+    run: run_dir.RunDir,
+    json_file: Path | None,
+    contracts: Mapping[str, dict[str, Any]],
+    sides: Sides,
+    heads: Mapping[str, probes.LinearHead],
+) -> None:
+    """The proof's file, a linear head and a bank beside each exported file, and the card that tells of both."""
+    paths = [sides.bank_folder.files[place] for place in sides.places]
+    for name, contract in contracts.items():
+        save_heads(
+            run.export / contract["file"],
+            contract["sha256"],
+            heads[name],
+            sides.bank[name],
+            sides.labels,
+            sides.classes,
+            paths,
+        )
+    for file in filter(None, (run.validation, json_file)):
+        run_dir.write_text(file, _json(result))
+    run_dir.drop_stale(run.work, "proof", set())
+    if contracts:
+        model_card.renew(run, run.export)
+    else:  # it would say how to use files that are not there
+        (run.export / exported.CARD).unlink(missing_ok=True)
 
 
 def parse_required(words: Sequence[str]) -> dict[str, float]:
@@ -193,7 +244,7 @@ def _refuse_under(least: dict[str, float], rows: Sequence[dict[str, Any]], bank:
             (
                 f"{key} {row[key]:.4f} (at least {value:g}{notes.get(key, '')})"
                 if key in row
-                else f"{key} not measured (the bank of {bank:,} is too small)"
+                else f"{key} not measured ({FIGURES[key].how(bank).removeprefix('not measured: ')})"
             )
             for key, value in least.items()
             if not row.get(key, -1.0) >= value

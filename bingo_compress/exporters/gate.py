@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from bingo_compress.data import image_folder
+from bingo_compress.data import image_list, listing
 from bingo_compress.errors import BingoError
-from bingo_compress.evaluation import probes, scores
-from bingo_compress.exporters.int8 import Judge
+from bingo_compress.evaluation import intervals, probes, scores
+from bingo_compress.exporters.onnx import Gate
 from bingo_compress.features import neighbours
 from bingo_compress.features.neighbours import Search, mates
 from bingo_compress.models.encoder import Preprocessing
 from bingo_compress.models.exported import onnx_runner
 from bingo_compress.runtime import console
+from bingo_compress.sources.opened import Data
 
 LEAST_COSINE = 0.99
 LEAST_RECALL = 0.80
@@ -24,18 +25,8 @@ MAX_LOSS = 0.5  # points of accuracy
 CHOOSE_SHARE = 0.25  # of each class of --labels that is in the bank
 
 # The bank, and the test images where these have a folder of their own.
-Labels = tuple[image_folder.Folder, image_folder.Folder | None]
+Labels = tuple[image_list.ImageList, image_list.ImageList | None]
 Accuracies = dict[str, dict[str, float]]  # of "knn" and "linear": {"float": .., "int8": ..}
-
-
-class Gate(NamedTuple):
-    """Of a quantised file: `choose` by what it is chosen, `report` how it does on test images that choose nothing, each
-    its figures and those below the gate. labelled: sha256 of the labelled images that either judges by.
-    """
-
-    choose: Judge
-    report: Judge
-    labelled: set[str]
 
 
 def make_gate(
@@ -114,16 +105,17 @@ class _Labelled(NamedTuple):
     tests: int
 
 
-def open_labelled(labels: Path, test: Path | None) -> Labels:
+def open_labelled(labels: Data, test: Data | None) -> Labels:
     """The folders of --labels and --test. Raises BingoError where one has no classes, or the second others than the
     first.
     """
-    bank_folder = image_folder.list_folder(labels, "--labels")
-    image_folder.labels_of(bank_folder)
-    test_folder = image_folder.list_folder(test, "--test") if test else None
+    bank_folder = listing.list_images(labels, "--labels")
+    image_list.labels_of(bank_folder)
+    test_folder = listing.list_images(test, "--test") if test else None
     if test_folder:
-        image_folder.refuse_other_classes(bank_folder, test_folder, "--labels")
+        image_list.refuse_other_classes(bank_folder, test_folder, "--labels")
         scores.refuse_shared(bank_folder, test_folder, "--labels")
+    scores.refuse_few(bank_folder, test_folder, "--labels", 3)
     return bank_folder, test_folder
 
 
@@ -132,7 +124,7 @@ def _labelled(float_file: Path, preprocessing: Preprocessing, labels: Labels) ->
     on. Raises BingoError.
     """
     bank_folder, test_folder = labels
-    classes, _ = image_folder.labels_of(bank_folder)
+    classes, _ = image_list.labels_of(bank_folder)
     exact = onnx_runner(float_file)
     sides = scores.sides({"float": (preprocessing, lambda batch: exact(batch)[1])}, bank_folder, test_folder, classes)
     bank, labelled_as, places = sides.bank["float"], sides.labels, torch.tensor(sides.places)
@@ -141,12 +133,12 @@ def _labelled(float_file: Path, preprocessing: Preprocessing, labels: Labels) ->
     if len(labelled_as[~aside].unique()) < len(labelled_as.unique()):
         raise BingoError(
             f"--labels: expected {'two' if test_folder else 'three'} different images or more in every class of"
-            f" {bank_folder.root}, so that a file can be chosen by one and not the others; add images"
+            f" {bank_folder.where}, so that a file can be chosen by one and not the others; add images"
         )
     tests = sides.query_folder.only(sides.query_places).digests
 
     def compared(
-        kept: Tensor, queries: Tensor, wanted: Tensor, folder: image_folder.Folder, which: list[int], what: str
+        kept: Tensor, queries: Tensor, wanted: Tensor, folder: image_list.ImageList, which: list[int], what: str
     ) -> Callable[[Path], Accuracies]:
         head = probes.fit_linear(
             bank[kept], labelled_as[kept], len(classes), groups=None if sides.groups is None else sides.groups[kept]
@@ -188,8 +180,8 @@ def _part(labels: Tensor, contents: Sequence[str]) -> Tensor:
     """
     generator = torch.Generator().manual_seed(0)
     chosen: set[str] = set()
-    for label in labels.unique():
-        different = list(dict.fromkeys(contents[row] for row in (labels == label).nonzero()[:, 0].tolist()))
+    for rows in intervals.rows_by_class(labels):
+        different = list(dict.fromkeys(contents[row] for row in rows.tolist()))
         take = max(1, int(len(different) * CHOOSE_SHARE))
         chosen |= {different[place] for place in torch.randperm(len(different), generator=generator)[:take].tolist()}
     return torch.tensor([content in chosen for content in contents])

@@ -5,7 +5,7 @@ quantises; here is what it is asked for.
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import Tensor
 
 from bingo_compress.errors import BingoError
-from bingo_compress.exporters.onnx import REFUSED, Form, described
+from bingo_compress.exporters.onnx import REFUSED, Form, Judge, described
 from bingo_compress.models.exported import onnx_runner
 from bingo_compress.runtime import console
 
@@ -29,9 +29,6 @@ PERCENTILE = 99.99
 LEFT_IN_FLOAT = (1, 2, 4, 8, 16)  # layers, the noisiest first
 SIXTEEN_BITS_FROM = 21  # opset
 LAYERS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
-
-# Of a quantised file: its figures, and the names of those that are below the gate.
-Judge = Callable[[Path], tuple[dict[str, Any], list[str]]]
 
 
 @dataclass(frozen=True)

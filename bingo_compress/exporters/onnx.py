@@ -10,9 +10,10 @@ import json
 import logging
 import tempfile
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import onnx
 import timm
@@ -43,6 +44,10 @@ IR_OF_OPSET = {
 }
 
 
+# Of a quantised file: its figures, and the names of those that are below the gate.
+Judge = Callable[[Path], tuple[dict[str, Any], list[str]]]
+
+
 @dataclass(frozen=True)
 class Form:
     """What a file is to look like. opset: of the ONNX domain, the only one in it; ir: at most this IR version, 0:
@@ -52,6 +57,29 @@ class Form:
     opset: int
     ir: int
     batch: int
+
+
+class Gate(NamedTuple):
+    """Of a quantised file: `choose` by what it is chosen, `report` how it does on test images that choose nothing, each
+    its figures and those below the gate. labelled: sha256 of the labelled images that either judges by.
+    """
+
+    choose: Judge
+    report: Judge
+    labelled: set[str]
+
+
+class Making(NamedTuple):
+    """What a file in less precision is made of, in the folder `work`. calibration: uint8 (n, S, S, 3), images that
+    ranges are found on; tuned: makes a float file that loses less, where that is asked for.
+    """
+
+    float_file: Path
+    calibration: Tensor
+    form: Form
+    work: Path
+    gate: Gate
+    tuned: Callable[[], Path] | None = None
 
 
 # modern: the first opset whose own QuantizeLinear takes 16 bits; edge: what RKNN, CANN, TensorRT, Hailo and old Triton

@@ -14,7 +14,7 @@ from torch.nn.functional import cosine_similarity
 from torch.nn.utils import parametrize
 
 from bingo_compress.data import pixel_store
-from bingo_compress.data.image_folder import Folder
+from bingo_compress.data.image_list import ImageList
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation.finetune import Labelled, crops_and_flips
 from bingo_compress.models.encoder import Encoder
@@ -34,7 +34,7 @@ WEIGHTED = (nn.Conv2d, nn.Linear)
 ROUNDED = (*WEIGHTED, nn.Hardswish, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Hardsigmoid)
 
 
-def finetune(recipe: Recipe, student: Encoder, folder: Folder, work: Path, apart: Set[str]) -> Encoder:
+def finetune(recipe: Recipe, student: Encoder, folder: ImageList, work: Path, apart: Set[str]) -> Encoder:
     """Train `student`, rounded, in place, on images of `folder` without those that it is judged by; `work`: an empty
     folder for their pixels.
 
@@ -51,7 +51,7 @@ def finetune(recipe: Recipe, student: Encoder, folder: Folder, work: Path, apart
     chosen = some.only([index for index, digest in enumerate(some.digests) if digest not in apart])
     if not chosen.files:
         raise BingoError(
-            f"--finetune: expected images in {folder.root} beside those that int8 is judged by, found none; add images"
+            f"--finetune: expected images in {folder.where} beside those that int8 is judged by, found none; add images"
         )
     size = student.preprocessing.size
     store, _ = pixel_store.build(chosen, pixel_store.store_side(size, size), work, device)

@@ -12,7 +12,7 @@ from bingo_edge.image import ImageError, Pixels, preprocess
 from torch import Tensor
 
 from bingo_compress.data.decode import decode_all
-from bingo_compress.data.image_folder import Folder
+from bingo_compress.data.image_list import ImageList
 from bingo_compress.data.pixel_store import PixelStore
 from bingo_compress.errors import BingoError
 from bingo_compress.models.encoder import Encoder, Preprocessing, evaluating
@@ -79,7 +79,7 @@ class Keep:
 
 def plain(
     models: Mapping[str, tuple[Preprocessing, Embed]],
-    folder: Folder,
+    folder: ImageList,
     indices: Sequence[int],
     what: str,
     keep: Keep | None = None,
@@ -120,15 +120,15 @@ def plain(
     found = distributed.joined(parts())
     if not found:
         raise BingoError(
-            f"expected images in {folder.root}, found none that can be decoded; `bingo-compress check --data"
-            f" {folder.root}` says why"
+            f"expected images in {folder.where}, found none that can be decoded; `bingo-compress check --data"
+            f" {folder.where}` says why"
         )
     return dict(zip(models, found[1:], strict=True)), found[0].tolist()
 
 
 def _batched(
     models: Mapping[str, tuple[Preprocessing, Embed]],
-    folder: Folder,
+    folder: ImageList,
     spans: Sequence[Sequence[int]],
     advance: console.Advance,
 ) -> Iterator[list[Tensor]]:
@@ -152,7 +152,7 @@ def _batched(
         advance(len(span))
 
 
-def _still_good(file: Path, whole: MadeOf, folder: Folder, spans: Sequence[Sequence[int]]) -> list[Tensor] | None:
+def _still_good(file: Path, whole: MadeOf, folder: ImageList, spans: Sequence[Sequence[int]]) -> list[Tensor] | None:
     """The part in `file`, made of `whole`; None where there is none, or where an image that could not be decoded when
     it was kept can be now.
     """
@@ -165,17 +165,17 @@ def _still_good(file: Path, whole: MadeOf, folder: Folder, spans: Sequence[Seque
     return [kinds[str(number)] for number in range(len(kinds))]
 
 
-def _refuse_no_numbers(rows: Tensor, name: str, folder: Folder, places: Sequence[int]) -> None:
+def _refuse_no_numbers(rows: Tensor, name: str, folder: ImageList, places: Sequence[int]) -> None:
     """Raise BingoError if a row of `rows` (n, ...), what a model makes of the images `places`, is not finite."""
     bad = rows.reshape(len(rows), -1).isfinite().all(1).logical_not().nonzero()[:, 0].tolist()
     if bad:
         raise BingoError(
-            f"{name}: expected finite features, found infinite ones or NaN for {folder.path(places[bad[0]])}; are the"
+            f"{name}: expected finite features, found infinite ones or NaN for {folder.place(places[bad[0]])}; are the"
             " model's weights whole?"
         )
 
 
-def pixels_of(preprocessing: Preprocessing, folder: Folder, order: Sequence[int], count: int) -> Tensor:
+def pixels_of(preprocessing: Preprocessing, folder: ImageList, order: Sequence[int], count: int) -> Tensor:
     """The first `count` images in `order` that can be decoded, as a model's input: uint8 (n, S, S, 3). Raises
     BingoError where there is none.
     """
@@ -188,8 +188,8 @@ def pixels_of(preprocessing: Preprocessing, folder: Folder, order: Sequence[int]
             break
     if not found:
         raise BingoError(
-            f"expected images in {folder.root}, found none that can be decoded; `bingo-compress check --data"
-            f" {folder.root}` says why"
+            f"expected images in {folder.where}, found none that can be decoded; `bingo-compress check --data"
+            f" {folder.where}` says why"
         )
     return torch.stack(found)
 

@@ -3,7 +3,7 @@ twice.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 
@@ -14,11 +14,11 @@ from torch.nn.functional import normalize
 
 from bingo_compress.data import augment
 from bingo_compress.data.decode import decode_all
-from bingo_compress.data.image_folder import Folder
+from bingo_compress.data.image_list import ImageList
 from bingo_compress.data.pixel_store import PixelStore
 from bingo_compress.errors import BingoError
 from bingo_compress.features import extract
-from bingo_compress.features.memmap import Stored
+from bingo_compress.features.memmap import Stored, TeacherPass
 from bingo_compress.models import encoder
 from bingo_compress.models.encoder import Encoder
 from bingo_compress.runtime import console, distributed
@@ -31,24 +31,9 @@ TOO_ALIKE = 1 - 1.6e-5  # the mean cosine at which float16's rounding is 5% of t
 LARGE = 512  # images that the teacher is given at once on a GPU; halved until they fit
 
 
-@dataclass(frozen=True)
-class TeacherPass:
-    """What one pass of the teacher gave. features: (N, width) plain view; embeddings: (N, D) plain view; views: (N, V,
-    D), V may be 0.
-
-    Float16, every row of length one: no method uses lengths, and float16 ends at 65504. All are read from disk as they
-    are used. key: of what the pass was made from.
-    """
-
-    features: Tensor
-    embeddings: Tensor
-    views: Tensor
-    key: str
-
-
 def run(
     teacher: Encoder,
-    folder: Folder,
+    folder: ImageList,
     pixels: PixelStore,
     views: int,
     scale_min: float,
@@ -104,7 +89,7 @@ def run(
     distributed.barrier()
     if missing:
         _say_alike(files.embeddings.read(count, files.embeddings.width))
-    return files.read(views, key)
+    return replace(files.read(views, key), projected=teacher.projection is not None)
 
 
 Shard = tuple[range, int]  # images, and which augmented view of them, -1 for the plain one
@@ -166,7 +151,7 @@ def _files(shards: Path, count: int, teacher: Encoder, of_features: bool) -> _Fi
     return _Files(features, embeddings, viewed, count, of_features)
 
 
-def _refuse_no_direction(made: Tensor, folder: Folder, rows: range, teacher: Encoder) -> None:
+def _refuse_no_direction(made: Tensor, folder: ImageList, rows: range, teacher: Encoder) -> None:
     """Raise BingoError for a row of `made` (n, D), the images `rows`, that is not of length one: the teacher gave
     zeros, infinities or NaN.
     """
@@ -175,7 +160,7 @@ def _refuse_no_direction(made: Tensor, folder: Folder, rows: range, teacher: Enc
     if bad:
         raise BingoError(
             f"--teacher {teacher.name}: expected features with a direction, found zeros, infinities or NaN for"
-            f" {len(bad):,} of {len(rows):,} images, the first {folder.path(rows[bad[0]])}; are the teacher's weights"
+            f" {len(bad):,} of {len(rows):,} images, the first {folder.place(rows[bad[0]])}; are the teacher's weights"
             f" whole, and does it take {teacher.preprocessing.size} px?"
         )
 
@@ -191,7 +176,7 @@ def _say_alike(embeddings: Tensor) -> None:
         )
 
 
-def _plain_shard(teacher: Encoder, folder: Folder, rows: range, device: torch.device) -> Iterator[Tensor]:
+def _plain_shard(teacher: Encoder, folder: ImageList, rows: range, device: torch.device) -> Iterator[Tensor]:
     """The plain view of the images `rows`, BATCH at a time: (B, 3, S, S)."""
     geometry = teacher.preprocessing.geometry()
     decoded = decode_all(folder, rows, lambda picture: preprocess(picture, **geometry))
@@ -201,7 +186,7 @@ def _plain_shard(teacher: Encoder, folder: Folder, rows: range, device: torch.de
             result = next(decoded)[1]
             if isinstance(result, ImageError):
                 raise BingoError(
-                    f"{folder.path(index)} changed while the run was reading it ({result}); start the command again"
+                    f"{folder.place(index)} changed while the run was reading it ({result}); start the command again"
                 )
             batch.append(torch.from_numpy(result))
         yield extract.to_float(torch.stack(batch).to(device))

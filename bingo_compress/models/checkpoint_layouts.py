@@ -13,6 +13,7 @@ from bingo_compress.errors import BingoError
 
 Tensors = dict[str, Tensor]
 LISTED = 8
+CLASSIFIERS = tuple(f"backbone.{name}." for name in ("fc", "head", "classifier"))
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,8 @@ def find(tensors: Tensors) -> Layout | None:
     def claimed(layout: Layout) -> int:
         return sum(_among(key, (*layout.head, *layout.unneeded)) for key in tensors)
 
+    if all(key.startswith("backbone.") for key in tensors) and any(key.startswith(CLASSIFIERS) for key in tensors):
+        return None  # no method trains one: a prefix like any other
     fitting = [layout for layout in LAYOUTS if (_under(tensors, layout.trunk) if layout.trunk else claimed(layout))]
     return max(fitting, key=claimed, default=None)
 

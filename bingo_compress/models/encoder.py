@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from bingo_compress.errors import BingoError, first_line
 from bingo_compress.models import extra_models, weights  # timm knows them from here on
-from bingo_compress.models.names import has_pretrained
+from bingo_compress.models.names import HUB, has_pretrained, on_hub, page
 from bingo_compress.runtime import checkpoint, run_dir
 
 HUB_SECONDS = 3.0
@@ -202,36 +202,40 @@ class RegressionHead(nn.Sequential):
         super().__init__(*layers, nn.Linear(hidden, dim))
 
 
-def build(name: str, size: int, source: str, option: str) -> Encoder:
+def build(name: str, size: int, source: str, option: str, ema: bool = True) -> Encoder:
     """An encoder in eval mode with weights from `source`: "random", "pretrained" (timm's hub) or a file.
 
-    size: pixels a side, 0 for the model's own. Raises BingoError for a size or weights that do not fit and for a hub
-    out of reach.
+    name: of timm, or hf-hub:OWNER/NAME, whose settings come from the hub whatever the source. size: pixels a side, 0
+    for the model's own; ema: as in `weights.read_tensors`. Raises BingoError for a size or weights that do not fit and
+    for a hub out of reach.
     """
-    config = timm.models.get_pretrained_cfg(name)
-    own = min(config.input_size[1:]) if config else 224
-    arguments: dict[str, Any] = {"num_classes": 0}
-    if size and size != own and config and config.fixed_input_size:
-        arguments["img_size"] = size
+    fetched = "pretrained weights" if source == "pretrained" else "the settings" if on_hub(name) else ""
     if source == "pretrained" and not has_pretrained(name):
         raise BingoError(
             f"{option}: timm has no pretrained weights for {name}; give a file with {option} PATH, or say {option}"
             " random"
         )
+    arguments: dict[str, Any] = {"num_classes": 0}
+    config: Any = None
     try:
-        with _hub() if source == "pretrained" else contextlib.nullcontext():
+        with _hub() if fetched else contextlib.nullcontext():
+            config = _hub_config(name, option) if on_hub(name) else timm.models.get_pretrained_cfg(name)
+            own = min(config.input_size[1:]) if config else 224
+            if size and size != own and config and config.fixed_input_size:
+                arguments["img_size"] = size
             backbone = timm.create_model(name, pretrained=source == "pretrained", **arguments)
     except BingoError:
         raise
     except Exception as error:
-        if source == "pretrained":
+        if not fetched:
             raise BingoError(
-                f"{option}: pretrained weights of {name} could not be fetched ({first_line(error)}). Ways out: try"
-                f" again online, fill the hub's cache on a machine that is (HF_HOME), give a local file with {option}"
-                f" PATH, or say {option} random"
+                f"{name} cannot be built at {size} x {size} pixels ({first_line(error)}); choose another size"
             ) from None
+        _refuse_damaged(page(name) if on_hub(name) else config.hf_hub_id, option)
         raise BingoError(
-            f"{name} cannot be built at {size} x {size} pixels ({first_line(error)}); choose another size"
+            f"{option}: {fetched} of {name} could not be fetched ({first_line(error)}). Ways out: try again online,"
+            f" fill the hub's cache on a machine that is (HF_HOME), give a local file with {option} PATH, or say"
+            f" {option} random"
         ) from None
     data = timm.data.resolve_model_data_config(backbone)
     encoder = Encoder(
@@ -247,11 +251,41 @@ def build(name: str, size: int, source: str, option: str) -> Encoder:
         ),
     )
     if source not in ("pretrained", "random"):
-        layout, projection = weights.load_into(encoder.backbone, name, Path(source), option)
+        layout, projection = weights.load_into(encoder.backbone, name, Path(source), option, ema)
         if layout is not None:
             encoder = encoder.normalised_by(layout.mean, layout.std)
             encoder.projection = projection
     return encoder.eval()
+
+
+def _hub_config(name: str, option: str) -> Any:
+    """timm's settings of a model on the hub. Raises BingoError where the page is of no model that timm has."""
+    try:
+        settings, architecture, _ = timm.models.load_model_config_from_hf(name.removeprefix(HUB))
+    except KeyError:
+        architecture = ""
+    if not timm.is_model(architecture):
+        found = f"{architecture}, which timm {timm.__version__} does not have" if architecture else "none"
+        raise BingoError(
+            f"{option.removesuffix('-weights')}: expected a page of a timm model, whose config.json names its"
+            f" architecture; found {found} at {name}; `bingo-compress models` lists what timm has"
+        )
+    return timm.models.PretrainedCfg(**settings)
+
+
+def _refuse_damaged(repository: str | None, option: str) -> None:
+    """Raise BingoError if a file of `repository` in the hub's cache cannot be read: going online would change nothing,
+    since it is there.
+    """
+    import huggingface_hub
+
+    cached = Path(huggingface_hub.constants.HF_HUB_CACHE, f"models--{(repository or '').replace('/', '--')}")
+    for file in sorted(cached.glob("snapshots/*/*")):
+        if file.is_file() and (why := weights.damage(file)):
+            raise BingoError(
+                f"{option}: {file.resolve()} in the hub's cache is damaged ({why}); delete it, and start again online"
+                " or with a whole copy"
+            )
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from bingo_compress.runtime import checkpoint, console
 from bingo_compress.runtime.made_of import file_digest
 from bingo_compress.runtime.run_dir import atomic, atomic_folder
 
-NAMES = {"onnx": "student.onnx", "onnx-int8": "student-int8.onnx"}  # by their rows in a proof
+STEM = "student"
 CONTRACT, GOLDEN = ".json", ".golden"
 LINEAR, BANK = ".linear.npz", ".bank.npz"
 LATENCY, CARD = "latency.json", "MODEL_CARD.md"  # of all files in a folder
@@ -31,7 +31,13 @@ LATENCY, CARD = "latency.json", "MODEL_CARD.md"  # of all files in a folder
 
 def files(folder: Path) -> dict[str, Path]:
     """The exported files in a folder by their rows in a proof, the float file first."""
-    return {row: folder / name for row, name in NAMES.items() if (folder / name).is_file()}
+    found = sorted(folder.glob(f"{STEM}*.onnx"), key=lambda file: (len(file.stem), file.stem))
+    return {f"onnx{file.stem.removeprefix(STEM)}": file for file in found if file.is_file()}
+
+
+def name(row: str) -> str:
+    """The file of a row in a proof: student.onnx of "onnx", student-int8.onnx of "onnx-int8"."""
+    return f"{STEM}{row.removeprefix('onnx')}.onnx"
 
 
 def contract(file: Path) -> dict[str, Any]:
@@ -93,19 +99,25 @@ def put(made: Path, target: Path) -> Path:
 
 
 def keep_pair(newest: Path) -> None:
-    """Drop the other file beside `newest` unless the int8 one of the two was made of the float one; says so."""
+    """Drop what is beside `newest` and not of its export: files that were made of another float file than the one that
+    is there; says so.
+    """
     found = files(newest.parent)
-    if len(found) < len(NAMES):
+    exact = found.pop("onnx", None)
+    if exact is None:
         return
+    others = [file for row, file in found.items() if _made_from(row, file) != file_digest(exact)]
+    for file in [exact] if newest in others else others:
+        drop(file, f"{newest.name} is of another export; --format all makes both")
+
+
+def _made_from(row: str, file: Path) -> str | None:
+    """The digest of the float file that a file in less precision names."""
     try:
-        made_from = contract(found["onnx-int8"]).get("int8", {}).get("float_sha256")
+        said: str | None = contract(file).get(row.removeprefix("onnx-"), {}).get("float_sha256")
     except BingoError:
-        made_from = None
-    if made_from != file_digest(found["onnx"]):
-        drop(
-            next(path for path in found.values() if path != newest),
-            f"{newest.name} is of another export; --format all makes both",
-        )
+        return None
+    return said
 
 
 def drop(file: Path, why: str) -> None:

@@ -46,7 +46,7 @@ def build_teacher(recipe: Recipe, given: Encoder | None = None) -> Encoder:
     if recipe.teacher_weights == GIVEN:
         return _copy(given, recipe.teacher, recipe.teacher_size, "--teacher")
     torch.manual_seed(hash_seed("teacher"))
-    return build(recipe.teacher, recipe.teacher_size, recipe.teacher_weights, "--teacher-weights")
+    return build(recipe.teacher, recipe.teacher_size, recipe.teacher_weights, "--teacher-weights", recipe.ema)
 
 
 def build_student(recipe: Recipe, source: str, stream: str, given: Encoder | None = None) -> Encoder:
@@ -57,7 +57,7 @@ def build_student(recipe: Recipe, source: str, stream: str, given: Encoder | Non
         if source == "random":
             redraw(student.backbone)
         return student
-    return build(recipe.student, recipe.image_size, source, "--student-weights")
+    return build(recipe.student, recipe.image_size, source, "--student-weights", recipe.ema)
 
 
 def _copy(given: Encoder | None, name: str, size: int, option: str) -> Encoder:

@@ -4,6 +4,7 @@ pickled code is run.
 
 import argparse
 import contextlib
+import json
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,11 +20,10 @@ from bingo_compress.models import checkpoint_layouts
 from bingo_compress.models.checkpoint_layouts import Layout, Tensors, misshapen, names, unchunked
 from bingo_compress.runtime import console
 
-# The first that is there holds the weights: the average before what was averaged, as timm's loader has it.
-WRAPPERS = ("teacher", "state_dict_ema", "model_ema", "state_dict", "model")
+# Under these names files keep weights; a moving average of them beside, under one of `_is_average`.
+PLACES = ("state_dict", "model", "student")
 BESIDE = {
-    *WRAPPERS,
-    "student",
+    *PLACES,
     "dino_loss",
     "optimizer",
     "scheduler",
@@ -35,9 +35,11 @@ BESIDE = {
 }
 
 
-def load_into(backbone: nn.Module, name: str, file: Path, option: str) -> tuple[Layout | None, nn.Module | None]:
+def load_into(
+    backbone: nn.Module, name: str, file: Path, option: str, ema: bool = True
+) -> tuple[Layout | None, nn.Module | None]:
     """Load `file` into `backbone` (a timm model without classifier). Returns (the layout of a method's file, its
-    projection head if it brings one).
+    projection head if it brings one). ema: as in `read_tensors`.
 
     The projection is in eval mode, (B, width) -> (B, D), not normalised. Layouts, with or without prefixes that all
     keys share:
@@ -55,9 +57,9 @@ def load_into(backbone: nn.Module, name: str, file: Path, option: str) -> tuple[
     Raises BingoError for anything that does not fit exactly, each missing and unexpected key by name; the backbone is
     then as before.
     """
-    tensors = read_tensors(file, option)
+    tensors = read_tensors(file, option, ema)
     where = f"{option}: {file}"
-    tensors = _without_shared_prefix(tensors, backbone.state_dict(), where)
+    tensors = _without_shared_prefix(tensors, backbone.state_dict(), where, ema)
     layout = checkpoint_layouts.find(tensors)
     projection = None
     if layout is not None:
@@ -77,36 +79,43 @@ def load_into(backbone: nn.Module, name: str, file: Path, option: str) -> tuple[
     return layout, projection
 
 
-def _without_shared_prefix(tensors: Tensors, wanted: Mapping[str, Tensor], where: str) -> Tensors:
+def _without_shared_prefix(tensors: Tensors, wanted: Mapping[str, Tensor], where: str, ema: bool) -> Tensors:
     """The tensors under names that a layout or the model knows, without what stands before all of them: DataParallel's
-    module., torch.compile's _orig_mod., Lightning's model. and the like, in any combination. As they are where that
-    does not help.
+    module., torch.compile's _orig_mod., Lightning's model. and the like, in any combination; of model.* and model_ema.*
+    one, by `ema`. As they are where that does not help.
     """
-    peeled, prefix = tensors, ""
+    peeled, prefix, said = tensors, "", []
     while checkpoint_layouts.find(peeled) is None and not wanted.keys() & peeled.keys():
+        firsts = list(dict.fromkeys(key.partition(".")[0] for key in peeled))
+        averages = [first for first in firsts if _is_average(first)]
+        if len(firsts) == 2 and len(averages) == 1:
+            order = sorted(firsts, key=lambda first: (first in averages) != ema)
+            said.append(_choice(order, averages, ema))
+            peeled = {key: value for key, value in peeled.items() if key.partition(".")[0] == order[0]}
+        elif len(firsts) > 1:
+            return tensors
         first = next(iter(peeled)).partition(".")[0] + "."
         if not all(key.startswith(first) for key in peeled):
             return tensors
         peeled, prefix = {key.removeprefix(first): value for key, value in peeled.items()}, prefix + first
     if prefix:
-        console.say(f"{where}: {prefix} before every name is taken off")
+        said.append(f"{prefix} before every name is taken off")
+    for line in said:
+        console.say(f"{where}: {line}")
     return peeled
 
 
-def read_tensors(file: Path, option: str) -> Tensors:
+def read_tensors(file: Path, option: str, ema: bool = True) -> Tensors:
     """The tensors of a .safetensors or torch file by name; wrappers such as state_dict, model and teacher are opened,
-    and a choice is said. Raises BingoError.
+    and a choice is said. ema: of a moving average and what was averaged the first is taken, as timm's loader has it;
+    False: the second. Raises BingoError.
     """
     if not file.is_file():
         raise BingoError(f"{option}: expected pretrained, random or a weights file; found no file {file}")
     try:
-        if file.suffix == ".safetensors":
-            content: Any = safetensors.torch.load_file(file)
-        else:
-            with torch.serialization.safe_globals([argparse.Namespace]):  # the settings in DINO's own files
-                content = torch.load(file, map_location="cpu", weights_only=True)
+        content = _content(file)
     except pickle.UnpicklingError as error:
-        if "unsupported global" in str(error).lower():
+        if _is_code(error):
             raise BingoError(
                 f"{option}: {file} holds more than tensors (pickled code), which is never run; save its state_dict"
                 " alone"
@@ -117,28 +126,19 @@ def read_tensors(file: Path, option: str) -> Tensors:
         why = "damaged, or not a checkpoint" if isinstance(error, KeyError) else first_line(error, 120)
         raise BingoError(f"{option}: {file} is not a readable weights file ({why})") from None
     while isinstance(content, Mapping):
-        wrapper = next((key for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
-        strays = [
-            str(key)
-            for key, value in content.items()
-            if key not in BESIDE and _holds_weights(value, inside=wrapper is None)
-        ]
+        averages, plain, strays = _places(content)
         if strays:
             raise BingoError(
                 f"{option}: expected the weights of {file} in one place, found more in {names(strays)}; save the"
                 " tensors that are meant alone"
             )
-        if wrapper is None:
+        order = [*averages, *plain] if ema else [*plain, *averages]
+        if not order:
             break
-        others = [
-            key for key in (*WRAPPERS, "student") if key != wrapper and _holds_weights(content.get(key), inside=False)
-        ]
-        if others:
-            console.say(
-                f"{option}: {file} holds weights under {wrapper} and {' and '.join(others)}; those under {wrapper} are"
-                " taken"
-            )
-        content = content[wrapper]
+        full = [order[0], *(key for key in order[1:] if key in averages or _holds_weights(content[key], inside=False))]
+        if len(full) > 1 or (not ema and not plain) or order[0] not in (*averages, *PLACES):
+            console.say(f"{option}: {file} holds weights under {_choice(full, averages, ema)}")
+        content = content[order[0]]
     if not isinstance(content, Mapping):
         raise BingoError(f"{option}: expected tensors by name in {file}, found a {type(content).__name__}")
     tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
@@ -146,7 +146,64 @@ def read_tensors(file: Path, option: str) -> Tensors:
         raise BingoError(
             f"{option}: expected tensors by name in {file}, found none; its keys are {names(map(str, content))}"
         )
-    return tensors
+    counter = "n_averaged"  # of torch's AveragedModel
+    return {key: value for key, value in tensors.items() if key.rpartition(".")[2] != counter}
+
+
+def _content(file: Path) -> Any:
+    if file.suffix == ".safetensors":
+        return safetensors.torch.load_file(file)
+    with torch.serialization.safe_globals([argparse.Namespace]):  # the settings in DINO's own files
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _is_code(error: Exception) -> bool:
+    return "unsupported global" in str(error).lower()
+
+
+def damage(file: Path) -> str:
+    """Why a file of the hub's cache, weights or settings, cannot be read; "" for a whole one and for one of another
+    kind.
+    """
+    try:
+        if file.suffix == ".json":
+            json.loads(file.read_text(encoding="utf-8"))
+        elif file.suffix in (".safetensors", ".bin", ".pth", ".pt"):
+            _content(file)
+    except Exception as error:  # the readers' own have no common base
+        return "" if _is_code(error) else first_line(error, 120)
+    return ""
+
+
+def _places(content: Mapping[Any, Any]) -> tuple[list[Any], list[Any], list[str]]:
+    """Under which keys a file keeps (moving averages, weights as they are, weights that belong to neither). One name
+    that nobody has listed is a place too, such as model_state_dict.
+    """
+    averages = [key for key, value in content.items() if _is_average(str(key)) and _holds_weights_below(value)]
+    plain = [key for key in PLACES if isinstance(content.get(key), Mapping)]
+    others = {key: value for key, value in content.items() if key not in BESIDE and key not in averages}
+    holding = [key for key, value in others.items() if _holds_weights(value, inside=False)]
+    if len(holding) == 1 and not plain and isinstance(content[holding[0]], Mapping):
+        plain = holding
+    inside = not (averages or plain)
+    strays = [str(key) for key, value in others.items() if key not in plain and _holds_weights(value, inside)]
+    return averages, plain, strays
+
+
+def _is_average(name: str) -> bool:
+    """Whether this is what people call a moving average of weights: model_ema, state_dict_ema, ema; DINO's teacher."""
+    return name == "teacher" or "ema" in name.lower().split("_")
+
+
+def _choice(order: list[str], averages: list[str], ema: bool) -> str:
+    """In words, which of the places `order` is taken, the first, and how to have the other."""
+    line = f"{' and '.join(order)}; those under {order[0]} are taken"
+    if order[0] in averages and not ema:
+        return f"{line}: there is nothing but a moving average"
+    if len(order) == 1 or not set(averages) & set(order):
+        return line
+    what = "a moving average; --set ema=false" if ema else "as they were trained; --set ema=true"
+    return f"{line} ({what} takes the other)"
 
 
 def _holds_weights(value: Any, inside: bool) -> bool:
@@ -156,6 +213,12 @@ def _holds_weights(value: Any, inside: bool) -> bool:
     if isinstance(value, Tensor):
         return not inside and value.is_floating_point() and value.numel() > 1  # scores and random states are none
     return isinstance(value, Mapping) and any(isinstance(part, Tensor) for part in value.values())
+
+
+def _holds_weights_below(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(
+        isinstance(part, Tensor) or _holds_weights_below(part) for part in value.values()
+    )
 
 
 def _in_order(tensors: Tensors, wanted: Mapping[str, Tensor], name: str, file: Path, option: str) -> Tensors:

@@ -11,26 +11,17 @@ from typing import Any
 import timm
 
 from bingo_compress import __version__
-from bingo_compress.features import neighbours
 from bingo_compress.models import exported
-from bingo_compress.recipe import GIVEN, RESUME_MAY_CHANGE, Recipe
+from bingo_compress.recipe import GIVEN, RESUME_MAY_CHANGE, Recipe, load_recipe
 from bingo_compress.report import timing_table
-from bingo_compress.report.tables import NAMES
+from bingo_compress.report.tables import title
 from bingo_compress.runtime import checkpoint, console
-from bingo_compress.runtime.run_dir import RunDir, made_by, read_json, saved_recipe, write_text
+from bingo_compress.runtime.run_dir import RunDir, made_by, read_json, write_text
 from bingo_compress.training.plan import loss_of
 
 ELSEWHERE = {"teacher", "student", "teacher_weights", "student_weights", "teacher_size", "image_size"}
 # What of a validation's protocol is shown; its other entries name folders.
-PROTOCOL = ("knn", "linear", "linear_balanced", "neighbour_recall", "onnx", "intervals", "gap_closed", "literature")
-TITLES = {
-    "knn": "kNN",
-    "linear": "linear",
-    "linear_balanced": "balanced",
-    "linear_auc": "AUC",
-    "neighbour_recall": "recall",
-    "literature": "linear, augmented",
-}
+PROTOCOL = ("onnx", "intervals", "gap_closed", "literature")
 CLASSES_SHOWN = 50
 # All that can begin or end something inside a line, of CommonMark and of GitHub's tables, formulas and links that need
 # no brackets.
@@ -63,11 +54,11 @@ def card(
     it and of `latency` only the rows of the run's student and of `files` are shown, told by their sha256. Raises
     BingoError where one of these is not what we write.
     """
-    recipe = saved_recipe(run)
+    recipe = load_recipe(run.as_run)
     summary = read_json("distill", run.summary)
     with made_by("distill", run.summary):
         known = [_data(run, summary), _recall(summary)]
-    with made_by("export", run.export / exported.NAMES["onnx"]):
+    with made_by("export", run.export / exported.name("onnx")):
         told = [_files(files), _use(files, heads)]
     with made_by("export", run.export / exported.LATENCY):
         timed = _latency(latency, files)
@@ -210,17 +201,17 @@ def _validation(run: RunDir, files: Sequence[Mapping[str, Any]]) -> list[str]:
         if not run.student.is_file() or student.get("weights") != exported.weights_digest(run.student):
             return ["Not validated on labels since the student was trained again:", command]
         there = {file["sha256"] for file in files}
-        rows = [row for row in result["rows"] if row["name"] not in exported.NAMES or row.get("sha256") in there]
+        rows = [row for row in result["rows"] if not row["name"].startswith("onnx") or row.get("sha256") in there]
         blocks = _proof(result["protocol"], rows)
         unproven = [_name(file) for file in files if file["sha256"] not in {row.get("sha256") for row in rows}]
         return [*blocks, *([f"Not proven: {', '.join(unproven)}. Run validate:", command] if unproven else [])]
 
 
 def _proof(protocol: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    titles = TITLES | {"neighbour_recall": neighbours.recall_title(protocol["bank_images"])}
-    keys = [key for key in TITLES if any(key in row for row in rows)]
+    titles = protocol["figures"]
+    keys = [key for key in titles if any(key in row for row in rows)]
     explained = {*keys, *(str(row["name"]).partition("-")[0] for row in rows), "intervals", "gap_closed"}
-    cells = [[plain(NAMES.get(row["name"], row["name"])), *(_figure(row, key) for key in keys)] for row in rows]
+    cells = [[plain(title(row["name"])), *(_figure(row, key) for key in keys)] for row in rows]
     classes = protocol["classes"]
     more = f" and {len(classes) - CLASSES_SHOWN:,} more" if len(classes) > CLASSES_SHOWN else ""
     aside = str(protocol["test"]).startswith("a quarter of each class of ")
@@ -255,7 +246,11 @@ def _proof(protocol: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> li
         *blocks,
         "The student by class, weakest first:",
         _table(("class", "test images", "found"), by_class),
-        "\n".join(f"- {key}: {plain(protocol[key])}" for key in PROTOCOL if key in protocol and key in explained),
+        "\n".join(
+            f"- {key}: {plain(protocol[key])}"
+            for key in dict.fromkeys((*titles, *PROTOCOL))
+            if key in protocol and key in explained
+        ),
     ]
 
 

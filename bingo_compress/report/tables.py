@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from bingo_compress import __version__
-from bingo_compress.data.image_folder import Folder
+from bingo_compress.data.image_list import ImageList
 from bingo_compress.features import neighbours
 from bingo_compress.models import exported
 from bingo_compress.models.trained import Models
@@ -19,10 +19,15 @@ NAMES = {
     "start": "student before",
     "random": "student, random weights",
     "onnx": "exported ONNX file",
-    "onnx-int8": "exported int8 file",
     "against": "student of --against",
 }
 CLASSES_SHOWN = 20
+PLAIN = ("linear_balanced", "linear_auc", "neighbour_recall")  # without their intervals: a screen is narrow
+
+
+def title(row: str) -> str:
+    """A row of a proof in words: "onnx-int8" is the exported int8 file."""
+    return NAMES.get(row) or f"exported {row.removeprefix('onnx-')} file"
 
 
 def show(result: dict[str, Any], run: run_dir.RunDir, models: Models) -> None:
@@ -63,34 +68,18 @@ def _figure(row: Mapping[str, Any], key: str) -> str:
 
 
 def _main(protocol: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
-    augmented, areas = any("literature" in row for row in rows), "linear_auc" in rows[0]
-    header = [
-        "",
-        "kNN",
-        "linear",
-        "balanced",
-        *(["AUC"] if areas else []),
-        neighbours.recall_title(protocol["bank_images"]),
-    ]
-    cells = []
-    for row in rows:
-        plain = ["linear_balanced", *(["linear_auc"] if areas else []), "neighbour_recall"]
-        cells.append(
-            [
-                NAMES[row["name"]],
-                _figure(row, "knn"),
-                _figure(row, "linear"),
-                *(f"{row[key]:.3f}" if key in row else "-" for key in plain),
-            ]
-        )
-        if augmented:
-            cells[-1].append(_figure(row, "literature") if "literature" in row else "-")
+    figures = {key: name for key, name in protocol["figures"].items() if any(key in row for row in rows)}
+    cells = [[title(row["name"]), *(_cell(row, key) for key in figures)] for row in rows]
     console.table(
         f"{protocol['test_images']:,} test images, bank of {protocol['bank_images']:,}, {len(protocol['classes'])}"
         " classes; in brackets: 95% interval",
-        [*header, *(["linear, augmented"] if augmented else [])],
+        ["", *figures.values()],
         cells,
     )
+
+
+def _cell(row: Mapping[str, Any], key: str) -> str:
+    return "-" if key not in row else f"{row[key]:.3f}" if key in PLAIN else _figure(row, key)
 
 
 def _few_labels(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -104,7 +93,7 @@ def _few_labels(rows: Sequence[Mapping[str, Any]]) -> None:
             f"{found['linear']:.3f} ± {found['linear_spread']:.3f} [{found['linear_interval'][0]:.3f},"
             f" {found['linear_interval'][1]:.3f}]"
         )
-        cells.append([spec, NAMES[name], f"{found['images']:,}", spread])
+        cells.append([spec, title(name), f"{found['images']:,}", spread])
         if tuned:
             cells[-1].append(_figure(found, "fine_tuned") if "fine_tuned" in found else "-")
     console.table(
@@ -124,14 +113,14 @@ def _classes(found: Sequence[Mapping[str, Any]]) -> None:
         for entry in shown
     ]
     console.table(
-        f"{NAMES['student']}, linear probe by class{more}", ("", "images", "found", "most often taken for"), cells
+        f"{title('student')}, linear probe by class{more}", ("", "images", "found", "most often taken for"), cells
     )
 
 
 def _strengths(rows: Sequence[Mapping[str, Any]]) -> None:
     """Where the linear probe would perhaps have taken a penalty beyond its grid."""
     ends = [
-        f"{NAMES[row['name']]} ({row['linear_strength']:g}, the {row['linear_at_grid_end']})"
+        f"{title(row['name'])} ({row['linear_strength']:g}, the {row['linear_at_grid_end']})"
         for row in rows
         if row.get("linear_at_grid_end")
     ]
@@ -207,7 +196,7 @@ def closing_table(models: Models, rows: dict[str, dict[str, float]], gallery: in
     console.table("", ("", neighbours.recall_title(gallery), "kNN", "linear", "parameters", "MB", "smaller"), cells)
 
 
-def header(plan: Plan, models: Models, folder: Folder) -> None:
+def header(plan: Plan, models: Models, folder: ImageList) -> None:
     """The models with their sizes, weights and preprocessing; the images, the device and the method."""
     recipe, device = plan.recipe, plan.device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
@@ -226,7 +215,7 @@ def header(plan: Plan, models: Models, folder: Folder) -> None:
     console.table(f"bingo-compress {__version__}", ("", "model", "parameters", "input", "width", "weights"), rows)
     for role, encoder, _ in roles:
         console.say(f"{role} sees: {encoder.preprocessing.describe()}")
-    console.say(f"images: {len(folder.files):,} files in {folder.root}; device: {where}")
+    console.say(f"images: {len(folder.files):,} files in {folder.where}; device: {where}")
     targets = "an online teacher" if plan.online else f"{plan.views} stored views an image"
     method = f"bingo ({recipe.variant})" if recipe.method == "bingo" else recipe.method
     source = targets if plan.loss.teacher else "the student's own moving average"

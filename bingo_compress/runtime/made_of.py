@@ -17,12 +17,13 @@ from bingo_compress.errors import BingoError
 FORMATS = {
     "pixels": 5,  # pictures as the store keeps them, and which files are pictures
     "teacher": 6,  # the teacher's pass: plain views and augmented ones
+    "near-copies": 1,  # which images show one scene
     "bags": 2,
     "embeddings": 3,  # plain views of several models, for checks and proofs
     "training": 3,  # the state of the loop
     "student": 1,  # a trained student
     "start": 1,  # the student before training
-    "arm": 2,  # a trained student of a comparison
+    "arm": 3,  # a trained student of a comparison
     "figures": 4,  # probes of a comparison's student
 }
 

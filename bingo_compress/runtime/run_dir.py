@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import IO, Any
 
 from bingo_compress.errors import BingoError
-from bingo_compress.recipe import Recipe, load_recipe
 
 UMASK = os.umask(0o022)
 os.umask(UMASK)
@@ -39,6 +38,11 @@ class RunDir:
         self.bags = self.work / "bags.safetensors"
         self.checkpoint = self.work / "checkpoint.safetensors"
         self.before = self.work / "checkpoint-before.safetensors"
+
+    @property
+    def as_run(self) -> Path:
+        """The recipe with nothing left open; an earlier version's run has its recipe.yaml alone."""
+        return self.resolved if self.resolved.is_file() else self.recipe
 
 
 def open_new(path: Path, *, resume: bool, overwrite: bool) -> RunDir:
@@ -129,6 +133,8 @@ def refuse_no_file(file: Path | None, option: str) -> None:
     if file and (file.is_dir() or not file.parent.is_dir()):
         way = "name a file in it" if file.is_dir() else f"make {file.parent} first"
         raise BingoError(f"{option}: expected a file in a folder that is there, found {file}; {way}")
+    if file and file.exists() and not file.is_file():  # it would be replaced, by root even /dev/null
+        raise BingoError(f"{option}: expected a file, found a device or a pipe: {file}; name a file")
 
 
 @contextmanager
@@ -299,10 +305,3 @@ def is_full(error: BaseException) -> bool:
         or f"(os error {errno.ENOSPC})" in str(error)
         or f"(os error {errno.EDQUOT})" in str(error)
     )
-
-
-def saved_recipe(run: RunDir) -> Recipe:
-    """A run's recipe as it was run, nothing in it left open; of an earlier version that is its recipe.yaml. Raises
-    BingoError.
-    """
-    return load_recipe(run.resolved if run.resolved.is_file() else run.recipe, [], {})

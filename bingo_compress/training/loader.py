@@ -30,7 +30,8 @@ Made = TypeVar("Made")
 class Lessons:
     """What a student learns from. training: (n,) images of `pixels`; bags: (n, K) positions in `training`, -1 for an
     empty place; target_of: the teacher's targets (B, D) of images, None for methods without teacher; sources: digests
-    of what these were made from, by name; names: of the images of `pixels`, for messages.
+    of what these were made from, by name; names: of the images of `pixels`, for messages; scenes: (n,) the position in
+    `training` of the first image of the same scene, None where every image has a scene to itself.
     """
 
     pixels: PixelStore
@@ -39,6 +40,11 @@ class Lessons:
     target_of: TargetOf | None
     sources: Mapping[str, str] = field(default_factory=dict)
     names: Sequence[str] = ()
+    scenes: Tensor | None = None
+
+    def scenes_of(self, images: Tensor) -> Tensor:
+        """Of positions in `training`, of any shape; -1 of -1."""
+        return images if self.scenes is None else torch.where(images < 0, -1, self.scenes[images.clamp(min=0)])
 
 
 @dataclass(frozen=True)
@@ -46,13 +52,14 @@ class Ready:
     """One step's material. With several processes (W of them) each holds its own share b = B / W of the B anchors,
     views and targets.
 
-    anchors: (B,) positions in the training set, of every process; known: (b, 1 + K) the anchor's position and its
-    mates', -1 for none; views: (2b or 3b, 3, S, S); share: CutMix's lam; fresh: (b, 3, S, S) one more view of the
-    anchors, where a method wants it; targets: (b, D).
+    anchors: (B,) positions in the training set, of every process; scenes: (B,) theirs, as in `Lessons`; known: (b, 1 +
+    K) those of the anchor and its mates, -1 for none; views: (2b or 3b, 3, S, S); share: CutMix's lam; fresh: (b, 3, S,
+    S) one more view of the anchors, where a method wants it; targets: (b, D).
     """
 
     step: int
     anchors: Tensor
+    scenes: Tensor
     known: Tensor
     views: Tensor
     share: float
@@ -76,9 +83,9 @@ class Maker:
         share.
         """
         seed, batch, loss = self.plan.recipe.seed, self.plan.schedule.batch_size, self.plan.loss
-        training, target_of = self.lessons.training, self.lessons.target_of
+        training, target_of, scenes_of = self.lessons.training, self.lessons.target_of, self.lessons.scenes_of
         generator = torch.Generator().manual_seed(hash_seed(seed, "step", step))
-        anchors = anchors_of(seed, step, batch, len(training))
+        anchors = shown_in(self.plan, self.lessons, step)
         mates = pick_mates(bags, anchors, generator) if loss.mates else anchors
         images, shown = training[anchors], training[mates]
         mine = own_share(batch)
@@ -95,7 +102,7 @@ class Maker:
                     target_of(images, generator, mine), target_of(shown, generator, mine) if loss.both else None
                 )
         known = torch.cat((anchors[:, None], bags[anchors]), dim=1) if loss.mates else anchors[:, None]
-        return Ready(step, anchors, known[mine], views, share, fresh, targets)
+        return Ready(step, anchors, scenes_of(anchors), scenes_of(known[mine]), views, share, fresh, targets)
 
     def _views(self, images: Tensor, mine: Tensor, generator: torch.Generator) -> Tensor:
         pixels = self.lessons.pixels
@@ -104,6 +111,20 @@ class Maker:
             crops = pixels.crops(images[mine], drawn.box, self.size)
         with self.meter("augment"):
             return augment.apply(crops, drawn).contiguous(memory_format=torch.channels_last)
+
+
+def shown_in(plan: Plan, lessons: Lessons, step: int) -> Tensor:
+    """`anchors_of` a step, as positions in `lessons.training`: all images in turn, or, with duplicates=near, one of
+    each scene and in the next epoch its next one.
+    """
+    schedule = plan.schedule
+    drawn = anchors_of(plan.recipe.seed, step, schedule.batch_size, schedule.images)
+    if plan.recipe.duplicates != "near" or lessons.scenes is None:
+        return drawn
+    _, scene, sizes = lessons.scenes.unique(return_inverse=True, return_counts=True)
+    epoch = (step * schedule.batch_size + torch.arange(len(drawn))) // schedule.images
+    shown: Tensor = scene.argsort(stable=True)[(sizes.cumsum(0) - sizes)[drawn] + epoch % sizes[drawn]]
+    return shown
 
 
 def anchors_of(seed: int, step: int, batch: int, count: int) -> Tensor:

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from bingo_compress.errors import BingoError
-from bingo_compress.features.bagging import knn
+from bingo_compress.features.bagging import knn, over_scenes
 from bingo_compress.features.extract import store_features
 from bingo_compress.models.encoder import Encoder, weights_digest
 from bingo_compress.recipe import Recipe, deciding
 from bingo_compress.runtime import checkpoint, console, devices, distributed, machine, signals
 from bingo_compress.runtime.made_of import MadeOf, as_told, hash_seed, made_of
 from bingo_compress.runtime.run_dir import write_text
-from bingo_compress.training.loader import Lessons, Maker, Ready, ahead, anchors_of
+from bingo_compress.training.loader import Lessons, Maker, Ready, ahead, shown_in
 from bingo_compress.training.losses import Batch, Queries, Targets
 from bingo_compress.training.metrics import Log, Meter, forget_after, profiled
 from bingo_compress.training.out_of_memory import Frugal
@@ -155,7 +155,7 @@ def train_step(plan: Plan, state: State, frugal: Frugal, meter: Meter, ready: Re
         state.optimizer.step()  # not part of what is tried again: what it had updated would be updated twice
     pushed = keys or ready.targets
     assert pushed is not None
-    state.queue.push(distributed.rows(pushed.anchor.float()), ready.anchors)
+    state.queue.push(distributed.rows(pushed.anchor.float()), ready.scenes)
     if average is not None:
         average.follow(state.student, state.head, schedule.average)
     state.step += 1
@@ -212,7 +212,10 @@ def _batches(make: Maker, state: State, last: int) -> Iterator[Ready]:
         if plan.rebags and state.step == schedule.steps_of(periods * period):
             assert state.average is not None
             found = store_features(state.average.student, lessons.pixels, lessons.training, plan.device)
-            state.bags = distributed.from_first(lambda: knn(found, plan.recipe.bag_size)[0])  # noqa: B023 - called at once
+            scenes = lessons.scenes_of(torch.arange(len(lessons.training)))
+            state.bags = distributed.from_first(
+                lambda: over_scenes(lambda firsts: knn(found[firsts], plan.recipe.bag_size)[0], scenes)  # noqa: B023 - called at once
+            )
         span = range(state.step, min(schedule.steps_of((periods + 1) * period), last))
         batches = ahead(lambda number: make(number, state.bags), span, plan.device, thread=thread)
         while True:
@@ -257,9 +260,9 @@ def _not_finite(step: int, plan: Plan, lessons: Lessons, metrics: Path, saved: P
     """What to say of a step (counted from 1) whose loss was not finite; the names of its images go into a file beside
     the metrics.
     """
-    schedule, training, names = plan.schedule, lessons.training, lessons.names
+    schedule, names = plan.schedule, lessons.names
     epoch = schedule.epochs_after(step - 1)
-    images = training[anchors_of(plan.recipe.seed, step - 1, schedule.batch_size, len(training))].tolist()
+    images = lessons.training[shown_in(plan, lessons, step - 1)].tolist()
     batch = [names[image] if names else str(image) for image in images]
     file = metrics.with_name("not_finite.json")
     write_text(file, json.dumps({"step": step, "epoch": epoch + 1, "images": batch}, indent=1) + "\n")

@@ -1,20 +1,20 @@
 """What training starts from: pixels, split, the teacher's pass, bags and targets of a folder, each made once."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from bingo_compress.data import image_folder, pixel_store
-from bingo_compress.features import bagging, neighbours, targets, teacher_pass
-from bingo_compress.features.memmap import Rows
+from bingo_compress.data import image_list, pixel_store
+from bingo_compress.features import bagging, extract, near_copies, neighbours, targets, teacher_pass
+from bingo_compress.features.memmap import Rows, TeacherPass
 from bingo_compress.models import encoder
 from bingo_compress.models.encoder import Encoder
 from bingo_compress.models.trained import Models
 from bingo_compress.recipe import Recipe
-from bingo_compress.runtime import console, machine, run_dir
+from bingo_compress.runtime import checkpoint, console, distributed, machine, run_dir
 from bingo_compress.runtime.made_of import hash_seed, made_of
 from bingo_compress.training.loader import Lessons
 from bingo_compress.training.plan import Plan
@@ -25,24 +25,26 @@ AT_MOST = 1000
 @dataclass(frozen=True)
 class Material:
     """What stages before training give. store, folder and seen hold the same images in the same order; held and
-    training are positions in them; work: where later stages write; sources: digests of what it was made from.
+    training are positions in them; scenes: (N,) as `near_copies.find` names them; work: where later stages write;
+    sources: digests of what it was made from.
     """
 
     store: pixel_store.PixelStore
-    folder: image_folder.Folder
+    folder: image_list.ImageList
     held: Tensor
     training: Tensor
-    seen: teacher_pass.TeacherPass
+    seen: TeacherPass
+    scenes: Tensor
     work: Path
     sources: dict[str, str]
 
 
-def sources_of(models: Models, folder: image_folder.Folder) -> dict[str, str]:
+def sources_of(models: Models, folder: image_list.ImageList) -> dict[str, str]:
     """Digests by name of what a run is made from, beside its settings and its student's start."""
     return {"images": folder.fingerprint(), "teacher": encoder.weights_digest(models.teacher)}
 
 
-def prepare(plan: Plan, models: Models, folder: image_folder.Folder, work: Path) -> Material:
+def prepare(plan: Plan, models: Models, folder: image_list.ImageList, work: Path) -> Material:
     """Pixels, split and the teacher's pass, under `work`; what is there already is not made again. Raises
     BingoError.
     """
@@ -61,7 +63,52 @@ def prepare(plan: Plan, models: Models, folder: image_folder.Folder, work: Path)
         plan.device,
         of_features=plan.loss.regression,
     )
-    return Material(store, folder, held, training, seen, work, sources | {"teacher's embeddings": seen.key})
+    sources |= {"teacher's embeddings": seen.key}
+    scenes = _scenes(plan, models.teacher, folder, store, seen, work)
+    if len(scenes.unique()) < len(scenes):
+        sources["near-copies"] = checkpoint.tensor_digest(scenes)
+    return Material(store, folder, held, training, seen, scenes, work, sources)
+
+
+def _scenes(
+    plan: Plan,
+    teacher: Encoder,
+    folder: image_list.ImageList,
+    store: pixel_store.PixelStore,
+    seen: TeacherPass,
+    work: Path,
+) -> Tensor:
+    """Which images show one scene, kept under `work`: a run that goes on with other threads must find the same."""
+    made = made_of(
+        "near-copies",
+        images=folder.fingerprint(),
+        pictures=store.made_of,
+        teacher=encoder.weights_digest(teacher),
+        preprocessing=asdict(teacher.preprocessing),
+        search=plan.recipe.search,
+    )
+    home = work / f"near-copies-{made.key}"
+    file = home / "scenes.safetensors"
+    distributed.from_first(lambda: run_dir.drop_stale(work, "near-copies", {home.name}))
+    if not distributed.from_first(lambda: checkpoint.is_sound(file, made)):
+        console.say("looking for near-copies")
+        model = extract.as_embed(teacher, plan.device)
+        limits = distributed.from_first(lambda: near_copies.fit(model, folder))
+        photos = near_copies.of_store(seen.features, folder, store)
+        found = near_copies.find(photos, limits, neighbours.Search(plan.recipe.search, plan.device, home))
+
+        def keep() -> None:
+            home.mkdir(exist_ok=True)
+            checkpoint.save(file, {"scenes": found}, made)
+
+        distributed.from_first(keep)
+    return distributed.from_first(lambda: checkpoint.load(file)[0]["scenes"])
+
+
+def anchors_count(plan: Plan, material: Material) -> int:
+    """Anchors of an epoch: the training images, or with duplicates=near one of each scene."""
+    training = material.training
+    return len(material.scenes[training].unique()) if plan.recipe.duplicates == "near" else len(training)
 
 
 def make_bags(plan: Plan, teacher: Encoder, material: Material) -> Tensor:
@@ -73,27 +120,19 @@ def make_bags(plan: Plan, teacher: Encoder, material: Material) -> Tensor:
         plan.loss.mates and plan.loss.teacher
     ):  # two views of the anchor, or bags that the student makes for itself
         return torch.empty(len(training), 0, dtype=torch.int64)
-    own = torch.empty(len(training), 0)
-    if recipe.bags == "adaptive" and teacher.projection is None and seen.views.shape[1]:
-        parts = training.split(targets.ROWS)
-        own = torch.cat(
-            [torch.einsum("nd,nvd->nv", seen.embeddings[rows].float(), seen.views[rows].float()) for rows in parts]
-        )
-    labels = None
-    if recipe.bags == "labels":
-        names, indices = image_folder.labels_of(material.folder)
-        console.say(
-            f"warning: bags by {len(names)} folder names are an oracle for comparison; a real run has no labels"
-        )
-        labels = torch.tensor(indices)[training]
-    split_digest = hashlib.sha256(training.numpy().tobytes()).hexdigest()
+    scenes = near_copies.within(material.scenes, training)
+    split_digest = hashlib.sha256(training[scenes.unique()].numpy().tobytes()).hexdigest()
     # Arms of a comparison share one folder; what is stale is the bags of another teacher's pass.
     run_dir.drop_stale(material.work, "bags", {path.name for path in material.work.glob(f"bags-{seen.key}-*")})
     key = made_of("bags", training=split_digest, bag_size=recipe.bag_size, search=recipe.search).key
     search = neighbours.Search(recipe.search, plan.device, material.work / f"bags-{seen.key}-{key}")
-    features = Rows(seen.features, training)
-    looked = bagging.Seen(features, own, labels, recipe.clusters, hash_seed(recipe.seed, "bags"), search)
-    return bagging.BAGGERS[recipe.bags](looked, recipe.bag_size)
+
+    def bags(firsts: Tensor) -> Tensor:
+        draws = hash_seed(recipe.seed, "bags")
+        looked = bagging.Seen(seen, material.folder, training[firsts], recipe.clusters, draws, search)
+        return bagging.BAGGERS[recipe.bags](looked, recipe.bag_size)
+
+    return bagging.over_scenes(bags, scenes)
 
 
 def bag_facts(plan: Plan, bags: Tensor, material: Material) -> dict[str, float]:
@@ -106,7 +145,8 @@ def bag_facts(plan: Plan, bags: Tensor, material: Material) -> dict[str, float]:
 def lessons_of(plan: Plan, teacher: Encoder, material: Material, bags: Tensor) -> Lessons:
     """What the loop takes of all this."""
     source = _target_source(plan, teacher, material)
-    return Lessons(material.store, material.training, bags, source, material.sources, material.folder.files)
+    scenes = near_copies.within(material.scenes, material.training)
+    return Lessons(material.store, material.training, bags, source, material.sources, material.folder.files, scenes)
 
 
 def _target_source(plan: Plan, teacher: Encoder, material: Material) -> targets.TargetOf | None:
@@ -115,7 +155,7 @@ def _target_source(plan: Plan, teacher: Encoder, material: Material) -> targets.
     if not loss.teacher:
         return None
     plain = Rows(seen.features if loss.regression else seen.embeddings, material.training)
-    space = targets.target_space(plain, plan.target, recipe.target_dim)
+    space = targets.target_space(plain, plan.target, plan.dim)
     if not plan.online:
         mean = recipe.stored_views == "mean"
         return targets.StoredTargets(seen.views, space, plan.device, lengths=loss.lengths, mean=mean)

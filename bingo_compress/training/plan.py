@@ -11,13 +11,16 @@ from typing import Any
 import torch
 
 from bingo_compress.data import pixel_store, quarantine
-from bingo_compress.data.image_folder import Folder
+from bingo_compress.data.image_list import ImageList
+from bingo_compress.data.listing import list_images
 from bingo_compress.errors import BingoError
 from bingo_compress.models.encoder import Encoder
 from bingo_compress.models.names import has_pretrained, resolve_name
 from bingo_compress.models.trained import Models
 from bingo_compress.recipe import FILES, GIVEN, WORDS, Recipe
 from bingo_compress.runtime import console, devices, distributed, machine
+from bingo_compress.sources.opened import absolute as absolute_place
+from bingo_compress.sources.opened import of_recipe
 from bingo_compress.training.losses import LOSSES, Loss, make_loss, readers, settled
 
 SLOW_AVERAGE, QUICK_AVERAGE = 0.999, 0.99
@@ -26,18 +29,39 @@ ADAMW_BELOW = 50_000
 
 def absolute(recipe: Recipe) -> Recipe:
     """The recipe with whole paths of its images and weights: the run can then go on from any folder."""
-    paths = {"data": recipe.data} | {key: file for key in FILES if (file := getattr(recipe, key)) not in WORDS}
-    return recipe.model_copy(update={key: str(Path(path).resolve()) for key, path in paths.items()})
+    files = {key: file for key in FILES if (file := getattr(recipe, key)) not in WORDS}
+    data = recipe.data if isinstance(recipe.data, tuple) else (recipe.data,)
+    places = tuple(map(absolute_place, data))
+    return recipe.model_copy(
+        update={key: str(Path(file).resolve()) for key, file in files.items()}
+        | {"data": places if isinstance(recipe.data, tuple) else places[0]}
+    )
 
 
-def begin(recipe: Recipe) -> tuple[Recipe, Folder, torch.device]:
+def begin(recipe: Recipe) -> tuple[Recipe, ImageList, torch.device]:
     """(the recipe with names and settings filled in, the files of its folder, the device): all that is known before
     there are models. Raises BingoError for what no run could do.
     """
     device = devices.choose_device(recipe.device)
-    folder = quarantine.take(recipe)
+    folder = take(recipe)
     schedule(recipe, len(folder.files))
     return resolve(recipe), folder, device
+
+
+def take(recipe: Recipe) -> ImageList:
+    """The files of recipe.data, exact copies counted on screen and dropped where the recipe says so, with the recipe's
+    limit on bad files. Raises BingoError.
+    """
+    listed = list_images(of_recipe(recipe))
+    read = distributed.from_first(lambda: listed.contents)  # by one process, and so the same for all
+    folder = replace(listed, max_bad=recipe.max_bad, read=read)
+    found = quarantine.copies(folder)
+    quarantine.say_copies(found, recipe.duplicates)
+    if recipe.duplicates == "drop":
+        left_out = {name for name, _ in found}
+        kept = [index for index, name in enumerate(folder.files) if name not in left_out]
+        folder = replace(folder.only(kept), copies=tuple(found))
+    return folder
 
 
 def resolve(recipe: Recipe, say: Callable[[str], None] = console.say) -> Recipe:
@@ -295,7 +319,9 @@ def unread(recipe: Recipe) -> dict[str, str]:
     for_own_bags = recipe.bags in ("knn", "none")  # a student's own bags are its nearest neighbours
     projected = recipe.target in ("pca", "whitened") or (recipe.target == "auto" and not loss.regression)
     with_bags = f"{_methods('mates')} with bags"
+    from_file = not {recipe.teacher_weights, recipe.student_weights} <= WORDS
     table = {
+        "ema": (from_file, "a file of weights"),
         "bags": (
             paired and (taught or for_own_bags),
             _methods("mates") + ("" if taught or not paired else " (self: only knn or none)"),

@@ -18,8 +18,8 @@ from bingo_compress.training.plan import Plan
 
 
 class FeatureQueue:
-    """The negatives: the last `size` embeddings pushed, with the image each came from, in one preallocated tensor.
-    Starts empty: a random row is never a negative.
+    """The negatives: the last `size` embeddings pushed, with the scene of the image each came from (its number, where
+    it has no near-copies), in one preallocated tensor. Starts empty: a random row is never a negative.
     """
 
     def __init__(self, size: int, dim: int, device: torch.device) -> None:

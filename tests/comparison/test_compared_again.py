@@ -11,10 +11,10 @@ import torch
 from compared import KINDS, Ground, World, figures
 from helpers import CPU, command, encoder, photos
 
-from bingo_compress import pipeline
 from bingo_compress.comparison import side_by_side
-from bingo_compress.data import image_folder
+from bingo_compress.data import listing
 from bingo_compress.errors import BingoError
+from bingo_compress.evaluation import held_out
 from bingo_compress.features import extract
 from bingo_compress.models.trained import Models
 from bingo_compress.runtime import checkpoint
@@ -46,7 +46,7 @@ def test_interrupted_in_training_and_started_again_gives_the_uninterrupted_figur
         calls.append(plan.recipe.seed)
         if len(calls) == 2:
             with monkeypatch.context() as patch:
-                patch.setattr(pipeline, "distill", partial(loop.distill, stop_after=5))
+                patch.setattr(held_out, "distill", partial(loop.distill, stop_after=5))
                 real(plan, *given, **named)
             raise KeyboardInterrupt
         real(plan, *given, **named)
@@ -77,10 +77,10 @@ def test_what_another_method_left_unfinished_is_not_gone_on_with(
     with monkeypatch.context() as patch:
 
         def stopped(*given: Any, **named: Any) -> None:
-            pipeline.train(*given, **named)
+            held_out.train(*given, **named)
             raise KeyboardInterrupt
 
-        patch.setattr(pipeline, "distill", partial(loop.distill, stop_after=3))
+        patch.setattr(held_out, "distill", partial(loop.distill, stop_after=3))
         patch.setattr(side_by_side, "train", stopped)
         with pytest.raises(KeyboardInterrupt):
             side_by_side.compare(world.base, world.data, None, "seed", [0], out)
@@ -100,7 +100,7 @@ def test_another_test_set_judges_again_without_training(world: World, tmp_path: 
     student.backbone.load_state_dict(checkpoint.load(out / "runs" / "moco-seed1.student.safetensors")[0])
     rows, kinds = {}, {}
     for role, root in (("bank", world.data), ("test", test)):
-        folder = image_folder.list_folder(root)
+        folder = listing.list_images(root)
         found, _ = extract.plain({"": extract.as_embed(student.eval(), CPU)}, folder, range(len(folder.files)), role)
         rows[role] = torch.nn.functional.normalize(found[""].double(), dim=1).numpy()
         kinds[role] = np.array([int(name[4]) for name in folder.files])
@@ -125,7 +125,7 @@ def test_purity_is_that_of_the_labels_of_the_day(world: World, tmp_path: Path) -
             (tmp_path / "labels" / f"half{kind in (1, 2)}" / f"{kind}-{file.name}").symlink_to(file)
     table = side_by_side.compare(world.base, tmp_path / "labels", None, "bingo", [0], world.copy(tmp_path / "out"))
     tensors, facts = checkpoint.load(world.out / "runs" / "bingo-seed0.bags.safetensors")
-    folder = image_folder.list_folder(world.data)
+    folder = listing.list_images(world.data)
     half = {digest: name[4] in "12" for digest, name in zip(folder.digests, folder.files, strict=True)}
     halves = [half[digest] for digest in facts["digests"]]  # type: ignore[attr-defined]
     same = [halves[mate] == halves[anchor] for anchor, bag in enumerate(tensors["bags"].tolist()) for mate in bag]

@@ -16,7 +16,7 @@ from compared import EACH, FIGURES, GALLERY, KINDS, METHODS, OFFICIAL, TRAINING,
 from helpers import CPU, encoder, recipe
 
 from bingo_compress.comparison import side_by_side, tables
-from bingo_compress.data import image_folder
+from bingo_compress.data import listing
 from bingo_compress.evaluation import intervals
 from bingo_compress.features import extract
 from bingo_compress.report.plots import dots
@@ -119,7 +119,7 @@ def test_a_variant_is_its_settings_and_another_run_than_the_method(world: World)
 
 @pytest.mark.slow
 def test_the_purity_of_bags_equals_brute_force(world: World) -> None:
-    folder = image_folder.list_folder(world.data)
+    folder = listing.list_images(world.data)
     teacher = encoder("test_resnet", 32, seed=9)
     features, good = extract.plain(
         {"teacher": extract.as_embed(teacher, CPU)}, folder, range(len(folder.files)), "test"

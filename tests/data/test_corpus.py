@@ -20,7 +20,7 @@ from corpus import KINDS, Kind
 from helpers import Ran
 from PIL import AvifImagePlugin
 
-from bingo_compress.data import decode, image_folder, pixel_store
+from bingo_compress.data import decode, image_list, listing, pixel_store
 from bingo_compress.errors import BingoError
 
 CPU = torch.device("cpu")
@@ -38,7 +38,7 @@ class World(NamedTuple):
 
     root: Path
     kinds: dict[str, Kind]
-    folder: image_folder.Folder
+    folder: image_list.ImageList
     decoded: dict[str, np.ndarray | ImageError]
 
     def path(self, name: str) -> str:
@@ -63,7 +63,7 @@ def _no_hang() -> Iterator[None]:
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     root = tmp_path_factory.mktemp("world") / "photos"
     kinds = corpus.make(root)
-    folder = image_folder.list_folder(root)
+    folder = listing.list_images(root)
     decoded = {
         folder.files[index]: result
         for index, result in decode.decode_all(folder, range(len(folder.files)), lambda seen: seen)
@@ -74,7 +74,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 @pytest.fixture(scope="module", params=["memory", "stream"])
 def stored(
     request: pytest.FixtureRequest, world: World, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[pixel_store.PixelStore, image_folder.Folder]:
+) -> tuple[pixel_store.PixelStore, image_list.ImageList]:
     work = tmp_path_factory.mktemp("run") / "work"
     work.mkdir()
     return pixel_store.build(world.folder, SIDE, work, CPU, request.param)
@@ -123,7 +123,7 @@ def test_in_a_listed_and_decoded_folder(world: World, name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_in_the_pixel_store(
-    world: World, stored: tuple[pixel_store.PixelStore, image_folder.Folder], name: str
+    world: World, stored: tuple[pixel_store.PixelStore, image_list.ImageList], name: str
 ) -> None:
     store, kept = stored
     name = world.path(name)
@@ -214,11 +214,11 @@ def test_a_path_that_is_too_long_says_so(tmp_path: Path) -> None:
     handle = os.open(parent, os.O_RDONLY)
     os.close(os.open("g" * 200, os.O_CREAT | os.O_WRONLY, dir_fd=handle))
     os.close(handle)
-    assert [reason for _, reason in image_folder.list_folder(tmp_path).bad] == ["File name too long"]
+    assert [reason for _, reason in listing.list_images(tmp_path).bad] == ["File name too long"]
 
 
 def test_files_deleted_or_broken_after_the_listing_are_bad_files(tmp_path: Path, photos: Path) -> None:
-    folder = image_folder.list_folder(photos)
+    folder = listing.list_images(photos)
     gone, broken = folder.files[1], folder.files[4]
     (photos / gone).unlink()
     (photos / broken).write_text("words")
@@ -233,8 +233,8 @@ def test_a_file_that_changes_while_it_is_streamed_ends_the_run_by_name(
     tmp_path: Path, photos: Path, change: str
 ) -> None:
     (tmp_path / "work").mkdir()
-    store, kept = pixel_store.build(image_folder.list_folder(photos), SIDE, tmp_path / "work", CPU, "stream")
-    path = kept.path(1)
+    store, kept = pixel_store.build(listing.list_images(photos), SIDE, tmp_path / "work", CPU, "stream")
+    path = kept.read_raw(1)
     raw = path.read_bytes()
     path.unlink()
     if change == "cut":

@@ -18,7 +18,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from bingo_compress.data import augment, decode
 from bingo_compress.data.decode import plain_jpeg
-from bingo_compress.data.image_folder import list_folder
+from bingo_compress.data.listing import list_images
 from bingo_compress.data.pixel_store import PixelStore, build
 from bingo_compress.errors import BingoError
 
@@ -64,7 +64,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def streamed(root: Path) -> PixelStore:
-    return build(list_folder(root), SIDE, root.parent / "work", CPU, "stream")[0]
+    return build(list_images(root), SIDE, root.parent / "work", CPU, "stream")[0]
 
 
 def crops(store: PixelStore, size: int = 48, count: int = 40) -> Tensor:
@@ -195,7 +195,7 @@ def test_a_file_that_changes_under_a_run_ends_it(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="nvJPEG needs a GPU")
 def test_nvjpeg_gives_the_crops_of_the_cpu(mixed: Path, printed: io.StringIO) -> None:
     root, cuda = mixed, torch.device("cuda")
-    store = build(list_folder(root), SIDE, root.parent / "work", cuda, "stream")[0]
+    store = build(list_images(root), SIDE, root.parent / "work", cuda, "stream")[0]
     away = (crops(store).cpu().int() - crops(streamed(root)).int()).abs().float()
     assert "warning" not in printed.getvalue()
     assert away.mean() < 2 and away.quantile(0.99) < 12

@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 import torch
 from bingo_edge.image import ImageError, load_image
+from bingo_edge.image import decode as decode_file
 from PIL import Image
 from torch import Tensor
 
-from bingo_compress.data import augment, pixel_store, shards
+from bingo_compress.data import augment, pixel_store
 from bingo_compress.data.decode import decode_all
-from bingo_compress.data.image_folder import Folder, list_folder
+from bingo_compress.data.image_list import ImageList
+from bingo_compress.data.listing import list_images
 from bingo_compress.data.pixel_store import build, kept_size, store_of
 from bingo_compress.errors import BingoError
 from bingo_compress.runtime.made_of import FORMATS
@@ -72,16 +74,15 @@ def count_decoding(monkeypatch: pytest.MonkeyPatch, stop_after: int | None = Non
     seen: list[int] = []
 
     def decode(
-        folder: Folder, indices: Iterable[int], use: Callable[..., Any], at_least: int = 0
+        folder: ImageList, indices: Iterable[int], use: Callable[..., Any], at_least: int = 0, *rest: Any
     ) -> Iterator[tuple[int, Any]]:
-        for index, result in decode_all(folder, indices, use, at_least):
+        for index, result in decode_all(folder, indices, use, at_least, *rest):
             if len(seen) == stop_after:
                 raise KeyboardInterrupt
             seen.append(index)
             yield index, result
 
-    for module in (pixel_store, shards):
-        monkeypatch.setattr(module, "decode_all", decode)
+    monkeypatch.setattr(pixel_store, "decode_all", decode)
     return seen
 
 
@@ -92,11 +93,11 @@ def count_decoding(monkeypatch: pytest.MonkeyPatch, stop_after: int | None = Non
 def test_the_store_is_each_photo_shrunk_in_its_proportions_wherever_it_is_kept(
     where: str, photos: Path, work: Path
 ) -> None:
-    store, folder = build(list_folder(photos), SIDE, work, CPU, where)
+    store, folder = build(list_images(photos), SIDE, work, CPU, where)
     assert (len(store), store.where) == (len(folder.files), where) == (8, where)
     for index, found in enumerate(whole(store)):
         assert tuple(found.shape[:2]) == (int(store.height[index]), int(store.width[index]))
-        assert_kept(found, folder.path(index))
+        assert_kept(found, folder.read_raw(index))
     assert store.nbytes == sum(found.numel() for found in whole(store))
     assert len({found.numpy().tobytes() for found in whole(store)}) == 8
     assert any(work.rglob("*.u8")) and (
@@ -108,7 +109,7 @@ def test_crops_are_the_same_wherever_the_pixels_are(photos: Path, work: Path) ->
     indices = torch.tensor([6, 1, 1, 3, 0])
     drawn = augment.draw(torch.ones(5), torch.Generator().manual_seed(0))
     found = [
-        build(list_folder(photos), SIDE, work, CPU, where)[0].crops(indices, drawn.box, 16)
+        build(list_images(photos), SIDE, work, CPU, where)[0].crops(indices, drawn.box, 16)
         for where in ("memory", "disk", "stream")
     ]
     assert (found[0].shape, found[0].dtype) == ((5, 3, 16, 16), torch.uint8)
@@ -137,7 +138,7 @@ def test_a_crop_is_the_crop_of_the_original_and_every_corner_can_be_reached(tmp_
     rows, columns = np.mgrid[:120, :200]
     original = np.stack((rows * 2, columns, (rows + columns) // 2), axis=2).astype(np.uint8)
     Image.fromarray(original).save(folder / "a.png")
-    store, _ = build(list_folder(folder), 48, work, CPU)
+    store, _ = build(list_images(folder), 48, work, CPU)
     assert (int(store.height[0]), int(store.width[0])) == (48, 80)
     for box in ([0.0, 0.0, 0.25, 0.5], [0.75, 0.5, 1.0, 1.0], [0.5, 0.0, 1.0, 1.0]):
         found = store.crops(torch.tensor([0]), torch.tensor([box]), 20)[0].permute(1, 2, 0).numpy()
@@ -162,8 +163,8 @@ def test_a_picture_is_shrunk_alike_with_and_without_vector_code(vectors: bool, m
 
 
 def test_aspect_is_the_originals_width_over_height(photos: Path, work: Path) -> None:
-    store, folder = build(list_folder(photos), SIDE, work, CPU)
-    sizes = [Image.open(folder.path(index)).size for index in range(8)]
+    store, folder = build(list_images(photos), SIDE, work, CPU)
+    sizes = [Image.open(folder.read_raw(index)).size for index in range(8)]
     # Of a JPEG that was decoded small.
     torch.testing.assert_close(
         store.aspect, torch.tensor([width / height for width, height in sizes]), rtol=0.03, atol=0
@@ -173,7 +174,7 @@ def test_aspect_is_the_originals_width_over_height(photos: Path, work: Path) -> 
 
 def test_bad_files_leave_no_hole(mixed: Path, work: Path) -> None:
     (mixed / "notes.txt").write_text("x")
-    found = list_folder(mixed)
+    found = list_images(mixed)
     store, folder = build(found, SIDE, work, CPU)
     assert len(found.files) == 11
     assert folder.files == tuple(name for name in found.files if name not in ("cats/2.jpg", "cats/8.jpg", "dogs/9.jpg"))
@@ -183,7 +184,7 @@ def test_bad_files_leave_no_hole(mixed: Path, work: Path) -> None:
     assert reasons["cats/2.jpg"] == "not an image that Pillow can read"
     assert "truncated" in reasons["cats/8.jpg"].lower()
     for index, kept in enumerate(whole(store)):
-        assert_kept(kept, folder.path(index))
+        assert_kept(kept, folder.read_raw(index))
 
 
 def test_no_image_at_all_is_an_error(tmp_path: Path, work: Path) -> None:
@@ -193,7 +194,7 @@ def test_no_image_at_all_is_an_error(tmp_path: Path, work: Path) -> None:
         (root / name).write_text("x")
     for _ in range(2):  # the second time the store is found
         with pytest.raises(BingoError, match="none that can be decoded among 3 files"):
-            build(list_folder(root), SIDE, work, CPU)
+            build(list_images(root), SIDE, work, CPU)
 
 
 # ---------------------------------------------------------------- interruption and reuse
@@ -206,20 +207,20 @@ def test_an_interrupted_build_goes_on_and_ends_the_same(
     monkeypatch.setattr(pixel_store, "SHARD", 4)
     other = work.with_name("whole")
     other.mkdir()
-    build(list_folder(mixed), SIDE, other, CPU)
+    build(list_images(mixed), SIDE, other, CPU)
     with monkeypatch.context() as patch:
         count_decoding(patch, stop_after)
         with pytest.raises(KeyboardInterrupt):
-            build(list_folder(mixed), SIDE, work, CPU)
+            build(list_images(mixed), SIDE, work, CPU)
     seen = count_decoding(monkeypatch)
-    store, folder = build(list_folder(mixed), SIDE, work, CPU)
+    store, folder = build(list_images(mixed), SIDE, work, CPU)
     finished = stop_after // 4 * 4
     # Bad ones are tried again.
     assert seen == [index for index in (2, 5, 10) if index < finished] + list(range(finished, 11))
     assert contents(work) == contents(other)
     assert len(store) == len(folder.files) == 8 and len(folder.bad) == 3
     for index, kept in enumerate(whole(store)):
-        assert_kept(kept, folder.path(index))
+        assert_kept(kept, folder.read_raw(index))
 
 
 @pytest.mark.parametrize("harm", ["flip", "cut", "gone", "facts"])
@@ -227,7 +228,7 @@ def test_a_damaged_shard_is_decoded_again(
     harm: str, photos: Path, work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(pixel_store, "SHARD", 3)
-    build(list_folder(photos), SIDE, work, CPU)
+    build(list_images(photos), SIDE, work, CPU)
     before = contents(work)
     data, facts = sorted(work.rglob("*.u8"))[1], sorted(work.rglob("*.json"))[1]
     raw = bytearray(data.read_bytes())
@@ -240,17 +241,17 @@ def test_a_damaged_shard_is_decoded_again(
     }[harm]()
     seen = count_decoding(monkeypatch)
     capsys.readouterr()
-    build(list_folder(photos), SIDE, work, CPU)
+    build(list_images(photos), SIDE, work, CPU)
     assert seen == [3, 4, 5]
     assert contents(work) == before
     assert ("is damaged; its 3 images are decoded again" in capsys.readouterr().out) == (harm in ("flip", "cut"))
 
 
 def test_the_store_is_found_again_without_decoding(mixed: Path, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first, folder = build(list_folder(mixed), SIDE, work, CPU)
+    first, folder = build(list_images(mixed), SIDE, work, CPU)
     files = {path: path.stat().st_mtime_ns for path in work.rglob("*.*")}
     seen = count_decoding(monkeypatch)
-    again, folder_again = build(list_folder(mixed), SIDE, work, CPU)
+    again, folder_again = build(list_images(mixed), SIDE, work, CPU)
     assert folder_again == folder and seen == [2, 5, 10]  # the bad ones are tried, and are bad
     assert all(torch.equal(one, two) for one, two in zip(whole(again), whole(first), strict=True))
     assert {path: path.stat().st_mtime_ns for path in work.rglob("*.*")} == files
@@ -267,13 +268,13 @@ def test_what_could_not_be_used_is_tried_again_at_each_start(
         "6.jpg": "no decoder is installed",
     }
 
-    def load(path: Path, at_least: int = 0) -> Any:
+    def load(path: Path, at_least: int = 0, bands: Any = ()) -> Any:
         if path.name in fails:
             raise ImageError(fails[path.name])
-        return load_image(path, at_least)
+        return decode_file(path, at_least)
 
-    monkeypatch.setattr("bingo_compress.data.decode.load_image", load)
-    listed = list_folder(photos)
+    monkeypatch.setattr("bingo_compress.data.decode.decode_file", load)
+    listed = list_images(photos)
     assert [reason for _, reason in build(listed, SIDE, work, CPU, where)[1].bad] == [
         "Permission denied",
         "no decoder is installed",
@@ -292,20 +293,20 @@ def test_what_could_not_be_used_is_tried_again_at_each_start(
         in capsys.readouterr().out
     )
     for index, kept in enumerate(whole(store)):
-        assert_kept(kept, folder.path(index))
+        assert_kept(kept, folder.read_raw(index))
 
 
 def test_a_stricter_rule_drops_what_was_good(photos: Path, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a later version of the program, whose number for the store is another one."""
-    listed = list_folder(photos)
+    listed = list_images(photos)
     assert len(build(listed, SIDE, work, CPU)[0]) == 8
 
-    def strict(path: Path, at_least: int = 0) -> Any:
+    def strict(path: Path, at_least: int = 0, bands: Any = ()) -> Any:
         if path.name == "4.jpg":
             raise ImageError("one pixel thin")
-        return load_image(path, at_least)
+        return decode_file(path, at_least)
 
-    monkeypatch.setattr("bingo_compress.data.decode.load_image", strict)
+    monkeypatch.setattr("bingo_compress.data.decode.decode_file", strict)
     monkeypatch.setitem(FORMATS, "pixels", FORMATS["pixels"] + 1)
     store, folder = build(listed, SIDE, work, CPU)
     assert len(store) == 7 and folder.bad == (("cats/4.jpg", "one pixel thin"),)
@@ -315,11 +316,11 @@ def test_a_stricter_rule_drops_what_was_good(photos: Path, work: Path, monkeypat
 def test_another_side_or_another_folder_is_another_store(
     photos: Path, work: Path, make_photo: Callable[..., Path]
 ) -> None:
-    build(list_folder(photos), SIDE, work, CPU)
-    store, _ = build(list_folder(photos), 16, work, CPU)
+    build(list_images(photos), SIDE, work, CPU)
+    store, _ = build(list_images(photos), 16, work, CPU)
     assert int(torch.minimum(store.height, store.width).max()) == 16
     make_photo(photos / "new.jpg", 3)
-    assert len(build(list_folder(photos), 16, work, CPU)[0]) == 9
+    assert len(build(list_images(photos), 16, work, CPU)[0]) == 9
     assert len(list(work.iterdir())) == 1  # the stale ones are deleted
 
 
@@ -331,8 +332,8 @@ def test_a_disk_too_small_means_streaming_and_is_refused_where_a_store_was_asked
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=8 * SIDE * SIDE * 3))
     with pytest.raises(BingoError, match=r"no space: the pixel store needs .* bytes"):
-        build(list_folder(photos), SIDE, work, CPU, "memory")
-    store, _ = build(list_folder(photos), SIDE, work, CPU)
+        build(list_images(photos), SIDE, work, CPU, "memory")
+    store, _ = build(list_images(photos), SIDE, work, CPU)
     assert store.where == "stream"
     assert "8 images, stream (the files are decoded again for every crop)" in capsys.readouterr().out
 
@@ -352,9 +353,9 @@ def test_a_store_on_disk_never_counts_as_this_process_memory(tmp_path: Path) -> 
     code = """if True:
         import sys, torch
         from pathlib import Path
-        from bingo_compress.data import image_folder, pixel_store
+        from bingo_compress.data import listing, pixel_store
         work, photos, where = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-        store, _ = pixel_store.build(image_folder.list_folder(photos), 640, work, torch.device("cpu"), where)
+        store, _ = pixel_store.build(listing.list_images(photos), 640, work, torch.device("cpu"), where)
         whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
         def crops(): [store.crops(rows, whole.expand(len(rows), 4), 32) for rows in torch.randperm(150).split(10)]
         store.crops(torch.arange(10), torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(10, 4), 32)
@@ -374,6 +375,9 @@ def test_a_store_on_disk_never_counts_as_this_process_memory(tmp_path: Path) -> 
 
 
 def test_the_facts_of_a_shard_are_plain_json(photos: Path, work: Path) -> None:
-    build(list_folder(photos), SIDE, work, CPU)
+    build(list_images(photos), SIDE, work, CPU)
     facts = json.loads(next(work.rglob("*.json")).read_text())
-    assert set(facts) == {"tried", "good", "height", "width", "aspect", "jpeg", "bad", "crc32"} and facts["tried"] == 8
+    assert (
+        set(facts) == {"tried", "good", "height", "width", "aspect", "jpeg", "bad", "oddities", "crc32"}
+        and facts["tried"] == 8
+    )

@@ -16,7 +16,7 @@ from helpers import photo
 from onnx import TensorProto, helper
 from PIL import ExifTags, Image, features
 
-from bingo_compress.data import image_folder
+from bingo_compress.data import listing
 from bingo_compress.features import extract
 from bingo_compress.models.encoder import Preprocessing
 
@@ -155,7 +155,7 @@ def test_the_device_sees_what_the_trainer_sees_to_the_bit(
     root, names, seen = odd
     assert len(names) >= 40
     settings = Preprocessing(size=SIZE, mean=(0.5,) * 3, std=(0.5,) * 3, **RULES[name])
-    folder = image_folder.list_folder(root)
+    folder = listing.list_images(root)
     assert list(folder.files) == names and not folder.bad
     validated: list[torch.Tensor] = []
 

@@ -14,7 +14,7 @@ import torch
 from helpers import CPU, Ran, encoder, photos, recipe, unit
 
 from bingo_compress.comparison import side_by_side, tables
-from bingo_compress.data import image_folder
+from bingo_compress.data import image_list, listing
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation import probes, scores, validation
 from bingo_compress.exporters import gate
@@ -39,7 +39,7 @@ def a_run(path: Path, data: Path) -> Path:
     run.work.mkdir(parents=True)
     run.recipe.write_text(recipe_text(recipe(data=str(data))))
     checkpoint.save(run.student, encoder("test_efficientnet", seed=1).backbone.state_dict())
-    digests = image_folder.list_folder(data).digests
+    digests = listing.list_images(data).digests
     checkpoint.save(run.bags, {"bags": torch.zeros(len(digests), 1, dtype=torch.int64)}, digests=digests)
     return path
 
@@ -72,8 +72,8 @@ def test_copies_are_kept_on_one_side_of_what_is_set_aside(tmp_path: Path, printe
     data = photos(tmp_path / "data", 8)
     copied(data, *(f"kind{kind}/{number:03d}.png" for kind in range(3) for number in range(8)))
     shutil.copy(data / "kind0" / "001.png", data / "kind2" / "under-another-label.png")
-    folder = image_folder.list_folder(data)
-    sides = scores.sides(by_model(), folder, None, image_folder.labels_of(folder)[0])
+    folder = listing.list_images(data)
+    sides = scores.sides(by_model(), folder, None, image_list.labels_of(folder)[0])
     digests = folder.digests
     assert not {digests[place] for place in sides.places} & {digests[place] for place in sides.query_places}
     assert sorted(sides.places + sides.query_places) == list(range(49))
@@ -111,9 +111,9 @@ def test_test_images_that_were_distilled_on_are_counted(bingo: Bingo, tmp_path: 
     assert json.loads((tmp_path / "v.json").read_text())["protocol"]["test_images_trained_on"] == 2
     assert "2 of the test images were also distilled on" in ran.out
     shutil.rmtree(trained)  # it goes by contents
-    assert scores.trained_on(run_dir.RunDir(run).bags, image_folder.list_folder(test)) == 2
+    assert scores.trained_on(run_dir.RunDir(run).bags, listing.list_images(test)) == 2
     checkpoint.save(run_dir.RunDir(run).bags, {"bags": torch.zeros(1, 1)}, root="of an earlier version", files=[])
-    assert scores.trained_on(run_dir.RunDir(run).bags, image_folder.list_folder(test)) is None
+    assert scores.trained_on(run_dir.RunDir(run).bags, listing.list_images(test)) is None
 
 
 # ---------------------------------------------------------------- an image that goes missing
@@ -121,8 +121,8 @@ def test_test_images_that_were_distilled_on_are_counted(bingo: Bingo, tmp_path: 
 
 def test_an_image_that_can_no_longer_be_read_is_named_not_skipped(tmp_path: Path) -> None:
     data = photos(tmp_path / "data", 4)
-    folder = image_folder.list_folder(data)
-    labels = torch.tensor(image_folder.labels_of(folder)[1])
+    folder = listing.list_images(data)
+    labels = torch.tensor(image_list.labels_of(folder)[1])
     seen = torch.zeros(12, 4)
     judged = side_by_side.Labelled(folder, None, labels, labels, 3, {"bank": seen}, torch.arange(12))
     (data / "kind1" / "002.png").write_bytes(b"broken")
@@ -155,7 +155,7 @@ def test_a_small_bank_has_no_recall_and_says_so(bingo: Bingo, tmp_path: Path) ->
     assert found["protocol"]["neighbour_recall"] == "not measured: a bank of 9 is too small (at least 10)"
     assert found["protocol"]["recall"] == {"k": 0, "gallery": 9, "chance": 1.0}
     ran = bingo(*words, "--require", "neighbour_recall=0.5")
-    assert ran.status == 3 and "neighbour_recall not measured (the bank of 9 is too small)" in ran.err
+    assert ran.status == 3 and "neighbour_recall not measured (a bank of 9 is too small (at least 10))" in ran.err
 
 
 def test_what_is_required_of_recall_is_told_with_its_k_and_chance(bingo: Bingo, tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_what_is_required_of_recall_is_told_with_its_k_and_chance(bingo: Bingo, 
 
 def test_a_comparison_on_few_images_measures_no_recall(tmp_path: Path) -> None:
     bank, labels = unit(9, 8), torch.arange(9) % 3
-    folder = image_folder.list_folder(photos(tmp_path / "data", 3))
+    folder = listing.list_images(photos(tmp_path / "data", 3))
     judged = side_by_side.Labelled(folder, None, labels, labels, 3, {"bank": bank}, torch.arange(9))
     found, right = side_by_side.judge(encoder("test_efficientnet"), judged, CPU)
     assert "neighbour_recall" not in found and found["gallery"] == 7
@@ -251,8 +251,8 @@ def test_seconds_of_training_are_those_of_all_starts(tmp_path: Path) -> None:
 def test_copies_stay_in_one_fold_of_a_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = photos(tmp_path / "data", 6)
     copied(data, *(f"kind{kind}/{number:03d}.png" for kind in range(3) for number in range(3)))
-    folder = image_folder.list_folder(data)
-    labels = torch.tensor(image_folder.labels_of(folder)[1])
+    folder = listing.list_images(data)
+    labels = torch.tensor(image_list.labels_of(folder)[1])
     judged = side_by_side._labelled(folder, None, encoder("test_resnet", 32), CPU)
     assert torch.equal(judged.labels, labels)
     fitted: list[tuple[torch.Tensor, torch.Tensor]] = []

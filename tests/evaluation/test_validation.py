@@ -13,9 +13,9 @@ import pytest
 import torch
 from helpers import encoder, photos, recipe, unit
 
-from bingo_compress.data import image_folder
-from bingo_compress.data.image_folder import Folder
-from bingo_compress.evaluation import finetune, intervals, probes, scores, validation
+from bingo_compress.data import listing
+from bingo_compress.data.image_list import ImageList
+from bingo_compress.evaluation import finetune, intervals, probes, protocol, scores, validation
 from bingo_compress.evaluation.scores import Sides
 from bingo_compress.features import bagging, extract
 from bingo_compress.recipe import recipe_text
@@ -36,7 +36,7 @@ def sides(classes: int = 3, bank: int = 90, queries: int = 60) -> Sides:
     features = {}
     for name, spread in (("teacher", 0.2), ("student", 0.5), ("random", 100.0)):
         features[name] = [centres[of] + spread * torch.randn(len(of), 8, generator=generator) for of in (labels, asked)]
-    folder = Folder(Path("nowhere"), (), ())
+    folder = ImageList(Path("nowhere"), (), ())
     by_side = ({name: pair[side] for name, pair in features.items()} for side in (0, 1))
     return Sides(
         [f"class{c}" for c in range(classes)], next(by_side), labels, folder, [], next(by_side), asked, folder, []
@@ -47,7 +47,7 @@ def test_the_figures_are_those_of_the_probes_inside_their_intervals() -> None:
     both = sides(classes=2)
     for name in both.bank:
         head = probes.fit_linear(both.bank[name], both.labels, 2)
-        found, right = scores.scores(name, both, head)
+        found, right = protocol.figures_of(name, both, head)
         bank, queries, labels = both.bank[name], both.queries[name], both.query_labels
         predicted = head.predict(queries)
         assert found["knn"] == pytest.approx(probes.accuracy(probes.knn_predict(bank, both.labels, queries, 2), labels))
@@ -63,7 +63,7 @@ def test_the_figures_are_those_of_the_probes_inside_their_intervals() -> None:
             low, high = found[f"{key}_interval"]
             assert 0 <= low <= found[key] <= high <= 1, key
             assert high - low < 0.35, key
-    assert scores.scores("teacher", both, head)[0]["neighbour_recall_interval"] == (1, 1)
+    assert protocol.figures_of("teacher", both, head)[0]["neighbour_recall_interval"] == (1, 1)
 
 
 def test_each_class_has_its_share_its_interval_and_its_double() -> None:
@@ -239,7 +239,7 @@ def test_a_part_set_aside_is_never_trained_on(
     (tmp_path / "data" / "kind0" / "000.png").write_bytes(b"broken")  # positions shift by one
     ran = bingo("validate", "--run", run, "--data", tmp_path / "data", "--literature", "--json", tmp_path / "v.json")
     assert ran.status == 0, ran.err
-    files = [name for name in image_folder.list_folder(tmp_path / "data").files if name != "kind0/000.png"]
+    files = [name for name in listing.list_images(tmp_path / "data").files if name != "kind0/000.png"]
     rows, labels = trained[0]
     assert [files[row].split("/")[0] for row in rows.tolist()] == [f"kind{label}" for label in labels.tolist()]
     assert len(set(rows.tolist())) == 23 - 5  # a quarter of 7, 8 and 8
@@ -270,7 +270,7 @@ def test_against_itself_nothing_differs(prove: Any, world: dict[str, Path]) -> N
 
 def test_bags_are_judged_by_the_labels_of_their_images(prove: Any, world: dict[str, Path], tmp_path: Path) -> None:
     run = run_dir.RunDir(Path(shutil.copytree(world["run"], tmp_path / "run")))
-    folder = image_folder.list_folder(world["data"])
+    folder = listing.list_images(world["data"])
     assert [Path(name).parts[0] for name in folder.files] == [f"kind{kind}" for kind in range(3) for _ in range(8)]
     digests = [*folder.digests, "of an image elsewhere"]
     bags = torch.randint(25, (25, 3), generator=torch.Generator().manual_seed(0))

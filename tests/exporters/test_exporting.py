@@ -15,7 +15,7 @@ import torch
 from helpers import CPU, encoder, photo, photos, shallow, untrained_run
 from PIL import Image
 
-from bingo_compress.data import image_folder
+from bingo_compress.data import image_list, listing
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation import probes, validation
 from bingo_compress.exporters import exporting
@@ -23,6 +23,7 @@ from bingo_compress.exporters import onnx as exporter
 from bingo_compress.exporters.onnx import Deployed, export_onnx
 from bingo_compress.features import extract
 from bingo_compress.models import trained
+from bingo_compress.recipe import load_recipe
 from bingo_compress.runtime import run_dir
 
 FACTS = {"version": "0", "run_id": "abc", "student": "s", "teacher": "t"}
@@ -228,9 +229,9 @@ def test_a_run_is_exported_and_its_file_embeds_its_photos_as_torch_does(
 ) -> None:
     (path,) = exporting.export(finished.path, tmp_path / "elsewhere")
     assert path == tmp_path / "elsewhere" / "student.onnx"
-    settings = run_dir.saved_recipe(finished)
+    settings = load_recipe(finished.as_run)
     student = trained.load_student(settings, finished.student)
-    folder = image_folder.list_folder(Path(settings.data))
+    folder = listing.list_images(Path(settings.data))
     expected = extract.plain({"s": extract.as_embed(student, CPU)}, folder, range(9), "test")[0]["s"]
     got = bingo_edge.Embedder(path).embed(settings.data)
     assert [str(Path(name).relative_to(settings.data)) for name in got.names] == list(folder.files)
@@ -281,7 +282,7 @@ def test_golden_pictures_reach_the_network_the_same_in_the_trainer_and_on_the_de
 ) -> None:
     files = golden(tmp_path / "golden")
     settings = encoder(name, size).preprocessing
-    folder = image_folder.list_folder(tmp_path / "golden")
+    folder = listing.list_images(tmp_path / "golden")
     trained: list[np.ndarray] = []
 
     def record(batch: torch.Tensor) -> torch.Tensor:
@@ -320,8 +321,8 @@ def test_golden_pictures_reach_the_network_the_same_in_the_trainer_and_on_the_de
 @pytest.mark.slow
 def test_the_kit_classifies_as_the_probes_do(exported: tuple[Path, Any], tmp_path: Path) -> None:
     path, student = exported
-    folder = image_folder.list_folder(photos(tmp_path / "photos", 12))
-    classes, labels = image_folder.labels_of(folder)
+    folder = listing.list_images(photos(tmp_path / "photos", 12))
+    classes, labels = image_list.labels_of(folder)
     features = extract.plain({"s": extract.as_embed(student, CPU)}, folder, range(36), "test")[0]["s"]
     head = probes.fit_linear(features, torch.tensor(labels), 3)
     embedder = bingo_edge.Embedder(path)
@@ -330,9 +331,9 @@ def test_the_kit_classifies_as_the_probes_do(exported: tuple[Path, Any], tmp_pat
     )
     queries = photos(tmp_path / "queries", 5, start=100)
     got = embedder.embed(str(queries))
-    asked = extract.plain({"s": extract.as_embed(student, CPU)}, image_folder.list_folder(queries), range(15), "test")[
-        0
-    ]["s"]
+    asked = extract.plain({"s": extract.as_embed(student, CPU)}, listing.list_images(queries), range(15), "test")[0][
+        "s"
+    ]
     expected = {
         "student.linear.npz": head.predict(asked),
         "student.bank.npz": probes.knn_predict(features, torch.tensor(labels), asked, 3),

@@ -10,12 +10,12 @@ import torch
 from edge_models import make_model
 from helpers import encoder, photos, recipe, untrained_run
 
-from bingo_compress.data import image_folder, pixel_store
+from bingo_compress.data import image_list, listing, pixel_store
 from bingo_compress.errors import BingoError
-from bingo_compress.exporters import exporting, gate, quantization_aware
+from bingo_compress.exporters import exporting, gate, int8_file, quantization_aware
 from bingo_compress.exporters.exporting import Int8
 from bingo_compress.exporters.int8 import LadderEnds, Rung
-from bingo_compress.exporters.onnx import PROFILES, REFUSED
+from bingo_compress.exporters.onnx import PROFILES, REFUSED, Gate, Making
 from bingo_compress.features import extract
 from bingo_compress.models.encoder import Preprocessing
 
@@ -58,7 +58,7 @@ def test_choosing_looks_at_labels_alone_and_reporting_at_test_alone(
     asked: list[tuple[str, set[str]]] = []
     real = extract.plain
 
-    def recorded(models: Any, folder: image_folder.Folder, order: Any, *rest: Any) -> Any:
+    def recorded(models: Any, folder: image_list.ImageList, order: Any, *rest: Any) -> Any:
         asked.append((folder.root.name, {folder.digests[place] for place in order}))
         return real(models, folder, order, *rest)
 
@@ -83,7 +83,7 @@ def test_without_a_test_folder_three_parts_of_labels_do_not_meet(
     parts: list[set[str]] = []
     real = extract.plain
 
-    def recorded(models: Any, folder: image_folder.Folder, order: Any, *rest: Any) -> Any:
+    def recorded(models: Any, folder: image_list.ImageList, order: Any, *rest: Any) -> Any:
         parts.append({folder.digests[place] for place in order})
         return real(models, folder, order, *rest)
 
@@ -93,7 +93,7 @@ def test_without_a_test_folder_three_parts_of_labels_do_not_meet(
     judges.report(model)
     assert judges.labelled == parts[0] | parts[1] and judges.labelled < contents(labels)
     lonely = photos(tmp_path / "lonely", 2)
-    with pytest.raises(BingoError, match="--labels: expected three different images or more in every class"):
+    with pytest.raises(BingoError, match="--labels: expected at least three different images in every class"):
         gate.make_gate(model, GALLERY, SEEN, gate.open_labelled(lonely, None), 0.5)
 
 
@@ -113,12 +113,13 @@ def test_a_chosen_file_below_the_gate_on_the_test_images_is_refused_and_no_furth
         climbed.append("ladder")
         return model, Rung("first"), [row]
 
-    monkeypatch.setattr(exporting, "quantise", quantise)
-    judges = gate.Gate(lambda file: ({}, []), lambda file: ({}, ["knn accuracy 3.00 points below"]), set())
+    monkeypatch.setattr(int8_file, "quantise", quantise)
+    judges = Gate(lambda file: ({}, []), lambda file: ({}, ["knn accuracy 3.00 points below"]), set())
+    making = Making(model, GALLERY, PROFILES["modern"], tmp_path, judges, lambda: pytest.fail("trained"))
     with pytest.raises(
         BingoError, match="first passed where it was chosen, but on the test images misses knn accuracy"
     ) as caught:
-        exporting._int8(model, GALLERY, PROFILES["modern"], tmp_path, judges, lambda: pytest.fail("trained"))
+        int8_file.make(making)
     assert caught.value.exit_status == REFUSED and climbed == ["ladder"]
 
 
@@ -144,21 +145,19 @@ def test_what_the_gate_judges_by_is_not_trained_on_nor_are_copies_of_it(
     folder = photos(tmp_path / "photos", 6)
     apart = contents(folder / "kind0") | contents(folder / "kind1")
     shutil.copy(folder / "kind0" / "000.png", folder / "kind2" / "copy.png")
-    trained: list[image_folder.Folder] = []
+    trained: list[image_list.ImageList] = []
 
-    def build(chosen: image_folder.Folder, *_: Any) -> Any:
+    def build(chosen: image_list.ImageList, *_: Any) -> Any:
         trained.append(chosen)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(pixel_store, "build", build)
     settings, student = recipe(data=str(folder)), encoder("test_efficientnet", 32)
     with pytest.raises(KeyboardInterrupt):
-        quantization_aware.finetune(settings, student, image_folder.list_folder(folder), tmp_path, apart)
+        quantization_aware.finetune(settings, student, listing.list_images(folder), tmp_path, apart)
     assert trained[0].files == tuple(f"kind2/{number:03d}.png" for number in range(6))
     with pytest.raises(BingoError, match=r"--finetune: expected images in .* beside those that int8 is judged by"):
-        quantization_aware.finetune(
-            settings, student, image_folder.list_folder(folder), tmp_path, apart | contents(folder)
-        )
+        quantization_aware.finetune(settings, student, listing.list_images(folder), tmp_path, apart | contents(folder))
 
 
 @pytest.mark.parametrize("labelled", [False, True])
@@ -188,19 +187,19 @@ def test_export_keeps_its_gate_and_its_calibration_out_of_fine_tuning(
             ]
         )
 
-    def finetune(settings: Any, student: Any, folder: image_folder.Folder, work: Path, apart: set[str]) -> Any:
+    def finetune(settings: Any, student: Any, folder: image_list.ImageList, work: Path, apart: set[str]) -> Any:
         used["apart"], used["folder"] = apart, folder
         raise KeyboardInterrupt
 
     real = gate.make_gate
 
-    def make_gate(file: Path, gallery: torch.Tensor, *rest: Any) -> gate.Gate:
+    def make_gate(file: Path, gallery: torch.Tensor, *rest: Any) -> Gate:
         used["gallery"], used["gate"] = gallery, real(file, gallery, *rest)
         return used["gate"]
 
     for owner, name, stand_in in (
         (exporting, "_export_float", export_float),
-        (exporting, "quantise", ladder),
+        (int8_file, "quantise", ladder),
         (quantization_aware, "finetune", finetune),
         (gate, "make_gate", make_gate),
     ):

@@ -7,7 +7,7 @@ import torch
 from helpers import encoder, photos, recipe
 from torch import nn
 
-from bingo_compress.data import image_folder
+from bingo_compress.data import listing
 from bingo_compress.exporters import quantization_aware
 from bingo_compress.features import extract
 from bingo_compress.models.encoder import Encoder
@@ -61,7 +61,7 @@ def test_a_hardswish_after_pooling_is_not_rounded_as_in_the_file() -> None:
 def test_finetuning_brings_the_rounded_student_nearer_to_what_it_is_in_float(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = image_folder.list_folder(photos(tmp_path / "photos", 24))
+    folder = listing.list_images(photos(tmp_path / "photos", 24))
     student = encoder("test_efficientnet", SIZE)
     shown = extract.pixels_of(student.preprocessing, folder, range(len(folder.files)), len(folder.files))
 

@@ -12,7 +12,7 @@ from bingo_edge.image import ImageError, load_image, preprocess
 from helpers import CPU, bad_files, encoder, photos
 from PIL import Image
 
-from bingo_compress.data import decode, image_folder, pixel_store
+from bingo_compress.data import decode, image_list, listing, pixel_store
 from bingo_compress.errors import BingoError
 from bingo_compress.features import extract
 from bingo_compress.models.encoder import Encoder, weights_digest
@@ -25,17 +25,17 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extract, "BATCH", 4)
 
 
-def one_by_one(model: Encoder, folder: image_folder.Folder, index: int) -> torch.Tensor:
+def one_by_one(model: Encoder, folder: image_list.ImageList, index: int) -> torch.Tensor:
     """Features of one image, without the code under test: decode, crop, normalise, backbone."""
     settings = model.preprocessing
-    seen = preprocess(load_image(folder.path(index)), **settings.geometry())
+    seen = preprocess(load_image(folder.read_raw(index)), **settings.geometry())
     scaled = (seen.astype(np.float64) / 255 - np.array(settings.mean)) / np.array(settings.std)
     with torch.inference_mode():
         features: torch.Tensor = model.backbone(torch.from_numpy(scaled.transpose(2, 0, 1)[None]).float())[0]
     return features
 
 
-def test_plain_features_are_those_of_each_image_alone(folder: image_folder.Folder, teacher: Encoder) -> None:
+def test_plain_features_are_those_of_each_image_alone(folder: image_list.ImageList, teacher: Encoder) -> None:
     found, good = extract.plain({"a": extract.as_embed(teacher, CPU)}, folder, [4, 0, 17, 9, 3, 11], "test")
     assert good == [4, 0, 17, 9, 3, 11]
     expected = torch.stack([one_by_one(teacher, folder, index) for index in good])
@@ -44,16 +44,16 @@ def test_plain_features_are_those_of_each_image_alone(folder: image_folder.Folde
 
 
 def test_several_models_share_one_decoding(
-    folder: image_folder.Folder, teacher: Encoder, monkeypatch: pytest.MonkeyPatch
+    folder: image_list.ImageList, teacher: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded: list[str] = []
-    real = decode.load_image
+    real = decode.decode_file
 
-    def counted(path: Any, at_least: int = 0) -> Any:
+    def counted(path: Any, at_least: int = 0, bands: Any = ()) -> Any:
         decoded.append(Path(path).name)
         return real(path, at_least)
 
-    monkeypatch.setattr("bingo_compress.data.decode.load_image", counted)
+    monkeypatch.setattr("bingo_compress.data.decode.decode_file", counted)
     models = {"a": teacher, "b": encoder("test_efficientnet", 48, seed=1), "c": encoder("test_resnet", 32, seed=2)}
     found, good = extract.plain(
         {name: extract.as_embed(model, CPU) for name, model in models.items()}, folder, range(COUNT), "test"
@@ -68,7 +68,7 @@ def test_several_models_share_one_decoding(
 
 @pytest.mark.parametrize("stop", [1, 4, 7, 9])
 def test_plain_goes_on_after_the_last_finished_part(
-    stop: int, folder: image_folder.Folder, teacher: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stop: int, folder: image_list.ImageList, teacher: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(extract, "BATCH", 2)
     monkeypatch.setattr(extract, "PART", 2)
@@ -104,10 +104,8 @@ def test_parts_of_other_models_images_or_preprocessing_are_not_taken(
 
     def embedded(model: Encoder, order: list[int]) -> tuple[torch.Tensor, list[int]]:
         keep = extract.Keep(tmp_path, "keep", {"a": weights_digest(model)})
-        found, good = extract.plain(
-            {"a": extract.as_embed(model, CPU)}, image_folder.list_folder(root), order, "test", keep
-        )
-        expected, _ = extract.plain({"a": extract.as_embed(model, CPU)}, image_folder.list_folder(root), order, "test")
+        found, good = extract.plain({"a": extract.as_embed(model, CPU)}, listing.list_images(root), order, "test", keep)
+        expected, _ = extract.plain({"a": extract.as_embed(model, CPU)}, listing.list_images(root), order, "test")
         assert torch.equal(found["a"], expected["a"])
         return found["a"], good
 
@@ -116,7 +114,7 @@ def test_parts_of_other_models_images_or_preprocessing_are_not_taken(
     embedded(encoder(size=48), [0, 1, 2, 3])
     embedded(teacher.normalised_by((0.1, 0.2, 0.3), teacher.preprocessing.std), [0, 1, 2, 3])
     assert embedded(teacher, [3, 2, 1, 0])[1] == [3, 2, 1, 0]
-    one, other = (image_folder.list_folder(root).path(place) for place in (0, 5))
+    one, other = (listing.list_images(root).read_raw(place) for place in (0, 5))
     status = one.stat()
     one.write_bytes(other.read_bytes())
     os.utime(one, ns=(status.st_atime_ns, status.st_mtime_ns))
@@ -128,18 +126,18 @@ def test_a_kept_part_is_made_again_when_what_it_left_out_can_be_used(
 ) -> None:
     monkeypatch.setattr(extract, "BATCH", 2)
     monkeypatch.setattr(extract, "PART", 1)
-    listed = image_folder.list_folder(photos(tmp_path / "photos", 2))
+    listed = listing.list_images(photos(tmp_path / "photos", 2))
     keep = extract.Keep(tmp_path, "keep", {"a": ""})
-    real = decode.load_image
+    real = decode.decode_file
 
-    def refused(path: Path, at_least: int = 0) -> Any:
-        if path == listed.path(2):
+    def refused(path: Path, at_least: int = 0, bands: Any = ()) -> Any:
+        if path == listed.read_raw(2):
             raise ImageError("Permission denied")
         return real(path, at_least)
 
     preprocessing, run = extract.as_embed(teacher, CPU)
     with monkeypatch.context() as patch:
-        patch.setattr("bingo_compress.data.decode.load_image", refused)
+        patch.setattr("bingo_compress.data.decode.decode_file", refused)
         assert extract.plain({"a": (preprocessing, run)}, listed, range(6), "test", keep)[1] == [0, 1, 3, 4, 5]
     runs: list[int] = []
 
@@ -154,7 +152,7 @@ def test_a_kept_part_is_made_again_when_what_it_left_out_can_be_used(
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_an_image_that_a_model_makes_no_numbers_of_is_named(
-    value: float, folder: image_folder.Folder, teacher: Encoder
+    value: float, folder: image_list.ImageList, teacher: Encoder
 ) -> None:
     preprocessing, run = extract.as_embed(teacher, CPU)
 
@@ -169,7 +167,7 @@ def test_an_image_that_a_model_makes_no_numbers_of_is_named(
         extract.plain({"student": (preprocessing, broken)}, folder, [4, 9, 1], "test")
 
 
-def test_a_model_in_training_is_judged_in_eval_mode_and_goes_on_training(folder: image_folder.Folder) -> None:
+def test_a_model_in_training_is_judged_in_eval_mode_and_goes_on_training(folder: image_list.ImageList) -> None:
     model = encoder()
     expected, _ = extract.plain({"a": extract.as_embed(model, CPU)}, folder, [0, 1, 2], "test")
     found, _ = extract.plain({"a": extract.as_embed(model.train(), CPU)}, folder, [0, 1, 2], "test")
@@ -185,7 +183,7 @@ def test_views_of_the_store_are_close_to_the_plain_view_in_any_shape(
     picture = np.stack((rows, columns, (rows + columns) // 2), axis=2).astype(np.uint8)
     for number, (height, width) in enumerate(((160, 60), (60, 160), (90, 91), (160, 40))):
         Image.fromarray(picture[:height, :width]).save(tmp_path / "photos" / f"{number}.png")
-    listed = image_folder.list_folder(tmp_path / "photos")
+    listed = listing.list_images(tmp_path / "photos")
     store = pixel_store.build(listed, 40, tmp_path, CPU)[0]
     preprocessing = replace(teacher.preprocessing, **changes)
     found = extract.plain_views(store, torch.arange(4), preprocessing).permute(0, 2, 3, 1).int()
@@ -196,7 +194,7 @@ def test_views_of_the_store_are_close_to_the_plain_view_in_any_shape(
 def test_plain_leaves_out_what_cannot_be_decoded(tmp_path: Path, teacher: Encoder) -> None:
     photos(tmp_path, 2)
     bad_files(tmp_path)
-    mixed = image_folder.list_folder(tmp_path)
+    mixed = listing.list_images(tmp_path)
     found, good = extract.plain({"a": extract.as_embed(teacher, CPU)}, mixed, range(len(mixed.files)), "test")
     assert [mixed.files[index] for index in good] == [name for name in mixed.files if name.startswith("kind")]
     assert len(found["a"]) == 6
@@ -207,7 +205,7 @@ def test_plain_leaves_out_what_cannot_be_decoded(tmp_path: Path, teacher: Encode
 def test_pixels_of_skips_bad_files_and_stops_at_the_count(tmp_path: Path, teacher: Encoder) -> None:
     photos(tmp_path, 2)
     bad_files(tmp_path)
-    mixed = image_folder.list_folder(tmp_path)
+    mixed = listing.list_images(tmp_path)
     order = [mixed.files.index("words.jpg"), mixed.files.index("kind1/000.png"), mixed.files.index("kind0/001.png"), 0]
     found = extract.pixels_of(teacher.preprocessing, mixed, order, 2)
     assert found.dtype == torch.uint8 and found.shape == (2, 32, 32, 3)
@@ -229,7 +227,5 @@ def test_the_digest_sees_every_weight() -> None:
 def test_half_made_photos_of_one_pixel_can_be_embedded(tmp_path: Path, teacher: Encoder) -> None:
     Image.new("RGB", (1, 1), (9, 9, 9)).save(tmp_path / "dot.png")
     Image.new("RGB", (300, 1), (9, 200, 9)).save(tmp_path / "line.png")
-    found, good = extract.plain(
-        {"a": extract.as_embed(teacher, CPU)}, image_folder.list_folder(tmp_path), range(2), "test"
-    )
+    found, good = extract.plain({"a": extract.as_embed(teacher, CPU)}, listing.list_images(tmp_path), range(2), "test")
     assert good == [0, 1] and bool(found["a"].isfinite().all())

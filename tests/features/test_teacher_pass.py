@@ -9,10 +9,10 @@ import torch
 from helpers import CPU, encoder, interrupted_at, photos
 from torch.nn.functional import normalize
 
-from bingo_compress.data import augment, image_folder, pixel_store
+from bingo_compress.data import augment, image_list, listing, pixel_store
 from bingo_compress.errors import BingoError
 from bingo_compress.features import extract, teacher_pass
-from bingo_compress.features.teacher_pass import TeacherPass
+from bingo_compress.features.memmap import TeacherPass
 from bingo_compress.models.encoder import Encoder
 
 COUNT = 18
@@ -25,7 +25,7 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run_pass(
-    teacher: Encoder, folder: image_folder.Folder, store: pixel_store.PixelStore, work: Path, views: int = 2
+    teacher: Encoder, folder: image_list.ImageList, store: pixel_store.PixelStore, work: Path, views: int = 2
 ) -> TeacherPass:
     work.mkdir(exist_ok=True)
     return teacher_pass.run(teacher, folder, store, views, 0.2, work, CPU)
@@ -36,7 +36,7 @@ def same(one: TeacherPass, two: TeacherPass) -> bool:
 
 
 def test_the_pass_gives_plain_features_unit_embeddings_and_differing_views(
-    folder: image_folder.Folder, store: pixel_store.PixelStore, teacher: Encoder, tmp_path: Path
+    folder: image_list.ImageList, store: pixel_store.PixelStore, teacher: Encoder, tmp_path: Path
 ) -> None:
     seen = run_pass(teacher, folder, store, tmp_path)
     plain = extract.plain({"a": extract.as_embed(teacher, CPU)}, folder, range(COUNT), "test")[0]["a"]
@@ -50,7 +50,7 @@ def test_the_pass_gives_plain_features_unit_embeddings_and_differing_views(
 
 
 def test_every_batch_and_view_draws_its_own_parameters(
-    folder: image_folder.Folder,
+    folder: image_list.ImageList,
     store: pixel_store.PixelStore,
     teacher: Encoder,
     tmp_path: Path,
@@ -71,7 +71,7 @@ def test_every_batch_and_view_draws_its_own_parameters(
 
 
 def test_without_views_the_pass_gives_none(
-    folder: image_folder.Folder, store: pixel_store.PixelStore, teacher: Encoder, tmp_path: Path
+    folder: image_list.ImageList, store: pixel_store.PixelStore, teacher: Encoder, tmp_path: Path
 ) -> None:
     assert run_pass(teacher, folder, store, tmp_path, views=0).views.shape == (COUNT, 0, teacher.width)
 
@@ -79,7 +79,7 @@ def test_without_views_the_pass_gives_none(
 @pytest.mark.parametrize("at", [1, 2, 4, 7, 10])
 def test_a_pass_interrupted_and_started_again_equals_the_whole(
     at: int,
-    folder: image_folder.Folder,
+    folder: image_list.ImageList,
     store: pixel_store.PixelStore,
     teacher: Encoder,
     tmp_path: Path,
@@ -99,7 +99,7 @@ def test_a_pass_interrupted_and_started_again_equals_the_whole(
 
 
 def test_stored_shards_are_not_made_again(
-    folder: image_folder.Folder,
+    folder: image_list.ImageList,
     store: pixel_store.PixelStore,
     teacher: Encoder,
     tmp_path: Path,
@@ -112,7 +112,7 @@ def test_stored_shards_are_not_made_again(
 
 
 def test_more_views_add_to_the_views_that_are_there(
-    folder: image_folder.Folder,
+    folder: image_list.ImageList,
     store: pixel_store.PixelStore,
     teacher: Encoder,
     tmp_path: Path,
@@ -127,7 +127,7 @@ def test_more_views_add_to_the_views_that_are_there(
 
 
 def test_the_pass_is_read_from_disk_and_no_one_can_write_there(
-    folder: image_folder.Folder, store: pixel_store.PixelStore, teacher: Encoder, tmp_path: Path
+    folder: image_list.ImageList, store: pixel_store.PixelStore, teacher: Encoder, tmp_path: Path
 ) -> None:
     seen = run_pass(teacher, folder, store, tmp_path)
     sizes = {file.name: file.stat().st_size for file in tmp_path.glob("*/*.f16")}
@@ -141,7 +141,7 @@ def test_the_pass_is_read_from_disk_and_no_one_can_write_there(
 @pytest.mark.parametrize("harm", ["a bit", "the end", "the file", "a marker", "marker's words"])
 def test_damaged_shards_are_made_again_and_no_others(
     harm: str,
-    folder: image_folder.Folder,
+    folder: image_list.ImageList,
     store: pixel_store.PixelStore,
     teacher: Encoder,
     tmp_path: Path,
@@ -186,7 +186,7 @@ def test_damaged_shards_are_made_again_and_no_others(
 @pytest.mark.parametrize("fits", [8, 3, 1])
 def test_a_batch_that_does_not_fit_is_halved_and_the_result_is_the_same(
     fits: int,
-    folder: image_folder.Folder,
+    folder: image_list.ImageList,
     store: pixel_store.PixelStore,
     teacher: Encoder,
     tmp_path: Path,
@@ -221,10 +221,10 @@ def test_a_batch_of_one_that_does_not_fit_is_an_error(teacher: Encoder, monkeypa
 
 
 def test_another_teacher_or_folder_makes_another_pass_and_drops_the_old(
-    folder: image_folder.Folder, store: pixel_store.PixelStore, teacher: Encoder, tmp_path: Path
+    folder: image_list.ImageList, store: pixel_store.PixelStore, teacher: Encoder, tmp_path: Path
 ) -> None:
     names = []
-    other = image_folder.Folder(folder.root, folder.files[:-1], ())
+    other = image_list.ImageList(folder.root, folder.files[:-1], ())
     for model, listed in ((teacher, folder), (encoder(seed=9), folder), (teacher, other)):
         run_pass(model, listed, store, tmp_path, 1)
         kept = [path.name for path in tmp_path.iterdir()]
@@ -234,7 +234,7 @@ def test_another_teacher_or_folder_makes_another_pass_and_drops_the_old(
 
 
 def test_pictures_of_another_side_make_other_views(
-    folder: image_folder.Folder, teacher: Encoder, tmp_path: Path
+    folder: image_list.ImageList, teacher: Encoder, tmp_path: Path
 ) -> None:
     """A store of another side left by an earlier run of another image size: its views are not taken for these."""
     passes = {}
@@ -252,7 +252,7 @@ def test_pictures_of_another_side_make_other_views(
 @pytest.mark.parametrize("factor", [1e7, 1e-9])
 def test_features_beyond_float16_keep_their_directions(
     factor: float,
-    folder: image_folder.Folder,
+    folder: image_list.ImageList,
     store: pixel_store.PixelStore,
     teacher: Encoder,
     tmp_path: Path,
@@ -269,7 +269,7 @@ def test_features_beyond_float16_keep_their_directions(
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
 def test_an_image_that_the_teacher_makes_no_numbers_of_is_named(
     value: float,
-    folder: image_folder.Folder,
+    folder: image_list.ImageList,
     store: pixel_store.PixelStore,
     teacher: Encoder,
     tmp_path: Path,
@@ -292,7 +292,7 @@ def test_an_image_that_the_teacher_makes_no_numbers_of_is_named(
 
 
 def test_embeddings_that_are_all_alike_are_said(
-    folder: image_folder.Folder,
+    folder: image_list.ImageList,
     store: pixel_store.PixelStore,
     teacher: Encoder,
     tmp_path: Path,
@@ -308,7 +308,7 @@ def test_embeddings_that_are_all_alike_are_said(
 
 
 def test_views_of_features_are_the_backbones_where_there_is_a_projection(
-    folder: image_folder.Folder, store: pixel_store.PixelStore, teacher: Encoder, tmp_path: Path
+    folder: image_list.ImageList, store: pixel_store.PixelStore, teacher: Encoder, tmp_path: Path
 ) -> None:
     plain = run_pass(teacher, folder, store, tmp_path / "none", 1).views
     projected = encoder()
@@ -321,16 +321,16 @@ def test_views_of_features_are_the_backbones_where_there_is_a_projection(
 
 
 def test_an_image_that_breaks_during_the_run_is_named(teacher: Encoder, tmp_path: Path) -> None:
-    broken = image_folder.list_folder(photos(tmp_path / "photos", 2))
+    broken = listing.list_images(photos(tmp_path / "photos", 2))
     (tmp_path / "work").mkdir()
     store, broken = pixel_store.build(broken, 40, tmp_path / "work", CPU)
-    broken.path(3).write_bytes(b"no image any more")
+    broken.read_raw(3).write_bytes(b"no image any more")
     with pytest.raises(BingoError, match=Path(broken.files[3]).name):
         run_pass(teacher, broken, store, tmp_path / "work")
 
 
 def test_no_space_is_said_before_the_pass(
-    folder: image_folder.Folder,
+    folder: image_list.ImageList,
     store: pixel_store.PixelStore,
     teacher: Encoder,
     tmp_path: Path,

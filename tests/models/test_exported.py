@@ -17,11 +17,12 @@ from bingo_edge import EdgeError, load_head
 from helpers import encoder, interrupted_at, photos, untrained_run
 
 from bingo_compress.errors import BingoError
-from bingo_compress.exporters import exporting, timing
+from bingo_compress.exporters import exporting, int8_file, timing
 from bingo_compress.exporters.exporting import Shape
 from bingo_compress.exporters.int8 import LadderEnds, Rung
 from bingo_compress.exporters.onnx import REFUSED
 from bingo_compress.models import exported, trained
+from bingo_compress.recipe import load_recipe
 from bingo_compress.runtime import checkpoint, run_dir
 from bingo_compress.runtime.made_of import file_digest
 
@@ -80,7 +81,7 @@ def int8(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             }
             return work / "int8.onnx", Rung("first"), [{"rung": "first", **tried}]
 
-        monkeypatch.setattr(exporting, "quantise", quantise)
+        monkeypatch.setattr(int8_file, "quantise", quantise)
 
     return set_to
 
@@ -101,7 +102,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch) -> None:
             ]
         )
 
-    monkeypatch.setattr(exporting, "quantise", quantise)
+    monkeypatch.setattr(int8_file, "quantise", quantise)
 
 
 def left(folder: Path) -> list[str]:
@@ -288,7 +289,7 @@ def test_without_an_exported_file_the_student_is_asked_and_that_is_said(
 
 
 def test_a_file_of_another_student_is_refused_before_anything(run: run_dir.RunDir, made: Path, bingo: Any) -> None:
-    recipe = run_dir.saved_recipe(run)
+    recipe = load_recipe(run.as_run)
     made_of = checkpoint.made_of(run.student)
     assert made_of
     trained.save_student(encoder("test_efficientnet", 32, seed=5), run, recipe, made_of)
@@ -304,7 +305,7 @@ def test_a_file_of_another_student_is_refused_before_anything(run: run_dir.RunDi
 def test_the_same_weights_saved_again_are_the_same_student(run: run_dir.RunDir) -> None:
     digest, recipe, made_of = (
         exported.weights_digest(run.student),
-        run_dir.saved_recipe(run),
+        load_recipe(run.as_run),
         checkpoint.made_of(run.student),
     )
     assert made_of

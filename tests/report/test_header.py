@@ -8,7 +8,7 @@ import timm
 import torch
 from helpers import CPU, photos, recipe
 
-from bingo_compress.data import image_folder
+from bingo_compress.data import listing
 from bingo_compress.models import trained
 from bingo_compress.report.tables import header
 from bingo_compress.training.plan import plan_run
@@ -30,7 +30,7 @@ def dino(tmp_path: Path) -> Path:
 def test_the_header_says_how_each_model_sees_a_picture(dino: Path, tmp_path: Path, printed: io.StringIO) -> None:
     settings = recipe(teacher="test_vit", teacher_weights=str(dino))
     models = trained.build_models(settings)
-    listed = image_folder.list_folder(photos(tmp_path / "photos", 2))
+    listed = listing.list_images(photos(tmp_path / "photos", 2))
     header(plan_run(models, len(listed.files), CPU), models, listed)
     said = printed.getvalue()
     assert (

@@ -16,7 +16,7 @@ import torch
 from helpers import recipe, unit
 from markdown_it import MarkdownIt
 
-from bingo_compress.data.image_folder import Folder
+from bingo_compress.data.image_list import ImageList
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation import probes, protocol, scores
 from bingo_compress.evaluation.scores import Sides
@@ -110,13 +110,13 @@ def judged() -> tuple[Sides, str]:
         name: [centres[of] + spread * torch.randn(len(of), 8, generator=generator) for of in (labels, asked)]
         for name, spread in (("teacher", 0.2), ("student", 0.5), ("random", 100.0))
     }
-    folder = Folder(Path("/home/me/secret-labelled"), (), ())
+    folder = ImageList(Path("/home/me/secret-labelled"), (), ())
     bank, queries = ({name: pair[side] for name, pair in features.items()} for side in (0, 1))
     sides = Sides(["cat", "dog"], bank, labels, folder, [], queries, asked, folder, [])
     rows = []
     for name in features:
         head = probes.LinearHead(centres, torch.zeros(2), 1.0)
-        found, _ = scores.scores(name, sides, head)
+        found, _ = protocol.figures_of(name, sides, head)
         rows.append(
             {
                 "name": name,
@@ -128,7 +128,7 @@ def judged() -> tuple[Sides, str]:
     return sides, json.dumps(rows)
 
 
-def validated(run: run_dir.RunDir, test: Folder | None = None) -> dict[str, Any]:
+def validated(run: run_dir.RunDir, test: ImageList | None = None) -> dict[str, Any]:
     """Put RUN/validation.json there, as `validate` makes it."""
     sides, rows = judged()
     result = {
@@ -203,7 +203,7 @@ def test_validation_is_a_table_with_intervals_and_its_protocol(run: run_dir.RunD
     assert "- knn: weighted vote" in said and "Not validated" not in said
     assert "- onnx:" not in said and "- literature:" not in said  # nothing of them in the table
     assert "| cat | 20 |" in said
-    validated(run, test=Folder(Path("/secret/test"), (), ()))
+    validated(run, test=ImageList(Path("/secret/test"), (), ()))
     assert "40 test images (a folder of their own)" in card(run, [], None)
 
 
@@ -385,7 +385,7 @@ def test_no_place_on_this_machine_and_no_image_is_named(run: run_dir.RunDir, tmp
         memory="3GB",
     )
     rows = [timed(str(run.export / "student.onnx"), 2.0, 5_000_000)]
-    for test in (None, Folder(tmp_path / "secret-test", (), ())):
+    for test in (None, ImageList(tmp_path / "secret-test", (), ())):
         validated(run, test=test)
         shown = html(card(run, [FLOAT, INT8], rows))  # rendered, so that no backslash hides a path
         assert "0.999999" in shown and "weighted vote" in shown

@@ -13,8 +13,7 @@ import pytest
 import timm
 from rich.console import Console
 
-from bingo_compress import cli
-from bingo_compress.data import inventory
+from bingo_compress import cli, inventory
 from bingo_compress.errors import BingoError, nearest
 from bingo_compress.models import catalogue
 from bingo_compress.runtime import console

@@ -20,11 +20,12 @@ from torch import nn
 from torch.distributed.run import parse_args
 from two_processes import BATCHES, DISTILLED, HANDED_OVER, SHARDS, STOP_AT, TUNED, command, distill, validate
 
-from bingo_compress.data import image_folder, pixel_store
+from bingo_compress.data import listing, pixel_store
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation import finetune, held_out
 from bingo_compress.features import extract, neighbours, teacher_pass
 from bingo_compress.models import trained
+from bingo_compress.recipe import load_recipe
 from bingo_compress.runtime import checkpoint, console, distributed, run_dir, signals
 from bingo_compress.training.loader import own_share
 from bingo_compress.training.material import halves, prepare
@@ -124,9 +125,9 @@ def test_two_processes_check_the_student_as_one_does(two: Path, folder: Path) ->
     assert len(first["checked"]) == len(set(first["checked"])) == 3
     assert first["checked"] == second["checked"]  # all have the same student
     run = run_dir.RunDir(two / "kept")
-    recipe = run_dir.saved_recipe(run)
+    recipe = load_recipe(run.as_run)
     models = replace(trained.build_models(recipe), student=trained.load_student(recipe, run.student))
-    listed = image_folder.list_folder(folder)
+    listed = listing.list_images(folder)
     plan = plan_run(models, len(listed.files), CPU)
     material = prepare(plan, models, listed, run.work)
     assert json.loads(run.summary.read_text())["neighbour_recall"] == held_out.held_out_recall(
@@ -226,7 +227,7 @@ def test_torchrun_does_not_take_run_for_an_option_of_its_own(tmp_path: Path, bin
 @pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_two_processes_share_the_pass_and_get_the_same(two: Path, folder: Path, tmp_path: Path) -> None:
-    listed = image_folder.list_folder(folder)
+    listed = listing.list_images(folder)
     whole = teacher_pass.run(encoder(), listed, pixel_store.build(listed, 40, tmp_path, CPU)[0], 2, 0.2, tmp_path, CPU)
     for rank in (0, 1):
         found = checkpoint.load(two / f"pass.{rank}.safetensors")[0]
@@ -290,7 +291,7 @@ def test_a_lost_process_is_told_in_one_line_and_other_errors_are_not_taken_for_o
     def fail(*_: object) -> None:
         raise gloo
 
-    monkeypatch.setattr("bingo_compress.data.inventory.check", fail)
+    monkeypatch.setattr("bingo_compress.inventory.check", fail)
     # They would hold for all that this process does later.
     for module, name in (
         (signals, "end_with_parent"),

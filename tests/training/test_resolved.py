@@ -67,7 +67,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 def test_the_recipe_is_kept_as_asked_for_and_as_run(world: Any) -> None:
     data, run = world
     assert load_recipe(run / "recipe.yaml", [], {}) == recipe(data=str(data.resolve()), **OPEN)
-    was_run = run_dir.saved_recipe(run_dir.RunDir(run))
+    was_run = load_recipe(run_dir.RunDir(run).as_run)
     assert was_run == load_recipe(run / "resolved.yaml", [], {})
     assert (was_run.temperature, was_run.stored_views, was_run.threads) == (0.2, "mean", 2)
     assert was_run.image_size == encoder("test_efficientnet", 0).preprocessing.size
@@ -118,7 +118,7 @@ def test_a_run_of_a_relative_folder_keeps_its_id_wherever_it_goes_on(
         assert ran.status == 0, ran.err
         ids.append(json.loads((tmp_path / "out" / "summary.json").read_text())["run_id"])
     assert len(set(ids)) == 1
-    was_run = run_dir.saved_recipe(run_dir.RunDir(tmp_path / "out"))
+    was_run = load_recipe(run_dir.RunDir(tmp_path / "out").as_run)
     assert Path(was_run.data).is_absolute() and was_run.student_weights == str(tmp_path / "w.safetensors")
 
 
@@ -135,10 +135,10 @@ def test_what_a_newer_version_would_fill_in_otherwise_is_no_resume(
 @pytest.mark.slow
 def test_a_run_of_an_earlier_version_has_one_file(run: Path, bingo: Any) -> None:
     (run / "resolved.yaml").replace(run / "recipe.yaml")
-    was_run = run_dir.saved_recipe(run_dir.RunDir(run))
+    was_run = load_recipe(run_dir.RunDir(run).as_run)
     assert was_run.temperature == 0.2
     assert bingo("distill", "--out", run, "--resume").status == 0
-    assert run_dir.saved_recipe(run_dir.RunDir(run)) == was_run
+    assert load_recipe(run_dir.RunDir(run).as_run) == was_run
 
 
 @pytest.mark.slow

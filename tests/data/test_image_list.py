@@ -13,7 +13,8 @@ import pytest
 from bingo_edge.image import ImageError
 
 from bingo_compress.data.decode import decode_all
-from bingo_compress.data.image_folder import Folder, labels_of, list_folder
+from bingo_compress.data.image_list import ImageList, labels_of
+from bingo_compress.data.listing import list_images
 from bingo_compress.data.quarantine import write_quarantine
 from bingo_compress.errors import BingoError
 from bingo_compress.runtime.machine import in_threads
@@ -24,7 +25,7 @@ NOT_UTF8 = os.fsdecode(b"caf\xe9.jpg")
 
 def outcome(root: Path) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
     """What a run makes of a folder: {usable: (width, height)} and {unusable: reason}."""
-    folder = list_folder(root)
+    folder = list_images(root)
     good, bad = {}, dict(folder.bad)
     for index, result in decode_all(
         folder, range(len(folder.files)), lambda pixels: (pixels.shape[1], pixels.shape[0])
@@ -41,7 +42,7 @@ def outcome(root: Path) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
 
 
 def test_usable_files_are_sorted_and_relative(photos: Path) -> None:
-    folder = list_folder(photos)
+    folder = list_images(photos)
     assert folder.files == (
         "cats/0.jpg",
         "cats/2.jpg",
@@ -53,7 +54,7 @@ def test_usable_files_are_sorted_and_relative(photos: Path) -> None:
         "dogs/7.jpg",
     )
     assert folder.bad == ()
-    assert folder.path(2) == photos / "cats" / "4.jpg"
+    assert folder.read_raw(2) == photos / "cats" / "4.jpg"
     assert outcome(photos)[0]["cats/4.jpg"] == (1, 40)
 
 
@@ -100,7 +101,7 @@ def test_links_to_folders_above_or_to_itself_end(tmp_path: Path, make_photo: Mak
     root = tmp_path / "a" / "photos"
     make_photo(root / "deep" / "good.jpg")
     (root / "deep" / "loop").symlink_to(target)
-    assert list_folder(root) == Folder(root, ("deep/good.jpg",), ())
+    assert list_images(root) == ImageList(root, ("deep/good.jpg",), ())
 
 
 def test_a_link_to_a_folder_elsewhere_is_followed_once(tmp_path: Path, make_photo: MakePhoto) -> None:
@@ -109,7 +110,7 @@ def test_a_link_to_a_folder_elsewhere_is_followed_once(tmp_path: Path, make_phot
     make_photo(root / "own.jpg")
     for name in ("first", "second"):
         (root / name).symlink_to(tmp_path / "elsewhere")
-    assert list_folder(root).files == ("own.jpg", "first/x.jpg")
+    assert list_images(root).files == ("own.jpg", "first/x.jpg")
 
 
 @pytest.mark.parametrize("link", ["a_before.jpg", "z_after.jpg"])
@@ -122,7 +123,7 @@ def test_a_file_with_two_names_is_used_once(tmp_path: Path, make_photo: MakePhot
         place = tmp_path / ("sub" if kind == "from another folder" else ".") / link
         place.parent.mkdir(exist_ok=True)
         place.symlink_to(real)
-    folder = list_folder(tmp_path)
+    folder = list_images(tmp_path)
     assert len(folder.files) == 1
     assert folder.bad == ()
 
@@ -130,7 +131,7 @@ def test_a_file_with_two_names_is_used_once(tmp_path: Path, make_photo: MakePhot
 def test_two_files_of_the_same_content_are_two_images(tmp_path: Path, make_photo: MakePhoto) -> None:
     make_photo(tmp_path / "a.jpg")
     make_photo(tmp_path / "b.jpg")
-    assert list_folder(tmp_path).files == ("a.jpg", "b.jpg")
+    assert list_images(tmp_path).files == ("a.jpg", "b.jpg")
 
 
 STRANGE = [
@@ -150,12 +151,12 @@ def test_strange_names_are_read_like_others(tmp_path: Path, make_photo: MakePhot
     good, bad = outcome(tmp_path)
     assert good == {f"x/{name}": (20 + number, 10) for number, name in enumerate(STRANGE)}
     assert bad == {}
-    assert len(list_folder(tmp_path).fingerprint()) == 64
+    assert len(list_images(tmp_path).fingerprint()) == 64
 
 
 def test_a_file_that_vanishes_after_the_scan_is_a_bad_file(photos: Path) -> None:
-    folder = list_folder(photos)
-    folder.path(3).unlink()
+    folder = list_images(photos)
+    folder.read_raw(3).unlink()
     results = dict(decode_all(folder, range(len(folder.files)), np.shape))
     assert str(results.pop(3)) == "No such file or directory"
     assert not any(isinstance(result, ImageError) for result in results.values())
@@ -166,24 +167,24 @@ def test_a_file_that_vanishes_after_the_scan_is_a_bad_file(photos: Path) -> None
 
 def test_folder_errors(tmp_path: Path, make_photo: MakePhoto) -> None:
     with pytest.raises(BingoError, match=r"^--test: expected a folder of images, found nothing at"):
-        list_folder(tmp_path / "none", "--test")
+        list_images(tmp_path / "none", "--test")
     with pytest.raises(BingoError, match=r"^--data: expected a folder of images, found a file"):
-        list_folder(make_photo(tmp_path / "a.jpg"))
+        list_images(make_photo(tmp_path / "a.jpg"))
     (tmp_path / "empty" / "in" / "empty").mkdir(parents=True)
     with pytest.raises(BingoError, match="found an empty folder"):
-        list_folder(tmp_path / "empty")
+        list_images(tmp_path / "empty")
 
 
 def test_a_folder_of_other_files_only_is_listed(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x")
-    assert list_folder(tmp_path).bad == (("a.txt", "not an image (its name ends in .txt)"),)
+    assert list_images(tmp_path).bad == (("a.txt", "not an image (its name ends in .txt)"),)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every folder")
 def test_an_unreadable_folder_is_named(tmp_path: Path, make_photo: MakePhoto) -> None:
     make_photo(tmp_path / "good.jpg")
     (tmp_path / "locked").mkdir(mode=0)
-    assert list_folder(tmp_path).bad == (("locked", "folder cannot be read"),)
+    assert list_images(tmp_path).bad == (("locked", "folder cannot be read"),)
 
 
 def test_the_fingerprint_is_of_names_and_contents_wherever_the_folder_lies(
@@ -191,16 +192,16 @@ def test_the_fingerprint_is_of_names_and_contents_wherever_the_folder_lies(
 ) -> None:
     root = tmp_path / "one"
     first, second = make_photo(root / "a.jpg"), make_photo(root / "b.jpg")
-    seen = [list_folder(root).fingerprint()]
+    seen = [list_images(root).fingerprint()]
     os.utime(first, ns=(0, 12345))
-    assert list_folder(root).fingerprint() == seen[0]
+    assert list_images(root).fingerprint() == seen[0]
     root = root.rename(tmp_path / "two")
-    assert list_folder(root).fingerprint() == seen[0]
+    assert list_images(root).fingerprint() == seen[0]
     first, second = root / "a.jpg", root / "b.jpg"
     overwrite_unseen(first, b"x")
-    seen.append(list_folder(root).fingerprint())
+    seen.append(list_images(root).fingerprint())
     second.rename(root / "c.jpg")
-    seen.append(list_folder(root).fingerprint())
+    seen.append(list_images(root).fingerprint())
     assert len(set(seen)) == 3
 
 
@@ -217,27 +218,27 @@ def test_two_folders_of_equal_names_sizes_and_times_are_two(tmp_path: Path, make
         file = make_photo(tmp_path / name / "cats" / "1.jpg")
         overwrite_unseen(file, name[:2].encode())
         os.utime(file, ns=(5, 5))
-    assert list_folder(tmp_path / "bank").fingerprint() != list_folder(tmp_path / "test").fingerprint()
+    assert list_images(tmp_path / "bank").fingerprint() != list_images(tmp_path / "test").fingerprint()
 
 
 def test_a_picture_that_changes_after_it_was_read_ends_the_command(photos: Path) -> None:
-    folder = list_folder(photos)
+    folder = list_images(photos)
     folder.fingerprint()
-    overwrite_unseen(folder.path(3), b"x")
+    overwrite_unseen(folder.read_raw(3), b"x")
     with pytest.raises(BingoError, match=r"\.jpg changed while the command was running"):
         list(decode_all(folder, range(len(folder.files)), np.shape))
 
 
 def test_a_picture_that_was_only_touched_goes_on(photos: Path) -> None:
-    folder = list_folder(photos)
+    folder = list_images(photos)
     folder.fingerprint()
-    folder.path(3).chmod(0o600)
-    os.utime(folder.path(2))
+    folder.read_raw(3).chmod(0o600)
+    os.utime(folder.read_raw(2))
     assert len(list(decode_all(folder, range(len(folder.files)), np.shape))) == len(folder.files)
 
 
 def test_a_part_of_a_folder_keeps_what_was_read(photos: Path) -> None:
-    folder = list_folder(photos)
+    folder = list_images(photos)
     part = folder.only([4, 1])
     assert part.files == (folder.files[4], folder.files[1])
     folder.fingerprint()
@@ -249,7 +250,7 @@ def test_a_part_of_a_folder_keeps_what_was_read(photos: Path) -> None:
 
 
 def test_labels_come_from_the_first_folder() -> None:
-    folder = Folder(Path(), ("cats/1.jpg", "dogs/b/1.jpg", "dogs/a/2.jpg", "ants/x.jpg"), ())
+    folder = ImageList(Path(), ("cats/1.jpg", "dogs/b/1.jpg", "dogs/a/2.jpg", "ants/x.jpg"), ())
     assert labels_of(folder) == (["ants", "cats", "dogs"], [1, 2, 2, 0])
 
 
@@ -263,7 +264,7 @@ def test_labels_come_from_the_first_folder() -> None:
 )
 def test_no_labels_says_what_was_found(files: tuple[str, ...], found: str) -> None:
     with pytest.raises(BingoError, match=found):
-        labels_of(Folder(Path("root"), files, ()))
+        labels_of(ImageList(Path("root"), files, ()))
 
 
 # ---------------------------------------------------------------- threads
@@ -322,7 +323,7 @@ def test_in_threads_hands_on_an_error_and_stops() -> None:
 
 
 def test_decode_all_gives_the_images_asked_for_in_the_order_asked(photos: Path) -> None:
-    folder = list_folder(photos)
+    folder = list_images(photos)
     sizes = [(index, shape) for index, shape in decode_all(folder, [7, 0, 2], np.shape)]
     assert sizes == [(7, (7, 9, 3)), (0, (57, 33, 3)), (2, (40, 1, 3))]
 
@@ -353,6 +354,6 @@ def test_quarantine_of_nothing_is_a_header(tmp_path: Path) -> None:
 
 
 def test_the_shared_photos_are_all_usable(clothing: Path) -> None:
-    folder = list_folder(clothing / "validation")
+    folder = list_images(clothing / "validation")
     assert (len(folder.files), folder.bad) == (341, ())
     assert len(labels_of(folder)[0]) == 10

@@ -1,0 +1,221 @@
+"""Images by number: their names, contents and labels, whatever they lie in."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bingo_compress.errors import BingoError
+from bingo_compress.runtime import console
+from bingo_compress.runtime.machine import in_threads
+from bingo_compress.runtime.made_of import file_digest
+from bingo_compress.sources.listed import Opened, Stamp, stamp_of
+
+MANY = 20_000  # files whose reading is worth a bar
+UNREADABLE = "0" * 64
+
+SPLITS = frozenset(["train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"])
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What was in the N files of a folder when they were read. digests: (N, 32) uint8, sha256, zeros for a file that
+    cannot be read; stamps: (N, 3) int64 size, time of change of the contents, and of anything (ns), by which a later
+    change is noticed.
+    """
+
+    digests: NDArray[np.uint8]
+    stamps: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class ImageList:
+    """Images of one source or several: `files` to be tried as images, by stable names (in a folder `root` relative
+    paths, sorted), `bad` as (name, reason).
+
+    copies: exact copies that were left out as asked for, as (relative path, the file that is kept). max_bad: share or
+    number of files that may be bad. passed: hidden and system files and folders, and folders of this program, that were
+    passed over. bands: as in `load_image`.
+    """
+
+    root: Path
+    files: tuple[str, ...]
+    bad: tuple[tuple[str, str], ...]
+    copies: tuple[tuple[str, str], ...] = ()
+    max_bad: str = "100%"
+    passed: int = 0
+    bands: tuple[int, ...] = ()
+    opened: Opened | None = field(default=None, repr=False, compare=False)
+    rows: NDArray[np.int64] | None = field(default=None, repr=False, compare=False)  # of `opened`; None: all
+    read: Contents | None = field(default=None, repr=False, compare=False)  # use `contents`
+
+    @property
+    def where(self) -> str:
+        """What the images are in, in words."""
+        return self.opened.where if self.opened else str(self.root)
+
+    def place(self, index: int) -> str:
+        """Where image number `index` lies, in words."""
+        return str(self.root / self.files[index]) if self.plain else self.files[index]
+
+    @property
+    def plain(self) -> bool:
+        """Whether the images are files below `root`."""
+        return self.opened is None or self.opened.plain
+
+    def read_raw(self, index: int) -> Path | bytes:
+        """The file of image number `index`, or its bytes where it lies in an archive. Raises OSError."""
+        return self.opened.read(self._row(index)) if self.opened else self.root / self.files[index]
+
+    def stamp(self, index: int) -> Stamp:
+        """What changes when image number `index` does."""
+        return self.opened.stamp(self._row(index)) if self.opened else stamp_of(self.root / self.files[index])
+
+    def labels(self) -> list[str]:
+        """A class name an image, "" where there is none."""
+        if self.opened is None:
+            return [name.split(os.sep, 1)[0] if os.sep in name else "" for name in self.files]
+        found = self.opened.labels()
+        return found if self.rows is None else [found[row] for row in self.rows.tolist()]
+
+    def _row(self, index: int) -> int:
+        return index if self.rows is None else int(self.rows[index])
+
+    @property
+    def contents(self) -> Contents:
+        """Digests of all files, read when they are first asked for, once."""
+        if self.read is None:
+            object.__setattr__(self, "read", _read_contents(self))
+        assert self.read is not None and len(self.read.digests) == len(self.files)
+        return self.read
+
+    @property
+    def digests(self) -> list[str]:
+        """sha256 of each file's bytes, in hex; UNREADABLE where it cannot be read."""
+        return [bytes(row).hex() for row in self.contents.digests]
+
+    def fingerprint(self) -> str:
+        """A hash of names and contents, wherever the folder lies: differs when any file does, or how one is read."""
+        digest = hashlib.sha256("\0".join(self.files).encode("utf-8", "surrogateescape"))
+        digest.update(self.contents.digests.tobytes())
+        digest.update(repr(self.bands).encode() if self.bands else b"")  # a satellite has more than 255
+        return digest.hexdigest()
+
+    def only(self, indices: Sequence[int]) -> "ImageList":
+        """The folder with only these of its files; what was read of them is not read again."""
+        rows = np.asarray(indices, dtype=np.int64)
+        read = Contents(self.read.digests[rows], self.read.stamps[rows]) if self.read else None
+        files = tuple(self.files[index] for index in indices)
+        return replace(self, files=files, rows=rows if self.rows is None else self.rows[rows], read=read)
+
+    def refuse_changed(self, index: int) -> None:
+        """Raise BingoError if image number `index` is another one than when its contents were read; call it after
+        reading the file.
+        """
+        if self.read is None:
+            return
+        if (
+            self.stamp(index) == tuple(self.read.stamps[index].tolist())
+            or _digest(self, index) == bytes(self.read.digests[index]).hex()
+        ):
+            return
+        raise BingoError(
+            f"{self.place(index)} changed while the command was running; start it again, with nothing else writing to"
+            f" {self.where}"
+        )
+
+
+def _read_contents(folder: ImageList) -> Contents:
+    def one(index: int) -> tuple[str, tuple[int, ...]]:
+        # The stamp first: a change after it shows, one before it is in the digest.
+        stamp = folder.stamp(index)
+        return _digest(folder, index), stamp
+
+    count = len(folder.files)
+    digests, stamps = np.zeros((count, 32), np.uint8), np.zeros((count, 3), np.int64)
+    with console.bar("read files", count) if count > MANY else nullcontext() as advance:
+        for index, (digest, stamp) in in_threads(one, range(count)):
+            digests[index], stamps[index] = np.frombuffer(bytes.fromhex(digest), np.uint8), stamp
+            if advance:
+                advance(1)
+    return Contents(digests, stamps)
+
+
+def _digest(folder: ImageList, index: int) -> str:
+    try:
+        raw = folder.read_raw(index)
+        if isinstance(raw, bytes):
+            return hashlib.sha256(raw).hexdigest()
+        return file_digest(raw) if raw.is_file() else UNREADABLE  # a pipe would be waited for
+    except OSError:  # whoever reads it will say so
+        return UNREADABLE
+
+
+def say_passed(folder: ImageList) -> None:
+    """One line about what was passed over, if anything was."""
+    if folder.passed:
+        console.say(
+            f"{folder.passed:,} hidden or system files and folders, and folders of this program, passed over in"
+            f" {folder.where}"
+        )
+
+
+def labels_of(folder: ImageList) -> tuple[list[str], list[int]]:
+    """Classes and one class index an image: in a folder the first one below it, elsewhere what the source says. Raises
+    BingoError where there are no such.
+    """
+    names = folder.labels()
+    hint = other_root(folder)
+    if "" in names or len(set(names)) < 2 or hint:
+        if not folder.plain:
+            raise BingoError(
+                f"labels: expected a label for each image of {folder.where} (a folder a class, a column label, or"
+                f" NAME.cls beside NAME.jpg), found {len(set(names) - {''})} classes and {names.count('')} images"
+                " without; see --label-column"
+            )
+        raise BingoError(
+            f"labels: expected one folder a class in {folder.root} (class_a/1.jpg, class_b/2.jpg, ...), "
+            f"found {len(set(names) - {''})} such folders and {names.count('')} images outside of them"
+            + (f"; {hint}" if hint else "")
+        )
+    classes = sorted(set(names))
+    place = {name: index for index, name in enumerate(classes)}
+    return classes, [place[name] for name in names]
+
+
+def other_root(folder: ImageList) -> str:
+    """A word on which folder was meant, where the first folders are no classes but hold them: one folder about all, or
+    train, val and test; else "".
+    """
+    parts = [name.split(os.sep, 2) for name in folder.files] if folder.plain else []
+    if not parts or any(len(part) < 3 for part in parts):
+        return ""
+    below: dict[str, set[str]] = {}
+    for part in parts:
+        below.setdefault(part[0], set()).add(part[1])
+    if len(below) == 1:
+        ((outer, inner),) = below.items()
+        return f"{outer} holds {len(inner)} folders: did you mean {folder.root / outer}?" if len(inner) > 1 else ""
+    if not all(name.lower() in SPLITS for name in below) or not set.intersection(*below.values()):
+        return ""
+    given = sorted(below, key=lambda name: (not name.lower().startswith("train"), -len(below[name]), name))
+    held = " and ".join(sorted(below))
+    return (
+        f"{held} hold folders of the same names, which look like the classes: give {folder.root / given[0]}, and"
+        f" {folder.root / given[1]} as --test"
+    )
+
+
+def refuse_other_classes(bank: ImageList, test: ImageList, option: str) -> None:
+    """Raise BingoError if `test` (--test) has classes that `bank` (given by `option`) does not have."""
+    known, unknown = labels_of(bank)[0], sorted(set(labels_of(test)[0]) - set(labels_of(bank)[0]))
+    if unknown:
+        raise BingoError(
+            f"--test: expected the classes of {option} ({', '.join(known[:10])}), found others:"
+            f" {', '.join(unknown[:10])}"
+        )

@@ -1,0 +1,184 @@
+"""What a source of images gives, and what is no photo wherever it lies."""
+
+import os
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, chain
+from pathlib import Path
+from typing import NamedTuple
+
+# Refused by name without a look inside: nobody means these to be images, and there may be millions of them.
+NOT_IMAGES = frozenset(
+    [
+        ".txt",
+        ".csv",
+        ".tsv",
+        ".json",
+        ".xml",
+        ".md",
+        ".py",
+        ".yaml",
+        ".yml",
+        ".html",
+        ".zip",
+        ".tar",
+        ".gz",
+        ".parquet",
+        ".mp4",
+        ".mov",
+        ".avi",
+        ".db",
+        ".npz",
+        ".npy",
+        ".pt",
+        ".pth",
+        ".onnx",
+    ]
+)
+
+# Never photos, never labels, and nobody's fault: what systems and programs leave in folders, beside hidden names.
+SYSTEM_FOLDERS = frozenset(
+    ["__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found", "system volume information"]
+)
+SYSTEM_FILES = frozenset(["thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"])
+ABOUT = frozenset(["readme", "license", "licence", "copying", "notice", "changelog", "authors", "citation"])
+
+LARGEST = 1 << 30  # bytes of one member of an archive; more is no photo
+
+Stamp = tuple[int, ...]
+
+
+class Columns(NamedTuple):
+    """The names of a table's columns, or of a JSON file's keys: image is its path or its bytes; "": found by name."""
+
+    image: str = ""
+    label: str = ""
+
+
+NO_COLUMNS = Columns()
+
+
+@dataclass(frozen=True)
+class Listed:
+    """What is in one source: N `names`, stable and each there once, to be tried as images, and `bad` as (name, reason).
+
+    read: a file, or the bytes of a member of an archive, by position; raises OSError. stamp: what changes when the
+    image does. labels: N class names, "" where there is none; read when they are asked for. passed: hidden and system
+    files and folders, and folders of this program, that were passed over.
+    """
+
+    names: tuple[str, ...]
+    bad: tuple[tuple[str, str], ...]
+    read: Callable[[int], Path | bytes]
+    stamp: Callable[[int], Stamp]
+    labels: Callable[[], Sequence[str]]
+    passed: int = 0
+
+
+@dataclass(frozen=True)
+class Opened:
+    """All sources as one. where: of people's words; names: of N images, `source!member` unless there is but a folder;
+    bad: (name, reason); passed: as in `Listed`.
+    """
+
+    where: str
+    root: Path
+    parts: tuple[Listed, ...]
+    prefixes: tuple[str, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(
+            f"{prefix}{name}" for prefix, part in zip(self.prefixes, self.parts, strict=True) for name in part.names
+        )
+
+    @property
+    def bad(self) -> tuple[tuple[str, str], ...]:
+        return tuple(
+            (f"{prefix}{name}", reason)
+            for prefix, part in zip(self.prefixes, self.parts, strict=True)
+            for name, reason in part.bad
+        )
+
+    @property
+    def passed(self) -> int:
+        return sum(part.passed for part in self.parts)
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is one folder, whose images are files below `root`."""
+        return self.prefixes == ("",)
+
+    def read(self, row: int) -> Path | bytes:
+        """The file, or the bytes, of image number `row`. Raises OSError."""
+        part, index = self._at(row)
+        return part.read(index)
+
+    def stamp(self, row: int) -> Stamp:
+        """What changes when image number `row` does."""
+        part, index = self._at(row)
+        return part.stamp(index)
+
+    def labels(self) -> list[str]:
+        """A class name an image, "" where there is none."""
+        return list(chain.from_iterable(part.labels() for part in self.parts))
+
+    def _at(self, row: int) -> tuple[Listed, int]:
+        number = bisect_right(self._starts, row) - 1
+        return self.parts[number], row - self._starts[number]
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return [0, *accumulate(len(part.names) for part in self.parts)][:-1]
+
+
+def stamp_of(path: str | Path) -> Stamp:
+    """Size, time of change of the contents, and of anything (ns); -1 where there is no such file."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return -1, -1, -1
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def is_system_file(name: str) -> bool:
+    """Whether a file of this name, without folders, is no photo in anybody's folder."""
+    stem, _, suffix = name.lower().partition(".")
+    about = stem in ABOUT and suffix in ("", "md", "txt", "rst", "html", "pdf", "cff")
+    return name.startswith(".") or name.lower() in SYSTEM_FILES or about
+
+
+def is_system_folder(name: str) -> bool:
+    """Whether nothing in a folder of this name is a photo."""
+    return name.startswith(".") or name.lower() in SYSTEM_FOLDERS
+
+
+def refusal(name: str) -> str:
+    """Why a file is not even tried, by its name; "" if it is to be tried."""
+    suffix = Path(name).suffix.lower()
+    if suffix in (".tar", ".zip", ".parquet"):
+        return f"an archive (its name ends in {suffix}): give it as --data of its own"
+    return f"not an image (its name ends in {suffix})" if suffix in NOT_IMAGES else ""
+
+
+def in_order(name: str) -> tuple[tuple[bool, str], ...]:
+    """A key that sorts members of an archive as a walk through their folder would: files first, then folders."""
+    *folders, file = name.split("/")
+    return (*((True, folder) for folder in folders), (False, file))
+
+
+def first_folders(names: Iterable[str]) -> list[str]:
+    """The first folder of each name below all that they have in common, "" where there is none: an archive is often
+    made of a folder that holds the classes.
+    """
+    parts = [name.replace(os.sep, "/").split("/")[:-1] for name in names]
+    shared = 0
+    if parts:
+        low, high = min(parts), max(parts)
+        while shared < min(len(low), len(high)) and low[shared] == high[shared]:
+            shared += 1
+    if parts and all(len(part) == shared for part in parts):  # one folder holds all
+        shared = max(shared - 1, 0)
+    return [part[shared] if len(part) > shared else "" for part in parts]

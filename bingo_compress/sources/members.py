@@ -1,0 +1,98 @@
+"""Members of an archive to images and labels, whatever the archive: those of one key belong together, as WebDataset
+lays them out.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from bingo_compress.sources.listed import (
+    LARGEST,
+    NOT_IMAGES,
+    Columns,
+    Listed,
+    Stamp,
+    first_folders,
+    in_order,
+    is_system_file,
+    is_system_folder,
+    refusal,
+)
+
+LABELS = (".cls", ".cls.txt", ".label", ".label.txt")
+JSON_KEYS = ("label", "class", "class_name", "cls", "category", "target")
+ABOUT = frozenset([".cls", ".label", ".id", ".index", ".caption", ".cap", ".text", ".url", ".uid", *NOT_IMAGES])
+
+
+def listed(
+    sizes: Mapping[str, int], read: Callable[[str], bytes], stamp: Callable[[], Stamp], columns: Columns
+) -> Listed:
+    """Images of an archive. sizes: bytes of each member that is a file; read: its contents, raises OSError; stamp: of
+    the archive.
+
+    A member that is not an image but has the key of one tells of it: its label where it is NAME.cls or NAME.json.
+    """
+    kept = [name for name in sizes if not _is_system(name)]
+    images = {_key(name) for name in kept if not _tells(name)}
+    files: list[str] = []
+    bad: list[tuple[str, str]] = []
+    for name in sorted(kept, key=in_order):
+        if _tells(name) and _key(name) in images:
+            continue
+        reason = refusal(name) or _unusable(sizes[name])
+        if reason:
+            bad.append((name, reason))
+        else:
+            files.append(name)
+
+    def labels() -> Sequence[str]:
+        told = [_label(name, sizes, read, columns) for name in files]
+        return told if any(told) else first_folders(files)
+
+    return Listed(
+        tuple(files),
+        tuple(bad),
+        lambda index: read(files[index]),
+        lambda index: stamp(),
+        labels,
+        len(sizes) - len(kept),
+    )
+
+
+def _is_system(name: str) -> bool:
+    *folders, file = name.split("/")
+    return is_system_file(file) or any(map(is_system_folder, folders))
+
+
+def _unusable(size: int) -> str:
+    return "empty file" if size == 0 else f"larger than {LARGEST:,} bytes" if size > LARGEST else ""
+
+
+def _key(name: str) -> str:
+    """WebDataset's: the folder, and the file's name up to its first dot."""
+    folder, _, file = name.rpartition("/")
+    return f"{folder}/{file.partition('.')[0]}"
+
+
+def _tells(name: str) -> bool:
+    return f".{name.rpartition('/')[2].rpartition('.')[2].lower()}" in ABOUT
+
+
+def _label(name: str, sizes: Mapping[str, int], read: Callable[[str], bytes], columns: Columns) -> str:
+    """What a member of the image's key says its class is; "" where none does. An OSError of it is the reader's."""
+    folder, slash, file = name.rpartition("/")
+    stem = f"{folder}{slash}{file.partition('.')[0]}"
+    if not columns.label:
+        for end in LABELS:
+            if f"{stem}{end}" in sizes:
+                return read(f"{stem}{end}").decode("utf-8", "replace").strip()
+    if f"{stem}.json" not in sizes:
+        return ""
+    try:
+        said: Any = json.loads(read(f"{stem}.json"))
+    except ValueError:
+        return ""
+    if not isinstance(said, dict):
+        return ""
+    value = next((said[key] for key in ([columns.label] if columns.label else JSON_KEYS) if key in said), "")
+    return str(value) if isinstance(value, str | int) else ""
