@@ -19,7 +19,13 @@ if TYPE_CHECKING:
 
 # (width, height): wide, tall, square, one pixel thin, and nothing a multiple of eight.
 SIZES = ((33, 57), (64, 64), (200, 31), (17, 90), (1, 40), (121, 80), (50, 49), (9, 7))
+LONG = ("test_distributed.py", "test_soak.py", "test_stale_state.py")
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes a minute comes first, so that no process is left alone with it at the end."""
+    items.sort(key=lambda item: item.path.name not in LONG)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -203,22 +203,6 @@ def test_validate_without_a_test_folder_sets_a_quarter_aside(
     assert "export --run" in ran.out
 
 
-def test_a_file_of_another_input_size_is_proven_at_its_own(bingo: Any, world: dict[str, Any], run: Path) -> None:
-    assert bingo("export", "--run", run, "--image-size", "48").status == 0
-    ran = bingo("validate", "--run", run, "--data", world["test"])
-    assert ran.status == 0, ran.err
-    rows = {row["name"]: row for row in json.loads((run / "validation.json").read_text())["rows"]}
-    kit = bingo_edge.Embedder(run / "export" / "student.onnx")
-    found = kit.embed(world["test"])
-    classes, _ = bingo_edge.classify(
-        bingo_edge.load_head(run / "export" / "student.linear.npz", kit), found.embeddings, found.features
-    )
-    right = np.mean([f"/{kind}/" in name for name, kind in zip(found.names, classes, strict=True)])
-    assert kit.contract["input"]["size"] == 48
-    # Of the photos that the device's head saw all but a few, and of the others what the proof says.
-    assert right > 0.75 * 0.8 + 0.25 * rows["onnx"]["linear"] - 0.05
-
-
 def test_the_test_images_never_reach_the_heads(bingo: Any, world: dict[str, Any], run: Path, tmp_path: Path) -> None:
     heads = []
     assert bingo("export", "--run", run).status == 0

@@ -46,9 +46,15 @@ PARAMETERS = 8  # of a function
 MANY = {"data.kernels._colours", "data.kernels._blur"}
 
 
+@cache
+def nodes(file: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+
+
+@cache
 def imported(file: Path) -> set[str]:
     found = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in nodes(file):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -95,7 +101,7 @@ def test_no_function_has_many_parameters() -> None:
     for package in (PACKAGE, ROOT / "export"):
         for file in package.rglob("*.py"):
             module = ".".join(file.relative_to(package).with_suffix("").parts)
-            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            for node in nodes(file):
                 if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
                     taken = node.args
                     count = len(taken.posonlyargs + taken.args + taken.kwonlyargs) + bool(taken.vararg)

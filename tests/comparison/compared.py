@@ -19,20 +19,14 @@ KINDS, EACH, TRAINING = 4, 9, 33  # kinds 0 and 3 look alike, so that nobody is 
 
 
 @dataclass
-class World:
-    """A folder of photos, a teacher's weights, and one uninterrupted comparison with what it did."""
+class Ground:
+    """A folder of photos and a teacher's weights."""
 
     data: Path
     base: Recipe
-    out: Path
-    table: dict[str, Any]
-    passes: dict[str, int]
-
-    def copy(self, to: Path) -> Path:
-        return Path(shutil.copytree(self.out, to))
 
     def words(self, out: Path, **changes: str) -> list[str]:
-        """The same comparison on the command line."""
+        """The comparison on the command line."""
         given = {
             "data": str(self.data),
             "labels": str(self.data),
@@ -43,6 +37,18 @@ class World:
         }
         own = flags(teacher_weights=self.base.teacher_weights)
         return ["compare", *own, *(word for key, value in given.items() for word in (f"--{key}", value))]
+
+
+@dataclass
+class World(Ground):
+    """One uninterrupted comparison with what it did."""
+
+    out: Path
+    table: dict[str, Any]
+    passes: dict[str, int]
+
+    def copy(self, to: Path) -> Path:
+        return Path(shutil.copytree(self.out, to))
 
 
 def figures(table: dict[str, Any], arm: str) -> list[tuple[Any, ...]]:

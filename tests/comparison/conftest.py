@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import safetensors.torch
-from compared import EACH, KINDS, METHODS, World
+from compared import EACH, KINDS, METHODS, Ground, World
 from helpers import encoder, photos, recipe
 
 from bingo_compress.comparison import side_by_side
@@ -16,13 +16,18 @@ STRENGTHS = (0.1, 1.0)  # fewer fits: quicker
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
     root = tmp_path_factory.mktemp("compare")
     weights = root / "teacher.safetensors"
     tensors = encoder("test_resnet", 32, seed=9).backbone.state_dict()
     safetensors.torch.save_file({name: value.contiguous() for name, value in tensors.items()}, weights)
     data = photos(root / "photos", EACH, KINDS)
-    base = recipe(data=str(data), teacher_weights=str(weights))
+    return Ground(data, recipe(data=str(data), teacher_weights=str(weights)))
+
+
+@pytest.fixture(scope="session")
+def world(ground: Ground, tmp_path_factory: pytest.TempPathFactory) -> World:
+    out = tmp_path_factory.mktemp("compared") / "out"
     passes = {"_plain_shard": 0, "_view_shard": 0}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(probes, "L2_STRENGTHS", STRENGTHS)
@@ -33,8 +38,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
                 return real(*given)
 
             patch.setattr(teacher_pass, name, partial(counted, getattr(teacher_pass, name), name))
-        table = side_by_side.compare(base, data, None, METHODS, [0, 1], root / "out")
-    return World(data, base, root / "out", table, dict(passes))
+        table = side_by_side.compare(ground.base, ground.data, None, METHODS, [0, 1], out)
+    return World(ground.data, ground.base, out, table, dict(passes))
 
 
 @pytest.fixture(autouse=True)

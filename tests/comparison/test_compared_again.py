@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from compared import KINDS, World, figures
+from compared import KINDS, Ground, World, figures
 from helpers import CPU, command, encoder, photos
 
 from bingo_compress.comparison import side_by_side
@@ -22,6 +22,7 @@ from bingo_compress.training import loop
 from bingo_compress.training.plan import Plan
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_training")
 def test_the_same_command_again_trains_nothing_and_gives_the_same_table(
     world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
@@ -114,6 +115,7 @@ def test_another_test_set_judges_again_without_training(world: World, tmp_path: 
     assert figures(back, "moco") == figures(world.table, "moco")[1:]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_training")
 def test_purity_is_that_of_the_labels_of_the_day(world: World, tmp_path: Path) -> None:
     """Half of the kinds under one name: the bags are the same, their purity is not."""
@@ -131,6 +133,7 @@ def test_purity_is_that_of_the_labels_of_the_day(world: World, tmp_path: Path) -
     assert table["rows"][0]["bags"]["bag_purity"] > world.table["rows"][0]["bags"]["bag_purity"]
 
 
+@pytest.mark.slow
 def test_other_settings_and_overwrite_train_anew(world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     trained: list[float] = []
 
@@ -170,17 +173,18 @@ def test_other_settings_and_overwrite_train_anew(world: World, monkeypatch: pyte
 def test_what_cannot_be_compared_is_refused_in_one_line(
     changes: dict[str, str],
     message: str,
-    world: World,
+    ground: Ground,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
-    ran = command(monkeypatch, capsys, *world.words(tmp_path / "out", **changes))
+    ran = command(monkeypatch, capsys, *ground.words(tmp_path / "out", **changes))
     assert ran.status == 2
     assert message in ran.err and len(ran.err.strip().splitlines()) == 1 and "Traceback" not in ran.err
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_training")
 def test_a_test_set_with_other_classes_is_refused(
     world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
@@ -191,10 +195,10 @@ def test_a_test_set_with_other_classes_is_refused(
     assert "--test: expected the classes of --labels (kind0, kind1, kind2, kind3), found others: kind4" in ran.err
 
 
-def test_a_folder_that_holds_something_else_is_left_alone(world: World, tmp_path: Path) -> None:
+def test_a_folder_that_holds_something_else_is_left_alone(ground: Ground, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(BingoError, match="holds something else than a comparison"):
-        side_by_side.compare(world.base, world.data, None, "bingo", [0], tmp_path)
+        side_by_side.compare(ground.base, ground.data, None, "bingo", [0], tmp_path)
     with pytest.raises(BingoError, match="expected a folder, found the file"):
-        side_by_side.compare(world.base, world.data, None, "bingo", [0], tmp_path / "notes.txt")
+        side_by_side.compare(ground.base, ground.data, None, "bingo", [0], tmp_path / "notes.txt")
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

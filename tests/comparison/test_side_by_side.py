@@ -25,6 +25,7 @@ from bingo_compress.training import material
 from bingo_compress.training.plan import schedule
 
 
+@pytest.mark.slow
 def test_a_row_a_method_with_mean_and_spread_of_its_own_runs(world: World) -> None:
     rows, runs = world.table["rows"], world.table["runs"]
     assert [row["name"] for row in rows] == METHODS.split(",")
@@ -39,6 +40,7 @@ def test_a_row_a_method_with_mean_and_spread_of_its_own_runs(world: World) -> No
         assert len({run[figure] for run in runs}) > 1 and all(0 <= run[figure] <= 1 for run in runs)
 
 
+@pytest.mark.slow
 def test_differences_from_the_first_row_are_paired_over_images(world: World) -> None:
     right = {}
     for run in world.table["runs"]:
@@ -60,6 +62,7 @@ def test_differences_from_the_first_row_are_paired_over_images(world: World) -> 
             assert (low, high) == intervals.seeds_interval(mine - theirs)
 
 
+@pytest.mark.slow
 def test_student_passes_are_equal_to_within_a_batch(world: World) -> None:
     passes = {row["name"]: row["student_passes"] for row in world.table["rows"]}
     a_step = 8  # anchors; two epochs of 33 images are nine steps, the last one filled up
@@ -104,6 +107,7 @@ def test_arms_of_other_batch_sizes_and_views_have_equal_student_passes(count: in
             assert -1 <= surplus < planned.batch_size * planned.student_views, arm.name
 
 
+@pytest.mark.slow
 def test_a_variant_is_its_settings_and_another_run_than_the_method(world: World) -> None:
     plain, variant = side_by_side.make_arms("bingo, bingo:bag_size=1:bags=labels:lr=1e-3", world.base)
     assert variant.recipe == plain.recipe.model_copy(update={"bag_size": 1, "bags": "labels", "lr": 0.001})
@@ -113,6 +117,7 @@ def test_a_variant_is_its_settings_and_another_run_than_the_method(world: World)
     assert figures(world.table, "bingo") != figures(world.table, OFFICIAL)
 
 
+@pytest.mark.slow
 def test_the_purity_of_bags_equals_brute_force(world: World) -> None:
     folder = listing.list_images(world.data)
     teacher = encoder("test_resnet", 32, seed=9)
@@ -133,6 +138,7 @@ def test_the_purity_of_bags_equals_brute_force(world: World) -> None:
         assert found["similarity"] == pytest.approx(np.sort(similar, axis=1)[:, -bag_size:].mean(), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_rank_correlation_is_spearmans_over_all_runs(world: World) -> None:
     def ranks(values: list[float]) -> list[float]:
         return [
@@ -149,6 +155,7 @@ def test_the_rank_correlation_is_spearmans_over_all_runs(world: World) -> None:
         )
 
 
+@pytest.mark.slow
 def test_the_teacher_is_embedded_once_for_all_methods_and_seeds(world: World) -> None:
     assert world.passes == {"_plain_shard": 1, "_view_shard": 2}
     assert {path.name for path in (world.out / "work").glob("teacher-*/*.f16")} == {
@@ -158,6 +165,7 @@ def test_the_teacher_is_embedded_once_for_all_methods_and_seeds(world: World) ->
     }
 
 
+@pytest.mark.slow
 def test_the_files_hold_the_table(world: World) -> None:
     rows = world.table["rows"]
     assert json.loads((world.out / "table.json").read_text()) == json.loads(json.dumps(world.table))
@@ -179,6 +187,7 @@ def test_the_files_hold_the_table(world: World) -> None:
         assert row["name"] in text and f"{row['student_passes']:,}" in text
 
 
+@pytest.mark.slow
 def test_the_picture_is_well_formed_with_a_dot_a_row_and_figure_in_order_of_the_means(world: World) -> None:
     rows = [{**row, "name": f'{row["name"]} <&"'} for row in world.table["rows"]]
     for text, shown in (

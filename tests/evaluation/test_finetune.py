@@ -179,7 +179,7 @@ def test_the_linear_protocol_learns_three_kinds_of_photo(student: Encoder) -> No
 def test_fine_tuning_learns_and_leaves_the_encoder_as_it_was(student: Encoder) -> None:
     rows = torch.arange(30)
     before = copy.deepcopy(student.state_dict())
-    predict = fine_tune(student, Labelled(filled_store(30), rows, rows % 3, 3), CPU, epochs=40)
+    predict = fine_tune(student, Labelled(filled_store(30), rows, rows % 3, 3), CPU, epochs=20)
     predicted = predict(plain(range(300, 360)))
     assert predicted.dtype == torch.int64 and predicted.shape == (60,)
     assert float((predicted == torch.arange(60) % 3).float().mean()) > 0.9
@@ -270,7 +270,7 @@ def test_features_of_any_scale_are_learned_from(student: Encoder) -> None:
             scaled.backbone.bn2.weight.mul_(scale)
             scaled.backbone.bn2.bias.mul_(scale)
         # The classifier alone: the backbone's learning rate is next to nothing.
-        predicted = fine_tune(scaled, Labelled(filled_store(24), rows, rows % 3, 3), CPU, epochs=120, lr=1e-12)(
+        predicted = fine_tune(scaled, Labelled(filled_store(24), rows, rows % 3, 3), CPU, epochs=50, lr=1e-12)(
             plain(range(300, 345))
         )
         found.append(predicted)

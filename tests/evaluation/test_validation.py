@@ -199,7 +199,7 @@ def test_shots_probe_every_model_on_parts_of_the_labels(prove: Any) -> None:
 def test_fine_tuning_and_the_literatures_protocol_leave_out_the_teacher(
     prove: Any, world: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(finetune, "TUNE_STEPS", 40)
+    monkeypatch.setattr(finetune, "TUNE_STEPS", 20)
     run = Path(shutil.copytree(world["run"], tmp_path / "run"))
     stored = run / "work" / "pixels-0123456789abcdef.u8"
     stored.write_bytes(b"of distill")
@@ -217,7 +217,7 @@ def test_fine_tuning_and_the_literatures_protocol_leave_out_the_teacher(
     assert rows["student"]["shots"]["4"]["fine_tuned"] > 0.6
     assert (
         "teacher would be expensive" in result["protocol"]["literature"]
-        and "40 steps" in result["protocol"]["fine_tuned"]
+        and "20 steps" in result["protocol"]["fine_tuned"]
     )
     assert "linear, augmented" in out and "fine-tuned" in out
     assert stored.read_bytes() == b"of distill"

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from helpers import encoder, photos, untrained_run
+from helpers import encoder, photos, shallow, untrained_run
 from torch import nn
 
 from bingo_compress.errors import BingoError
@@ -215,7 +215,7 @@ def test_features_after_pooling_and_a_last_layer_are_neither_rounded_nor_changed
     """One ends with Hardswish, whose parts onnxruntime leaves without names; the other with a ReLU, which it takes away
     where a rounding does its work.
     """
-    student = encoder(name, SIZE)
+    student = shallow(encoder(name, SIZE))
     torch.manual_seed(0)
     for module in student.backbone.modules():
         if isinstance(module, nn.BatchNorm2d):
