@@ -127,11 +127,11 @@ def _place(place: str | Path) -> Path:
     return Path(os.path.expanduser(place))
 
 
-def _asked(data: options.Data, words: options.Tables | Columns) -> Asked:
-    """Images, with `~` as the home folder, and the columns that the words name."""
+def _asked(data: options.Data, words: options.Check | options.Validate | options.Export | Columns, bands: str) -> Asked:
+    """Images, with `~` as the home folder, the columns that the words name, and `Asked.bands`."""
     places = asked(data).places
     columns = words if isinstance(words, Columns) else Columns(words.image_column, words.label_column)
-    return Asked(tuple(map(os.path.expanduser, places)), columns)
+    return Asked(tuple(map(os.path.expanduser, places)), columns, bands)
 
 
 def _maybe(place: str | Path | None) -> Path | None:
@@ -145,6 +145,7 @@ def check(words: options.Check) -> "Inventory":
     """
     from bingo_compress.inventory import check as look
 
+    bands = make_recipe({"bands": words.bands}, "--bands").bands
     near = None
     if words.teacher:
         from bingo_compress.features import near_copies
@@ -157,7 +158,7 @@ def check(words: options.Check) -> "Inventory":
         weights = {"teacher_weights": os.path.expanduser(words.teacher_weights)}
         teacher = build_teacher(make_recipe(named | weights, "the command line"))
         near = functools.partial(near_copies.said, as_embed(teacher, choose_device(words.device)))
-    return look(_asked(words.data, words), near)
+    return look(_asked(words.data, words, bands), near)
 
 
 @_with_words(options.Distill)
@@ -216,7 +217,8 @@ def compare(words: options.Compare) -> Comparison:
     _refuse_unread(words, recipe, [arm.recipe for arm in make_arms(words.methods, recipe)])
     seeds = list(dict.fromkeys(map(int, numbers)))
     columns = Columns(recipe.image_column, recipe.label_column)
-    labels, test = _asked(words.labels, columns), _asked(words.test, columns) if words.test else None
+    labels = _asked(words.labels, columns, recipe.bands)
+    test = _asked(words.test, columns, recipe.bands) if words.test else None
     table = run(recipe, labels, test, words.methods, seeds, out, overwrite=words.overwrite)
     return Comparison(out, table)
 
@@ -230,7 +232,7 @@ def validate(words: options.Validate) -> Validation:
     """
     run, json_file = _place(words.run), _maybe(words.json)
     given = _own(words.teacher, words.student)
-    preflight.refuse_run(run, given, ("teacher", "student"), json_file)
+    bands = preflight.refuse_run(run, given, ("teacher", "student"), json_file).bands
 
     from bingo_compress.evaluation.protocol import Extras
     from bingo_compress.evaluation.validation import validate as prove
@@ -238,8 +240,8 @@ def validate(words: options.Validate) -> Validation:
 
     found = prove(
         run,
-        _asked(words.data, words),
-        _asked(words.test, words) if words.test else None,
+        _asked(words.data, words, bands),
+        _asked(words.test, words, bands) if words.test else None,
         json_file,
         words.device,
         extras=Extras(words.shots, words.fine_tune, words.literature, _maybe(words.against)),
@@ -264,18 +266,18 @@ def export(words: options.Export) -> Exported:
     student: the module of a run that was distilled into your own.
     """
     given = _own(None, words.student)
-    preflight.refuse_run(_place(words.run), given, ("student",))
+    bands = preflight.refuse_run(_place(words.run), given, ("student",)).bands
 
     from bingo_compress.exporters.exporting import Int8, Shape
     from bingo_compress.exporters.exporting import export as write
     from bingo_compress.models import exported
     from bingo_compress.models.trained import Given
 
-    labels, test = (_asked(data, words) if data else None for data in (words.labels, words.test))
+    labels, test = (_asked(data, words, bands) if data else None for data in (words.labels, words.test))
     files = write(
         _place(words.run),
         _maybe(words.out),
-        _asked(words.data, words) if words.data else None,
+        _asked(words.data, words, bands) if words.data else None,
         words.format,
         shape=Shape(words.profile, words.batch, words.opset, words.image_size),
         int8=Int8(labels, test, words.max_loss, words.finetune),

@@ -42,9 +42,10 @@ def check(data: Data, look: Callable[[ImageList], list[list[int]]] | None = None
     bad = list(folder.bad)
     sides: list[tuple[int, int]] = []
     usable: list[int] = []
+    oddities: list[decode.Oddity] = []
     with console.bar("decode", len(folder.files)) as advance:
         for index, result in decode.decode_all(
-            folder, range(len(folder.files)), lambda pixels: (pixels.shape[1], pixels.shape[0])
+            folder, range(len(folder.files)), lambda pixels: (pixels.shape[1], pixels.shape[0]), oddities=oddities
         ):
             if isinstance(result, ImageError):
                 bad.append((folder.files[index], str(result)))
@@ -67,6 +68,7 @@ def check(data: Data, look: Callable[[ImageList], list[list[int]]] | None = None
         f"{len(sides):,} usable images in {folder.where}; short side {short[0]} to {short[-1]} px, half of them"
         f" {short[len(short) // 2]} px or more"
     )
+    decode.say_oddities(oddities)
     copies = quarantine.copies(folder)
     quarantine.say_copies(copies, "keep")
     good = folder.only(usable)

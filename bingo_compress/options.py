@@ -28,32 +28,36 @@ class Word(NamedTuple):
 
 
 Data = str | Path | Sequence[str | Path]
+
+
+def _places(help_text: str) -> Word:
+    """Images: one place or several."""
+    return Word("data", help_text, list[str], metavar="PLACE")
+
+
 RunFolder = Annotated[Place, Word("run", "the --out folder of a finished distill", Path)]
 Json = Annotated[Place | None, Word("run", "write protocol and figures to this file", Path)]
 IMAGES = "images: a folder, searched to any depth, a list (.txt, .csv), tar shards, a .zip or .parquet"
 AGAIN = "may be repeated"
-LABELLED = "labelled images, one folder a class, or any of these with labels"
+LABELLED = "labelled images: one folder a class, or a list, tar shards, a .zip or .parquet with labels"
 TestFolder = Annotated[
     Data | None,
-    Word("data", "labelled images to test on; default: a quarter of the others is set aside", list[Path]),
+    _places("labelled images to test on; default: a quarter of the others is set aside"),
 ]
+IMAGE_COLUMN = Word("data", "column of a list or Parquet file that has the images, where its name does not tell")
+LABEL_COLUMN = Word("data", "the same for labels; or the key of a JSON file")
 DEVICE = Word("machine", "auto, cpu or cuda")
 OWN_SIZE = "pixels a side for the {}; default: its own"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tables:
-    """The columns of lists and Parquet files, where their names do not tell."""
-
-    image_column: Annotated[str, Word("data", "column of a list or Parquet file that has the images")] = ""
-    label_column: Annotated[str, Word("data", "column, or key of a JSON file, that has the labels")] = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Check(Tables):
+class Check:
     """Say what is in a folder, what cannot be used and why."""
 
-    data: Annotated[Data, Word("data", f"{IMAGES}; {AGAIN}", list[Path])]
+    data: Annotated[Data, _places(f"{IMAGES}; {AGAIN}")]
+    image_column: Annotated[str, IMAGE_COLUMN] = ""
+    label_column: Annotated[str, LABEL_COLUMN] = ""
+    bands: Annotated[str, Word("data", "red, green and blue of TIFF files of many bands, for example 3,2,1")] = ""
     teacher: Annotated[
         str | None, Word("models", "a timm model or family that looks for near-copies: bursts, video frames")
     ] = None
@@ -67,7 +71,7 @@ class Check(Tables):
 class _Training:
     """What a run and a comparison of runs are both asked for."""
 
-    data: Annotated[Data | None, Word("data", f"{IMAGES}; {AGAIN}", list[str])]
+    data: Annotated[Data | None, _places(f"{IMAGES}; {AGAIN}")]
     teacher: Annotated["str | Encoder | None", Word("models", "a timm model or family")]
     student: Annotated["str | Encoder | None", Word("models", "a timm model or family")]
     recipe: Annotated[
@@ -95,8 +99,8 @@ class _Training:
         str | None, Word("machine", "where decoded images are kept: auto, gpu, memory, disk or stream")
     ] = None
     memory: Annotated[str | None, Word("machine", "memory the run may hold at most, for example 4GB")] = None
-    image_column: Annotated[str | None, Word("data", "column of a list or Parquet file that has the images")] = None
-    label_column: Annotated[str | None, Word("data", "column, or key of a JSON file, that has the labels")] = None
+    image_column: Annotated[str | None, IMAGE_COLUMN] = None
+    label_column: Annotated[str | None, LABEL_COLUMN] = None
     progress: bool = True
 
 
@@ -104,7 +108,7 @@ class _Training:
 class Distill(_Training):
     """Distil a teacher into a student on a folder of images."""
 
-    data: Annotated[Data | None, Word("data", f"{IMAGES}; {AGAIN}; no labels are needed", list[str])] = None
+    data: Annotated[Data | None, _places(f"{IMAGES}; {AGAIN}; no labels are needed")] = None
     teacher: Annotated["str | Encoder | None", Word("models", "a timm model or family, for example resnet152")] = None
     student: Annotated["str | Encoder | None", Word("models", "a timm model or family, for example mobilenetv3")] = None
     out: Annotated[Place, Word("run", "folder for all that the run makes", Path)] = Path("runs/first")
@@ -147,9 +151,10 @@ class Compare(_Training):
     A method with settings after colons is a variant; every arm's student sees as many views.
     """
 
-    labels: Annotated[Data, Word("data", "labelled images, one folder a class: the bank of the probes", list[Path])]
+    labels: Annotated[Data, _places("labelled images, one folder a class: the bank of the probes")]
     test: Annotated[
-        Data | None, Word("data", "labelled images to judge on; default: --labels, cross-validated", list[Path])
+        Data | None,
+        _places("labelled images to judge on; default: --labels, cross-validated"),
     ] = None
     methods: Annotated[
         str,
@@ -170,14 +175,14 @@ class Compare(_Training):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Validate(Tables):
+class Validate:
     """Prove a run: kNN, linear probe and recall of each of its models.
 
     Of teacher, student, the student before, one with random weights, and every exported file.
     """
 
     run: RunFolder
-    data: Annotated[Data, Word("data", LABELLED, list[Path])]
+    data: Annotated[Data, _places(LABELLED)]
     test: TestFolder = None
     json: Json = None
     shots: Annotated[
@@ -206,6 +211,8 @@ class Validate(Tables):
             metavar="KEY=VALUE",
         ),
     ] = ()
+    image_column: Annotated[str, IMAGE_COLUMN] = ""
+    label_column: Annotated[str, LABEL_COLUMN] = ""
     device: Annotated[str, DEVICE] = "auto"
     teacher: "Encoder | None" = None
     student: "Encoder | None" = None
@@ -213,7 +220,7 @@ class Validate(Tables):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Export(Tables):
+class Export:
     """Write the student as ONNX files, proven on your own images.
 
     Float and int8, each shown to be the model that torch has.
@@ -221,7 +228,7 @@ class Export(Tables):
 
     run: RunFolder
     out: Annotated[Place | None, Word("run", "folder for the files; default: RUN/export", Path)] = None
-    data: Annotated[Data | None, Word("data", "where the run's images are now, if they moved", list[Path])] = None
+    data: Annotated[Data | None, _places("where the run's images are now, if they moved")] = None
     format: Annotated[str, Word("method", "onnx, onnx-int8 or all")] = "onnx"
     profile: Annotated[
         str,
@@ -234,11 +241,7 @@ class Export(Tables):
     )
     labels: Annotated[
         Data | None,
-        Word(
-            "data",
-            "labelled images, one folder a class: int8 may lose --max-loss points of accuracy on them",
-            list[Path],
-        ),
+        _places("labelled images, one folder a class: int8 may lose --max-loss points of accuracy on them"),
     ] = None
     test: TestFolder = None
     max_loss: Annotated[float, Word("method", "points of kNN and linear accuracy that int8 may lose", float)] = 0.5
@@ -250,6 +253,8 @@ class Export(Tables):
             bool,
         ),
     ] = False
+    image_column: Annotated[str, IMAGE_COLUMN] = ""
+    label_column: Annotated[str, LABEL_COLUMN] = ""
     student: "Encoder | None" = None
     progress: bool = True
 

@@ -52,10 +52,12 @@ def refuse_early(recipe: Recipe, out: Path, own: Collection[str], *, resume: boo
             _refuse_foreign(Path(source), f"--{role}-weights")
 
 
-def refuse_run(run: Path, own: Collection[str], roles: Collection[str], json_file: Path | None = None) -> None:
-    """The same for a finished run, of which the models of these roles are needed."""
+def refuse_run(run: Path, own: Collection[str], roles: Collection[str], json_file: Path | None = None) -> Recipe:
+    """The same for a finished run, of which the models of these roles are needed. Returns its recipe."""
     refuse_no_file(json_file, "--json")
-    _refuse_absent(load_recipe(open_finished(run).as_run), own, roles)
+    recipe = load_recipe(open_finished(run).as_run)
+    _refuse_absent(recipe, own, roles)
+    return recipe
 
 
 def _refuse_absent(recipe: Recipe, own: Collection[str], roles: Collection[str]) -> None:

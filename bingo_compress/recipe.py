@@ -16,6 +16,10 @@ def _number_as_text(value: Any) -> Any:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+def _numbers_as_text(value: Any) -> Any:
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else value
+
+
 def _one_or_several(value: Any) -> Any:
     if not isinstance(value, list | tuple):
         return value
@@ -40,6 +44,14 @@ class Recipe(BaseModel):
     )
     image_column: str = Field("", description="column of a list or Parquet file that has the images; empty: by name")
     label_column: str = Field("", description="column, or key of a JSON file, that has the labels; empty: by name")
+    bands: Annotated[str, BeforeValidator(_numbers_as_text)] = Field(
+        "",
+        pattern=r"^([1-9][0-9]*(,[1-9][0-9]*){2})?$",
+        description=(
+            "of TIFF files of many bands that do not say which are red, green and blue: their numbers from 1, for"
+            " example 3,2,1; empty: such files are left out"
+        ),
+    )
     max_bad: Annotated[str, BeforeValidator(_number_as_text)] = Field(
         "100%",
         pattern=r"^([0-9]+|(100|[0-9]{1,2}(\.[0-9]+)?)%)$",

@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -259,30 +260,28 @@ def main() -> None:
             (home / "graphs").mkdir()
             torch.onnx.export = traced.once(home / "graphs")
         data = source_of(photos(home / "photos", 12), given.source)
-        whole = {exports: uninterrupted(home, data, exports=exports, processes=1) for exports in (False, True)}
+
+        @cache
+        def whole(processes: int, *, exports: bool) -> Whole:
+            return uninterrupted(home, data, exports=exports, processes=processes)
+
+        longest = whole(1, exports=True)
         size = sum(path.stat().st_blocks * 512 for path in (home / "whole").rglob("*"))
-        print(
-            f"an uninterrupted road takes {whole[True].seconds:.1f} s ({whole[False].seconds:.1f} s without export) and"
-            f" {size / 1e6:.1f} MB",
-            flush=True,
-        )
-        print(
-            f"    {', '.join(f'{stage} {seconds:.3f} s' for stage, seconds in whole[True].stages.items())}", flush=True
-        )
+        print(f"an uninterrupted road takes {longest.seconds:.1f} s and {size / 1e6:.1f} MB", flush=True)
+        print(f"    {', '.join(f'{stage} {seconds:.3f} s' for stage, seconds in longest.stages.items())}", flush=True)
 
         def trials(count: int, number: int, processes: int = 1) -> list[list[str]]:
             found: list[list[str]] = []
-            shared = uninterrupted(home, data, exports=False, processes=processes) if processes > 1 and count else None
             while len(found) < count and not over():
                 # An export takes as long as all before it. Only one process exports.
-                exports = len(found) % 6 in (0, 1) and shared is None
-                way = shared or whole[exports]
+                exports = len(found) % 6 in (0, 1) and processes == 1
+                way = whole(processes, exports=exports)
                 found.append(
                     interrupted(len(found), number, home, data, way, given.seed, exports=exports, processes=processes)
                 )
             return found
 
-        tell("full disk", full_disks(given.disks, home, data, whole[True].left, size, over), given.disks)
+        tell("full disk", full_disks(given.disks, home, data, longest.left, size, over), given.disks)
         tell("SIGTERM", trials(given.stops, signal.SIGTERM), given.stops)
         tell("SIGTERM of two processes", trials(given.two_stops, signal.SIGTERM, 2), given.two_stops)
         if given.workers:

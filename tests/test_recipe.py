@@ -132,7 +132,7 @@ def test_an_unknown_key_names_the_nearest(tmp_path: Path, wrong: str, meant: str
         ("mask_mates", "1", "valid boolean", "1"),
         ("method", "dino", "'bingo'", "'dino'"),
         ("device", "gpu", "'auto', 'cpu' or 'cuda'", "'gpu'"),
-        ("data", "[a, b]", "valid string", "['a', 'b']"),
+        ("data", "{a: b}", "valid string", "{'a': 'b'}"),
         ("data", "2024-01-01", "valid string", "2024"),
         ("seed", "-1", "greater than or equal to 0", "-1"),
     ],

@@ -16,9 +16,10 @@ import torch
 from helpers import CPU, kind_targets, photos, planned, recipe, unit
 from torch import Tensor
 
-from bingo_compress.data import listing
+from bingo_compress.data import image_list, listing
 from bingo_compress.evaluation import probes
 from bingo_compress.features import bagging, extract, targets
+from bingo_compress.features.memmap import TeacherPass
 from bingo_compress.models import trained
 from bingo_compress.models.encoder import Encoder
 from bingo_compress.runtime import checkpoint
@@ -84,7 +85,11 @@ def outputs(folder: Path) -> dict[str, list[float]]:
         + few(told_apart(seen.views[:].flatten(1)), 24)
     )
     rows, labels = kind_targets(60, 1, 16)[:, 0], torch.arange(60) % 3
-    looked = bagging.Seen(rows, torch.ones(60, 1), labels, 4, seed=3)
+    images = image_list.ImageList(
+        Path(), tuple(f"{label}/{place}.jpg" for place, label in enumerate(labels.tolist())), ()
+    )
+    taught = TeacherPass(rows, torch.ones(60, 1), torch.ones(60, 1, 1), "")
+    looked = bagging.Seen(taught, images, torch.arange(60), 4, seed=3)
     found["bags"] = [
         value for how in ("knn", "adaptive", "labels") for value in few(bagging.BAGGERS[how](looked, 3).double(), 30)
     ]

@@ -167,7 +167,7 @@ def test_a_run_that_is_not_there_is_refused_without_torch(words: tuple[str, ...]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", [("--help",), ("models", "resnet*"), ("check", "--data", "{data}")])
+@pytest.mark.parametrize("words", [("--help",), ("models", "test_res*"), ("check", "--data", "{data}")])
 def test_a_reader_that_has_seen_enough_ends_it_without_a_word(words: tuple[str, ...], data: Path) -> None:
     asked = [word.format(data=data) for word in words]
     with subprocess.Popen(

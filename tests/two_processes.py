@@ -8,6 +8,7 @@ import contextlib
 import io
 import json
 import os
+import runpy
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -32,6 +33,7 @@ BATCHES, SHARDS = {"BATCH": 4}, {"SHARD": 8}  # of embed and teacher_pass: so sm
 TUNED = {"TUNE_EPOCHS": 2, "TUNE_STEPS": 2}  # of finetune
 BLOCKS = {"BLOCK": 300, "TILE": 130}  # of neighbours
 DISTILLED: dict[str, dict[str, Any]] = {
+    "bingo": {"method": "bingo", "student": "test_efficientnet", "lr": 0.005},
     "official": {"method": "bingo", "variant": "official", "student": "test_resnet", "views": "online"},
     "coss": {"method": "coss", "student": "test_vit", "image_size": 160},
     "disco": {"method": "disco", "student": "test_byobnet"},
@@ -170,7 +172,7 @@ def joined() -> dict[str, Any]:
 
 
 def main(data: Path, test: Path, out: Path) -> None:
-    """All cases; then one that is refused, and with it the processes end as those of a command do."""
+    """All cases; then, as torchrun -m bingo_compress does it, one that is refused: the processes end as a command's."""
     distributed.start(CPU)
     cases: dict[str, Callable[[], dict[str, Any]]] = {
         **{name: lambda name=name: command(*distill(data, out / name, **DISTILLED[name])) for name in DISTILLED},  # type: ignore[misc]
@@ -190,7 +192,7 @@ def main(data: Path, test: Path, out: Path) -> None:
         for name, case in cases.items():
             (out / f"{name}.{distributed.rank()}.json").write_text(json.dumps(case()))
     sys.argv = ["bingo-compress", *distill(data, out / "refused", batch_size=7)]
-    cli.main()
+    runpy.run_module("bingo_compress", run_name="__main__")
 
 
 if __name__ == "__main__":

@@ -4,14 +4,15 @@ the CPU's decoder.
 
 import io
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 import torch
-from bingo_edge.image import ImageError, Pixels, load_image
+from bingo_edge.image import Decoded, ImageError, Pixels
+from bingo_edge.image import decode as decode_file
 from PIL import ExifTags, Image
 from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
@@ -27,16 +28,18 @@ LARGEST = 1 << 24  # pixels of a picture: AT_ONCE of them are 0.8 GB
 # torch's antialiased resize holds its weights in a GPU's shared memory, which is full at a factor of 45; the long side
 # is kept at 2 `side`
 STRETCH = 64
+DARK = 4096  # a sixteenth of what 16 bits hold: numbers of a sensor of 12 bits
 Crops = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+Oddity = tuple[bool, int]  # `several` and `peak` of `Decoded`
 
 
-def picture(folder: ImageList, index: int, at_least: int = 0) -> Pixels:
-    """Image number `index`, uint8 (height, width, 3); at_least: as in `load_image`. Raises ImageError."""
+def picture(folder: ImageList, index: int, at_least: int = 0) -> Decoded:
+    """Image number `index`; at_least: as in `load_image`. Raises ImageError."""
     try:
         raw = folder.read_raw(index)
     except OSError as error:
         raise ImageError(error.strerror or str(error)) from None
-    return load_image(io.BytesIO(raw) if isinstance(raw, bytes) else raw, at_least)
+    return decode_file(io.BytesIO(raw) if isinstance(raw, bytes) else raw, at_least, folder.bands)
 
 
 def plain_jpeg(raw: Path | bytes, side: int) -> int:
@@ -163,21 +166,44 @@ def window(box: Tensor, height: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def decode_all(
-    folder: ImageList, indices: Iterable[int], use: Callable[[Pixels], Result], at_least: int = 0
+    folder: ImageList,
+    indices: Iterable[int],
+    use: Callable[[Pixels], Result],
+    at_least: int = 0,
+    oddities: list[Oddity] | None = None,
 ) -> Iterator[tuple[int, Result | ImageError]]:
     """Decode the images `indices` of `folder` in threads, in order: (index, use(pixels)), or (index, ImageError) for a
     bad file.
 
-    at_least: as in `load_image`. pixels: uint8 (height, width, 3). A bounded number is in flight, so memory does not
-    grow with the folder. Raises BingoError for a file that changed since the folder's contents were read.
+    at_least: as in `load_image`. pixels: uint8 (height, width, 3); oddities: where these are put. A bounded number is
+    in flight, so memory does not grow with the folder. Raises BingoError for a file that changed since the folder's
+    contents were read.
     """
 
     def job(index: int) -> Result | ImageError:
         try:
-            found: Pixels | ImageError = picture(folder, index, at_least)
+            found: Decoded | ImageError = picture(folder, index, at_least)
         except ImageError as error:
             found = error
         folder.refuse_changed(index)
-        return found if isinstance(found, ImageError) else use(found)
+        if isinstance(found, ImageError):
+            return found
+        if oddities is not None and (found.several or found.peak):
+            oddities.append((found.several, found.peak))
+        return use(found.pixels)
 
     yield from in_threads(job, indices)
+
+
+def say_oddities(found: Sequence[Oddity]) -> None:
+    """One line about files of several pages, and one where all that have 16 bits a sample use a few of them."""
+    several = sum(one for one, _ in found)
+    if several:
+        console.say(f"{several:,} files hold several pages or frames; the first of each is used")
+    peaks = [peak for _, peak in found if peak]
+    if peaks and max(peaks) < DARK:
+        bits = max(8, max(peaks).bit_length())
+        console.say(
+            f"warning: {len(peaks):,} files have 16 bits a sample and none passes {max(peaks):,} of 65,535: numbers of"
+            f" {bits} bits, which are seen as nearly black; multiply them by {65536 >> bits} and save them again"
+        )

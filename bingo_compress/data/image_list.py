@@ -40,7 +40,7 @@ class ImageList:
 
     copies: exact copies that were left out as asked for, as (relative path, the file that is kept). max_bad: share or
     number of files that may be bad. passed: hidden and system files and folders, and folders of this program, that were
-    passed over.
+    passed over. bands: as in `load_image`.
     """
 
     root: Path
@@ -49,6 +49,7 @@ class ImageList:
     copies: tuple[tuple[str, str], ...] = ()
     max_bad: str = "100%"
     passed: int = 0
+    bands: tuple[int, ...] = ()
     opened: Opened | None = field(default=None, repr=False, compare=False)
     rows: NDArray[np.int64] | None = field(default=None, repr=False, compare=False)  # of `opened`; None: all
     read: Contents | None = field(default=None, repr=False, compare=False)  # use `contents`
@@ -99,9 +100,10 @@ class ImageList:
         return [bytes(row).hex() for row in self.contents.digests]
 
     def fingerprint(self) -> str:
-        """A hash of names and contents, wherever the folder lies: differs when any file does."""
+        """A hash of names and contents, wherever the folder lies: differs when any file does, or how one is read."""
         digest = hashlib.sha256("\0".join(self.files).encode("utf-8", "surrogateescape"))
         digest.update(self.contents.digests.tobytes())
+        digest.update(bytes(self.bands))
         return digest.hexdigest()
 
     def only(self, indices: Sequence[int]) -> "ImageList":
@@ -174,7 +176,7 @@ def labels_of(folder: ImageList) -> tuple[list[str], list[int]]:
             raise BingoError(
                 f"labels: expected a label for each image of {folder.where} (a folder a class, a column label, or"
                 f" NAME.cls beside NAME.jpg), found {len(set(names) - {''})} classes and {names.count('')} images"
-                " without; see --set label_column"
+                " without; see --label-column"
             )
         raise BingoError(
             f"labels: expected one folder a class in {folder.root} (class_a/1.jpg, class_b/2.jpg, ...), "

@@ -177,6 +177,7 @@ def build(
             f"--data: expected images, found none that can be decoded among {len(folder.files) + len(folder.bad)} files"
             f" in {folder.where}"
         )
+    decode.say_oddities([oddity for facts in found for oddity in facts["oddities"]])
     kept, sizes = replace(folder.only(good), bad=bad), list(zip(height, width, strict=True))
     total = sum(high * wide for high, wide in sizes) * 3
     by_gpu = None
@@ -295,6 +296,7 @@ def _fill(
         "aspect": [],
         "jpeg": [],
         "bad": [],
+        "oddities": [],
         "crc32": 0,
     }
 
@@ -313,7 +315,7 @@ def _fill(
         return pixels
 
     with atomic(shard_files.data_file(shards, rows)) as temporary, temporary.open("wb") as handle:
-        for index, result in decode_all(folder, rows, lambda pixels: _shrink(pixels, side), at_least=side):
+        for index, result in decode_all(folder, rows, lambda pixels: _shrink(pixels, side), side, facts["oddities"]):
             pixels = add(result, index)
             if pixels is not None and streamed:
                 facts["jpeg"].append(_jpeg(folder, index, side))
@@ -322,6 +324,7 @@ def _fill(
                 facts["crc32"] = zlib.crc32(raw, facts["crc32"])
                 handle.write(raw)
             advance(1, note=f"{len(facts['bad'])} bad" if facts["bad"] else None)
+    facts["oddities"].sort()  # threads found them
     # After the pixels: what it says is there, is there.
     write_text(shard_files.facts_file(shards, rows), json.dumps(facts))
     return facts
@@ -376,7 +379,7 @@ def _from_files(folder: ImageList, side: int, sizes: list[tuple[int, int]]) -> R
 
     def read(image: int, top: int, bottom: int) -> Tensor:
         try:
-            pixels = _shrink(decode.picture(folder, image, side), side)[0]
+            pixels = _shrink(decode.picture(folder, image, side).pixels, side)[0]
         except ImageError as error:
             folder.refuse_changed(image)
             raise decode.changed(folder.place(image), str(error)) from None

@@ -59,6 +59,7 @@ def _fits(facts: dict[str, Any], rows: range, streamed: bool) -> bool:
         facts["tried"] == len(rows)
         and tried == list(rows)
         and all(len(values) == len(good) for values in lists)
+        and all(isinstance(several, bool) and isinstance(peak, int) for several, peak in facts["oddities"])
         and all(isinstance(size, int) and size > 0 for size in sizes)
         and all(isinstance(aspect, float) and aspect > 0 for aspect in facts["aspect"])
     )

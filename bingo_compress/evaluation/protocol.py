@@ -1,8 +1,11 @@
-"""How each figure of a proof was made, in words that travel with it."""
+"""Each figure of a proof: how it is measured, and the words about it that travel with it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from bingo_compress.data import image_list
 from bingo_compress.evaluation import finetune, intervals, probes, scores
@@ -26,24 +29,115 @@ class Extras:
 NO_EXTRAS = Extras()
 
 
-def protocol(sides: Sides, test: image_list.ImageList | None, specs: list[str], extras: Extras) -> dict[str, Any]:
-    """What was measured on these sides, key by key. specs: the parts of extras.shots."""
-    bank = sides.bank_folder.where
-    said: dict[str, Any] = {
-        "knn": f"weighted vote exp(cos/{probes.KNN_TEMPERATURE}), k = {probes.KNN_K} (DINO), plain view",
-        "linear": (
+class Judged(NamedTuple):
+    """One model's answers: predicted: (M,) positions in sides.classes by "knn" and by "linear"."""
+
+    name: str
+    sides: Sides
+    head: probes.LinearHead
+    predicted: dict[str, Tensor]
+
+
+class Figure(NamedTuple):
+    """A figure of the proof. title: of its column, how: how it is measured, both for a bank of so many images;
+    measure: its value by its own key with what stands beside it; nothing where it cannot be measured.
+    """
+
+    title: Callable[[int], str]
+    how: Callable[[int], str]
+    measure: Callable[[Judged], dict[str, Any]]
+
+
+def _balanced(judged: Judged) -> dict[str, Any]:
+    labels, predicted = judged.sides.query_labels, judged.predicted["linear"]
+    return {
+        "linear_balanced": probes.balanced_accuracy(predicted, labels),
+        "linear_balanced_interval": intervals.mean_share_interval(predicted == labels, labels),
+    }
+
+
+def _linear(judged: Judged) -> dict[str, Any]:
+    found = scores.with_interval("linear", judged.predicted["linear"] == judged.sides.query_labels)
+    end = probes.grid_end(judged.head.strength)
+    return found | {"linear_strength": judged.head.strength} | ({"linear_at_grid_end": end} if end else {})
+
+
+def _area(judged: Judged) -> dict[str, Any]:
+    if len(judged.sides.classes) != 2:
+        return {}
+    # Not a softmax: where that rounds to 1, a sure answer and a surer one would be equal.
+    logits, positive = judged.head.logits(judged.sides.queries[judged.name]), judged.sides.query_labels == 0
+    area = probes.auc(logits[:, 0] - logits[:, 1], positive)
+    interval = intervals.area_interval(area, int(positive.sum()), int((~positive).sum()))
+    return {"linear_auc": area, "linear_auc_interval": interval}
+
+
+def _recall(judged: Judged) -> dict[str, Any]:
+    bank, queries = judged.sides.bank, judged.sides.queries
+    if not neighbours.recall_k(len(bank[judged.name])):
+        return {}
+    each = probes.neighbour_recalls((queries["teacher"], bank["teacher"]), (queries[judged.name], bank[judged.name]))
+    return {"neighbour_recall": float(each.mean()), "neighbour_recall_interval": intervals.mean_interval(each)}
+
+
+def _recall_how(bank: int) -> str:
+    k = neighbours.recall_k(bank)
+    if not k:
+        return f"not measured: a bank of {bank:,} is too small (at least {neighbours.RECALL_SHARE})"
+    return (
+        f"share of the teacher's {k} nearest bank images of each test image that are also the model's; by chance"
+        f" {k / bank:.3f}; no labels used"
+    )
+
+
+# Tables, card, protocol and --require take what is here.
+FIGURES = {
+    "knn": Figure(
+        lambda bank: "kNN",
+        lambda bank: f"weighted vote exp(cos/{probes.KNN_TEMPERATURE}), k = {probes.KNN_K} (DINO), plain view",
+        lambda judged: scores.with_interval("knn", judged.predicted["knn"] == judged.sides.query_labels),
+    ),
+    "linear": Figure(
+        lambda bank: "linear",
+        lambda bank: (
             "logistic regression (Newton, float64) on frozen standardised features; L2 strength of"
             f" {min(probes.L2_STRENGTHS):g} to {max(probes.L2_STRENGTHS):g} by stratified {probes.FOLDS}-fold"
             " cross-validation in the bank, the strongest within one standard error of the best, never on the test"
             " set; refitted on the whole bank"
         ),
-        "neighbour_recall": _recall_text(len(sides.labels)),
-        "recall": neighbours.recall_facts(len(sides.labels)),
+        _linear,
+    ),
+    "linear_balanced": Figure(
+        lambda bank: "balanced", lambda bank: "mean over classes of the linear probe's recall", _balanced
+    ),
+    "linear_auc": Figure(
+        lambda bank: "AUC", lambda bank: "of two classes: area under the linear probe's ROC curve", _area
+    ),
+    "neighbour_recall": Figure(neighbours.recall_title, _recall_how, _recall),
+}
+
+
+def figures_of(name: str, sides: Sides, head: probes.LinearHead) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(the figures of one model, whether kNN and linear were right on each query, bool (M,))."""
+    nearest = probes.knn_predict(sides.bank[name], sides.labels, sides.queries[name], len(sides.classes))
+    judged = Judged(name, sides, head, {"knn": nearest, "linear": head.predict(sides.queries[name])})
+    found: dict[str, Any] = {}
+    for figure in FIGURES.values():
+        found |= figure.measure(judged)
+    return found, {key: predicted == sides.query_labels for key, predicted in judged.predicted.items()}
+
+
+def protocol(sides: Sides, test: image_list.ImageList | None, specs: list[str], extras: Extras) -> dict[str, Any]:
+    """What was measured on these sides, key by key. specs: the parts of extras.shots."""
+    bank, bank_size = sides.bank_folder.where, len(sides.labels)
+    said: dict[str, Any] = {
+        "figures": {key: figure.title(bank_size) for key, figure in FIGURES.items()},
+        **{key: figure.how(bank_size) for key, figure in FIGURES.items()},
+        "recall": neighbours.recall_facts(bank_size),
         "onnx": (
             "an exported file: kNN with a bank of its own features; in float the student's linear head where both see"
             " pictures alike, else, and in int8 always, a head fitted on the file's own features"
         ),
-        "linear_balanced": "mean over classes of the linear probe's recall",
         "intervals": (
             f"95%, over test images: percentile bootstrap, {intervals.DRAWS} draws; Wilson's for a share of under"
             f" {intervals.FEW} images or where all agree (balanced: Wilson's of each class combined, MOVER), Newcombe's"
@@ -56,17 +150,15 @@ def protocol(sides: Sides, test: image_list.ImageList | None, specs: list[str], 
             f"{scores.LEAST_GAP}"
         ),
         "bank": bank,
-        "test": test.where
-        if test
-        else f"a quarter of each class of {bank}, set aside by scenes: near-copies stay together",
-        "bank_images": len(sides.labels),
+        "test": test.where if test else f"a quarter of each class of {bank}, set aside by whole scenes of near-copies",
+        "bank_images": bank_size,
         "test_images": len(sides.query_labels),
         "classes": sides.classes,
     } | ({"near_copies": sides.near} if sides.near else {})
-    return said | _extra_words(specs, extras)
+    return said | _extra_words(said["figures"], specs, extras)
 
 
-def _extra_words(specs: list[str], extras: Extras) -> dict[str, Any]:
+def _extra_words(figures: dict[str, str], specs: list[str], extras: Extras) -> dict[str, Any]:
     said: dict[str, Any] = {}
     if specs:
         said["shots"] = (
@@ -83,6 +175,7 @@ def _extra_words(specs: list[str], extras: Extras) -> dict[str, Any]:
             f" {finetune.HEAD_LR} for the classifier, on features of length one"
         )
     if extras.literature:
+        said["figures"] = figures | {"literature": "linear, augmented"}
         said["literature"] = (
             "student, start and random weights (the teacher would be expensive): MoCo's linear protocol, SGD with"
             f" learning rate 30 (EfficientNet, MobileNet: 3), no weight decay, batches of {finetune.LINEAR_BATCH},"
@@ -98,13 +191,3 @@ def _extra_words(specs: list[str], extras: Extras) -> dict[str, Any]:
             " (p_value)"
         )
     return said
-
-
-def _recall_text(bank: int) -> str:
-    k = neighbours.recall_k(bank)
-    if not k:
-        return f"not measured: a bank of {bank:,} is too small (at least {neighbours.RECALL_SHARE})"
-    return (
-        f"share of the teacher's {k} nearest bank images of each test image that are also the model's; by chance"
-        f" {k / bank:.3f}; no labels used"
-    )

@@ -14,7 +14,7 @@ from torch import Tensor
 from bingo_compress.data.image_list import UNREADABLE, ImageList, labels_of
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation import finetune, intervals, probes
-from bingo_compress.features import extract, near_copies, neighbours
+from bingo_compress.features import extract, near_copies
 from bingo_compress.models.encoder import Preprocessing
 from bingo_compress.runtime import checkpoint, console, distributed
 from bingo_compress.runtime.run_dir import made_by
@@ -46,32 +46,6 @@ class Sides:
     query_places: list[int]
     groups: Tensor | None = None
     near: dict[str, Any] = field(default_factory=dict)
-
-
-def scores(name: str, sides: Sides, head: probes.LinearHead) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(the figures of one model, whether kNN and linear were right on each query, bool (M,)); no recall where the bank
-    is too small for one.
-    """
-    bank, queries, labels, classes = sides.bank[name], sides.queries[name], sides.query_labels, len(sides.classes)
-    predicted = head.predict(queries)
-    right = {"knn": probes.knn_predict(bank, sides.labels, queries, classes) == labels, "linear": predicted == labels}
-    found = with_interval("knn", right["knn"]) | with_interval("linear", right["linear"])
-    found["linear_balanced"] = probes.balanced_accuracy(predicted, labels)
-    found["linear_balanced_interval"] = intervals.mean_share_interval(right["linear"], labels)
-    found["linear_strength"] = head.strength
-    if probes.grid_end(head.strength):
-        found["linear_at_grid_end"] = probes.grid_end(head.strength)
-    if classes == 2:
-        # Not a softmax: where that rounds to 1, a sure answer and a surer one would be equal.
-        logits, positive = head.logits(queries), labels == 0
-        found["linear_auc"] = probes.auc(logits[:, 0] - logits[:, 1], positive)
-        found["linear_auc_interval"] = intervals.area_interval(
-            found["linear_auc"], int(positive.sum()), int((~positive).sum())
-        )
-    if neighbours.recall_k(len(bank)):
-        each = probes.neighbour_recalls((sides.queries["teacher"], sides.bank["teacher"]), (queries, bank))
-        found |= {"neighbour_recall": float(each.mean()), "neighbour_recall_interval": intervals.mean_interval(each)}
-    return found, right
 
 
 def with_interval(key: str, values: Tensor) -> dict[str, Any]:

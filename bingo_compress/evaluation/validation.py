@@ -16,7 +16,7 @@ from torch import Tensor
 from bingo_compress.data import image_list, listing, pixel_store
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation import finetune, probes, scores
-from bingo_compress.evaluation.protocol import NO_EXTRAS, Extras, protocol
+from bingo_compress.evaluation.protocol import FIGURES, NO_EXTRAS, Extras, figures_of, protocol
 from bingo_compress.evaluation.scores import Sides
 from bingo_compress.features import extract, neighbours
 from bingo_compress.models import exported, trained
@@ -30,7 +30,7 @@ from bingo_compress.runtime import console, distributed, run_dir
 from bingo_compress.runtime.devices import choose_device
 from bingo_compress.sources.opened import Data
 
-REQUIRED = ("knn", "linear", "linear_balanced", "neighbour_recall")  # what a threshold may be set on
+REQUIRED = tuple(FIGURES)  # what a threshold may be set on
 
 
 def validate(
@@ -172,7 +172,7 @@ def _rows(
             if own
             else probes.fit_linear(sides.bank[name], sides.labels, len(sides.classes), groups=sides.groups)
         )
-        found, right[name] = scores.scores(name, sides, heads[name])
+        found, right[name] = figures_of(name, sides, heads[name])
         if name == "student" or name in subjects.contracts:
             found |= scores.by_class(heads[name].predict(sides.queries[name]), sides)
         if specs and name not in subjects.contracts:
@@ -244,7 +244,7 @@ def _refuse_under(least: dict[str, float], rows: Sequence[dict[str, Any]], bank:
             (
                 f"{key} {row[key]:.4f} (at least {value:g}{notes.get(key, '')})"
                 if key in row
-                else f"{key} not measured (the bank of {bank:,} is too small)"
+                else f"{key} not measured ({FIGURES[key].how(bank).removeprefix('not measured: ')})"
             )
             for key, value in least.items()
             if not row.get(key, -1.0) >= value

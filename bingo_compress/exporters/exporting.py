@@ -180,6 +180,7 @@ def _facts(run: run_dir.RunDir, recipe: Recipe) -> dict[str, Any]:
         "student": recipe.student,
         "teacher": recipe.teacher,
         "student_weights": exported.weights_digest(run.student),
+        **({"bands": [int(number) for number in recipe.bands.split(",")]} if recipe.bands else {}),
     }
 
 

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
+from bingo_compress.data.image_list import ImageList, labels_of
 from bingo_compress.errors import BingoError
 from bingo_compress.features import neighbours
-from bingo_compress.features.memmap import Matrix, blocks
+from bingo_compress.features.memmap import Matrix, Rows, TeacherPass, blocks
 from bingo_compress.features.neighbours import IN_MEMORY, Search
+from bingo_compress.runtime import console
 
 ROWS = 1024
+BLOCK = 8192  # rows of the teacher's pass in memory
 CLUSTER = 20  # images in a k-means cluster, on average
 
 
@@ -27,17 +30,21 @@ def knn(features: Matrix, bag_size: int, search: Search = IN_MEMORY) -> tuple[Te
 
 @dataclass(frozen=True)
 class Seen:
-    """What a way of bagging may look at: features (N, D); own (N, V) cosine of each image's plain view with its
-    augmented views (V may be 0); labels (N,) by folder name, or None; clusters: 0 for one in every CLUSTER images; seed
-    of the random draws; how neighbours are searched.
+    """What a way of bagging may look at: N images, `rows` (N,) of the teacher's pass and of the list; clusters: 0 for
+    one in every CLUSTER images; seed of the random draws; how neighbours are searched.
     """
 
-    features: Matrix
-    own: Tensor
-    labels: Tensor | None
+    teacher: TeacherPass
+    images: ImageList
+    rows: Tensor
     clusters: int
     seed: int
     search: Search = IN_MEMORY
+
+    @property
+    def features(self) -> Matrix:
+        """The teacher's features (N, D)."""
+        return Rows(self.teacher.features, self.rows)
 
 
 def by_neighbours(seen: Seen, bag_size: int) -> Tensor:
@@ -54,8 +61,13 @@ def by_trust(seen: Seen, bag_size: int) -> Tensor:
     """
     bags, similar = knn(seen.features, bag_size, seen.search)
     trusted = mutual(bags)
-    if seen.own.shape[1]:
-        trusted &= similar >= seen.own.min(1).values[:, None]
+    views = seen.teacher.views
+    if views.shape[1] and not seen.teacher.projected:
+        own = [
+            torch.einsum("nd,nvd->nv", seen.teacher.embeddings[rows].float(), views[rows].float())
+            for rows in seen.rows.split(BLOCK)
+        ]
+        trusted &= similar >= torch.cat(own).min(1).values[:, None]
     return _packed(torch.where(trusted, bags, -1))
 
 
@@ -88,9 +100,12 @@ def by_labels(seen: Seen, bag_size: int) -> Tensor:
     """An oracle, for ablation only: K images of the same folder name, drawn at random. Raises BingoError without at
     least two folders.
     """
-    if seen.labels is None:
-        raise BingoError("--bags labels: expected a folder a class in --data, found none; use --bags knn")
-    return _drawn(seen.labels, bag_size, seen.seed)
+    try:
+        names, labels = labels_of(seen.images)
+    except BingoError as error:
+        raise BingoError(f"--bags labels: {error}; use --bags knn") from None
+    console.say(f"warning: bags by {len(names)} folder names are an oracle for comparison; a real run has no labels")
+    return _drawn(torch.tensor(labels)[seen.rows], bag_size, seen.seed)
 
 
 def without(seen: Seen, bag_size: int) -> Tensor:

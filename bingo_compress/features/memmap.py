@@ -112,3 +112,20 @@ class Stored:
                 found = zlib.crc32(content, found)
                 left -= len(content)
         return found
+
+
+@dataclass(frozen=True)
+class TeacherPass:
+    """What one pass of the teacher gave. features: (N, width) plain view; embeddings: (N, D) plain view; views: (N, V,
+    D), V may be 0.
+
+    Float16, every row of length one: no method uses lengths, and float16 ends at 65504. All are read from disk as they
+    are used. key: of what the pass was made from; projected: embeddings and views went through a projection head, the
+    features did not.
+    """
+
+    features: Tensor
+    embeddings: Tensor
+    views: Tensor
+    key: str
+    projected: bool = False

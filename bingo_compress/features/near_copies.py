@@ -82,9 +82,10 @@ def find(photos: Photos, limits: Limits, search: neighbours.Search = neighbours.
         # What earlier neighbours have joined needs no second look.
         pairs = pairs[:, (similar[:, place] >= limits.similar) & (scenes[pairs[0]] != scenes[pairs[1]])]
         pairs = pairs.sort(dim=0).values.unique(dim=1)
-        if pairs.numel():
-            alike = [_compared(photos.look, part) >= limits.alike for part in pairs.split(PAIRS, dim=1)]
-            scenes = _joined(scenes, pairs[:, torch.cat(alike)])
+        if not pairs.shape[1]:
+            continue
+        alike = [_are_copies(photos.look, part, limits.alike) for part in pairs.split(PAIRS, dim=1)]
+        scenes = _joined(scenes, pairs[:, torch.cat(alike)])
     return scenes
 
 
@@ -249,11 +250,26 @@ def correlation(one: Tensor, other: Tensor) -> Tensor:
     return found.flatten(1).amax(1)
 
 
-def _compared(look: Look, pairs: Tensor) -> Tensor:
-    """`correlation` (B,) of the pictures of pairs (2, B)."""
+def repeats(fine: Tensor) -> Tensor:
+    """The correlation (B,) of pictures (B, 3, SIDE, SIDE) with themselves, the largest of all shifts by far more than
+    REACH: near 1 for a texture, under 0.62 for 876 photos of clothes and of objects (2026-11-27).
+    """
+    apart = fine - fine.mean((2, 3), keepdim=True)
+    power = torch.fft.irfft2(torch.fft.rfft2(apart).abs().square().sum(1), s=(SIDE, SIDE))
+    near = torch.zeros(SIDE, dtype=torch.bool)
+    near[torch.arange(-2 * REACH, 2 * REACH + 1)] = True
+    found: Tensor = (power / power[:, :1, :1].clamp(min=1e-6))[:, ~(near[:, None] & near)].amax(1)
+    return found
+
+
+def _are_copies(look: Look, pairs: Tensor, alike: float) -> Tensor:
+    """bool (B,): whether pairs (2, B) show one scene. Two pieces of one fabric are alike without doing so: what a
+    picture has in common with itself elsewhere tells nothing, and half of the rest must be there too.
+    """
     images, place = pairs.unique(return_inverse=True)
     fine = _fine(look(images))
-    return correlation(fine[place[0]], fine[place[1]])
+    least = ((1 + repeats(fine)[place].amax(0)) / 2).clamp(min=alike)
+    return correlation(fine[place[0]], fine[place[1]]) >= least
 
 
 def _disturbed(plain: Tensor, generator: torch.Generator) -> Tensor:

@@ -3,7 +3,7 @@ twice.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from bingo_compress.data.image_list import ImageList
 from bingo_compress.data.pixel_store import PixelStore
 from bingo_compress.errors import BingoError
 from bingo_compress.features import extract
-from bingo_compress.features.memmap import Stored
+from bingo_compress.features.memmap import Stored, TeacherPass
 from bingo_compress.models import encoder
 from bingo_compress.models.encoder import Encoder
 from bingo_compress.runtime import console, distributed
@@ -29,21 +29,6 @@ SHARD = 1024
 ROWS = 1024  # of a sample
 TOO_ALIKE = 1 - 1.6e-5  # the mean cosine at which float16's rounding is 5% of the images' spread
 LARGE = 512  # images that the teacher is given at once on a GPU; halved until they fit
-
-
-@dataclass(frozen=True)
-class TeacherPass:
-    """What one pass of the teacher gave. features: (N, width) plain view; embeddings: (N, D) plain view; views: (N, V,
-    D), V may be 0.
-
-    Float16, every row of length one: no method uses lengths, and float16 ends at 65504. All are read from disk as they
-    are used. key: of what the pass was made from.
-    """
-
-    features: Tensor
-    embeddings: Tensor
-    views: Tensor
-    key: str
 
 
 def run(
@@ -104,7 +89,7 @@ def run(
     distributed.barrier()
     if missing:
         _say_alike(files.embeddings.read(count, files.embeddings.width))
-    return files.read(views, key)
+    return replace(files.read(views, key), projected=teacher.projection is not None)
 
 
 Shard = tuple[range, int]  # images, and which augmented view of them, -1 for the plain one

@@ -11,7 +11,6 @@ from typing import Any
 import timm
 
 from bingo_compress import __version__
-from bingo_compress.features import neighbours
 from bingo_compress.models import exported
 from bingo_compress.recipe import GIVEN, RESUME_MAY_CHANGE, Recipe, load_recipe
 from bingo_compress.report import timing_table
@@ -22,15 +21,7 @@ from bingo_compress.training.plan import loss_of
 
 ELSEWHERE = {"teacher", "student", "teacher_weights", "student_weights", "teacher_size", "image_size"}
 # What of a validation's protocol is shown; its other entries name folders.
-PROTOCOL = ("knn", "linear", "linear_balanced", "neighbour_recall", "onnx", "intervals", "gap_closed", "literature")
-TITLES = {
-    "knn": "kNN",
-    "linear": "linear",
-    "linear_balanced": "balanced",
-    "linear_auc": "AUC",
-    "neighbour_recall": "recall",
-    "literature": "linear, augmented",
-}
+PROTOCOL = ("onnx", "intervals", "gap_closed", "literature")
 CLASSES_SHOWN = 50
 # All that can begin or end something inside a line, of CommonMark and of GitHub's tables, formulas and links that need
 # no brackets.
@@ -217,8 +208,8 @@ def _validation(run: RunDir, files: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _proof(protocol: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    titles = TITLES | {"neighbour_recall": neighbours.recall_title(protocol["bank_images"])}
-    keys = [key for key in TITLES if any(key in row for row in rows)]
+    titles = protocol["figures"]
+    keys = [key for key in titles if any(key in row for row in rows)]
     explained = {*keys, *(str(row["name"]).partition("-")[0] for row in rows), "intervals", "gap_closed"}
     cells = [[plain(title(row["name"])), *(_figure(row, key) for key in keys)] for row in rows]
     classes = protocol["classes"]
@@ -255,7 +246,11 @@ def _proof(protocol: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> li
         *blocks,
         "The student by class, weakest first:",
         _table(("class", "test images", "found"), by_class),
-        "\n".join(f"- {key}: {plain(protocol[key])}" for key in PROTOCOL if key in protocol and key in explained),
+        "\n".join(
+            f"- {key}: {plain(protocol[key])}"
+            for key in dict.fromkeys((*titles, *PROTOCOL))
+            if key in protocol and key in explained
+        ),
     ]
 
 

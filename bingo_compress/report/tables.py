@@ -22,6 +22,7 @@ NAMES = {
     "against": "student of --against",
 }
 CLASSES_SHOWN = 20
+PLAIN = ("linear_balanced", "linear_auc", "neighbour_recall")  # without their intervals: a screen is narrow
 
 
 def title(row: str) -> str:
@@ -67,34 +68,18 @@ def _figure(row: Mapping[str, Any], key: str) -> str:
 
 
 def _main(protocol: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
-    augmented, areas = any("literature" in row for row in rows), "linear_auc" in rows[0]
-    header = [
-        "",
-        "kNN",
-        "linear",
-        "balanced",
-        *(["AUC"] if areas else []),
-        neighbours.recall_title(protocol["bank_images"]),
-    ]
-    cells = []
-    for row in rows:
-        plain = ["linear_balanced", *(["linear_auc"] if areas else []), "neighbour_recall"]
-        cells.append(
-            [
-                title(row["name"]),
-                _figure(row, "knn"),
-                _figure(row, "linear"),
-                *(f"{row[key]:.3f}" if key in row else "-" for key in plain),
-            ]
-        )
-        if augmented:
-            cells[-1].append(_figure(row, "literature") if "literature" in row else "-")
+    figures = {key: name for key, name in protocol["figures"].items() if any(key in row for row in rows)}
+    cells = [[title(row["name"]), *(_cell(row, key) for key in figures)] for row in rows]
     console.table(
         f"{protocol['test_images']:,} test images, bank of {protocol['bank_images']:,}, {len(protocol['classes'])}"
         " classes; in brackets: 95% interval",
-        [*header, *(["linear, augmented"] if augmented else [])],
+        ["", *figures.values()],
         cells,
     )
+
+
+def _cell(row: Mapping[str, Any], key: str) -> str:
+    return "-" if key not in row else f"{row[key]:.3f}" if key in PLAIN else _figure(row, key)
 
 
 def _few_labels(rows: Sequence[Mapping[str, Any]]) -> None:

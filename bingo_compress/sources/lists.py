@@ -82,13 +82,13 @@ def _table(path: Path, columns: Columns) -> tuple[list[str], list[str]]:
     if not rows:
         raise BingoError(f"expected a table with a line of names, found an empty file: {path}")
     header = [name.strip() for name in rows[0]]
-    image = _column(path, header, columns.image, IMAGE_NAMES, "image_column")
+    image = _column(path, header, columns.image, IMAGE_NAMES, "image-column")
     if image is None:
         raise BingoError(
-            f"expected a column of image files in {path}, found columns {', '.join(header)}; say which with --set"
-            " image_column=NAME"
+            f"expected a column of image files in {path}, found columns {', '.join(header)}; say which with"
+            " --image-column NAME"
         )
-    label = _column(path, header, columns.label, LABEL_NAMES, "label_column")
+    label = _column(path, header, columns.label, LABEL_NAMES, "label-column")
     for number, row in enumerate(rows[1:], 2):
         if len(row) <= max(image, label or 0):
             raise BingoError(f"{path}, line {number}: expected {len(header)} values, found {len(row)}; mend the table")
@@ -100,13 +100,13 @@ def _column(path: Path, header: Sequence[str], wanted: str, known: Sequence[str]
     if wanted:
         if wanted not in header:
             raise BingoError(
-                f"--set {setting}={wanted}: expected a column of {path}, which has {', '.join(header)}; the nearest is"
+                f"--{setting} {wanted}: expected a column of {path}, which has {', '.join(header)}; the nearest is"
                 f" {nearest(wanted, header, 1)[0]}"
             )
         return header.index(wanted)
     lower = [name.lower() for name in header]
     found = next((lower.index(name) for name in known if name in lower), None)
-    return 0 if found is None and len(header) == 1 and setting == "image_column" else found
+    return 0 if found is None and len(header) == 1 and setting == "image-column" else found
 
 
 def _unusable(place: Path) -> str:

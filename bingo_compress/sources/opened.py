@@ -22,10 +22,13 @@ BRACES = re.compile(r"\{([^{}]*)\}")
 
 @dataclass(frozen=True)
 class Asked:
-    """Images as they were asked for: folders, lists, archives, patterns of archives; columns of their tables."""
+    """Images as they were asked for: folders, lists, archives, patterns of archives; columns of their tables; `bands`
+    of `load_image`, as text.
+    """
 
     places: tuple[str, ...]
     columns: Columns = NO_COLUMNS
+    bands: str = ""
 
 
 Data = str | Path | Sequence[str | Path] | Asked
@@ -41,7 +44,7 @@ def asked(data: Data) -> Asked:
 def of_recipe(recipe: Recipe) -> Asked:
     """What a recipe is to be distilled on."""
     places = recipe.data if isinstance(recipe.data, tuple) else (recipe.data,)
-    return Asked(places, Columns(recipe.image_column, recipe.label_column))
+    return Asked(places, Columns(recipe.image_column, recipe.label_column), recipe.bands)
 
 
 def absolute(place: str) -> str:

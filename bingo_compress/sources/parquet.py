@@ -71,7 +71,7 @@ def _image_column(path: Path, schema: Any, wanted: str) -> str:
     if wanted:
         if wanted not in held:
             raise BingoError(
-                f"--set image_column={wanted}: expected a column of images as bytes in {path}, which has"
+                f"--image-column {wanted}: expected a column of images as bytes in {path}, which has"
                 f" {', '.join(held) or 'none'}"
             )
         return wanted
@@ -86,7 +86,7 @@ def _image_column(path: Path, schema: Any, wanted: str) -> str:
 def _label_column(path: Path, schema: Any, wanted: str) -> str:
     if wanted and wanted not in schema.names:
         raise BingoError(
-            f"--set label_column={wanted}: expected a column of {path}, which has {', '.join(schema.names)}; the"
+            f"--label-column {wanted}: expected a column of {path}, which has {', '.join(schema.names)}; the"
             f" nearest is {nearest(wanted, schema.names, 1)[0]}"
         )
     return wanted or next((name for name in LABEL_NAMES if name in schema.names), "")

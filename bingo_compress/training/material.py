@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bingo_compress.data import image_list, pixel_store
 from bingo_compress.features import bagging, extract, near_copies, neighbours, targets, teacher_pass
-from bingo_compress.features.memmap import Rows
+from bingo_compress.features.memmap import Rows, TeacherPass
 from bingo_compress.models import encoder
 from bingo_compress.models.encoder import Encoder
 from bingo_compress.models.trained import Models
@@ -33,7 +33,7 @@ class Material:
     folder: image_list.ImageList
     held: Tensor
     training: Tensor
-    seen: teacher_pass.TeacherPass
+    seen: TeacherPass
     scenes: Tensor
     work: Path
     sources: dict[str, str]
@@ -75,7 +75,7 @@ def _scenes(
     teacher: Encoder,
     folder: image_list.ImageList,
     store: pixel_store.PixelStore,
-    seen: teacher_pass.TeacherPass,
+    seen: TeacherPass,
     work: Path,
 ) -> Tensor:
     """Which images show one scene, kept under `work`: a run that goes on with other threads must find the same."""
@@ -120,19 +120,6 @@ def make_bags(plan: Plan, teacher: Encoder, material: Material) -> Tensor:
         plan.loss.mates and plan.loss.teacher
     ):  # two views of the anchor, or bags that the student makes for itself
         return torch.empty(len(training), 0, dtype=torch.int64)
-    own = torch.empty(len(training), 0)
-    if recipe.bags == "adaptive" and teacher.projection is None and seen.views.shape[1]:
-        parts = training.split(targets.ROWS)
-        own = torch.cat(
-            [torch.einsum("nd,nvd->nv", seen.embeddings[rows].float(), seen.views[rows].float()) for rows in parts]
-        )
-    labels = None
-    if recipe.bags == "labels":
-        names, indices = image_list.labels_of(material.folder)
-        console.say(
-            f"warning: bags by {len(names)} folder names are an oracle for comparison; a real run has no labels"
-        )
-        labels = torch.tensor(indices)[training]
     scenes = near_copies.within(material.scenes, training)
     split_digest = hashlib.sha256(training[scenes.unique()].numpy().tobytes()).hexdigest()
     # Arms of a comparison share one folder; what is stale is the bags of another teacher's pass.
@@ -141,8 +128,8 @@ def make_bags(plan: Plan, teacher: Encoder, material: Material) -> Tensor:
     search = neighbours.Search(recipe.search, plan.device, material.work / f"bags-{seen.key}-{key}")
 
     def bags(firsts: Tensor) -> Tensor:
-        features, names = Rows(seen.features, training[firsts]), None if labels is None else labels[firsts]
-        looked = bagging.Seen(features, own[firsts], names, recipe.clusters, hash_seed(recipe.seed, "bags"), search)
+        draws = hash_seed(recipe.seed, "bags")
+        looked = bagging.Seen(seen, material.folder, training[firsts], recipe.clusters, draws, search)
         return bagging.BAGGERS[recipe.bags](looked, recipe.bag_size)
 
     return bagging.over_scenes(bags, scenes)

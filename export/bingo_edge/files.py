@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from bingo_edge.errors import EdgeError
 from bingo_edge.image import ImageError, Pixels, load_image
+from bingo_edge.tiff import Bands
 
 MOST_PACKED = 20  # times: embeddings hardly pack at all; what packs a thousandfold is there to fill the memory
 
@@ -20,10 +21,11 @@ Source = str | PathLike[str] | Pixels
 Picture = tuple[str, Callable[[], Pixels]]
 
 
-def pictures(sources: Source | Iterable[Source]) -> Iterator[Picture]:
+def pictures(sources: Source | Iterable[Source], bands: Bands = ()) -> Iterator[Picture]:
     """Every picture of a path, a folder, an array, or an iterable of these, in order and lazily.
 
-    Arrays are uint8 (height, width, 3) and are named "array 0", "array 1", .. by their place. Nothing is decoded here.
+    Arrays are uint8 (height, width, 3) and are named "array 0", "array 1", .. by their place.
+    bands: as in `load_image`. Nothing is decoded here.
     """
     single = isinstance(sources, str | PathLike) or (isinstance(sources, np.ndarray) and sources.ndim == 3)
     many: Iterable[Any] = [sources] if single else sources  # type: ignore[assignment]
@@ -31,10 +33,10 @@ def pictures(sources: Source | Iterable[Source]) -> Iterator[Picture]:
         if isinstance(source, np.ndarray):
             yield f"array {place}", partial(_checked, source)
         else:
-            yield from walk(os.fspath(source))
+            yield from walk(os.fspath(source), bands)
 
 
-def walk(top: str) -> Iterator[Picture]:
+def walk(top: str, bands: Bands = ()) -> Iterator[Picture]:
     """Every regular file under `top` (or `top` itself), sorted by name folder by folder, whatever its suffix.
 
     Links are followed, and each real file or folder is met once, so a loop of links ends. A broken link and a folder
@@ -45,7 +47,7 @@ def walk(top: str) -> Iterator[Picture]:
     while stack:
         path = stack.pop()
         if not os.path.exists(path):
-            yield path, partial(load_image, path)
+            yield path, partial(load_image, path, bands=bands)
             continue
         real = os.path.realpath(path)
         if real in seen:
@@ -59,7 +61,7 @@ def walk(top: str) -> Iterator[Picture]:
             else:
                 stack.extend(os.path.join(path, name) for name in names)
         elif os.path.isfile(path):
-            yield path, partial(load_image, path)
+            yield path, partial(load_image, path, bands=bands)
         elif path == top:
             yield path, partial(_refuse, "not a regular file")
 

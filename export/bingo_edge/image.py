@@ -11,7 +11,7 @@ import warnings
 from contextlib import suppress
 from os import PathLike
 from threading import Lock
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,25 +60,47 @@ with suppress(ImportError):
     pillow_heif.register_heif_opener()
 
 
+PAGED = ("TIFF", "GIF", "WEBP", "PNG")  # not a phone's MPO, whose second picture is a preview or a depth map
+
+
 class ImageError(Exception):
     """A picture that cannot be used; the message says why in a few words."""
 
 
-def load_image(source: str | PathLike[str] | IO[bytes], at_least: int = 0) -> Pixels:
+class Decoded(NamedTuple):
+    """A picture, uint8 (height, width, 3), and what its file was. several: that it holds more pages or frames, of which
+    this is the first; peak: of 16 bits a sample, the largest number, where it may be up to 65,535; 0 for other files.
+    """
+
+    pixels: Pixels
+    several: bool
+    peak: int
+
+
+def load_image(source: str | PathLike[str] | IO[bytes], at_least: int = 0, bands: tiff.Bands = ()) -> Pixels:
     """Decode a picture to upright 8-bit RGB.
 
     source: a path or a binary file. at_least: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, its short side not
-    under this (0: at its size). Returns uint8 (height, width, 3), EXIF rotation applied, the first frame of an
-    animation, transparency laid over white, 16-bit values scaled (never clipped) to 8. Raises ImageError for anything
-    that is not wholly decodable: a truncated file is an error, never half an image.
+    under this (0: at its size). bands: of a TIFF of many bands that does not say which are red, green and blue, their
+    numbers, from 1; without them such a file cannot be used. Returns uint8 (height, width, 3), EXIF rotation applied,
+    the first frame of an animation, transparency laid over white, 16-bit values scaled (never clipped) to 8. Raises
+    ImageError for anything that is not wholly decodable: a truncated file is an error, never half an image.
     """
+    return decode(source, at_least, bands).pixels
+
+
+def decode(source: str | PathLike[str] | IO[bytes], at_least: int = 0, bands: tiff.Bands = ()) -> Decoded:
+    """The same, with what a folder of such files is to be told about."""
     try:
         _refuse_file(source)
         with Image.open(source) as opened:
             if opened.format == "EPS":
                 raise ImageError("PostScript, which would be run as a program")
-            if isinstance(opened, TiffImageFile) and (why := tiff.unusable(opened.tag_v2, _start(source))):
-                raise ImageError(why)
+            if isinstance(opened, TiffImageFile):
+                if why := tiff.unusable(opened.tag_v2, _start(source), bands):
+                    raise ImageError(why)
+                if tiff.unsaid(opened.tag_v2):
+                    return _unidentified(source, bands)
             if opened.info.get("progressive"):
                 _refuse_scans(opened)
             _reduce(opened, at_least)
@@ -89,7 +111,7 @@ def load_image(source: str | PathLike[str] | IO[bytes], at_least: int = 0) -> Pi
     except ImageError:
         raise
     except UnidentifiedImageError:
-        return _unidentified(source)
+        return _unidentified(source, bands)
     except Image.DecompressionBombError:
         raise ImageError("more pixels than Pillow's safety limit") from None
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
@@ -226,15 +248,18 @@ def _start(source: str | PathLike[str] | IO[bytes]) -> bytes:
     return start
 
 
-def _unidentified(source: str | PathLike[str] | IO[bytes]) -> Pixels:
-    """A picture that Pillow does not know: a TIFF of 10, 12 or 14 bits. Raises ImageError for all others."""
+def _unidentified(source: str | PathLike[str] | IO[bytes], bands: tiff.Bands) -> Decoded:
+    """A picture that Pillow does not know: a TIFF of 10, 12 or 14 bits, or of many bands. Raises ImageError for all
+    others.
+    """
     try:
-        found = tiff.unpacked(source)
+        found = tiff.unpacked(source, bands)
     except Exception as error:  # as of Pillow's own plugins: a damaged file
         raise ImageError(f"a damaged TIFF: {error or type(error).__name__}") from None
     if isinstance(found, str):
         raise ImageError(found or _unknown(source))
-    return _grey_to_rgb(found)
+    pixels, peak = found
+    return Decoded(pixels if pixels.ndim == 3 else _grey_to_rgb(pixels), several=False, peak=peak)
 
 
 def _unknown(source: str | PathLike[str] | IO[bytes]) -> str:
@@ -257,7 +282,9 @@ def _unknown(source: str | PathLike[str] | IO[bytes]) -> str:
     return "not an image that Pillow can read"
 
 
-def _upright(opened: Image.Image, source: str | PathLike[str] | IO[bytes], at_least: int) -> Pixels:
+def _upright(opened: Image.Image, source: str | PathLike[str] | IO[bytes], at_least: int) -> Decoded:
+    several = opened.format in PAGED and _holds_several(opened)
+    high_bytes = opened.format in ("PNG", "TIFF") and _has_16_bits(opened)  # in colour Pillow reads those alone
     opened.load()
     if isinstance(opened, JpegImageFile):
         _refuse_closed_early(opened, source, at_least)
@@ -266,10 +293,23 @@ def _upright(opened: Image.Image, source: str | PathLike[str] | IO[bytes], at_le
     except Exception:  # a damaged EXIF block turns nothing; the picture is whole
         turn = None
     meant = tiff.samples(opened) if isinstance(opened, TiffImageFile) else tiff.Samples()
-    return _to_rgb(opened if turn is None else opened.transpose(turn), meant)
+    pixels, peak = _to_rgb(opened if turn is None else opened.transpose(turn), meant)
+    if high_bytes and opened.mode == "RGB":
+        peak = int(pixels.max()) << 8 | 255
+    return Decoded(pixels, several, peak)
 
 
-def _to_rgb(image: Image.Image, meant: tiff.Samples) -> Pixels:
+def _has_16_bits(opened: Any) -> bool:
+    how = opened.tile[0][3] if opened.tile else ""
+    return ";16" in str(how if isinstance(how, str) else how[0])
+
+
+def _holds_several(opened: Any) -> bool:
+    return tiff.several(opened) if isinstance(opened, TiffImageFile) else getattr(opened, "is_animated", False)
+
+
+def _to_rgb(image: Image.Image, meant: tiff.Samples) -> tuple[Pixels, int]:
+    """(a picture as 8-bit RGB, `Decoded.peak`)."""
     if image.width == 0 or image.height == 0:
         raise ImageError("no pixels")
     if image.mode == "I" or image.mode.startswith("I;16"):
@@ -277,18 +317,19 @@ def _to_rgb(image: Image.Image, meant: tiff.Samples) -> Pixels:
         if wide.min() < 0 or wide.max() > 65535:
             raise ImageError("integer pixels outside 0..65535: the scale is unknown")
         grey = tiff.scaled(wide, meant.largest)
-        return _grey_to_rgb(255 - grey if meant.white_is_zero else grey)
+        peak = int(wide.max()) if meant.largest == 65535 else 0
+        return _grey_to_rgb(255 - grey if meant.white_is_zero else grey), peak
     if image.mode == "F":
         real = np.asarray(image)
         if not np.isfinite(real).all() or real.min() < 0 or real.max() > 1:
             raise ImageError("float pixels outside 0..1: the scale is unknown")
-        return _grey_to_rgb(np.rint(real * 255).astype(np.uint8))
+        return _grey_to_rgb(np.rint(real * 255).astype(np.uint8)), 0
     if not meant.alpha:
         image = tiff.without_extra(image)
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-    return np.array(image if image.mode == "RGB" else image.convert("RGB"))  # convert would copy
+    return np.array(image if image.mode == "RGB" else image.convert("RGB")), 0  # convert would copy
 
 
 def _grey_to_rgb(grey: Pixels) -> Pixels:

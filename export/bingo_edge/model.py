@@ -115,7 +115,7 @@ class Embedder:
         names: list[str] = []
         rows: list[Pixels] = []
         skipped: list[Skipped] = []
-        for name, load in pictures(sources):
+        for name, load in pictures(sources, tuple(self.contract.get("bands", ()))):
             try:
                 rows.append(preprocess_from(self.contract, load()))
                 names.append(name)
@@ -185,6 +185,8 @@ def read_contract(text: str | None, path: str) -> dict[str, Any]:
             isinstance(given["name"], str) and isinstance(size, int) and size > 0 and isinstance(dim, int) and dim > 0
         )
         sound = sound and 0 < crop <= 1 and mode in ("center", "squash")
+        bands = contract.get("bands", [1, 1, 1])
+        sound = sound and len(bands) == 3 and all(isinstance(band, int) and band > 0 for band in bands)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise EdgeError(
             "a whole contract in the metadata", f"{path} ({type(error).__name__}: {error})", AGAIN

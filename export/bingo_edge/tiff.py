@@ -12,14 +12,17 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
 
 # Tags by their numbers in the standard, TIFF 6.0; the last one is DNG's.
 REDUCED, WIDTH, HEIGHT, BITS, COMPRESSION, MEANING, FILL = 254, 256, 257, 258, 259, 262, 266
-STRIPS, BANDS, STRIP_BYTES, TILES, EXTRA, DNG = 273, 277, 279, 322, 338, 50706
+STRIPS, BANDS, STRIP_BYTES, PLANES, TILES, EXTRA, KIND, DNG = 273, 277, 279, 284, 322, 338, 339, 50706
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, CMYK, MOSAIC, LINEAR_RAW = 0, 1, 2, 5, 32803, 34892
 COLOURS = {WHITE_IS_ZERO: 1, BLACK_IS_ZERO: 1, RGB: 3, CMYK: 4}  # bands that are seen; all others are extra
 CANON = b"\x10\0\0\0CR\2"  # where a CR2 has its first directory, and its mark
 ALPHA = (1, 2, 999)  # an extra band that is one, associated or not; the last is Corel's
 PACKED = (10, 12, 14)  # bits a sample, without a gap between samples
 RAW = "a camera's raw file: only its thumbnail can be read; develop it first"
+PAGES = 4  # looked at for one that counts
 MOST = 1 << 26  # pixels of a packed picture, which is held twice
+MOST_SAMPLES = 1 << 28  # of a picture that bands are picked from
+Bands = tuple[int, ...]
 
 
 class Samples(NamedTuple):
@@ -45,39 +48,70 @@ def samples(opened: TiffImageFile) -> Samples:
     )
 
 
-def unusable(tags: Any, magic: bytes) -> str:
-    """Why a TIFF with these tags of its first picture is left out, or "". magic: the file's first 16 bytes."""
-    meaning, bands = _first(tags, MEANING, -1), _first(tags, BANDS, 1)
+def several(opened: TiffImageFile) -> bool:
+    """Whether one of the next pages is a picture of its own, no smaller copy of another and no mask."""
+    file, tags = opened.fp, opened.tag_v2
+    assert file is not None
+    place = file.tell()
+    for _ in range(PAGES):
+        if not tags.next:
+            break
+        start = tags.next
+        file.seek(0)
+        tags = ImageFileDirectory_v2(file.read(8))
+        file.seek(start)
+        tags.load(file)
+        if WIDTH in tags and not _first(tags, REDUCED, 0) & (1 | 4):
+            file.seek(place)
+            return True
+    file.seek(place)
+    return False
+
+
+def unusable(tags: Any, magic: bytes, bands: Bands = ()) -> str:
+    """Why a TIFF with these tags of its first picture is left out, or "". magic: the file's first 16 bytes; bands: of
+    pictures that are `unsaid`, the numbers of red, green and blue, from 1.
+    """
+    meaning, count = _first(tags, MEANING, -1), _first(tags, BANDS, 1)
     if DNG in tags or _first(tags, REDUCED, 0) & 1 or magic[4:11] == CANON or meaning in (MOSAIC, LINEAR_RAW):
         return RAW
-    colours = COLOURS.get(meaning)
-    if colours is None:
-        return ""
-    if bands > colours + 1 or (colours == 1 and bands == 2 and not _has_alpha(tags)):
-        return f"a TIFF of {bands} bands that does not say which are red, green and blue"
+    if unsaid(tags) and max(bands, default=count + 1) > count:
+        missing = f", and has no number {max(bands)}" if bands else ""
+        return f"a TIFF of {count} bands that does not say which are red, green and blue{missing}"
     return ""
 
 
-def unpacked(source: str | PathLike[str] | IO[bytes]) -> NDArray[np.uint8] | str:
-    """A TIFF that Pillow does not know: grey of 10, 12 or 14 bits a sample, uncompressed, as uint8 (height, width), its
-    numbers scaled by their bits; else why not, in a few words, or "" for what is no TIFF.
+def unsaid(tags: Any) -> bool:
+    """Whether a picture has bands of which nothing says which are red, green and blue."""
+    colours, count = COLOURS.get(_first(tags, MEANING, -1)), _first(tags, BANDS, 1)
+    if colours is None:
+        return False
+    return count > colours + 1 or (colours == 1 and count == 2 and not _has_alpha(tags))
+
+
+def unpacked(source: str | PathLike[str] | IO[bytes], bands: Bands = ()) -> tuple[NDArray[np.uint8], int] | str:
+    """A TIFF that Pillow does not know, uncompressed, its numbers scaled by their bits: grey of 10, 12 or 14 bits a
+    sample as uint8 (height, width), or `bands` of one that is `unsaid` as uint8 (height, width, 3); and the largest
+    number of 16 bits, 0 for others. Else why not, in a few words, or "" for what is no TIFF.
     """
     if isinstance(source, (str, PathLike)):
         with open(source, "rb") as file:
-            return _unpacked(file)
+            return _unpacked(file, bands)
     source.seek(0)
-    return _unpacked(source)
+    return _unpacked(source, bands)
 
 
-def _unpacked(file: IO[bytes]) -> NDArray[np.uint8] | str:
+def _unpacked(file: IO[bytes], chosen: Bands) -> tuple[NDArray[np.uint8], int] | str:
     magic = file.read(16)
     if magic[:4] not in (b"II*\0", b"MM\0*"):
         return ""
     tags = ImageFileDirectory_v2(magic[:8])
     file.seek(tags.next)
     tags.load(file)
-    if why := unusable(tags, magic):
+    if why := unusable(tags, magic, chosen):
         return why
+    if unsaid(tags):
+        return _picked(file, tags, chosen, "<" if magic[:1] == b"I" else ">")
     bits, bands, meaning = _first(tags, BITS, 1), _first(tags, BANDS, 1), _first(tags, MEANING, -1)
     width, height = _first(tags, WIDTH, 0), _first(tags, HEIGHT, 0)
     if bits not in PACKED or bands > 1 or meaning not in (WHITE_IS_ZERO, BLACK_IS_ZERO) or width * height > MOST:
@@ -91,7 +125,34 @@ def _unpacked(file: IO[bytes]) -> NDArray[np.uint8] | str:
     rows = np.unpackbits(np.frombuffer(raw, np.uint8, line * height).reshape(height, line), axis=1)
     numbers = rows[:, : width * bits].reshape(height, width, bits) @ (1 << np.arange(bits)[::-1]).astype(np.uint32)
     grey = scaled(numbers, (1 << bits) - 1)
-    return 255 - grey if meaning == WHITE_IS_ZERO else grey
+    return (255 - grey if meaning == WHITE_IS_ZERO else grey), 0
+
+
+def _picked(file: IO[bytes], tags: Any, chosen: Bands, order: str) -> tuple[NDArray[np.uint8], int] | str:
+    """Three bands, as red, green and blue, of a picture of 8 or 16 bits a sample. order: of its bytes."""
+    bits, count = _first(tags, BITS, 1), _first(tags, BANDS, 1)
+    width, height, planes = _first(tags, WIDTH, 0), _first(tags, HEIGHT, 0), _first(tags, PLANES, 1) == 2
+    kinds = {bits, *tags.get(BITS, ())}, {1, *tags.get(KIND, ())}
+    if kinds not in (({8}, {1}), ({16}, {1})):
+        return f"a TIFF of {count} bands whose samples are no whole numbers of 8 or 16 bits"
+    if _first(tags, COMPRESSION, 1) != 1 or TILES in tags:
+        return f"a TIFF of {count} bands that is compressed or in tiles; save it without"
+    if width * height * (len(chosen) if planes else count) > MOST_SAMPLES:
+        return f"a TIFF of {count} bands with more pixels than can be picked from; cut it up"
+    strips = list(zip(tags[STRIPS], tags[STRIP_BYTES], strict=True))
+    each = len(strips) // count  # where every band has strips of its own
+    parts = [strips[each * (number - 1) : each * number] for number in chosen] if planes else [strips]
+    kind = np.dtype(f"{order}u{bits // 8}")
+    samples = width * height * (1 if planes else count)
+    raw = [b"".join(_strip(file, place, size) for place, size in part) for part in parts]
+    if not samples or min(map(len, raw)) < samples * kind.itemsize:
+        return "a truncated TIFF"
+    found = [np.frombuffer(one, kind, samples).reshape(height, width, -1) for one in raw]
+    picked = np.concatenate(found, axis=2) if planes else found[0][:, :, [number - 1 for number in chosen]]
+    numbers = np.ascontiguousarray(picked)
+    white_is_zero = _first(tags, MEANING, BLACK_IS_ZERO) == WHITE_IS_ZERO
+    seen = numbers.astype(np.uint8) if bits == 8 else scaled(numbers, 65535)
+    return (255 - seen if white_is_zero else seen), int(numbers.max()) if bits == 16 else 0
 
 
 def scaled(numbers: NDArray[Any], largest: int) -> NDArray[np.uint8]:

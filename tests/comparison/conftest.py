@@ -5,13 +5,12 @@ from typing import Any
 
 import pytest
 import safetensors.torch
-import torch
 from compared import EACH, KINDS, METHODS, World
 from helpers import encoder, photos, recipe
 
 from bingo_compress.comparison import side_by_side
 from bingo_compress.evaluation import probes
-from bingo_compress.features import near_copies, teacher_pass
+from bingo_compress.features import teacher_pass
 
 STRENGTHS = (0.1, 1.0)  # fewer fits: quicker
 
@@ -27,8 +26,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     passes = {"_plain_shard": 0, "_view_shard": 0}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(probes, "L2_STRENGTHS", STRENGTHS)
-        # Stripes, shifted, are near-copies; here every photo is to be another's mate.
-        patch.setattr(near_copies, "find", lambda seen, *_: torch.arange(len(seen.features)))
         for name in passes:
 
             def counted(real: Any, name: str, *given: Any) -> Any:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import Ran, untrained_run
+from helpers import Ran, flags, untrained_run
 
 from bingo_compress.data.image_list import ImageList, labels_of
 from bingo_compress.data.listing import list_images
@@ -67,6 +67,22 @@ def test_our_own_runs_and_files_among_the_photos_are_none(labelled: Path, tmp_pa
     shutil.copytree(run.path, labelled / "runs" / "first")
     found = list_images(labelled)
     assert (found.files, found.bad, found.passed) == (clean.files, (), 2)
+
+
+@pytest.mark.slow
+def test_a_run_made_among_the_photos_changes_nothing(
+    labelled: Path, bingo: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(labelled)  # the default of --out is runs/first, within it
+    words = ("distill", *flags(data=".", epochs=1))
+    assert bingo(*words).status == 0 and bingo("export", "--run", "runs/first").status == 0
+    shown = " ".join(bingo("check", "--data", ".").out.split())
+    assert "12 usable images in" in shown and "cannot be used" not in shown and "2 folders of 6 to 6" in shown
+    before = (labelled / "runs" / "first" / "student.safetensors").read_bytes()
+    again = bingo(*words, "--resume")
+    assert again.status == 0 and "images: 12 files in" in " ".join(again.out.split()), again.err
+    assert (labelled / "runs" / "first" / "student.safetensors").stat().st_size == len(before)
+    assert '"training": 11' in (labelled / "runs" / "first" / "summary.json").read_text()
 
 
 def test_train_and_val_are_not_taken_for_classes(labelled: Path, tmp_path: Path, bingo: Callable[..., Ran]) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from bingo_edge.image import ImageError, load_image
+from bingo_edge.image import decode as decode_file
 from PIL import Image
 from torch import Tensor
 
@@ -73,9 +74,9 @@ def count_decoding(monkeypatch: pytest.MonkeyPatch, stop_after: int | None = Non
     seen: list[int] = []
 
     def decode(
-        folder: ImageList, indices: Iterable[int], use: Callable[..., Any], at_least: int = 0
+        folder: ImageList, indices: Iterable[int], use: Callable[..., Any], at_least: int = 0, *rest: Any
     ) -> Iterator[tuple[int, Any]]:
-        for index, result in decode_all(folder, indices, use, at_least):
+        for index, result in decode_all(folder, indices, use, at_least, *rest):
             if len(seen) == stop_after:
                 raise KeyboardInterrupt
             seen.append(index)
@@ -267,12 +268,12 @@ def test_what_could_not_be_used_is_tried_again_at_each_start(
         "6.jpg": "no decoder is installed",
     }
 
-    def load(path: Path, at_least: int = 0) -> Any:
+    def load(path: Path, at_least: int = 0, bands: Any = ()) -> Any:
         if path.name in fails:
             raise ImageError(fails[path.name])
-        return load_image(path, at_least)
+        return decode_file(path, at_least)
 
-    monkeypatch.setattr("bingo_compress.data.decode.load_image", load)
+    monkeypatch.setattr("bingo_compress.data.decode.decode_file", load)
     listed = list_images(photos)
     assert [reason for _, reason in build(listed, SIDE, work, CPU, where)[1].bad] == [
         "Permission denied",
@@ -300,12 +301,12 @@ def test_a_stricter_rule_drops_what_was_good(photos: Path, work: Path, monkeypat
     listed = list_images(photos)
     assert len(build(listed, SIDE, work, CPU)[0]) == 8
 
-    def strict(path: Path, at_least: int = 0) -> Any:
+    def strict(path: Path, at_least: int = 0, bands: Any = ()) -> Any:
         if path.name == "4.jpg":
             raise ImageError("one pixel thin")
-        return load_image(path, at_least)
+        return decode_file(path, at_least)
 
-    monkeypatch.setattr("bingo_compress.data.decode.load_image", strict)
+    monkeypatch.setattr("bingo_compress.data.decode.decode_file", strict)
     monkeypatch.setitem(FORMATS, "pixels", FORMATS["pixels"] + 1)
     store, folder = build(listed, SIDE, work, CPU)
     assert len(store) == 7 and folder.bad == (("cats/4.jpg", "one pixel thin"),)
@@ -376,4 +377,7 @@ def test_a_store_on_disk_never_counts_as_this_process_memory(tmp_path: Path) -> 
 def test_the_facts_of_a_shard_are_plain_json(photos: Path, work: Path) -> None:
     build(list_images(photos), SIDE, work, CPU)
     facts = json.loads(next(work.rglob("*.json")).read_text())
-    assert set(facts) == {"tried", "good", "height", "width", "aspect", "jpeg", "bad", "crc32"} and facts["tried"] == 8
+    assert (
+        set(facts) == {"tried", "good", "height", "width", "aspect", "jpeg", "bad", "oddities", "crc32"}
+        and facts["tried"] == 8
+    )

@@ -155,7 +155,7 @@ def test_a_small_bank_has_no_recall_and_says_so(bingo: Bingo, tmp_path: Path) ->
     assert found["protocol"]["neighbour_recall"] == "not measured: a bank of 9 is too small (at least 10)"
     assert found["protocol"]["recall"] == {"k": 0, "gallery": 9, "chance": 1.0}
     ran = bingo(*words, "--require", "neighbour_recall=0.5")
-    assert ran.status == 3 and "neighbour_recall not measured (the bank of 9 is too small)" in ran.err
+    assert ran.status == 3 and "neighbour_recall not measured (a bank of 9 is too small (at least 10))" in ran.err
 
 
 def test_what_is_required_of_recall_is_told_with_its_k_and_chance(bingo: Bingo, tmp_path: Path) -> None:

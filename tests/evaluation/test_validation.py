@@ -15,7 +15,7 @@ from helpers import encoder, photos, recipe, unit
 
 from bingo_compress.data import listing
 from bingo_compress.data.image_list import ImageList
-from bingo_compress.evaluation import finetune, intervals, probes, scores, validation
+from bingo_compress.evaluation import finetune, intervals, probes, protocol, scores, validation
 from bingo_compress.evaluation.scores import Sides
 from bingo_compress.features import bagging, extract
 from bingo_compress.recipe import recipe_text
@@ -47,7 +47,7 @@ def test_the_figures_are_those_of_the_probes_inside_their_intervals() -> None:
     both = sides(classes=2)
     for name in both.bank:
         head = probes.fit_linear(both.bank[name], both.labels, 2)
-        found, right = scores.scores(name, both, head)
+        found, right = protocol.figures_of(name, both, head)
         bank, queries, labels = both.bank[name], both.queries[name], both.query_labels
         predicted = head.predict(queries)
         assert found["knn"] == pytest.approx(probes.accuracy(probes.knn_predict(bank, both.labels, queries, 2), labels))
@@ -63,7 +63,7 @@ def test_the_figures_are_those_of_the_probes_inside_their_intervals() -> None:
             low, high = found[f"{key}_interval"]
             assert 0 <= low <= found[key] <= high <= 1, key
             assert high - low < 0.35, key
-    assert scores.scores("teacher", both, head)[0]["neighbour_recall_interval"] == (1, 1)
+    assert protocol.figures_of("teacher", both, head)[0]["neighbour_recall_interval"] == (1, 1)
 
 
 def test_each_class_has_its_share_its_interval_and_its_double() -> None:

@@ -1,12 +1,16 @@
 """Bags and neighbours, against a brute force in float64 numpy."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from helpers import unit
 
+from bingo_compress.data.image_list import ImageList
 from bingo_compress.features import neighbours
 from bingo_compress.features.bagging import BAGGERS, Seen, knn
+from bingo_compress.features.memmap import TeacherPass
 
 BACKENDS = ["faiss", "torch"]
 
@@ -82,7 +86,9 @@ def test_a_larger_bag_goes_on_where_the_smaller_ends(backend: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(set(BAGGERS) - {"none"}))
 def test_every_way_of_bagging_gives_other_images_and_empty_places_last(name: str) -> None:
-    seen = Seen(features(25), torch.empty(25, 0), torch.arange(25) % 3, 3, seed=0)
+    images = ImageList(Path(), tuple(f"{number % 3}/{number}.jpg" for number in range(25)), ())
+    taught = TeacherPass(features(25), features(25), torch.empty(25, 0, 8), "")
+    seen = Seen(taught, images, torch.arange(25), 3, seed=0)
     bags = BAGGERS[name](seen, 5)
     assert bags.shape == (25, 5) and bags.dtype == torch.int64
     assert int(bags.min()) >= -1 and int(bags.max()) < 25

@@ -1,15 +1,18 @@
 """The ways of bagging beside kNN, and the report on bags, against brute force in plain loops."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers import unit
 
+from bingo_compress.data.image_list import ImageList
 from bingo_compress.errors import BingoError
 from bingo_compress.features import bagging
 from bingo_compress.features.bagging import BAGGERS, Seen, mutual, purity, report
+from bingo_compress.features.memmap import TeacherPass
 from bingo_compress.features.neighbours import load_faiss
 
 faiss = pytest.mark.skipif(load_faiss() is None, reason="faiss is not installed")
@@ -28,7 +31,12 @@ def looking(
     clusters: int = 0,
     seed: int = 0,
 ) -> Seen:
-    return Seen(features, torch.empty(len(features), 0) if own is None else own, labels, clusters, seed)
+    count = len(features)
+    views = torch.empty(count, 0, 1) if own is None else own[:, :, None]
+    folders = [""] * count if labels is None else [f"{int(label)}/" for label in labels]
+    # One more, of a class of its own, which is not bagged.
+    images = ImageList(Path(), (*(f"{folder}{number}.jpg" for number, folder in enumerate(folders)), "other/0.jpg"), ())
+    return Seen(TeacherPass(features, torch.ones(count, 1), views, ""), images, torch.arange(count), clusters, seed)
 
 
 def cosines(features: torch.Tensor) -> np.ndarray:
@@ -171,7 +179,7 @@ def test_labels_are_drawn_anew_by_seed_and_evenly() -> None:
 
 
 def test_labels_without_labels_are_refused() -> None:
-    with pytest.raises(BingoError, match="--bags labels: expected a folder a class in --data, found none"):
+    with pytest.raises(BingoError, match=r"--bags labels: labels: expected one folder a class in .*; use --bags knn"):
         BAGGERS["labels"](looking(clustered()), 5)
 
 

@@ -47,13 +47,13 @@ def test_several_models_share_one_decoding(
     folder: image_list.ImageList, teacher: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded: list[str] = []
-    real = decode.load_image
+    real = decode.decode_file
 
-    def counted(path: Any, at_least: int = 0) -> Any:
+    def counted(path: Any, at_least: int = 0, bands: Any = ()) -> Any:
         decoded.append(Path(path).name)
         return real(path, at_least)
 
-    monkeypatch.setattr("bingo_compress.data.decode.load_image", counted)
+    monkeypatch.setattr("bingo_compress.data.decode.decode_file", counted)
     models = {"a": teacher, "b": encoder("test_efficientnet", 48, seed=1), "c": encoder("test_resnet", 32, seed=2)}
     found, good = extract.plain(
         {name: extract.as_embed(model, CPU) for name, model in models.items()}, folder, range(COUNT), "test"
@@ -128,16 +128,16 @@ def test_a_kept_part_is_made_again_when_what_it_left_out_can_be_used(
     monkeypatch.setattr(extract, "PART", 1)
     listed = listing.list_images(photos(tmp_path / "photos", 2))
     keep = extract.Keep(tmp_path, "keep", {"a": ""})
-    real = decode.load_image
+    real = decode.decode_file
 
-    def refused(path: Path, at_least: int = 0) -> Any:
+    def refused(path: Path, at_least: int = 0, bands: Any = ()) -> Any:
         if path == listed.read_raw(2):
             raise ImageError("Permission denied")
         return real(path, at_least)
 
     preprocessing, run = extract.as_embed(teacher, CPU)
     with monkeypatch.context() as patch:
-        patch.setattr("bingo_compress.data.decode.load_image", refused)
+        patch.setattr("bingo_compress.data.decode.decode_file", refused)
         assert extract.plain({"a": (preprocessing, run)}, listed, range(6), "test", keep)[1] == [0, 1, 3, 4, 5]
     runs: list[int] = []
 

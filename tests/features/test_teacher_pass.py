@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 from bingo_compress.data import augment, image_list, listing, pixel_store
 from bingo_compress.errors import BingoError
 from bingo_compress.features import extract, teacher_pass
-from bingo_compress.features.teacher_pass import TeacherPass
+from bingo_compress.features.memmap import TeacherPass
 from bingo_compress.models.encoder import Encoder
 
 COUNT = 18

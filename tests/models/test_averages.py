@@ -12,6 +12,7 @@ from helpers import recipe
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
+from bingo_compress.comparison.arms import make_arms
 from bingo_compress.errors import BingoError
 from bingo_compress.models.encoder import build
 from bingo_compress.models.trained import build_student, build_teacher
@@ -97,6 +98,11 @@ def test_both_roles_read_the_setting(both: tuple[Tensors, Tensors], tmp_path: Pa
         refuse_unread([chosen], {"ema": ema}, "here")
     with pytest.raises(BingoError, match="found ema=False, read only by a file of weights"):
         refuse_unread([recipe(ema=False)], {"ema": False}, "here")
+
+
+def test_all_arms_of_a_comparison_take_the_same_of_the_two() -> None:
+    with pytest.raises(BingoError, match=r"ema.*same for all arms"):  # their teacher is embedded once
+        make_arms("bingo,bingo:ema=false", recipe())
 
 
 # ---------------------------------------------------------------- wrappers of other names

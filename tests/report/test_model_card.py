@@ -116,7 +116,7 @@ def judged() -> tuple[Sides, str]:
     rows = []
     for name in features:
         head = probes.LinearHead(centres, torch.zeros(2), 1.0)
-        found, _ = scores.scores(name, sides, head)
+        found, _ = protocol.figures_of(name, sides, head)
         rows.append(
             {
                 "name": name,

@@ -106,21 +106,7 @@ def same_training(one: Path, two: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_command_under_torchrun_trains_what_it_trains_alone(folder: Path, tmp_path: Path, bingo: Bingo) -> None:
-    one, shared = (
-        [*distill(folder, tmp_path / name, method="bingo", student="test_efficientnet", lr=0.02)]
-        for name in ("one", "two")
-    )
-    done = torchrun("-m", "bingo_compress", *shared)
-    assert done.returncode == 0, done.stderr[-3000:]
-    ran = bingo(*one)
-    assert ran.status == 0, ran.err
-    assert ran.out.count("student after") == done.stdout.count("student after") == 1  # one process speaks
-    same_training(tmp_path / "one", tmp_path / "two")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", ["official", "coss", "disco"])
+@pytest.mark.parametrize("case", ["bingo", "official", "coss", "disco"])
 @pytest.mark.usefixtures("small")
 def test_two_processes_train_what_one_trains(case: str, two: Path, folder: Path, tmp_path: Path, bingo: Bingo) -> None:
     ran = bingo(*distill(folder, tmp_path / case, **DISTILLED[case]))

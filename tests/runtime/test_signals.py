@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import TINY, Ran, flags, photos, recipe, untrained_run
+from helpers import Ran, flags, photos, recipe, untrained_run
 
 from bingo_compress import pipeline
 from bingo_compress.errors import BingoError
@@ -94,30 +94,14 @@ def test_a_worker_does_not_outlive_the_process_that_started_it() -> None:
 
 
 @pytest.mark.slow
-def test_sigterm_in_training_saves_and_the_resumed_run_equals_the_uninterrupted_one(tmp_path: Path) -> None:
-    data = photos(tmp_path / "photos", 12)
-    sets = [
-        word
-        for key, value in {**TINY, "epochs": 25}.items()
-        if key not in ("teacher", "student")
-        for word in ("--set", f"{key}={value}")
-    ]
-    command = [
-        sys.executable,
-        "-m",
-        "bingo_compress",
-        "distill",
-        "--data",
-        str(data),
-        "--teacher",
-        TINY["teacher"],
-        "--student",
-        TINY["student"],
-        *sets,
-    ]
+def test_sigterm_in_training_saves_and_the_resumed_run_equals_the_uninterrupted_one(
+    tmp_path: Path, bingo: Callable[..., Ran]
+) -> None:
+    words = ["distill", *flags(data=photos(tmp_path / "photos", 12), epochs=25)]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    subprocess.run([*command, "--out", str(whole)], check=True, capture_output=True)
-    running = subprocess.Popen([*command, "--out", str(cut)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert bingo(*words, "--out", whole).status == 0
+    command = [sys.executable, "-m", "bingo_compress", *map(str, words), "--out", str(cut)]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not (cut / "metrics.jsonl").exists() and running.poll() is None:
         time.sleep(0.05)
     running.send_signal(signal.SIGTERM)
@@ -129,7 +113,7 @@ def test_sigterm_in_training_saves_and_the_resumed_run_equals_the_uninterrupted_
     )
     step = checkpoint.load(cut / "work" / "checkpoint.safetensors")[1]["step"]
     assert isinstance(step, int) and 0 < step < 4 * 25
-    subprocess.run([*command, "--out", str(cut), "--resume"], check=True, capture_output=True)
+    assert bingo(*words, "--out", cut, "--resume").status == 0
     one, two = (checkpoint.load(run / "student.safetensors")[0] for run in (whole, cut))
     assert all(torch.equal(value, two[name]) for name, value in one.items())
 

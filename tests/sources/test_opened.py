@@ -103,7 +103,7 @@ def test_all_commands_take_any_source(
         ("bad.zip", "expected a zip file, found something else"),
         ("bad.parquet", "expected a Parquet file, found something else"),
         ("empty.csv", "found an empty file"),
-        ("no_column.csv", "expected a column of image files in .*, found columns a, b; say which with --set image_col"),
+        ("no_column.csv", "expected a column of image files in .*, found columns a, b; say which with --image-col"),
         ("short.csv", "line 2: expected 2 values, found 1"),
         ("latin.txt", "expected a list in UTF-8"),
         ("empty.txt", "found an empty list or archive"),
@@ -131,11 +131,11 @@ def test_columns_are_found_by_name_or_said(tmp_path: Path, make_photo: MakePhoto
         make_photo(tmp_path / f"{name}.jpg")
     table = tmp_path / "t.csv"
     table.write_text("where;what;species\na.jpg;x;cat\nb.jpg;y;dog\n")
-    with pytest.raises(BingoError, match="say which with --set image_column"):
+    with pytest.raises(BingoError, match="say which with --image-column"):
         list_images(table)
     found = list_images(Asked((str(table),), Columns("where", "what")))
     assert labels_of(found)[0] == ["x", "y"]
-    with pytest.raises(BingoError, match=r"image_column=wher: expected a column of .* the nearest is where"):
+    with pytest.raises(BingoError, match=r"image-column wher: expected a column of .* the nearest is where"):
         list_images(Asked((str(table),), Columns("wher", "")))
 
 
