@@ -145,6 +145,7 @@ def check(words: options.Check) -> "Inventory":
     """
     from bingo_compress.inventory import check as look
 
+    bands = make_recipe({"bands": words.bands}, "--bands").bands
     near = None
     if words.teacher:
         from bingo_compress.features import near_copies
@@ -157,7 +158,6 @@ def check(words: options.Check) -> "Inventory":
         weights = {"teacher_weights": os.path.expanduser(words.teacher_weights)}
         teacher = build_teacher(make_recipe(named | weights, "the command line"))
         near = functools.partial(near_copies.said, as_embed(teacher, choose_device(words.device)))
-    bands = make_recipe({"bands": words.bands}, "--bands").bands
     return look(_asked(words.data, words, bands), near)
 
 

@@ -42,8 +42,8 @@ def check(data: Data, look: Callable[[ImageList], list[list[int]]] | None = None
     image_list.say_passed(folder)
     bad = list(folder.bad)
     sides: list[tuple[int, int]] = []
-    oddities: list[decode.Oddity] = []
     usable: list[int] = []
+    oddities: list[decode.Oddity] = []
     with console.bar("decode", len(folder.files)) as advance:
         for index, result in decode.decode_all(
             folder, range(len(folder.files)), lambda pixels: (pixels.shape[1], pixels.shape[0]), oddities=oddities

@@ -116,7 +116,8 @@ class Recipe(BaseModel):
     search: Literal["auto", "exact", "ivf"] = Field(
         "auto",
         description=(
-            "nearest neighbours for bags: exact, or ivf with its recall measured; auto: exact up to 10 million images"
+            "nearest neighbours for bags and near-copies: exact, or ivf with its recall measured; auto: exact up to 10"
+            " million images"
         ),
     )
     queue_size: int = Field(

@@ -48,7 +48,7 @@ def test_frames_of_a_video_do_not_stand_on_both_sides(
     assert max(rows["random"]["linear"], rows["random"]["knn"]) < 1  # with frames of every clip in the bank: 1.000
     assert told["protocol"]["test_images"] % 8 == 0
     assert told["protocol"]["near_copies"] == {"images": 96, "scenes": 12, "classes_of_one_scene": []}
-    assert "near-copies stay together" in told["protocol"]["test"]
+    assert "set aside by whole scenes of near-copies" in told["protocol"]["test"]
 
     ran = command(monkeypatch, capsys, "validate", "--run", run, "--data", root / "bank", "--test", root / "test")
     protocol = json.loads(RunDir(run).validation.read_text())["protocol"]

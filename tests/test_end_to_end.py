@@ -117,7 +117,7 @@ def test_every_bad_file_is_quarantined_with_its_reason(world: dict[str, Any]) ->
 def test_metrics_and_summary_add_up(world: dict[str, Any]) -> None:
     found = lines(world["run"])
     summary = json.loads((world["run"] / "summary.json").read_text())
-    assert summary["images"] == {"training": 60, "held_out": 6, "unusable": 5}
+    assert summary["images"] == {"training": 60, "held_out": 6, "scenes": 66, "unusable": 5}
     assert [line["step"] for line in found] == [8, 15]  # 60 and 120 anchors, 8 a step
     assert all(math.isfinite(line["loss"]) for line in found)
     recall = summary["neighbour_recall"]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bingo_compress.data import image_list, listing
 from bingo_compress.evaluation import probes
-from bingo_compress.features import bagging, extract, targets
+from bingo_compress.features import bagging, extract, near_copies, targets
 from bingo_compress.features.memmap import TeacherPass
 from bingo_compress.models import trained
 from bingo_compress.models.encoder import Encoder
@@ -84,6 +84,14 @@ def outputs(folder: Path) -> dict[str, list[float]]:
         + few(told_apart(seen.embeddings[:]), 24)
         + few(told_apart(seen.views[:].flatten(1)), 24)
     )
+    limits = near_copies.fit(extract.as_embed(models.teacher, CPU), listed)
+    small = near_copies.of_store(seen.features, material.folder, material.store).look(torch.arange(len(seen.features)))
+    found["near-copies"] = [
+        limits.similar,
+        limits.alike,
+        *near_copies.correlation(small[:-1], small[1:]).tolist(),
+        *near_copies.repeats(small).tolist(),
+    ]
     rows, labels = kind_targets(60, 1, 16)[:, 0], torch.arange(60) % 3
     images = image_list.ImageList(
         Path(), tuple(f"{label}/{place}.jpg" for place, label in enumerate(labels.tolist())), ()

@@ -29,7 +29,8 @@ def copies(folder: ImageList) -> list[tuple[str, str]]:
 def say_copies(found: Sequence[tuple[str, str]], duplicates: str) -> None:
     """One line about exact copies, if there are any."""
     if found:
-        fate = "left out" if duplicates == "drop" else "used like others; --set duplicates=drop leaves one of each"
+        fates = {"drop": "left out", "near": "one of each is used an epoch"}
+        fate = fates.get(duplicates, "used like others; --set duplicates=drop leaves one of each")
         console.say(
             f"{len(found):,} files are exact copies of another, for example {found[0][0]} of {found[0][1]}: {fate}"
         )

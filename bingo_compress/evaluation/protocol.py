@@ -150,9 +150,7 @@ def protocol(sides: Sides, test: image_list.ImageList | None, specs: list[str], 
             f"{scores.LEAST_GAP}"
         ),
         "bank": bank,
-        "test": test.where
-        if test
-        else f"a quarter of each class of {bank}, set aside by scenes: near-copies stay together",
+        "test": test.where if test else f"a quarter of each class of {bank}, set aside by whole scenes of near-copies",
         "bank_images": bank_size,
         "test_images": len(sides.query_labels),
         "classes": sides.classes,

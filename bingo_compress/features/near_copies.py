@@ -82,9 +82,10 @@ def find(photos: Photos, limits: Limits, search: neighbours.Search = neighbours.
         # What earlier neighbours have joined needs no second look.
         pairs = pairs[:, (similar[:, place] >= limits.similar) & (scenes[pairs[0]] != scenes[pairs[1]])]
         pairs = pairs.sort(dim=0).values.unique(dim=1)
-        if pairs.numel():
-            alike = [_are_copies(photos.look, part, limits.alike) for part in pairs.split(PAIRS, dim=1)]
-            scenes = _joined(scenes, pairs[:, torch.cat(alike)])
+        if not pairs.shape[1]:
+            continue
+        alike = [_are_copies(photos.look, part, limits.alike) for part in pairs.split(PAIRS, dim=1)]
+        scenes = _joined(scenes, pairs[:, torch.cat(alike)])
     return scenes
 
 

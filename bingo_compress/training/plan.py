@@ -328,7 +328,6 @@ def unread(recipe: Recipe) -> dict[str, str]:
         ),
         "bag_size": (bagged, with_bags),
         "clusters": (bagged and taught and recipe.bags == "kmeans", "bags=kmeans of a teacher"),
-        "search": (bagged and taught and recipe.bags in ("knn", "adaptive"), "bags=knn and bags=adaptive of a teacher"),
         "rebag_epochs": (bagged and not taught, "method=self with bags"),
         "average": (bool(loss.momentum), _methods("momentum")),
         "queue_size": (loss.negatives, _methods("negatives")),

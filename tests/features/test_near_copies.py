@@ -12,9 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from bingo_compress.data import listing, pixel_store
-from bingo_compress.data.image_list import UNREADABLE
+from bingo_compress.data.image_list import UNREADABLE, ImageList
 from bingo_compress.features import bagging, extract, near_copies
 from bingo_compress.features.near_copies import REACH, SIDE, Limits, Photos
+from bingo_compress.features.teacher_pass import TeacherPass
 from bingo_compress.models.encoder import Encoder
 
 ANY = Limits(-1.0, 0.7)  # whatever the features say
@@ -159,14 +160,16 @@ def test_a_label_of_one_scene_is_parted_by_exact_copies() -> None:
 
 @pytest.mark.parametrize("how", ["knn", "adaptive", "kmeans", "labels"])
 def test_mates_are_of_other_scenes(how: str) -> None:
-    scene_of, labels = torch.arange(24) // 4 * 4, torch.arange(24) // 12
+    scene_of = torch.arange(24) // 4 * 4
+    images = ImageList(Path(), tuple(f"{number // 12}/{number}.jpg" for number in range(24)), ())
     rows = torch.nn.functional.normalize(unit(6, 16)[torch.arange(24) // 4] + 0.05 * unit(24, 16, seed=1), dim=1)
 
-    def make(firsts: Tensor) -> Tensor:
-        looked = bagging.Seen(rows[firsts], torch.empty(len(firsts), 0), labels[firsts], 2, seed=0)
-        return bagging.BAGGERS[how](looked, 3)
+    taught = TeacherPass(rows, rows, torch.empty(24, 0, 16), "")
 
-    alone = bagging.BAGGERS["knn"](bagging.Seen(rows, torch.empty(24, 0), None, 0, seed=0), 3)
+    def make(firsts: Tensor) -> Tensor:
+        return bagging.BAGGERS[how](bagging.Seen(taught, images, firsts, 2, seed=0), 3)
+
+    alone = bagging.knn(rows, 3)[0]
     assert (scene_of[alone] == scene_of[:, None]).all()  # what was found before: a burst fills its own bags
     bags = bagging.over_scenes(make, scene_of)
     assert bags.shape == (24, 3) and (bags >= 0).any()

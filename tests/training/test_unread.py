@@ -31,8 +31,6 @@ NOT_READ: list[tuple[dict[str, Any], str, Any, str]] = [
     ({}, "rebag_epochs", 2, "method=self"),
     ({}, "clusters", 7, "bags=kmeans"),
     ({"bags": "none"}, "bag_size", 2, "bags"),
-    ({"bags": "none"}, "search", "exact", "bags=knn"),
-    ({"bags": "kmeans"}, "search", "ivf", "bags=knn"),
     ({"target": "raw"}, "target_dim", 8, "target=pca"),
     ({"target": "centred"}, "target_dim", 8, "target=pca"),
     ({"method": "seed"}, "variant", "paper", "bingo"),
@@ -49,7 +47,6 @@ NOT_READ: list[tuple[dict[str, Any], str, Any, str]] = [
     ({"method": "moco"}, "stored_views", "mean", "bingo"),
     ({"method": "moco"}, "target", "raw", "bingo"),
     ({"method": "self"}, "bags", "kmeans", "self: only knn or none"),
-    ({"method": "self"}, "search", "ivf", "of a teacher"),
     ({"method": "self", "bags": "none"}, "rebag_epochs", 2, "method=self with bags"),
     ({"views": "online"}, "stored_views", "drawn", "stored views"),
 ]
