@@ -213,7 +213,8 @@ def other_root(folder: ImageList) -> str:
 
 def refuse_other_classes(bank: ImageList, test: ImageList, option: str) -> None:
     """Raise BingoError if `test` (--test) has classes that `bank` (given by `option`) does not have."""
-    known, unknown = labels_of(bank)[0], sorted(set(labels_of(test)[0]) - set(labels_of(bank)[0]))
+    known = labels_of(bank)[0]
+    unknown = sorted(set(labels_of(test)[0]) - set(known))
     if unknown:
         raise BingoError(
             f"--test: expected the classes of {option} ({', '.join(known[:10])}), found others:"

@@ -1,6 +1,7 @@
-"""A list of images: a text file with a path a line, or a table with a column of paths."""
+"""A list of images: a text file with a path a line, a label behind it or not, or a table with a column of paths."""
 
 import csv
+import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +33,7 @@ def listed(path: Path, columns: Columns) -> Listed:
     """The files that a list names, in its order, each once; paths are relative to the list's folder. Labels are of the
     label's column; without one, of the first folder that tells images apart. Raises BingoError.
     """
-    lines, said = (lines_of(path), []) if path.suffix.lower() == ".txt" else _table(path, columns)
+    lines, said = _text_list(path) if path.suffix.lower() == ".txt" else _table(path, columns)
     files: list[str] = []
     labels: list[str] = []
     bad: list[tuple[str, str]] = []
@@ -65,6 +66,22 @@ def lines_of(path: Path) -> list[str]:
     return [line.strip() for line in _text(path).splitlines() if line.strip()]
 
 
+def _text_list(path: Path) -> tuple[list[str], list[str]]:
+    """(paths, labels): a label stands after a path and a space, where the first line is no file but would be without
+    its last word.
+    """
+    lines = lines_of(path)
+    first = lines[0].rsplit(maxsplit=1) if lines else []
+    if len(first) < 2 or _there(path, lines[0]) or not _there(path, first[0]):
+        return lines, []
+    pairs = [line.rsplit(maxsplit=1) for line in lines]
+    return [pair[0] for pair in pairs], [pair[1] if len(pair) > 1 else "" for pair in pairs]
+
+
+def _there(path: Path, line: str) -> bool:
+    return (path.parent / os.path.expanduser(line)).is_file()
+
+
 def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
@@ -78,7 +95,7 @@ def _table(path: Path, columns: Columns) -> tuple[list[str], list[str]]:
     """(the column of images, the column of labels, empty where there is none)."""
     text = _text(path)
     separator = "\t" if path.suffix.lower() == ".tsv" else max(",;\t", key=text.partition("\n")[0].count)
-    rows = [row for row in csv.reader(text.splitlines(), delimiter=separator) if any(row)]
+    rows = [row for row in csv.reader(io.StringIO(text), delimiter=separator) if any(row)]
     if not rows:
         raise BingoError(f"expected a table with a line of names, found an empty file: {path}")
     header = [name.strip() for name in rows[0]]

@@ -15,7 +15,7 @@ from bingo_compress.sources.listed import Columns, Listed, stamp_of
 
 IMAGE_NAMES = ("image", "img", "picture", "photo", "jpg", "png", "bytes")
 LABEL_NAMES = ("label", "labels", "class", "category", "target", "fine_label")
-HELD = 3  # groups of rows in memory: images are asked for in order, by several threads
+HELD = 2  # groups of rows in memory: images are asked for in order, by several threads
 
 
 def matches(path: Path) -> bool:

@@ -83,8 +83,8 @@ def unusable(tags: Any, magic: bytes, bands: Bands = ()) -> str:
     if DNG in tags or _first(tags, REDUCED, 0) & 1 or magic[4:11] == CANON or meaning in (MOSAIC, LINEAR_RAW):
         return RAW
     if unsaid(tags) and max(bands, default=count + 1) > count:
-        missing = f", and has no number {max(bands)}" if bands else ""
-        return f"a TIFF of {count} bands that does not say which are red, green and blue{missing}"
+        way = f", and has no number {max(bands)}" if bands else "; the setting bands can"
+        return f"a TIFF of {count} bands that does not say which are red, green and blue{way}"
     return ""
 
 

@@ -152,6 +152,17 @@ def test_a_list_is_read_from_where_it_lies_and_names_what_it_cannot_use(tmp_path
     }
 
 
+def test_a_list_may_have_labels_behind_its_paths(tmp_path: Path, make_photo: MakePhoto) -> None:
+    for name in ("my a.jpg", "b.jpg", "c.jpg"):
+        make_photo(tmp_path / name)
+    (tmp_path / "train.txt").write_text("my a.jpg 3\nb.jpg 0\nc.jpg 3\n")
+    found = list_images(tmp_path / "train.txt")
+    assert found.files == ("train.txt!my a.jpg", "train.txt!b.jpg", "train.txt!c.jpg")
+    assert labels_of(found) == (["0", "3"], [1, 0, 1])
+    (tmp_path / "train.txt").write_text("my a.jpg\nb.jpg\n")
+    assert list_images(tmp_path / "train.txt").files == ("train.txt!my a.jpg", "train.txt!b.jpg")
+
+
 def test_a_list_of_shards_is_the_shards(world: dict[str, Any], tmp_path: Path) -> None:
     shards = sorted(Path(world["shards"]).iterdir())
     (tmp_path / "list.txt").write_text("\n".join(map(str, shards)))
