@@ -156,10 +156,14 @@ def _packed(bags: Tensor) -> Tensor:
     return bags.gather(1, (bags < 0).int().argsort(dim=1, stable=True))
 
 
-def mutual(bags: Tensor) -> Tensor:
-    """(N, K) bool: the anchor is also in its mate's bag; False for an empty place."""
-    anchors = torch.arange(len(bags))[:, None, None].split(ROWS)
-    found = [(bags[rows.clamp(min=0)] == images).any(2) for rows, images in zip(bags.split(ROWS), anchors, strict=True)]
+def mutual(bags: Tensor, scenes: Tensor | None = None) -> Tensor:
+    """(N, K) bool: the anchor, or with `scenes` (N,) an image of its scene, is also in its mate's bag; False for an
+    empty place.
+    """
+    named = torch.arange(len(bags)) if scenes is None else scenes
+    held = torch.where(bags >= 0, named[bags.clamp(min=0)], -1)
+    anchors = named[:, None, None].split(ROWS)
+    found = [(held[rows.clamp(min=0)] == images).any(2) for rows, images in zip(bags.split(ROWS), anchors, strict=True)]
     return torch.cat(found) & (bags >= 0)
 
 
@@ -170,7 +174,9 @@ def purity(bags: Tensor, labels: Tensor) -> float:
     return float((mates == labels[:, None])[known].double().mean())
 
 
-def report(bags: Tensor, features: Matrix, labels: Tensor | None = None) -> dict[str, float]:
+def report(
+    bags: Tensor, features: Matrix, labels: Tensor | None = None, scenes: Tensor | None = None
+) -> dict[str, float]:
     """What the bags are like: size (mean, least, most), share that is empty, mean similarity, share of mutual mates,
     and with labels the purity.
     """
@@ -188,7 +194,7 @@ def report(bags: Tensor, features: Matrix, labels: Tensor | None = None) -> dict
     }
     if int(sizes.sum()):
         facts["similarity"] = similar / int(sizes.sum())
-        facts["mutual"] = int(mutual(bags).sum()) / int(sizes.sum())
+        facts["mutual"] = int(mutual(bags, scenes).sum()) / int(sizes.sum())
         if labels is not None:
             facts["purity"] = purity(bags, labels)
     return facts

@@ -139,7 +139,8 @@ def bag_facts(plan: Plan, bags: Tensor, material: Material) -> dict[str, float]:
     """`bagging.report` of the teacher's bags; nothing for a method that does not use them."""
     if not (plan.loss.mates and plan.loss.teacher):
         return {}
-    return bagging.report(bags, Rows(material.seen.features, material.training))
+    scenes = near_copies.within(material.scenes, material.training)
+    return bagging.report(bags, Rows(material.seen.features, material.training), scenes=scenes)
 
 
 def lessons_of(plan: Plan, teacher: Encoder, material: Material, bags: Tensor) -> Lessons:

@@ -176,6 +176,8 @@ def test_mates_are_of_other_scenes(how: str) -> None:
     for image, bag in enumerate(bags.tolist()):
         others = [int(scene_of[mate]) for mate in bag if mate >= 0]
         assert int(scene_of[image]) not in others and len(set(others)) == len(others)
+    share = bagging.report(bags, rows, scenes=scene_of).get("mutual", 0.0)
+    assert share == pytest.approx(bagging.report(make(torch.arange(0, 24, 4)), rows[::4]).get("mutual", 0.0))
     shown = bags[bags >= 0]
     assert len(shown.unique()) > len(scene_of.unique())  # not always the scene's first image
 
