@@ -16,7 +16,7 @@ from helpers import encoder, photos, recipe
 from bingo_compress import pipeline
 from bingo_compress.comparison import side_by_side
 from bingo_compress.errors import BingoError
-from bingo_compress.evaluation import validation
+from bingo_compress.evaluation import held_out, validation
 from bingo_compress.models import trained
 from bingo_compress.recipe import Recipe
 from bingo_compress.runtime import checkpoint
@@ -39,7 +39,7 @@ def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
         **SAVES,
     )
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "distill", partial(loop.distill, stop_after=3))
+        patch.setattr(held_out, "distill", partial(loop.distill, stop_after=3))
         pipeline.run_distill(settings, tmp_path / "run")
     (tmp_path / "run" / "student.safetensors").unlink()
     return settings
