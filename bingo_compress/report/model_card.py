@@ -222,7 +222,7 @@ def _proof(protocol: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> li
             f" {protocol['bank_images']:,}, {len(classes):,} classes:"
             f" {', '.join(map(plain, classes[:CLASSES_SHOWN]))}{more}. In brackets: 95% interval."
         ),
-        _table(("", *(titles[key] for key in keys)), cells),
+        _table(("", *(plain(titles[key]) for key in keys)), cells),
     ]
     if protocol.get("test_images_trained_on"):
         blocks.append(
@@ -247,7 +247,7 @@ def _proof(protocol: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> li
         "The student by class, weakest first:",
         _table(("class", "test images", "found"), by_class),
         "\n".join(
-            f"- {key}: {plain(protocol[key])}"
+            f"- {plain(key)}: {plain(protocol[key])}"
             for key in dict.fromkeys((*titles, *PROTOCOL))
             if key in protocol and key in explained
         ),

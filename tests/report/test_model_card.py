@@ -196,7 +196,7 @@ def test_validation_is_a_table_with_intervals_and_its_protocol(run: run_dir.RunD
     said = section(card(run, [], None), "Validation")
     low, high = student["linear_interval"]
     assert f"{student['linear']:.3f} [{low:.3f}, {high:.3f}]" in said
-    assert "|  | kNN | linear | balanced | AUC | recall@6 (chance 0.100) |" in said
+    assert "|  | kNN | linear | balanced | AUC | recall\\@6 (chance 0.100) |" in said
     assert "| student (distilled) |" in said and "| student, random weights |" in said
     assert "40 test images (a quarter of each class, set aside), bank of 60, 2 classes: cat, dog." in said
     assert "the student closed 80% [70%, 90%] of the gap" in said
