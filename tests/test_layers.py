@@ -42,6 +42,8 @@ WITHOUT_TORCH = (
 )
 FLOORS, MODULES = 13, 8  # import floors with api and __main__, modules in a room
 PARAMETERS = 8  # of a function
+LINES = 60  # of a function
+LONG = {"training.loop.distill"}  # its docstring says why
 # What may have more: a Triton kernel takes pointers and sizes one by one.
 MANY = {"data.kernels._colours", "data.kernels._blur"}
 
@@ -108,6 +110,15 @@ def test_no_function_has_many_parameters() -> None:
                     if count + bool(taken.kwarg) > PARAMETERS:
                         found.add(f"{module}.{getattr(node, 'name', 'lambda')}")
     assert found <= MANY, "give what belongs together a frozen dataclass"
+
+
+def test_a_function_is_a_screen_long() -> None:
+    found = set()
+    for file in PACKAGE.rglob("*.py"):
+        for node in (file):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno and node.end_lineno - node.lineno >= LINES:
+                found.add(f"{'.'.join(file.relative_to(PACKAGE).with_suffix('').parts)}.{node.name}")
+    assert found <= LONG, "a reader is better served by several"
 
 
 def test_the_device_never_sees_torch() -> None:

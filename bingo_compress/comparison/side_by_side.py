@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bingo_compress.comparison.arms import Arm, make_arms, resolve_arms
 from bingo_compress.comparison.tables import summarise, write
-from bingo_compress.data import image_list, listing
+from bingo_compress.data import image_list
 from bingo_compress.data.image_list import ImageList
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation import probes, scores
@@ -90,13 +90,7 @@ def compare(
     Called again with the same settings it goes on where it was. Raises BingoError.
     """
     folder = take(base)
-    bank = listing.list_images(labels, "--labels")
-    tested = listing.list_images(test, "--test") if test else None
-    image_list.labels_of(bank)
-    if tested:
-        image_list.refuse_other_classes(bank, tested, "--labels")
-        scores.refuse_shared(bank, tested, "--labels")
-    scores.refuse_few(bank, tested, "--labels")
+    bank, tested = scores.open_labelled(labels, test, "--labels")
     make_arms(methods, base)  # refused before anything is said
     device = choose_device(base.device)
     base = absolute(base)

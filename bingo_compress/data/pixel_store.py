@@ -149,9 +149,8 @@ def build(
 
     wanted: auto or one of PLACES; memory: bytes that this process may hold at most, 0 for 80% of what is free; step:
     bytes of them that are not for pixels. Shards are written as they finish, shared out among the processes; an
-    interrupted build goes on after the last. Files that could not be decoded are tried again each time: what was
-    missing (a permission, a decoder) may be there now. Raises BingoError when the disk is too small, and as soon as
-    more files are bad than folder.max_bad allows; quarantine.csv beside `work` names them then.
+    interrupted build goes on after the last. Files that could not be decoded are tried again each time. Raises
+    BingoError when the disk is too small, and as soon as more are bad than folder.max_bad allows (quarantine.csv).
     """
     streamed = wanted == "stream" or (wanted == "auto" and not _fits_the_disk(folder, side, work))
     stem = "sizes" if streamed else "pixels"

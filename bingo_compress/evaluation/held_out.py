@@ -18,7 +18,7 @@ from bingo_compress.runtime import console, distributed, run_dir
 from bingo_compress.runtime.made_of import MadeOf
 from bingo_compress.training.loop import distill
 from bingo_compress.training.material import Material, halves, lessons_of
-from bingo_compress.training.plan import Plan
+from bingo_compress.training.plan import Plan, refuse_few_held
 
 GALLERY_AT_MOST = 20_000
 CHECK_GALLERY = 2000
@@ -35,12 +35,8 @@ def train(
     recipe, check = plan.recipe, None
     lessons = lessons_of(plan, models.teacher, material, bags)
     if recipe.keep_best or recipe.check_every:
+        refuse_few_held(recipe, len(material.held))
         choosing, reporting = halves(material.held, recipe)
-        if not len(reporting):
-            raise BingoError(
-                f"--keep-best: expected 2 or more images held out, found {len(material.held)}; add images or raise"
-                " --set hold_out=0.05"
-            )
         if recipe.keep_best:
             console.say(
                 f"--keep-best chooses by {len(choosing):,} of the images held out; the closing figure is of the other"

@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bingo_compress.data.image_list import UNREADABLE, ImageList, labels_of
+from bingo_compress.data.image_list import UNREADABLE, ImageList, labels_of, refuse_other_classes
+from bingo_compress.data.listing import list_images
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation import finetune, intervals, probes
 from bingo_compress.features import extract, near_copies
 from bingo_compress.models.encoder import Preprocessing
 from bingo_compress.runtime import checkpoint, console, distributed
 from bingo_compress.runtime.run_dir import made_by
+from bingo_compress.sources.opened import Data
 
 LEAST_GAP = 0.05
 DENSE = 200  # classes up to which a confusion matrix is written; above, this many classes and pairs
@@ -186,6 +188,21 @@ def copies(folder: ImageList) -> Tensor:
     """A number (N,) for each image of a folder, the same for exact copies."""
     numbers: dict[str, int] = {}
     return torch.tensor([numbers.setdefault(digest, len(numbers)) for digest in folder.digests])
+
+
+def open_labelled(data: Data, test: Data | None, option: str, least: int = 2) -> tuple[ImageList, ImageList | None]:
+    """(the bank, which `option` gives, the test images or None). Raises BingoError for what no figure can come of:
+    images without labels, test images of other classes or that are in the bank, a class of fewer than `least` different
+    images.
+    """
+    bank = list_images(data, option)
+    labels_of(bank)
+    tested = list_images(test, "--test") if test else None
+    if tested:
+        refuse_other_classes(bank, tested, option)
+        refuse_shared(bank, tested, option)
+    refuse_few(bank, tested, option, least)
+    return bank, tested
 
 
 def refuse_shared(bank: ImageList, test: ImageList, option: str) -> None:

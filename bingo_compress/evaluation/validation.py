@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bingo_compress.data import image_list, listing, pixel_store
+from bingo_compress.data import image_list, pixel_store
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation import finetune, probes, scores
 from bingo_compress.evaluation.protocol import FIGURES, NO_EXTRAS, Extras, figures_of, protocol
@@ -62,20 +62,14 @@ def validate(
     run_dir.refuse_no_file(json_file, "--json")
     run = run_dir.open_finished(run_path)
     other = _open_against(extras.against) if extras.against else None
-    bank_folder = listing.list_images(data)
-    classes, _ = image_list.labels_of(bank_folder)
-    test_folder = listing.list_images(test, "--test") if test else None
-    if test_folder:
-        image_list.refuse_other_classes(bank_folder, test_folder, "--data")
-        scores.refuse_shared(bank_folder, test_folder, "--data")
-    scores.refuse_few(bank_folder, test_folder, "--data")
+    bank_folder, test_folder = scores.open_labelled(data, test, "--data")
     where = choose_device(device)
     distributed.from_first(lambda: run_dir.hold(run.path, "--run"))
     subjects = _subjects(run, other, given)
     models = _runnable(subjects, run, where)
     keep = extract.Keep(run.work, "proof", _digests(subjects))
     distributed.from_first(lambda: run_dir.drop_stale(run.work, "proof", {keep.folder.name}))
-    sides = scores.sides(models, bank_folder, test_folder, classes, keep)
+    sides = scores.sides(models, bank_folder, test_folder, image_list.labels_of(bank_folder)[0], keep)
 
     def judge() -> dict[str, Any]:
         rows, heads, right = _rows(subjects, models, sides, specs)

@@ -113,14 +113,7 @@ def export(
                 return work / "tuned.onnx"
 
             making = Making(float_file, calibration, wanted, work, judges, tuned if int8.finetune else None)
-            for row in judged:
-                try:
-                    _put(FORMATS[row](making), target.with_name(exported.name(row)))
-                except BingoError as error:
-                    if error.exit_status == REFUSED:
-                        exported.drop(target.with_name(exported.name(row)), "what was to take its place is refused")
-                    _close(run, target.parent)
-                    raise
+            _put_judged(judged, making, run, target.parent)
     _close(run, target.parent)
     files = [target.with_name(exported.name(row)) for row in rows]
     console.say(
@@ -182,6 +175,19 @@ def _facts(run: run_dir.RunDir, recipe: Recipe) -> dict[str, Any]:
         "student_weights": exported.weights_digest(run.student),
         **({"bands": [int(number) for number in recipe.bands.split(",")]} if recipe.bands else {}),
     }
+
+
+def _put_judged(rows: list[str], making: Making, run: run_dir.RunDir, folder: Path) -> None:
+    """Publish what is made of the float file. Raises BingoError where it is refused; then no older one is left."""
+    for row in rows:
+        target = folder / exported.name(row)
+        try:
+            _put(FORMATS[row](making), target)
+        except BingoError as error:
+            if error.exit_status == REFUSED:
+                exported.drop(target, "what was to take its place is refused")
+            _close(run, folder)
+            raise
 
 
 def _close(run: run_dir.RunDir, folder: Path) -> None:

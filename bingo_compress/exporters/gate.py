@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from bingo_compress.data import image_list, listing
+from bingo_compress.data import image_list
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation import intervals, probes, scores
 from bingo_compress.exporters.onnx import Gate
@@ -106,17 +106,8 @@ class _Labelled(NamedTuple):
 
 
 def open_labelled(labels: Data, test: Data | None) -> Labels:
-    """The folders of --labels and --test. Raises BingoError where one has no classes, or the second others than the
-    first.
-    """
-    bank_folder = listing.list_images(labels, "--labels")
-    image_list.labels_of(bank_folder)
-    test_folder = listing.list_images(test, "--test") if test else None
-    if test_folder:
-        image_list.refuse_other_classes(bank_folder, test_folder, "--labels")
-        scores.refuse_shared(bank_folder, test_folder, "--labels")
-    scores.refuse_few(bank_folder, test_folder, "--labels", 3)
-    return bank_folder, test_folder
+    """`scores.open_labelled`: of each class one image is to choose by, one to report on and one for the bank."""
+    return scores.open_labelled(labels, test, "--labels", 3)
 
 
 def _labelled(float_file: Path, preprocessing: Preprocessing, labels: Labels) -> _Labelled:

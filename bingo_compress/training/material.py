@@ -17,9 +17,7 @@ from bingo_compress.recipe import Recipe
 from bingo_compress.runtime import checkpoint, console, distributed, machine, run_dir
 from bingo_compress.runtime.made_of import hash_seed, made_of
 from bingo_compress.training.loader import Lessons
-from bingo_compress.training.plan import Plan
-
-AT_MOST = 1000
+from bingo_compress.training.plan import Plan, held_out
 
 
 @dataclass(frozen=True)
@@ -173,9 +171,9 @@ def _target_source(plan: Plan, teacher: Encoder, material: Material) -> targets.
 
 def split(count: int, recipe: Recipe) -> tuple[Tensor, Tensor]:
     """(held out, training): positions of the images, each ascending, the same for every seed; the share is the
-    recipe's, at most AT_MOST.
+    recipe's, at most HELD_AT_MOST.
     """
-    keep = min(int(count * recipe.hold_out), AT_MOST)
+    keep = held_out(recipe, count)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(hash_seed("hold-out")))
     return order[:keep].sort().values, order[keep:].sort().values
 

@@ -25,6 +25,7 @@ from bingo_compress.training.losses import LOSSES, Loss, make_loss, readers, set
 
 SLOW_AVERAGE, QUICK_AVERAGE = 0.999, 0.99
 ADAMW_BELOW = 50_000
+HELD_AT_MOST = 1000
 
 
 def absolute(recipe: Recipe) -> Recipe:
@@ -45,6 +46,7 @@ def begin(recipe: Recipe) -> tuple[Recipe, ImageList, torch.device]:
     device = devices.choose_device(recipe.device)
     folder = take(recipe)
     schedule(recipe, len(folder.files))
+    refuse_few_held(recipe, held_out(recipe, len(folder.files)))
     return resolve(recipe), folder, device
 
 
@@ -62,6 +64,19 @@ def take(recipe: Recipe) -> ImageList:
         kept = [index for index, name in enumerate(folder.files) if name not in left_out]
         folder = replace(folder.only(kept), copies=tuple(found))
     return folder
+
+
+def held_out(recipe: Recipe, images: int) -> int:
+    """How many of so many images are kept out of training."""
+    return min(int(images * recipe.hold_out), HELD_AT_MOST)
+
+
+def refuse_few_held(recipe: Recipe, held: int) -> None:
+    """Raise BingoError where checks are asked for and `held` images are too few to choose by and to report on."""
+    if (recipe.keep_best and held < 2) or (recipe.check_every and not held):
+        raise BingoError(
+            f"--keep-best: expected 2 or more images held out, found {held}; add images or raise --set hold_out=0.05"
+        )
 
 
 def resolve(recipe: Recipe, say: Callable[[str], None] = console.say) -> Recipe:
