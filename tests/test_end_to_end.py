@@ -376,7 +376,5 @@ def test_keep_best_without_held_out_images_is_refused(bingo: Any, world: dict[st
     assert "--keep-best: expected images held out, found none" in ran.err
     few = ("--set", "hold_out=0.02", "--keep-best", "--out", tmp_path / "run")
     ran = bingo("distill", *flags(data=world["data"]), *few)
-        "distill", *flags(data=world["data"]), "--set", "hold_out=0.02", "--keep-best", "--out", tmp_path / "run"
-    )
     assert ran.status == 2 and "--keep-best: expected 2 or more images held out, found 1;" in ran.err
     assert not (tmp_path / "run").exists() and "teacher," not in ran.out
