@@ -179,7 +179,7 @@ def test_an_interrupted_search_goes_on_and_equals_the_whole(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spread", [0.4, 1.5])
+@pytest.mark.parametrize(("backend", "spread"), [("faiss", 0.4), ("torch", 1.5)], indirect=["backend"])
 def test_ivf_tells_its_recall_as_it_is(backend: str, spread: float, printed: StringIO) -> None:
     rows = clustered(6000, spread=spread)
     bags, similar = mates(rows, 5, Search("ivf"))

@@ -77,7 +77,7 @@ def test_the_student_is_the_same_whatever_the_images_lie_in(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["table", "shards", "parquet", "two folders"])
+@pytest.mark.parametrize("kind", ["shards", "two folders"])
 def test_all_commands_take_any_source(
     kind: str, world: dict[str, Any], tmp_path: Path, bingo: Callable[..., Ran]
 ) -> None:
