@@ -81,6 +81,7 @@ def test_a_label_that_is_one_scene_is_told(
     assert ran.status == 0 and "all images of alone are near-copies of one another" in ran.out
 
 
+@pytest.mark.slow
 def test_check_counts_near_copies_with_a_teacher(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

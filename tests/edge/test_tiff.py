@@ -116,6 +116,7 @@ def test_a_grey_picture_that_begins_like_a_canon_is_a_picture() -> None:
     assert (loaded(tiff(raw.tobytes(), (8,), 1))[..., 0] == raw).all()
 
 
+@pytest.mark.slow
 def test_a_folder_of_them_is_one_line_a_reason_and_no_line_of_a_library(tmp_path: Path) -> None:
     (tmp_path / "eight.tif").write_bytes(tiff(bands(8), (8,) * 8, 2, t338=(0,) * 5))
     Image.new("RGB", (20, 20)).save(tmp_path / "good.png")

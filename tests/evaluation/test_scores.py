@@ -158,6 +158,7 @@ def test_a_small_bank_has_no_recall_and_says_so(bingo: Bingo, tmp_path: Path) ->
     assert ran.status == 3 and "neighbour_recall not measured (a bank of 9 is too small (at least 10))" in ran.err
 
 
+@pytest.mark.slow
 def test_what_is_required_of_recall_is_told_with_its_k_and_chance(bingo: Bingo, tmp_path: Path) -> None:
     data, test = photos(tmp_path / "data", 10), photos(tmp_path / "test", 2, start=50)
     run = a_run(tmp_path / "run", data)

@@ -268,6 +268,7 @@ def test_against_itself_nothing_differs(prove: Any, world: dict[str, Path]) -> N
     assert result["paired"] == {"knn": expected, "linear": expected}
 
 
+@pytest.mark.slow
 def test_bags_are_judged_by_the_labels_of_their_images(prove: Any, world: dict[str, Path], tmp_path: Path) -> None:
     run = run_dir.RunDir(Path(shutil.copytree(world["run"], tmp_path / "run")))
     folder = listing.list_images(world["data"])
