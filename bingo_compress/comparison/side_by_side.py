@@ -17,7 +17,7 @@ from bingo_compress.data.image_list import ImageList
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation import probes, scores
 from bingo_compress.evaluation.held_out import train
-from bingo_compress.features import extract, neighbours
+from bingo_compress.features import extract, near_copies, neighbours
 from bingo_compress.models import encoder
 from bingo_compress.models.encoder import Encoder
 from bingo_compress.models.trained import Models, build_models
@@ -36,7 +36,7 @@ FOLDS = 5
 @dataclass(frozen=True)
 class Labelled:
     """Labelled images as every student is judged on them. bank, test: folders (test None: cross-validated over the
-    bank); teacher: its features; groups: (N,) exact copies in the bank, as `figures.copies` tells them.
+    bank); teacher: its features; groups: (N,) exact copies in the bank, as `near_copies.same_bytes` tells them.
     """
 
     bank: ImageList
@@ -234,7 +234,7 @@ def _labelled(bank: ImageList, test: ImageList | None, teacher: Encoder, device:
             )
             features[role] = found["teacher"]
             kept[role] = folder.only(good)
-    groups = scores.copies(kept["bank"])
+    groups = near_copies.same_bytes(kept["bank"].digests)
     return Labelled(
         kept["bank"],
         kept.get("test"),

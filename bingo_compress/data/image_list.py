@@ -80,7 +80,7 @@ class ImageList:
         """A class name an image, "" where there is none."""
         if self.opened is None:
             return [name.split(os.sep, 1)[0] if os.sep in name else "" for name in self.files]
-        found = self.opened.labels()
+        found = self.opened.labels
         return found if self.rows is None else [found[row] for row in self.rows.tolist()]
 
     def _row(self, index: int) -> int:

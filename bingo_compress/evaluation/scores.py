@@ -106,7 +106,7 @@ def sides(
     keep: as in `embedded`.
     """
     bank, labels, places = embedded(models, bank_folder, classes, "embed labelled images", keep)
-    groups = copies(bank_folder.only(places))
+    groups = near_copies.same_bytes(bank_folder.only(places).digests)
     if len(groups.unique()) < len(groups):
         console.say(
             f"{len(groups) - len(groups.unique()):,} labelled images are exact copies of others; copies stay on one"
@@ -182,12 +182,6 @@ def _near_data(scenes: Tensor, whole: Sequence[str]) -> dict[str, Any]:
             " both sides of the split: every model looks better than it is; give --test with other scenes"
         )
     return {"images": sum(map(len, found)), "scenes": len(found), "classes_of_one_scene": list(whole)}
-
-
-def copies(folder: ImageList) -> Tensor:
-    """A number (N,) for each image of a folder, the same for exact copies."""
-    numbers: dict[str, int] = {}
-    return torch.tensor([numbers.setdefault(digest, len(numbers)) for digest in folder.digests])
 
 
 def open_labelled(data: Data, test: Data | None, option: str, least: int = 2) -> tuple[ImageList, ImageList | None]:

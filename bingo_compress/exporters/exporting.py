@@ -25,7 +25,7 @@ from bingo_compress.models.trained import NOTHING_GIVEN, Given, load_student
 from bingo_compress.recipe import Recipe, load_recipe
 from bingo_compress.report import model_card
 from bingo_compress.runtime import console, run_dir
-from bingo_compress.sources.opened import Data, of_recipe
+from bingo_compress.sources.opened import Data, numbers, of_recipe
 
 # What is made of the float file, "onnx", and judged against it: how, by its row in a proof.
 FORMATS: dict[str, Callable[[Making], Path]] = {"onnx-int8": int8_file.make}
@@ -173,7 +173,7 @@ def _facts(run: run_dir.RunDir, recipe: Recipe) -> dict[str, Any]:
         "student": recipe.student,
         "teacher": recipe.teacher,
         "student_weights": exported.weights_digest(run.student),
-        **({"bands": [int(number) for number in recipe.bands.split(",")]} if recipe.bands else {}),
+        **({"bands": list(numbers(recipe.bands))} if recipe.bands else {}),
     }
 
 

@@ -121,8 +121,9 @@ class Opened:
         part, index = self._at(row)
         return part.stamp(index)
 
+    @cached_property
     def labels(self) -> list[str]:
-        """A class name an image, "" where there is none."""
+        """A class name an image, "" where there is none; read when they are first asked for, once."""
         return list(chain.from_iterable(part.labels() for part in self.parts))
 
     def _at(self, row: int) -> tuple[Listed, int]:

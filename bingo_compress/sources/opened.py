@@ -47,6 +47,11 @@ def of_recipe(recipe: Recipe) -> Asked:
     return Asked(places, Columns(recipe.image_column, recipe.label_column), recipe.bands)
 
 
+def numbers(bands: str) -> tuple[int, ...]:
+    """`Asked.bands` as `load_image` takes them."""
+    return tuple(map(int, bands.split(","))) if bands else ()
+
+
 def absolute(place: str) -> str:
     """The whole path of a place that was given: the run can then go on from any folder."""
     return place if "://" in place else str(Path(place).resolve())

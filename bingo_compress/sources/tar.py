@@ -1,5 +1,6 @@
 """A tar file: an index of where each member lies, made once, and members read from there in any order."""
 
+import io
 import os
 import tarfile
 from functools import lru_cache, partial
@@ -25,9 +26,9 @@ def listed(path: Path, columns: Columns) -> Listed:
             f"expected a tar file that can be read in any order, found a packed one: {path}; unpack it (gunzip"
             f" {path.name}), or unpack it into a folder"
         )
-    index = index_of(path, stamp_of(path))
-    end = path.stat().st_size
-    whole = {name: size for name, (start, size) in index.items() if start + size <= end}
+    stamp = stamp_of(path)
+    index = index_of(path, stamp)
+    whole = {name: size for name, (start, size) in index.items() if start + size <= stamp[0]}
     found = members.listed(whole, partial(_read, path, index), partial(stamp_of, path), columns)
     cut = tuple((name, "cut short with its archive") for name in index if name not in whole)
     return Listed(found.names, found.bad + cut, found.read, found.stamp, found.labels, found.passed)
@@ -54,24 +55,14 @@ def index_of(path: Path, stamp: Stamp) -> Index:
 
 
 @lru_cache(maxsize=256)
-def _opened(path: Path, stamp: Stamp) -> "_File":
-    return _File(path)
-
-
-class _File:
-    """A file that is closed when nobody reads it any more."""
-
-    def __init__(self, path: Path) -> None:
-        self.number = os.open(path, os.O_RDONLY)
-
-    def __del__(self) -> None:
-        os.close(self.number)
+def _opened(path: Path, stamp: Stamp) -> io.FileIO:
+    return io.FileIO(path)  # closed when nobody reads it any more
 
 
 def _read(path: Path, index: Index, name: str) -> bytes:
     start, size = index[name]
     file = _opened(path, stamp_of(path))  # held, or another thread's opening might close it
-    found = os.pread(file.number, size, start)
+    found = os.pread(file.fileno(), size, start)
     if len(found) < size:
         raise OSError(f"{path} is cut short")
     return found
