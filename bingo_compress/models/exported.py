@@ -24,6 +24,7 @@ from bingo_compress.runtime.made_of import file_digest
 from bingo_compress.runtime.run_dir import atomic, atomic_folder
 
 STEM = "student"
+ROWS = ("onnx", "onnx-int8")  # what is ours, the float file first: a user may keep others beside, student-old.onnx
 CONTRACT, GOLDEN = ".json", ".golden"
 LINEAR, BANK = ".linear.npz", ".bank.npz"
 LATENCY, CARD = "latency.json", "MODEL_CARD.md"  # of all files in a folder
@@ -31,8 +32,7 @@ LATENCY, CARD = "latency.json", "MODEL_CARD.md"  # of all files in a folder
 
 def files(folder: Path) -> dict[str, Path]:
     """The exported files in a folder by their rows in a proof, the float file first."""
-    found = sorted(folder.glob(f"{STEM}*.onnx"), key=lambda file: (len(file.stem), file.stem))
-    return {f"onnx{file.stem.removeprefix(STEM)}": file for file in found if file.is_file()}
+    return {row: folder / name(row) for row in ROWS if (folder / name(row)).is_file()}
 
 
 def name(row: str) -> str:

@@ -14,6 +14,7 @@ import onnx
 import pytest
 import torch
 from bingo_edge import EdgeError, load_head
+from edge_models import make_model
 from helpers import encoder, interrupted_at, photos, untrained_run
 
 from bingo_compress.errors import BingoError
@@ -157,6 +158,16 @@ def test_heads_go_with_the_file_that_they_were_fitted_for(run: run_dir.RunDir, m
     with pytest.raises(EdgeError, match="a head of the model file with sha256"):
         load_head(before, bingo_edge.Embedder(run.export / "student.onnx"))
     assert len(json.loads((run.export / "latency.json").read_text())["rows"]) == 1
+
+
+def test_a_file_that_a_user_keeps_beside_is_no_export_and_stays(tmp_path: Path) -> None:
+    assert set(exported.ROWS) == {"onnx", *exporting.FORMATS}
+    newest = Path(make_model(tmp_path / "student.onnx"))
+    for name in ("student-old.onnx", "student (copy).onnx"):
+        (tmp_path / name).write_bytes(newest.read_bytes())
+    exported.keep_pair(newest)
+    assert exported.files(tmp_path) == {"onnx": newest}
+    assert (tmp_path / "student-old.onnx").is_file() and (tmp_path / "student (copy).onnx").is_file()
 
 
 def test_both_files_in_a_folder_are_of_one_export(run: run_dir.RunDir, int8: Any, printed: Any) -> None:
