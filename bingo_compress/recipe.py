@@ -76,10 +76,10 @@ class Recipe(BaseModel):
         "auto", description="auto (pretrained where timm has weights, else random), pretrained, random, or a file"
     )
     ema: bool = Field(
-        True,
+        False,
         description=(
             "of weights files that hold a moving average beside what was averaged (model_ema and model): true takes the"
-            " average, false the other"
+            " average, false the other; of DINO's teacher and student the teacher is taken"
         ),
     )
     teacher_size: int = Field(0, ge=0, description="pixels a side the teacher sees; 0: its own input size")

@@ -202,7 +202,7 @@ class RegressionHead(nn.Sequential):
         super().__init__(*layers, nn.Linear(hidden, dim))
 
 
-def build(name: str, size: int, source: str, option: str, ema: bool = True) -> Encoder:
+def build(name: str, size: int, source: str, option: str, ema: bool = False) -> Encoder:
     """An encoder in eval mode with weights from `source`: "random", "pretrained" (timm's hub) or a file.
 
     name: of timm, or hf-hub:OWNER/NAME, whose settings come from the hub whatever the source. size: pixels a side, 0

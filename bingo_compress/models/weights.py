@@ -22,6 +22,8 @@ from bingo_compress.runtime import console
 
 # Under these names files keep weights; a moving average of them beside, under one of `_is_average`.
 PLACES = ("state_dict", "model", "student")
+TEACHER = "teacher"  # DINO's and its like: the average of their student, and what they are known for
+COUNTER = "n_averaged"  # of torch's AveragedModel
 BESIDE = {
     *PLACES,
     "dino_loss",
@@ -36,14 +38,14 @@ BESIDE = {
 
 
 def load_into(
-    backbone: nn.Module, name: str, file: Path, option: str, ema: bool = True
+    backbone: nn.Module, name: str, file: Path, option: str, ema: bool = False
 ) -> tuple[Layout | None, nn.Module | None]:
     """`put_into` of `file`; ema: as in `read_tensors`. Raises BingoError."""
     return put_into(backbone, name, read_tensors(file, option, ema), f"{option}: {file}", ema)
 
 
 def put_into(
-    backbone: nn.Module, name: str, tensors: Tensors, where: str, ema: bool = True
+    backbone: nn.Module, name: str, tensors: Tensors, where: str, ema: bool = False
 ) -> tuple[Layout | None, nn.Module | None]:
     """Load tensors by name into `backbone` (a timm model without classifier). Returns (the layout of a method's file,
     its projection head if it brings one). where: the option and file, for messages; ema: as in `read_tensors`.
@@ -90,15 +92,11 @@ def _without_shared_prefix(tensors: Tensors, wanted: Mapping[str, Tensor], where
     one, by `ema`. As they are where that does not help.
     """
     peeled, prefix, said = tensors, "", list[str]()
-    if not ema and any(key.startswith("student.backbone.") for key in tensors):  # DINOv2's training, where EMA is fixed
-        said.append("student and teacher; those under student are taken (as they were trained)")
-        other = {"student.": "teacher.", "teacher.": "student."}
-        peeled = {other.get(key[:8], key[:8]) + key[8:]: value for key, value in tensors.items()}
     while checkpoint_layouts.find(peeled) is None and not wanted.keys() & peeled.keys():
         firsts = list(dict.fromkeys(key.partition(".")[0] for key in peeled))
         averages = [first for first in firsts if _is_average(first)]
         if len(firsts) == 2 and len(averages) == 1:
-            order = sorted(firsts, key=lambda first: (first in averages) != ema)
+            order = _in_turn(firsts, averages, ema)
             said.append(_choice(order, averages, ema))
             peeled = {key: value for key, value in peeled.items() if key.partition(".")[0] == order[0]}
         elif len(firsts) > 1:
@@ -114,10 +112,10 @@ def _without_shared_prefix(tensors: Tensors, wanted: Mapping[str, Tensor], where
     return peeled
 
 
-def read_tensors(file: Path, option: str, ema: bool = True) -> Tensors:
+def read_tensors(file: Path, option: str, ema: bool = False) -> Tensors:
     """The tensors of a .safetensors or torch file by name; wrappers such as state_dict, model and teacher are opened,
-    and a choice is said. ema: of a moving average and what was averaged the first is taken, as timm's loader has it;
-    False: the second. Raises BingoError.
+    and a choice is said. ema: of weights and their moving average the average is taken, False: the weights as they were
+    trained; of one alone that one. Of DINO's student and teacher always the teacher. Raises BingoError.
     """
     if not file.is_file():
         raise BingoError(f"{option}: expected pretrained, random or a weights file; found no file {file}")
@@ -134,6 +132,8 @@ def read_tensors(file: Path, option: str, ema: bool = True) -> Tensors:
         # A text file ends in a KeyError whose words are a number.
         why = "damaged, or not a checkpoint" if isinstance(error, KeyError) else first_line(error, 120)
         raise BingoError(f"{option}: {file} is not a readable weights file ({why})") from None
+    if ema and not _has_average(content):
+        console.say(f"{option}: {file} holds no moving average; its weights are taken as they were trained")
     while isinstance(content, Mapping):
         averages, plain, strays = _places(content)
         if strays:
@@ -141,11 +141,11 @@ def read_tensors(file: Path, option: str, ema: bool = True) -> Tensors:
                 f"{option}: expected the weights of {file} in one place, found more in {names(strays)}; save the"
                 " tensors that are meant alone"
             )
-        order = [*averages, *plain] if ema else [*plain, *averages]
+        order = _in_turn([*averages, *plain], averages, ema)
         if not order:
             break
         full = [order[0], *(key for key in order[1:] if key in averages or _holds_weights(content[key], inside=False))]
-        if len(full) > 1 or (not ema and not plain) or order[0] not in (*averages, *PLACES):
+        if len(full) > 1 or order[0] not in (TEACHER, *PLACES):
             console.say(f"{option}: {file} holds weights under {_choice(full, averages, ema)}")
         content = content[order[0]]
     if not isinstance(content, Mapping):
@@ -155,8 +155,7 @@ def read_tensors(file: Path, option: str, ema: bool = True) -> Tensors:
         raise BingoError(
             f"{option}: expected tensors by name in {file}, found none; its keys are {names(map(str, content))}"
         )
-    counter = "n_averaged"  # of torch's AveragedModel
-    return {key: value for key, value in tensors.items() if key.rpartition(".")[2] != counter}
+    return {key: value for key, value in tensors.items() if key.rpartition(".")[2] != COUNTER}
 
 
 def _content(file: Path) -> Any:
@@ -201,16 +200,31 @@ def _places(content: Mapping[Any, Any]) -> tuple[list[Any], list[Any], list[str]
 
 def _is_average(name: str) -> bool:
     """Whether this is what people call a moving average of weights: model_ema, state_dict_ema, ema; DINO's teacher."""
-    return name == "teacher" or "ema" in name.lower().split("_")
+    return name == TEACHER or "ema" in name.lower().split("_")
+
+
+def _has_average(content: object) -> bool:
+    """Whether anything in a file is named as a moving average, a part of a tensor's name too, or is torch's own."""
+    return isinstance(content, Mapping) and any(
+        any(part == COUNTER or _is_average(part) for part in str(key).split(".")) or _has_average(value)
+        for key, value in content.items()
+    )
+
+
+def _in_turn(places: list[str], averages: list[str], ema: bool) -> list[str]:
+    """Places of weights, the one first that is taken."""
+    return sorted(places, key=lambda place: (place != TEACHER, (place in averages) != ema))
 
 
 def _choice(order: list[str], averages: list[str], ema: bool) -> str:
     """In words, which of the places `order` is taken, the first, and how to have the other."""
     line = f"{' and '.join(order)}; those under {order[0]} are taken"
-    if order[0] in averages and not ema:
-        return f"{line}: there is nothing but a moving average"
-    if len(order) == 1 or not set(averages) & set(order):
+    if not set(averages) & set(order):
         return line
+    if order[0] == TEACHER:
+        return f"{line}, the moving average that its method is judged by; to take others, save them alone"
+    if len(order) == 1:
+        return f"{line}: there is nothing but a moving average"
     what = "a moving average; --set ema=false" if ema else "as they were trained; --set ema=true"
     return f"{line} ({what} takes the other)"
 

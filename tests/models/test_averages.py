@@ -32,7 +32,7 @@ def both() -> tuple[Tensors, Tensors]:
     return made[0], made[1]
 
 
-def loaded(content: Any, folder: Path, ema: bool = True) -> Tensors:
+def loaded(content: Any, folder: Path, ema: bool = False) -> Tensors:
     torch.save(content, folder / "w.ckpt")
     return build("test_resnet", 0, str(folder / "w.ckpt"), OPTION, ema).backbone.state_dict()
 
@@ -50,40 +50,54 @@ LAYOUTS = {
     "others'": lambda plain, average: {"model": plain, "model_ema": average},
     "diffusers'": lambda plain, average: {"params": plain, "params_ema": average},
     "below": lambda plain, average: {"model": plain, "ema": {"decay": 0.999, "shadow": average}},
-    "DINO's": lambda plain, average: {"student": under("module.", plain), "teacher": average},
     "in one": lambda plain, average: {"state_dict": under("model.", plain) | under("model_ema.module.", average)},
     "in one, wrapped": lambda plain, average: under("module.net.", plain) | under("module.ema_net.", average),
 }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_average_is_taken_and_ema_false_takes_the_other(
+def test_the_weights_as_trained_are_taken_and_ema_true_takes_their_average(
     layout: str, both: tuple[Tensors, Tensors], tmp_path: Path, printed: io.StringIO
 ) -> None:
     plain, average = both
     content = LAYOUTS[layout](plain, average)
-    assert same(loaded(content, tmp_path), average)
-    assert "are taken (a moving average; --set ema=false takes the other)" in printed.getvalue()
-    assert same(loaded(content, tmp_path, ema=False), plain)
+    assert same(loaded(content, tmp_path), plain)
     assert "are taken (as they were trained; --set ema=true takes the other)" in printed.getvalue()
+    assert same(loaded(content, tmp_path, ema=True), average)
+    assert "are taken (a moving average; --set ema=false takes the other)" in printed.getvalue()
+    assert "no moving average" not in printed.getvalue()
 
 
-def test_a_file_of_nothing_but_an_average_says_so_where_the_other_was_wanted(
-    both: tuple[Tensors, Tensors], tmp_path: Path, printed: io.StringIO
+@pytest.mark.parametrize("ema", [False, True])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_of_student_and_teacher_the_teacher_is_taken(
+    ema: bool, prefix: str, both: tuple[Tensors, Tensors], tmp_path: Path, printed: io.StringIO
 ) -> None:
-    assert same(loaded({"model_ema": both[1]}, tmp_path, ema=False), both[1])
+    plain, average = both
+    assert same(loaded({"student": under(prefix, plain), "teacher": average}, tmp_path, ema=ema), average)
+    assert "those under teacher are taken, the moving average that its method is judged by" in printed.getvalue()
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_of_one_alone_that_one_is_taken_and_said(
+    ema: bool, both: tuple[Tensors, Tensors], tmp_path: Path, printed: io.StringIO
+) -> None:
+    assert same(loaded({"model_ema": both[1]}, tmp_path, ema=ema), both[1])
     assert "those under model_ema are taken: there is nothing but a moving average" in printed.getvalue()
+    assert same(loaded({"model": both[0]}, tmp_path, ema=ema), both[0])
+    assert ("holds no moving average; its weights are taken as they were trained" in printed.getvalue()) == ema
 
 
 def test_settings_of_an_average_are_no_weights(both: tuple[Tensors, Tensors], tmp_path: Path) -> None:
     assert same(loaded({"model": both[0], "ema": {"decay": 0.999}, "model_ema": None}, tmp_path), both[0])
 
 
-def test_torchs_own_average_is_loaded(both: tuple[Tensors, Tensors], tmp_path: Path) -> None:
+def test_torchs_own_average_is_loaded(both: tuple[Tensors, Tensors], tmp_path: Path, printed: io.StringIO) -> None:
     model = timm.create_model("test_resnet", num_classes=10)
     model.load_state_dict(both[0])
     averaged = AveragedModel(model).state_dict()
-    assert "n_averaged" in averaged and same(loaded(averaged, tmp_path), both[0])
+    assert "n_averaged" in averaged and same(loaded(averaged, tmp_path, ema=True), both[0])
+    assert "no moving average" not in printed.getvalue()
 
 
 def test_both_roles_read_the_setting(both: tuple[Tensors, Tensors], tmp_path: Path) -> None:
@@ -96,13 +110,13 @@ def test_both_roles_read_the_setting(both: tuple[Tensors, Tensors], tmp_path: Pa
         assert same(build_teacher(chosen).backbone.state_dict(), wanted)
         assert same(build_student(chosen, file, "student").backbone.state_dict(), wanted)
         refuse_unread([chosen], {"ema": ema}, "here")
-    with pytest.raises(BingoError, match="found ema=False, read only by a file of weights"):
-        refuse_unread([recipe(ema=False)], {"ema": False}, "here")
+    with pytest.raises(BingoError, match="found ema=True, read only by a file of weights"):
+        refuse_unread([recipe(ema=True)], {"ema": True}, "here")
 
 
 def test_all_arms_of_a_comparison_take_the_same_of_the_two() -> None:
     with pytest.raises(BingoError, match=r"ema.*same for all arms"):  # their teacher is embedded once
-        make_arms("bingo,bingo:ema=false", recipe())
+        make_arms("bingo,bingo:ema=true", recipe())
 
 
 # ---------------------------------------------------------------- wrappers of other names

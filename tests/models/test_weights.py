@@ -107,15 +107,17 @@ def test_position_embeddings_are_resized_to_another_input_size(tmp_path: Path) -
 
 @pytest.mark.parametrize("average", ["state_dict_ema", "model_ema"])
 @pytest.mark.parametrize("other", ["state_dict", "model"])
-def test_the_average_is_taken_before_what_was_averaged_and_the_choice_is_said(
+def test_of_an_average_and_what_was_averaged_either_is_taken_and_the_choice_is_said(
     average: str, other: str, tmp_path: Path, printed: io.StringIO
 ) -> None:
     source = trained("test_resnet")
     file = saved(
         {other: trained("test_resnet", 2).state_dict(), average: source.state_dict(), "epoch": 3}, tmp_path / "w.pth"
     )
-    check_equal(build("test_resnet", 64, file, OPTION), source)
+    check_equal(build("test_resnet", 64, file, OPTION, ema=True), source)
     assert f"holds weights under {average} and {other}; those under {average} are taken" in printed.getvalue()
+    check_equal(build("test_resnet", 64, file, OPTION), trained("test_resnet", 2))
+    assert f"holds weights under {other} and {average}; those under {other} are taken" in printed.getvalue()
 
 
 def test_one_place_for_weights_is_no_choice(tmp_path: Path, printed: io.StringIO) -> None:
