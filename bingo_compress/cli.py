@@ -5,6 +5,7 @@ said at the end. torch is imported inside, so that --help is quick.
 import inspect
 import io
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import MISSING, fields
@@ -150,7 +151,11 @@ def _told(error: BaseException) -> int:
     other = f"process {rank}: " if (rank := os.environ.get("RANK", "0")) != "0" else ""
     if isinstance(error, UsageError):
         where = error.ctx.command_path if error.ctx else "bingo-compress"
-        print(f"error: {' '.join(error.format_message().split())} (see {where} --help)", file=sys.stderr)
+        said = " ".join(error.format_message().split())
+        extra = re.search(r"unexpected extra argument\S* \((\S+)", said)
+        expanded = extra and os.path.exists(extra[1].rstrip(")"))
+        hint = "; a pattern that the shell expanded? Give the folder, or --data before each" if expanded else ""
+        print(f"error: {said}{hint} (see {where} --help)", file=sys.stderr)
         return 2
     if isinstance(error, BingoError):
         console.complain(f"{other}error: {error}")

@@ -40,6 +40,7 @@ def check(data: Data, look: Callable[[ImageList], list[list[int]]] | None = None
     """
     folder = listing.list_images(data)
     image_list.say_passed(folder)
+    image_list.say_splits(folder)
     bad = list(folder.bad)
     sides: list[tuple[int, int]] = []
     usable: list[int] = []

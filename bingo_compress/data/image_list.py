@@ -14,12 +14,10 @@ from bingo_compress.errors import BingoError
 from bingo_compress.runtime import console
 from bingo_compress.runtime.machine import in_threads
 from bingo_compress.runtime.made_of import file_digest
-from bingo_compress.sources.listed import Opened, Stamp, stamp_of
+from bingo_compress.sources.listed import SPLITS, Opened, Stamp, stamp_of
 
 MANY = 20_000  # files whose reading is worth a bar
 UNREADABLE = "0" * 64
-
-SPLITS = frozenset(["train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"])
 
 
 @dataclass(frozen=True)
@@ -163,6 +161,12 @@ def say_passed(folder: ImageList) -> None:
             f"{folder.passed:,} hidden or system files and folders, and folders of this program, passed over in"
             f" {folder.where}"
         )
+
+
+def say_splits(folder: ImageList) -> None:
+    """One line about splits that the names of archives tell apart, if they do."""
+    for line in folder.opened.splits if folder.opened else ():
+        console.say(line)
 
 
 def labels_of(folder: ImageList) -> tuple[list[str], list[int]]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from decimal import Decimal
 from pathlib import Path
 
-from bingo_compress.data.image_list import UNREADABLE, ImageList, say_passed
+from bingo_compress.data.image_list import UNREADABLE, ImageList, say_passed, say_splits
 from bingo_compress.errors import BingoError
 from bingo_compress.runtime import console
 from bingo_compress.runtime.run_dir import atomic
@@ -57,6 +57,7 @@ def refuse_bad(folder: ImageList, bad: Sequence[tuple[str, str]], quarantine: Pa
 def report(folder: ImageList, quarantine: Path) -> None:
     """Write `quarantine` and say how many files are in it, and how many were passed over."""
     say_passed(folder)
+    say_splits(folder)
     write_quarantine(quarantine, [*folder.bad, *((name, f"exact copy of {first}") for name, first in folder.copies)])
     if folder.bad:
         console.say(

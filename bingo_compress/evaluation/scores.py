@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bingo_compress.data.image_list import UNREADABLE, ImageList, labels_of, refuse_other_classes
+from bingo_compress.data.image_list import UNREADABLE, ImageList, labels_of, refuse_other_classes, say_splits
 from bingo_compress.data.listing import list_images
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation import finetune, intervals, probes
@@ -190,6 +190,7 @@ def open_labelled(data: Data, test: Data | None, option: str, least: int = 2) ->
     images.
     """
     bank = list_images(data, option)
+    say_splits(bank)
     labels_of(bank)
     tested = list_images(test, "--test") if test else None
     if tested:

@@ -3,7 +3,7 @@
 import errno
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from bingo_compress.sources.listed import Columns, Listed, is_system_file, is_system_folder, refusal, stamp_of
@@ -14,17 +14,12 @@ def matches(path: Path) -> bool:
     return path.is_dir()
 
 
-def listed(root: Path, columns: Columns) -> Listed:
-    """Every regular file below `root`, links followed, each real file once; the first folder of each is its label."""
-    files: list[str] = []
-    bad: list[tuple[str, str]] = []
+def walked(root: Path, unreadable: Callable[[OSError], None]) -> Iterator[tuple[str, list[str], int]]:
+    """Each folder below `root`, links followed, each real one once: (where it is, its files that are no system's, how
+    many files and folders in it were passed over). unreadable: is told of those that cannot be read.
+    """
     seen: set[tuple[int, int]] = set()
-    passed = 0
     above = {(status.st_dev, status.st_ino) for status in map(os.stat, root.resolve().parents)}
-
-    def unreadable(error: OSError) -> None:
-        bad.append((os.path.relpath(str(error.filename), root), "folder cannot be read"))
-
     for folder, folders, names in os.walk(root, followlinks=True, onerror=unreadable):
         try:
             here = os.stat(folder)
@@ -36,14 +31,29 @@ def listed(root: Path, columns: Columns) -> Listed:
             continue
         seen.add((here.st_dev, here.st_ino))
         if Path(folder) != root and _is_ours(names, folders):
-            passed += 1
             folders.clear()
+            yield folder, [], 1
             continue
-        photos = [name for name in names if not is_system_file(name)]
+        files = sorted(name for name in names if not is_system_file(name))
         searched = [name for name in folders if not is_system_folder(name)]
-        passed += len(names) - len(photos) + len(folders) - len(searched)
+        passed = len(names) - len(files) + len(folders) - len(searched)
         folders[:] = sorted(searched)
-        for name in sorted(photos):
+        yield folder, files, passed
+
+
+def listed(root: Path, columns: Columns) -> Listed:
+    """Every regular file below `root`, links followed, each real file once; the first folder of each is its label."""
+    files: list[str] = []
+    bad: list[tuple[str, str]] = []
+    seen: set[tuple[int, int]] = set()
+    passed = 0
+
+    def unreadable(error: OSError) -> None:
+        bad.append((os.path.relpath(str(error.filename), root), "folder cannot be read"))
+
+    for folder, names, others in walked(root, unreadable):
+        passed += others
+        for name in names:
             relative = os.path.relpath(os.path.join(folder, name), root)
             reason = _unusable(os.path.join(folder, name), seen)
             if reason is None:

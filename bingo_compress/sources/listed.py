@@ -45,6 +45,9 @@ SYSTEM_FOLDERS = frozenset(
 SYSTEM_FILES = frozenset(["thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"])
 ABOUT = frozenset(["readme", "license", "licence", "copying", "notice", "changelog", "authors", "citation"])
 
+# What people, and the hubs, call the parts of a set.
+SPLITS = frozenset(["train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"])
+
 LARGEST = 1 << 30  # bytes of one member of an archive; more is no photo
 
 Stamp = tuple[int, ...]
@@ -80,13 +83,14 @@ class Listed:
 @dataclass(frozen=True)
 class Opened:
     """All sources as one. where: of people's words; names: of N images, `source!member` unless there is but a folder;
-    bad: (name, reason); passed: as in `Listed`.
+    bad: (name, reason); passed: as in `Listed`; splits: a line for each place whose archives' names tell some apart.
     """
 
     where: str
     root: Path
     parts: tuple[Listed, ...]
     prefixes: tuple[str, ...]
+    splits: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -2,20 +2,23 @@
 
 import os
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import TypeVar
 
 from bingo_compress.errors import BingoError
 from bingo_compress.recipe import Recipe
 from bingo_compress.sources import folder, lists, parquet, tar, zipped
-from bingo_compress.sources.listed import NO_COLUMNS, Columns, Listed, Opened, is_system_file
+from bingo_compress.sources.folder import walked
+from bingo_compress.sources.listed import NO_COLUMNS, SPLITS, Columns, Listed, Opened
 
 SOURCES = (tar, zipped, parquet, lists, folder)  # the first that matches
 ARCHIVES = (tar, zipped, parquet)
-BESIDE = (".txt", ".json", ".md", ".csv", ".idx", ".index")  # what may lie beside shards
+# What may lie beside shards: words and tables about them, the hubs' loading scripts.
+BESIDE = (".txt", ".json", ".jsonl", ".md", ".csv", ".tsv", ".yaml", ".yml", ".html", ".py", ".idx", ".index")
 Result = TypeVar("Result")
 BRACES = re.compile(r"\{([^{}]*)\}")
 
@@ -60,7 +63,8 @@ def absolute(place: str) -> str:
 def open_sources(data: Data, option: str) -> Opened:
     """List every image of what `option` gave. Raises BingoError for a place that holds none, or is none."""
     given = asked(data)
-    paths = list(chain.from_iterable(_expanded(place, option) for place in given.places))
+    expanded = [_expanded(place, option) for place in given.places]
+    paths = list(chain.from_iterable(expanded))
     _refuse_twice(paths, option)
     plain = len(paths) == 1 and paths[0].is_dir()
     parts = [_listed(path, given.columns, option) for path in paths]
@@ -71,7 +75,8 @@ def open_sources(data: Data, option: str) -> Opened:
             " another folder"
         )
     prefixes = ("",) if plain else tuple(f"{tail}!" for tail in _tails(paths))
-    return Opened(_named(given.places), Path(given.places[0]), tuple(parts), prefixes)
+    told = (_splits(Path(place), found, option) for place, found in zip(given.places, expanded, strict=True))
+    return Opened(_named(given.places), Path(given.places[0]), tuple(parts), prefixes, tuple(filter(None, told)))
 
 
 def _named(places: Sequence[str]) -> str:
@@ -98,7 +103,7 @@ def _expanded(place: str, option: str) -> list[Path]:
         if any(letter in place for letter in "*?["):
             raise BingoError(
                 f"{option}: expected a folder or a file, found a pattern that stands for no file: {place}; name the"
-                " folder, or put the paths into a list.txt, one a line"
+                " folder, write shards as 'name-{000..011}.tar', or put the paths into a list.txt, one a line"
             )
         raise BingoError(f"{option}: expected a folder of images, found nothing at {place}; check the path")
     if path.is_dir():
@@ -115,12 +120,61 @@ def _is_archive(path: Path) -> bool:
     return any(source.matches(path) for source in ARCHIVES)
 
 
-def _shards(path: Path) -> list[Path]:
-    """The archives of a folder that holds nothing else but words about them; else nothing."""
-    held = [each for each in sorted(path.iterdir()) if not is_system_file(each.name)]
-    archives = [each for each in held if _is_archive(each)]
-    others = [each for each in held if each not in archives and each.suffix.lower() not in BESIDE]
-    return archives if archives and not others else []
+def _shards(root: Path) -> list[Path]:
+    """The archives at any depth of a folder that holds nothing else but words about them, as the hubs lay out theirs,
+    each real one once; else nothing.
+    """
+    archives: dict[Path, Path] = {}
+    for where, names, _ in walked(root, lambda error: None):
+        for path in (Path(where, name) for name in names):
+            if _is_archive(path):
+                archives.setdefault(path.resolve(), path)
+            elif path.suffix.lower() not in BESIDE:
+                return []
+    return list(archives.values())
+
+
+def _splits(root: Path, archives: Sequence[Path], option: str) -> str:
+    """In words, the splits that the names of a folder's archives, or of folders about them, tell apart; "" where they
+    do not.
+    """
+    if not root.is_dir() or root in archives:
+        return ""
+    found: dict[str, list[Path]] = {}
+    for path in archives:
+        *folders, name = path.relative_to(root).parts
+        words = [*folders, re.split("[-_.]", name)[0]]
+        found.setdefault(next((word for word in words if word.lower() in SPLITS), ""), []).append(path)
+    named = sorted(found.keys() - {""}, key=lambda split: (not split.lower().startswith("train"), split))
+    if len(named) < 2:
+        return ""
+    counted = [*(f"{split} ({len(found[split]):,})" for split in named), *(["others"] if "" in found else [])]
+    one, other = (shlex.quote(_together(root, found[split], split)) for split in named[:2])
+    return (
+        f"{' and '.join(counted)} are splits, by the names of the archives in {root}; all are taken. To take one alone:"
+        f" {option} {one}, and {other} as --test"
+    )
+
+
+def _together(root: Path, archives: Sequence[Path], split: str) -> str:
+    """What to give for these archives of one split: the folder of that name, the archive, or one pattern."""
+    folders = {next((above for above in path.parents if above.name == split), root) for path in archives}
+    if len(folders) == 1 and root not in folders:
+        return str(folders.pop())
+    names = sorted(map(str, archives))
+    if len(names) == 1:
+        return names[0]
+    start = _shared(names)
+    end = _shared([name[start:][::-1] for name in names])
+    middles = [name[start : len(name) - end] for name in names]
+    counted = f"{middles[0]}..{middles[-1]}"
+    inside = counted if _braces(f"{{{counted}}}") == middles else ",".join(middles)
+    return f"{names[0][:start]}{{{inside}}}{names[0][len(names[0]) - end :]}"
+
+
+def _shared(names: Sequence[str]) -> int:
+    """How many letters all names begin with."""
+    return sum(1 for _ in takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False)))
 
 
 def _braces(place: str) -> list[str]:

@@ -1,5 +1,7 @@
 """Whatever images lie in, a run is the same; what is no source is said in a line."""
 
+import io
+import re
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -11,7 +13,7 @@ from helpers import Ran, flags
 from worlds import CLASSES, KINDS, add, made
 
 from bingo_compress.data.decode import decode_all
-from bingo_compress.data.image_list import labels_of
+from bingo_compress.data.image_list import labels_of, say_splits
 from bingo_compress.data.listing import list_images
 from bingo_compress.errors import BingoError
 from bingo_compress.models.exported import weights_digest
@@ -94,7 +96,10 @@ def test_all_commands_take_any_source(
     [
         ("s3://bucket/photos", "expected files of this machine, found s3://bucket/photos; copy or mount it first"),
         ("gs://bucket/a.tar", "expected files of this machine"),
-        ("photos/*.jpg", "a pattern that stands for no file: .*; name the folder, or put the paths into a list.txt"),
+        (
+            "photos/*.jpg",
+            "a pattern that stands for no file: .*; name the folder, write shards as .* or put the paths into",
+        ),
         ("shards/{000..003}.tar", "expected 4 files of .*, found 0; the first that is missing is .*000.tar"),
         ("nowhere", "found nothing at .*nowhere; check the path"),
         ("photo.jpg", "found a file: .*photo.jpg; name its folder"),
@@ -167,6 +172,67 @@ def test_a_list_of_shards_is_the_shards(world: dict[str, Any], tmp_path: Path) -
     shards = sorted(Path(world["shards"]).iterdir())
     (tmp_path / "list.txt").write_text("\n".join(map(str, shards)))
     assert list_images(tmp_path / "list.txt").files == list_images(world["shards"]).files
+
+
+def hub(root: Path, world: dict[str, Any], names: dict[str, str]) -> Path:
+    """A folder as the hubs lay it out, with one of the world's shards under each name."""
+    for name, shard in names.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes((Path(world["shards"]) / shard).read_bytes())
+    for name in ("README.md", ".gitattributes", "dataset_infos.json", ".cache/x.lock"):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_text("{}")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("names", "one", "other"),
+    [
+        (
+            ("data/train-00000-of-00002.tar", "data/train-00001-of-00002.tar", "data/test-00000-of-00001.tar"),
+            "data/train-0000{0..1}-of-00002.tar",
+            "data/test-00000-of-00001.tar",
+        ),
+        (("train/007.tar", "train/009.tar", "test/000.tar"), "train", "test"),
+        (("a/train_x.tar", "a/train_z.tar", "a/val_x.tar"), "a/train_{x,z}.tar", "a/val_x.tar"),
+    ],
+)
+def test_archives_at_any_depth_are_shards_and_their_splits_are_said(
+    names: tuple[str, ...], one: str, other: str, world: dict[str, Any], tmp_path: Path, printed: io.StringIO
+) -> None:
+    root = hub(tmp_path / "hub", world, dict(zip(names, ("000.tar", "001.tar", "002.tar"), strict=True)))
+    found = list_images(root)
+    assert (len(found.files), found.bad) == (21, ()) and labels_of(found)[0] == list(CLASSES)
+    say_splits(found)
+    told = " ".join(printed.getvalue().split())
+    assert f"are splits, by the names of the archives in {root}; all are taken. To take one alone" in told
+    train, test = (part.strip("'") for part in re.findall(r"--data (.*), and (.*) as --test", told)[0])
+    assert (train, test) == (str(root / one), str(root / other))
+    assert len(list_images(train).files) == 14 and len(list_images(test).files) == 7
+
+
+def test_archives_of_no_split_say_nothing_and_a_link_to_one_is_no_second(world: dict[str, Any], tmp_path: Path) -> None:
+    root = hub(tmp_path / "hub", world, {"a/000.tar": "000.tar", "train-b.tar": "001.tar"})
+    (root / "a" / "b.tar").symlink_to(root / "a" / "000.tar")
+    (root / "a" / "up").symlink_to(tmp_path)
+    found = list_images(root)
+    assert len(found.files) == 14 and found.opened is not None and found.opened.splits == ()
+
+
+def test_beside_photos_archives_are_named_as_files_that_cannot_be_used(
+    world: dict[str, Any], tmp_path: Path, make_photo: MakePhoto
+) -> None:
+    root = hub(tmp_path / "hub", world, {"data/train-0.tar": "000.tar"})
+    make_photo(root / "z" / "1.jpg")
+    found = list_images(root)
+    assert found.files == ("z/1.jpg",)
+    assert dict(found.bad)["data/train-0.tar"].startswith("an archive (its name ends in .tar): give it as --data of")
+
+
+def test_a_pattern_that_the_shell_expanded_is_told(world: dict[str, Any], bingo: Callable[..., Ran]) -> None:
+    shown = bingo("check", "--data", *map(str, sorted(Path(world["shards"]).glob("*.tar"))))
+    assert shown.status == 2
+    assert "a pattern that the shell expanded? Give the folder, or --data before each" in shown.err
 
 
 def test_members_that_tell_of_an_image_are_not_bad_and_others_are(tmp_path: Path, make_photo: MakePhoto) -> None:

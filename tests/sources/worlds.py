@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 from helpers import photos
 
-KINDS = ("folder", "list", "table", "tar", "shards", "braces", "zip", "parquet", "two folders")
+KINDS = ("folder", "list", "table", "tar", "shards", "braces", "zip", "parquet", "hub", "two folders")
 CLASSES = ("kind0", "kind1", "kind2")
 
 
@@ -47,6 +47,12 @@ def made(root: Path, each: int) -> dict[str, Any]:
     features = {"info": {"features": {"label": {"names": CLASSES, "_type": "ClassLabel"}}}}
     table = table.replace_schema_metadata({"huggingface": json.dumps(features)})
     pyarrow.parquet.write_table(table, root / "photos.parquet", row_group_size=5)
+    (root / "hub" / "data").mkdir(parents=True)
+    for name in ("README.md", ".gitattributes", "dataset_infos.json"):
+        (root / "hub" / name).write_text("{}")
+    for number, (start, end) in enumerate(((0, each), (each, len(files)))):
+        name = f"train-{number:05d}-of-00002.parquet"
+        pyarrow.parquet.write_table(table.slice(start, end - start), root / "hub" / "data" / name)
     for part in (0, 1):  # all of the first folder come before all of the second
         for name in names[part * each : each if part == 0 else None]:
             target = root / "parts" / str(part) / name
@@ -61,6 +67,7 @@ def made(root: Path, each: int) -> dict[str, Any]:
         "braces": str(root / "shards" / f"{{000..{last:03d}}}.tar"),
         "zip": str(root / "photos.zip"),
         "parquet": str(root / "photos.parquet"),
+        "hub": str(root / "hub"),
         "two folders": [str(root / "parts" / "0"), str(root / "parts" / "1")],
     }
 
