@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bingo_compress import __version__
-from bingo_compress.data import pixel_store
+from bingo_compress.data import image_list, pixel_store
 from bingo_compress.data.image_list import ImageList
 from bingo_compress.data.quarantine import report
 from bingo_compress.errors import BingoError
@@ -55,6 +55,7 @@ def run_distill(
     distributed.barrier()  # no process looks at --out after the first has made it
     run = distributed.from_first(lambda: run_dir.open_new(out, resume=resume, overwrite=overwrite))
     distributed.from_first(lambda: run_dir.write_text(run.resolved, recipe_text(plan.recipe)))
+    distributed.from_first(lambda: image_list.keep(run.work, folder))
     # Last: with it the folder is a run.
     distributed.from_first(lambda: run_dir.write_text(run.recipe, recipe_text(asked)))
     header(plan, models, folder)

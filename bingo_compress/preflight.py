@@ -9,7 +9,7 @@ from bingo_compress.data.listing import list_images
 from bingo_compress.errors import BingoError
 from bingo_compress.models.names import FAMILIES, on_hub, unknown
 from bingo_compress.recipe import GIVEN, WORDS, Recipe, load_recipe
-from bingo_compress.runtime.run_dir import open_finished, refuse_no_file, refuse_taken
+from bingo_compress.runtime.run_dir import RunDir, open_finished, refuse_no_file, refuse_taken
 from bingo_compress.sources.opened import of_recipe
 
 ROLES = ("teacher", "student")
@@ -38,7 +38,7 @@ def refuse_early(recipe: Recipe, out: Path, own: Collection[str], *, resume: boo
     if recipe.keep_best and not recipe.hold_out:
         raise BingoError("--keep-best: expected images held out, found none; raise --set hold_out=0.05")
     refuse_taken(out, may_hold_files=resume or overwrite)
-    folder = list_images(of_recipe(recipe))
+    folder = list_images(of_recipe(recipe), work=RunDir(out).work)
     if len(folder.files) < 2:  # how many more it takes is the method's to say
         raise BingoError(
             f"--data: expected images, found {len(folder.files)} that may be one among"

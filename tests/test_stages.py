@@ -5,9 +5,11 @@ After a change that is meant: raise the stage's number, then `python tests/test_
 stages.json.
 """
 
+import io
 import json
 import math
 import sys
+import tarfile
 import tempfile
 from pathlib import Path
 
@@ -24,6 +26,8 @@ from bingo_compress.models import trained
 from bingo_compress.models.encoder import Encoder
 from bingo_compress.runtime import checkpoint
 from bingo_compress.runtime.made_of import FORMATS
+from bingo_compress.sources import tar
+from bingo_compress.sources.listed import stamp_of
 from bingo_compress.training import loop
 from bingo_compress.training.loader import Lessons
 from bingo_compress.training.material import prepare
@@ -32,6 +36,16 @@ from bingo_compress.training.plan import plan_run, settle
 RECORD = Path(__file__).with_name("stages.json")
 COMPOSED = {"student", "start", "arm"}  # the training's state under another name
 TOLERANCE = 0.02  # of processors and versions of torch; a change of the code is larger
+
+
+def indexed(file: Path) -> list[float]:
+    """Where the members of a tar file lie; one is there twice, one is a folder, one has a long name."""
+    with tarfile.open(file, "w") as archive:
+        for name, size in (("a", 5), ("b/" + "c" * 120, 600), ("d/", 0), ("a", 7)):
+            member = tarfile.TarInfo(name.rstrip("/"))
+            member.size, member.type = size, tarfile.DIRTYPE if name.endswith("/") else tarfile.REGTYPE
+            archive.addfile(member, io.BytesIO(bytes(size)))
+    return [float(number) for place in tar.index_of(file, stamp_of(file)).values() for number in place]
 
 
 def by_formula(encoder: Encoder) -> Encoder:
@@ -92,6 +106,7 @@ def outputs(folder: Path) -> dict[str, list[float]]:
         *near_copies.correlation(small[:-1], small[1:]).tolist(),
         *near_copies.repeats(small).tolist(),
     ]
+    found["index"] = indexed(folder / "indexed.tar")
     rows, labels = kind_targets(60, 1, 16)[:, 0], torch.arange(60) % 3
     images = image_list.ImageList(
         Path(), tuple(f"{label}/{place}.jpg" for place, label in enumerate(labels.tolist())), ()

@@ -90,7 +90,7 @@ def compare(
     Called again with the same settings it goes on where it was. Raises BingoError.
     """
     folder = take(base)
-    bank, tested = scores.open_labelled(labels, test, "--labels")
+    bank, tested = scores.open_labelled(labels, test, "--labels", work=out / "work")
     make_arms(methods, base)  # refused before anything is said
     device = choose_device(base.device)
     base = absolute(base)
@@ -99,6 +99,7 @@ def compare(
     for arm in arms:
         schedule(arm.recipe, len(folder.files))
     _open(out, base, overwrite)
+    image_list.keep(out / "work", folder, bank, tested)
     shared = Shared(folder, bank, tested, out, device, {} if base.threads else _threads_kept(out), {})
     results: list[dict[str, Any]] = []
     for arm in arms:

@@ -154,6 +154,13 @@ def _digest(folder: ImageList, index: int) -> str:
         return UNREADABLE
 
 
+def keep(work: Path, *folders: ImageList | None) -> None:
+    """Write to a run's work folder what took long to find of these images: the indexes of tar files."""
+    for folder in folders:
+        for part in folder.opened.parts if folder and folder.opened else ():
+            part.keep(work)
+
+
 def say_passed(folder: ImageList) -> None:
     """One line about what was passed over, if anything was."""
     if folder.passed:

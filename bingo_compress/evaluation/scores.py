@@ -184,15 +184,17 @@ def _near_data(scenes: Tensor, whole: Sequence[str]) -> dict[str, Any]:
     return {"images": sum(map(len, found)), "scenes": len(found), "classes_of_one_scene": list(whole)}
 
 
-def open_labelled(data: Data, test: Data | None, option: str, least: int = 2) -> tuple[ImageList, ImageList | None]:
+def open_labelled(
+    data: Data, test: Data | None, option: str, least: int = 2, work: Path | None = None
+) -> tuple[ImageList, ImageList | None]:
     """(the bank, which `option` gives, the test images or None). Raises BingoError for what no figure can come of:
     images without labels, test images of other classes or that are in the bank, a class of fewer than `least` different
-    images.
+    images. work: as in `list_images`.
     """
-    bank = list_images(data, option)
+    bank = list_images(data, option, work)
     say_splits(bank)
     labels_of(bank)
-    tested = list_images(test, "--test") if test else None
+    tested = list_images(test, "--test", work) if test else None
     if tested:
         refuse_other_classes(bank, tested, option)
         refuse_shared(bank, tested, option)

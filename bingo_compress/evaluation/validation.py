@@ -48,12 +48,11 @@ def validate(
     class of `data` aside.
 
     require: "linear=0.6" and the like; given: the modules of the user's own that the run was distilled with. Returns
-    and writes to RUN/validation.json and json_file
-    {"protocol": ..., "rows": ...}, every figure with a 95% interval; the row of a file names its sha256. Saves a linear
-    head and a bank beside each exported file for the edge kit. Of several processes each embeds its share of the
-    images; the first does the rest. Raises BingoError, with exit status 3, when all is written, where an exported file
-    (without any: the student) is below a figure that `require` names; before anything is embedded, where one was
-    exported from another student than the run's.
+    and writes to RUN/validation.json and json_file {"protocol": ..., "rows": ...}, every figure with a 95% interval;
+    the row of a file names its sha256. Saves a linear head and a bank beside each exported file for the edge kit. Of
+    several processes each embeds its share of the images; the first does the rest. Raises BingoError, with exit status
+    3, when all is written, where an exported file (without any: the student) is below a figure that `require` names;
+    before anything is embedded, where one was exported from another student than the run's.
     """
     least = parse_required(require)
     specs = finetune.parse_shots(extras.shots) if extras.shots else []
@@ -62,9 +61,10 @@ def validate(
     run_dir.refuse_no_file(json_file, "--json")
     run = run_dir.open_finished(run_path)
     other = _open_against(extras.against) if extras.against else None
-    bank_folder, test_folder = scores.open_labelled(data, test, "--data")
+    bank_folder, test_folder = scores.open_labelled(data, test, "--data", work=run.work)
     where = choose_device(device)
     distributed.from_first(lambda: run_dir.hold(run.path, "--run"))
+    distributed.from_first(lambda: image_list.keep(run.work, bank_folder, test_folder))
     subjects = _subjects(run, other, given)
     models = _runnable(subjects, run, where)
     keep = extract.Keep(run.work, "proof", _digests(subjects))

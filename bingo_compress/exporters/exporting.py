@@ -77,21 +77,23 @@ def export(
     it, judged on GALLERY others. Returns the files.
 
     out: folder, default RUN/export; data: where the images are now, default where they were; given: the module of the
-    user's own that the run's student is. What is in the folder of another export is
-    removed: a file with what belongs to it, and an int8 file that was made of another float file than the one that is
-    there, or is refused. Raises BingoError; with exit status 3 where a file is not the same model, and then it is not
-    there.
+    user's own that the run's student is. What is in the folder of another export is removed: a file with what belongs
+    to it, and an int8 file that was made of another float file than the one that is there, or is refused. Raises
+    BingoError; with exit status 3 where a file is not the same model, and then it is not there.
     """
     wanted = form(shape.profile, shape.batch, shape.opset)
     rows = _rows(fmt, int8)
-    labelled = gate.open_labelled(int8.labels, int8.test) if int8.labels else None
+    labelled = gate.open_labelled(int8.labels, int8.test, run_dir.RunDir(run_path).work) if int8.labels else None
     run = run_dir.open_finished(run_path)
-    if out is None or out.resolve() == run.export.resolve():
+    held = out is None or out.resolve() == run.export.resolve()
+    if held:
         run_dir.hold(run.path, "--run")
     recipe = load_recipe(run.as_run)
     recipe = recipe.model_copy(update={"image_size": shape.image_size or recipe.image_size})
     student = load_student(recipe, run.student, given.student)
-    folder = listing.list_images(data or of_recipe(recipe))
+    folder = listing.list_images(data or of_recipe(recipe), work=run.work)
+    if held:
+        image_list.keep(run.work, folder, *(labelled or ()))
     order, pixels = _pixels(student, folder, fmt, halved=int8.finetune)
     target = (out or run.export) / exported.name("onnx")
     _need_folder(target.parent, student, COPIES if fmt == "onnx" else COPIES_JUDGED)

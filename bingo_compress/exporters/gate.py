@@ -105,9 +105,9 @@ class _Labelled(NamedTuple):
     tests: int
 
 
-def open_labelled(labels: Data, test: Data | None) -> Labels:
+def open_labelled(labels: Data, test: Data | None, work: Path | None = None) -> Labels:
     """`scores.open_labelled`: of each class one image is to choose by, one to report on and one for the bank."""
-    return scores.open_labelled(labels, test, "--labels", 3)
+    return scores.open_labelled(labels, test, "--labels", 3, work)
 
 
 def _labelled(float_file: Path, preprocessing: Preprocessing, labels: Labels) -> _Labelled:

@@ -15,6 +15,7 @@ from typing import Any
 from bingo_compress.errors import BingoError
 
 FORMATS = {
+    "index": 1,  # where the members of a tar file lie
     "pixels": 5,  # pictures as the store keeps them, and which files are pictures
     "teacher": 6,  # the teacher's pass: plain views and augmented ones
     "near-copies": 1,  # which images show one scene

@@ -69,7 +69,8 @@ class Listed:
 
     read: a file, or the bytes of a member of an archive, by position; raises OSError. stamp: what changes when the
     image does. labels: N class names, "" where there is none; read when they are asked for. passed: hidden and system
-    files and folders, and folders of this program, that were passed over.
+    files and folders, and folders of this program, that were passed over. keep: writes to a run's work folder what of
+    this took long to find, for the next command (`open_sources`).
     """
 
     names: tuple[str, ...]
@@ -78,6 +79,7 @@ class Listed:
     stamp: Callable[[int], Stamp]
     labels: Callable[[], Sequence[str]]
     passed: int = 0
+    keep: Callable[[Path], None] = lambda work: None
 
 
 @dataclass(frozen=True)

@@ -60,12 +60,17 @@ def absolute(place: str) -> str:
     return place if "://" in place else str(Path(place).resolve())
 
 
-def open_sources(data: Data, option: str) -> Opened:
-    """List every image of what `option` gave. Raises BingoError for a place that holds none, or is none."""
+def open_sources(data: Data, option: str, work: Path | None = None) -> Opened:
+    """List every image of what `option` gave. work: of a run, where `Listed.keep` may have kept something. Raises
+    BingoError for a place that holds none, or is none.
+    """
     given = asked(data)
     expanded = [_expanded(place, option) for place in given.places]
     paths = list(chain.from_iterable(expanded))
     _refuse_twice(paths, option)
+    if work:
+        for path in filter(tar.matches, paths):
+            tar.recall(path, work)
     plain = len(paths) == 1 and paths[0].is_dir()
     parts = [_listed(path, given.columns, option) for path in paths]
     if not any(part.names or part.bad for part in parts):

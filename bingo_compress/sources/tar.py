@@ -1,12 +1,20 @@
-"""A tar file: an index of where each member lies, made once, and members read from there in any order."""
+"""A tar file: an index of where each member lies, made once and kept in the run, and members read from there in any
+order.
+"""
 
 import io
+import json
 import os
 import tarfile
+import zlib
+from contextlib import suppress
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 
 from bingo_compress.errors import BingoError
+from bingo_compress.runtime.made_of import made_of
+from bingo_compress.runtime.run_dir import stage_key, write_text
 from bingo_compress.sources import members
 from bingo_compress.sources.listed import Columns, Listed, Stamp, stamp_of
 
@@ -31,14 +39,55 @@ def listed(path: Path, columns: Columns) -> Listed:
     whole = {name: size for name, (start, size) in index.items() if start + size <= stamp[0]}
     found = members.listed(whole, partial(_read, path, index), partial(stamp_of, path), columns)
     cut = tuple((name, "cut short with its archive") for name in index if name not in whole)
-    return Listed(found.names, found.bad + cut, found.read, found.stamp, found.labels, found.passed)
+    return replace(found, bad=found.bad + cut, keep=partial(_keep, path, stamp, index))
 
 
-@lru_cache(maxsize=4096)
+_known: dict[Path, tuple[Stamp, Index]] = {}  # a command lists its images more than once
+
+
 def index_of(path: Path, stamp: Stamp) -> Index:
     """Where the regular files of a tar file lie; a later one of the same name takes an earlier one's place, as when it
     is unpacked. stamp: the file's, so that a changed one is read anew. Raises BingoError.
     """
+    if path not in _known or _known[path][0] != stamp:
+        _known[path] = stamp, _walked(path)
+    return _known[path][1]
+
+
+def recall(path: Path, work: Path) -> None:
+    """Know the index of a tar file as a command before kept it in `work`, unless one of the two files is another one
+    since.
+    """
+    stamp = stamp_of(path)
+    if path in _known and _known[path][0] == stamp:
+        return
+    with suppress(OSError, ValueError, TypeError):  # nothing was kept, or not by us
+        header, _, body = _place(path, work).read_bytes().partition(b"\n")
+        if header == _header(path, stamp, body):
+            names, starts, sizes = json.loads(body)
+            _known[path] = stamp, dict(zip(names, zip(starts, sizes, strict=True), strict=True))
+
+
+def _keep(path: Path, stamp: Stamp, index: Index, work: Path) -> None:
+    """Write the index where `recall` finds it, if it is not there yet."""
+    starts, sizes = zip(*index.values(), strict=True) if index else ((), ())
+    body = json.dumps([list(index), starts, sizes])
+    whole = f"{_header(path, stamp, body.encode()).decode()}\n{body}"
+    if not (file := _place(path, work)).is_file() or file.read_bytes() != whole.encode():
+        write_text(file, whole)
+
+
+def _place(path: Path, work: Path) -> Path:
+    return work / f"index-{stage_key(archive=str(path.resolve()))}.json"
+
+
+def _header(path: Path, stamp: Stamp, body: bytes) -> bytes:
+    """What an index is of, and its checksum: a damaged one would lead to another member's bytes."""
+    made = made_of("index", archive=str(path.resolve()), stamp=stamp)
+    return json.dumps(made.told() | {"crc32": zlib.crc32(body)}).encode()
+
+
+def _walked(path: Path) -> Index:
     index: Index = {}
     try:
         with tarfile.open(path, "r:") as archive:
