@@ -37,7 +37,7 @@ def estimate(recipe: Recipe, out: Path, given: Given = NOTHING_GIVEN) -> None:
     plan = plan_run(models, count, device, threads)
     header(plan, models, folder)
     console.say(recipe_text(models.recipe).rstrip())
-    held, training = split(count, plan.recipe)
+    held, training = split(torch.arange(count), plan.recipe)
     plan = plan.on(len(training))
     console.say(f"{len(training):,} images to train on, {len(held):,} held out; {plan.describe()}")
 

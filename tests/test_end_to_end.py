@@ -355,7 +355,7 @@ def test_keep_best_leaves_the_student_of_the_best_check_and_judges_it_on_other_i
     assert equal(weights(tmp_path / "run"), best)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert 0 <= summary["bags"]["size_mean"] <= 3
-    held = set(split(66, recipe(hold_out=0.3))[0].tolist())
+    held = set(split(torch.arange(66), recipe(hold_out=0.3))[0].tolist())
     choosing, judging = (positions & held for positions in seen.values())
     assert not choosing & judging and choosing | judging == held
     assert (len(choosing), summary["neighbour_recall"]["queries"]) == (10, 9) == (len(choosing), len(judging))

@@ -36,7 +36,8 @@ FOLDS = 5
 @dataclass(frozen=True)
 class Labelled:
     """Labelled images as every student is judged on them. bank, test: folders (test None: cross-validated over the
-    bank); teacher: its features; groups: (N,) exact copies in the bank, as `near_copies.same_bytes` tells them.
+    bank); teacher: its features; groups: (N,) the same for images of the bank that no split sets apart, as in
+    `scores.Sides`.
     """
 
     bank: ImageList
@@ -227,15 +228,21 @@ def _state(work: Path) -> Path:
 
 def _labelled(bank: ImageList, test: ImageList | None, teacher: Encoder, device: torch.device) -> Labelled:
     classes = image_list.labels_of(bank)[0]
+    seer = extract.as_embed(teacher, device)
     features, labels, kept = {}, {}, {}
     for role, folder in {"bank": bank, "test": test}.items():
         if folder:
-            found, labels[role], good = scores.embedded(
-                {"teacher": extract.as_embed(teacher, device)}, folder, classes, f"teacher, {role} images"
-            )
+            found, labels[role], good = scores.embedded({"teacher": seer}, folder, classes, f"teacher, {role} images")
             features[role] = found["teacher"]
             kept[role] = folder.only(good)
-    groups = near_copies.same_bytes(kept["bank"].digests)
+    scenes = scores.scenes_of(seer, [(features[role], kept[role]) for role in kept])
+    if test:
+        scores.near_bank(scenes, len(labels["bank"]))
+        groups = scenes[: len(labels["bank"])]
+    else:
+        copied = near_copies.same_bytes(kept["bank"].digests)
+        groups, whole = near_copies.parted(scenes, labels["bank"], copied)
+        scores.near_data(scenes, [classes[label] for label in whole])
     return Labelled(
         kept["bank"],
         kept.get("test"),

@@ -36,7 +36,7 @@ def train(
     lessons = lessons_of(plan, models.teacher, material, bags)
     if recipe.keep_best or recipe.check_every:
         refuse_few_held(recipe, len(material.held))
-        choosing, reporting = halves(material.held, recipe)
+        choosing, reporting = halves(material, recipe)
         if recipe.keep_best:
             console.say(
                 f"--keep-best chooses by {len(choosing):,} of the images held out; the closing figure is of the other"
@@ -70,7 +70,7 @@ def held_out_recall(run: run_dir.RunDir, plan: Plan, student: Encoder, material:
     """Neighbour recall on the held-out images before and after ("start", "student"), its k and counts; nothing without
     such. Several processes share them.
     """
-    held, training, truth = halves(material.held, plan.recipe)[1], material.training, material.seen.features
+    held, training, truth = halves(material, plan.recipe)[1], material.training, material.seen.features
     gallery = training[:: -(-len(training) // GALLERY_AT_MOST)]
     if not len(held) or not neighbours.recall_k(len(gallery)):
         console.say(

@@ -99,12 +99,14 @@ def sides(
     test_folder: ImageList | None,
     classes: list[str],
     keep: extract.Keep | None = None,
+    parts: int = 2,
 ) -> Sides:
     """Every labelled image embedded by every model; without a test folder a quarter of each class of the bank is set
-    aside, copies on one side: near-copies where the teacher is among the models, else exact ones.
+    aside, near-copies on one side, as the teacher, or where there is none the first model, sees them.
 
-    keep: as in `embedded`.
+    keep: as in `embedded`; parts: as in `near_copies.parted`, without a test folder.
     """
+    seer = "teacher" if "teacher" in models else next(iter(models))
     bank, labels, places = embedded(models, bank_folder, classes, "embed labelled images", keep)
     groups = near_copies.same_bytes(bank_folder.only(places).digests)
     if len(groups.unique()) < len(groups):
@@ -114,16 +116,16 @@ def sides(
         )
     if test_folder:
         queries, query_labels, query_places = embedded(models, test_folder, classes, "embed test images", keep)
-        parts = ((bank, bank_folder.only(places)), (queries, test_folder.only(query_places)))
-        scenes = _scenes(models, parts)
-        near, groups = _near_bank(scenes, len(places)), scenes[: len(places)]
+        seen = ((bank[seer], bank_folder.only(places)), (queries[seer], test_folder.only(query_places)))
+        scenes = scenes_of(models[seer], seen)
+        near, groups = near_bank(scenes, len(places)), scenes[: len(places)]
         return Sides(
             classes, bank, labels, bank_folder, places, queries, query_labels, test_folder, query_places, groups, near
         )
     refuse_small(classes, labels.tolist(), groups.tolist(), "--data", 2)  # some could not be decoded
-    scenes = _scenes(models, ((bank, bank_folder.only(places)),))
-    groups, whole = near_copies.parted(scenes, labels, groups)
-    near = _near_data(scenes, [classes[label] for label in whole])
+    scenes = scenes_of(models[seer], ((bank[seer], bank_folder.only(places)),))
+    groups, whole = near_copies.parted(scenes, labels, groups, parts)
+    near = near_data(scenes, [classes[label] for label in whole], parts)
     chosen = _quarter(labels, groups)
     queries, bank = ({name: rows[part] for name, rows in bank.items()} for part in (chosen, ~chosen))
     query_places, places = (torch.tensor(places)[part].tolist() for part in (chosen, ~chosen))
@@ -142,23 +144,18 @@ def sides(
     )
 
 
-def _scenes(
-    models: Mapping[str, tuple[Preprocessing, extract.Embed]], parts: Sequence[tuple[Mapping[str, Tensor], ImageList]]
-) -> Tensor:
-    """The scene (N,) of every image of `parts` (features by model, images), as the teacher sees them; says what it
-    found. Without a teacher exact copies alone.
+def scenes_of(model: tuple[Preprocessing, extract.Embed], parts: Sequence[tuple[Tensor, ImageList]]) -> Tensor:
+    """The scene (N,) of every image of `parts` (the model's features, images), as the model sees them; says what it
+    found.
     """
-    if "teacher" not in models:
-        return near_copies.same_bytes([digest for _, folder in parts for digest in folder.digests])
-    seen = [(features["teacher"], folder) for features, folder in parts]
-    scenes = distributed.from_first(lambda: near_copies.in_folders(models["teacher"], seen))
+    scenes = distributed.from_first(lambda: near_copies.in_folders(model, parts))
     names = [folder.place(index) for _, folder in parts for index in range(len(folder.files))]
     if told := near_copies.describe(scenes, names, "labelled images"):
         console.say(f"{told}; a scene stays on one side of every split")
     return scenes
 
 
-def _near_bank(scenes: Tensor, bank: int) -> dict[str, Any]:
+def near_bank(scenes: Tensor, bank: int) -> dict[str, Any]:
     """How many of the images to test on, which stand behind `bank` others in `scenes` (N + M,), have a near-copy among
     those; says so.
     """
@@ -172,13 +169,14 @@ def _near_bank(scenes: Tensor, bank: int) -> dict[str, Any]:
     return {"test_images_near_bank": count, "test_share_near_bank": share}
 
 
-def _near_data(scenes: Tensor, whole: Sequence[str]) -> dict[str, Any]:
-    """What is told of a split by scenes (N,) of which `whole` classes are one each; says so."""
+def near_data(scenes: Tensor, whole: Sequence[str], parts: int = 2) -> dict[str, Any]:
+    """What is told of a split in `parts` by scenes (N,), of which `whole` classes are fewer each; says so."""
     found = near_copies.groups(scenes)
     if whole:
         more = f" and {len(whole) - NAMED:,} classes more" if len(whole) > NAMED else ""
+        scene = "one scene" if parts == 2 else f"fewer than {parts} scenes"
         console.say(
-            f"warning: all images of {', '.join(whole[:NAMED])}{more} are near-copies of one another, one scene, and on"
+            f"warning: all images of {', '.join(whole[:NAMED])}{more} are near-copies of one another, {scene}, and on"
             " both sides of the split: every model looks better than it is; give --test with other scenes"
         )
     return {"images": sum(map(len, found)), "scenes": len(found), "classes_of_one_scene": list(whole)}

@@ -1,6 +1,6 @@
 """The gate of an int8 file: on the user's own images it must be the model that its float file is."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from bingo_compress.data import image_list
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation import intervals, probes, scores
 from bingo_compress.exporters.onnx import Gate
-from bingo_compress.features import neighbours
+from bingo_compress.features import near_copies, neighbours
 from bingo_compress.features.neighbours import Search, mates
 from bingo_compress.models.encoder import Preprocessing
 from bingo_compress.models.exported import onnx_runner
@@ -117,10 +117,14 @@ def _labelled(float_file: Path, preprocessing: Preprocessing, labels: Labels) ->
     bank_folder, test_folder = labels
     classes, _ = image_list.labels_of(bank_folder)
     exact = onnx_runner(float_file)
-    sides = scores.sides({"float": (preprocessing, lambda batch: exact(batch)[1])}, bank_folder, test_folder, classes)
+    model = {"float": (preprocessing, lambda batch: exact(batch)[1])}
+    sides = scores.sides(model, bank_folder, test_folder, classes, parts=3)
     bank, labelled_as, places = sides.bank["float"], sides.labels, torch.tensor(sides.places)
     contents = bank_folder.only(sides.places).digests
-    aside = _part(labelled_as, contents)
+    groups = near_copies.same_bytes(contents)
+    if sides.groups is not None:
+        groups, _ = near_copies.parted(sides.groups, labelled_as, groups)
+    aside = _part(labelled_as, groups)
     if len(labelled_as[~aside].unique()) < len(labelled_as.unique()):
         raise BingoError(
             f"--labels: expected {'two' if test_folder else 'three'} different images or more in every class of"
@@ -131,9 +135,7 @@ def _labelled(float_file: Path, preprocessing: Preprocessing, labels: Labels) ->
     def compared(
         kept: Tensor, queries: Tensor, wanted: Tensor, folder: image_list.ImageList, which: list[int], what: str
     ) -> Callable[[Path], Accuracies]:
-        head = probes.fit_linear(
-            bank[kept], labelled_as[kept], len(classes), groups=None if sides.groups is None else sides.groups[kept]
-        )
+        head = probes.fit_linear(bank[kept], labelled_as[kept], len(classes), groups=groups[kept])
 
         def accuracies(features: Tensor) -> dict[str, float]:
             nearest = probes.knn_predict(bank[kept], labelled_as[kept], features, len(classes))
@@ -165,14 +167,14 @@ def _labelled(float_file: Path, preprocessing: Preprocessing, labels: Labels) ->
     return _Labelled(choose, report, {*tests, *(contents[row] for row in aside.nonzero()[:, 0].tolist())}, len(tests))
 
 
-def _part(labels: Tensor, contents: Sequence[str]) -> Tensor:
-    """CHOOSE_SHARE of each class, at random but always the same, copies of an image all on one side. contents: a digest
-    an image. Returns bool (N,).
+def _part(labels: Tensor, groups: Tensor) -> Tensor:
+    """CHOOSE_SHARE of each class, at random but always the same, images of one group all on one side. labels, groups:
+    (N,). Returns bool (N,).
     """
     generator = torch.Generator().manual_seed(0)
-    chosen: set[str] = set()
+    chosen: set[int] = set()
     for rows in intervals.rows_by_class(labels):
-        different = list(dict.fromkeys(contents[row] for row in rows.tolist()))
+        different = list(dict.fromkeys(groups[rows].tolist()))
         take = max(1, int(len(different) * CHOOSE_SHARE))
         chosen |= {different[place] for place in torch.randperm(len(different), generator=generator)[:take].tolist()}
-    return torch.tensor([content in chosen for content in contents])
+    return torch.tensor([group in chosen for group in groups.tolist()])

@@ -148,14 +148,14 @@ def said(model: tuple[Preprocessing, extract.Embed], folder: ImageList) -> list[
     return [[good[image] for image in scene] for scene in groups(scenes)]
 
 
-def parted(scenes: Tensor, labels: Tensor, copied: Tensor) -> tuple[Tensor, list[int]]:
-    """(groups (N,) that a split leaves together, labels of one scene): the scenes, but of a label that is one scene,
-    and could else not be split, the exact copies. labels, copied: (N,), copied the same for exact copies.
+def parted(scenes: Tensor, labels: Tensor, copied: Tensor, parts: int = 2) -> tuple[Tensor, list[int]]:
+    """(groups (N,) that a split in `parts` leaves together, labels of fewer scenes than parts): the scenes, but of such
+    a label, which could else not be split, the exact copies. labels, copied: (N,), copied the same for exact copies.
     """
     found, whole = scenes.clone(), []
     for label in labels.unique().tolist():
         rows = (labels == label).nonzero()[:, 0]
-        if len(rows) > 1 and len(scenes[rows].unique()) == 1:
+        if len(scenes[rows].unique()) < min(parts, len(copied[rows].unique())):
             found[rows] = len(scenes) + copied[rows]
             whole.append(label)
     return found, whole

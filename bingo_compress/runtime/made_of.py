@@ -21,11 +21,11 @@ FORMATS = {
     "near-copies": 1,  # which images show one scene
     "bags": 2,
     "embeddings": 3,  # plain views of several models, for checks and proofs
-    "training": 3,  # the state of the loop
+    "training": 4,  # the state of the loop
     "student": 1,  # a trained student
     "start": 1,  # the student before training
     "arm": 3,  # a trained student of a comparison
-    "figures": 4,  # probes of a comparison's student
+    "figures": 5,  # probes of a comparison's student
 }
 
 

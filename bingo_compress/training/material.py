@@ -43,14 +43,13 @@ def sources_of(models: Models, folder: image_list.ImageList) -> dict[str, str]:
 
 
 def prepare(plan: Plan, models: Models, folder: image_list.ImageList, work: Path) -> Material:
-    """Pixels, split and the teacher's pass, under `work`; what is there already is not made again. Raises
+    """Pixels, the teacher's pass, scenes and split, under `work`; what is there already is not made again. Raises
     BingoError.
     """
     recipe = plan.recipe
     sources = sources_of(models, folder)
     room = machine.parse_memory(recipe.memory)
     store, folder = pixel_store.build(folder, plan.side, work, plan.device, recipe.pixels, room, plan.step_bytes)
-    held, training = split(len(store), recipe)
     seen = teacher_pass.run(
         models.teacher,
         folder,
@@ -65,6 +64,7 @@ def prepare(plan: Plan, models: Models, folder: image_list.ImageList, work: Path
     scenes = _scenes(plan, models.teacher, folder, store, seen, work)
     if len(scenes.unique()) < len(scenes):
         sources["near-copies"] = checkpoint.tensor_digest(scenes)
+    held, training = split(scenes, recipe)
     return Material(store, folder, held, training, seen, scenes, work, sources)
 
 
@@ -169,19 +169,32 @@ def _target_source(plan: Plan, teacher: Encoder, material: Material) -> targets.
     )
 
 
-def split(count: int, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """(held out, training): positions of the images, each ascending, the same for every seed; the share is the
-    recipe's, at most HELD_AT_MOST.
+def split(scenes: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """(held out, training): positions of the images, each ascending, the same for every seed, no scene (N,) in both;
+    the share held out is the recipe's, at most HELD_AT_MOST, and less where no whole scene would fit any more.
     """
-    keep = held_out(recipe, count)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(hash_seed("hold-out")))
-    return order[:keep].sort().values, order[keep:].sort().values
+    keep = held_out(recipe, len(scenes))
+    order = torch.randperm(len(scenes), generator=torch.Generator().manual_seed(hash_seed("hold-out")))
+    sizes, room = scenes.bincount(minlength=1).tolist(), keep
+    taken: set[int] = set()
+    for scene in dict.fromkeys(scenes[order].tolist()):
+        if not room:
+            break
+        if sizes[scene] <= room:
+            taken.add(scene)
+            room -= sizes[scene]
+    held = torch.isin(scenes, torch.tensor(sorted(taken), dtype=scenes.dtype))
+    return held.nonzero()[:, 0], (~held).nonzero()[:, 0]
 
 
-def halves(held: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """(images that the checks during training are of, images that the closing figure is of): both `held`, but its
-    halves where the checks choose.
+def halves(material: Material, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """(images that the checks during training are of, images that the closing figure is of): both all that are held
+    out, but their halves where the checks choose, no scene in both.
 
     The best of ten students by some images looks better on them than it is.
     """
-    return (held[::2], held[1::2]) if recipe.keep_best else (held, held)
+    held = material.held
+    if not recipe.keep_best:
+        return held, held
+    number = near_copies.within(material.scenes, held).unique(return_inverse=True)[1]
+    return held[number % 2 == 0], held[number % 2 == 1]

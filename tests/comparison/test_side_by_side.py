@@ -124,7 +124,7 @@ def test_the_purity_of_bags_equals_brute_force(world: World) -> None:
     features, good = extract.plain(
         {"teacher": extract.as_embed(teacher, CPU)}, folder, range(len(folder.files)), "test"
     )
-    _, training = material.split(len(good), world.base)
+    _, training = material.split(torch.arange(len(good)), world.base)
     assert len(training) == TRAINING
     rows = torch.nn.functional.normalize(features["teacher"], dim=1).half().double().numpy()[training.numpy()]
     rows /= np.linalg.norm(rows, axis=1)[:, None]

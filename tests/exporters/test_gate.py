@@ -16,7 +16,7 @@ from bingo_compress.exporters import exporting, gate, int8_file, quantization_aw
 from bingo_compress.exporters.exporting import Int8
 from bingo_compress.exporters.int8 import LadderEnds, Rung
 from bingo_compress.exporters.onnx import PROFILES, REFUSED, Gate, Making
-from bingo_compress.features import extract
+from bingo_compress.features import extract, near_copies
 from bingo_compress.models.encoder import Preprocessing
 
 SEEN = Preprocessing(8, 0.875, "bicubic", "center", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -39,7 +39,8 @@ def model(tmp_path: Path) -> Path:
 def test_the_part_to_choose_by_is_of_each_class_and_copies_are_on_one_side() -> None:
     labels = torch.tensor([0] * 12 + [1] * 8 + [2] * 2)
     names = [*(f"a{number // 3}" for number in range(12)), *(f"b{number}" for number in range(7)), "a0", "c0", "c1"]
-    chosen = gate._part(labels, names)
+    groups = near_copies.same_bytes(names)
+    chosen = gate._part(labels, groups)
     assert {names[row] for row in chosen.nonzero()[:, 0].tolist()}.isdisjoint(
         names[row] for row in (~chosen).nonzero()[:, 0].tolist()
     )
@@ -48,7 +49,7 @@ def test_the_part_to_choose_by_is_of_each_class_and_copies_are_on_one_side() -> 
             {"a0"} if label else set()
         )
         assert len(of_class) == least
-    assert torch.equal(chosen, gate._part(labels, names))
+    assert torch.equal(chosen, gate._part(labels, groups))
 
 
 def test_choosing_looks_at_labels_alone_and_reporting_at_test_alone(
