@@ -39,7 +39,8 @@ def test_frames_of_a_video_do_not_stand_on_both_sides(
     words = flags(data=root / "all", student="test_vit", epochs=1, batch_size=16, teacher_size=160, image_size=160)
     ran = command(monkeypatch, capsys, "distill", *words, "--out", run)
     assert ran.status == 0 and "96 of 96 images are of 12 scenes" in ran.out and "duplicates=near" in ran.out
-    assert json.loads((run / "summary.json").read_text())["images"]["scenes"] == 12
+    told = json.loads((run / "summary.json").read_text())["images"]
+    assert (told["scenes"], told["held_out"], told["training"]) == (12, 8, 88)  # one whole clip held out
 
     ran = command(monkeypatch, capsys, "validate", "--run", run, "--data", root / "all")
     assert ran.status == 0 and "96 of 96 labelled images are of 12 scenes" in ran.out and "one side" in ran.out
