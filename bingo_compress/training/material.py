@@ -171,7 +171,8 @@ def _target_source(plan: Plan, teacher: Encoder, material: Material) -> targets.
 
 def split(scenes: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
     """(held out, training): positions of the images, each ascending, the same for every seed, no scene (N,) in both;
-    the share held out is the recipe's, at most HELD_AT_MOST, and less where no whole scene would fit any more.
+    the share held out is the recipe's, at most HELD_AT_MOST, and less where no whole scene would fit any more. Where
+    every scene is larger than the share, the smallest one is held out, if it is at most a quarter of the images.
     """
     keep = held_out(recipe, len(scenes))
     order = torch.randperm(len(scenes), generator=torch.Generator().manual_seed(hash_seed("hold-out")))
@@ -183,6 +184,10 @@ def split(scenes: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
         if sizes[scene] <= room:
             taken.add(scene)
             room -= sizes[scene]
+    if keep and not taken:
+        taken = {
+            scene for scene in [min(set(scenes.tolist()), key=sizes.__getitem__)] if 4 * sizes[scene] <= len(scenes)
+        }
     held = torch.isin(scenes, torch.tensor(sorted(taken), dtype=scenes.dtype))
     return held.nonzero()[:, 0], (~held).nonzero()[:, 0]
 

@@ -117,3 +117,9 @@ def test_without_near_copies_the_images_held_out_and_their_halves_are_as_they_we
 def test_a_folder_of_one_scene_has_none_to_hold_out() -> None:
     held, training = split(torch.zeros(20, dtype=torch.int64), recipe(hold_out=0.3))
     assert held.tolist() == [] and training.tolist() == list(range(20))
+
+
+def test_where_every_scene_is_larger_than_the_share_the_smallest_is_held_out_whole() -> None:
+    scenes = torch.cat((torch.full((5,), 0), torch.full((8,), 5), torch.full((8,), 13)))
+    held, training = split(scenes, recipe(hold_out=0.05))
+    assert held.tolist() == list(range(5)) and training.tolist() == list(range(5, 21))
