@@ -170,6 +170,18 @@ class Recipe(BaseModel):
     lr: float = Field(
         0.0, ge=0, description="peak learning rate; 0: sgd 0.03 x batch/256, adamw 0.003 x sqrt(batch/128)"
     )
+    backbone_lr: float = Field(
+        0.0, ge=0, description="share of lr at which the student under its head learns; 0: 1, from known weights 0.1"
+    )
+    head_first: float = Field(
+        -1.0,
+        ge=-1,
+        lt=1,
+        description="share of the steps in which the head learns alone; -1: 0, from known weights 0.25",
+    )
+    norms: Literal["auto", "learnt", "frozen"] = Field(
+        "auto", description="running statistics of the student's BatchNorm; auto: learnt, from known weights frozen"
+    )
     weight_decay: float = Field(
         1e-4, ge=0, description="of weights, not of biases and norms under adamw (paper: 1e-4; EfficientNet-B0 4e-5)"
     )
