@@ -125,6 +125,9 @@ class Recipe(BaseModel):
         ge=1,
         description="teacher embeddings of earlier anchors kept as negatives; never more than there are images",
     )
+    full_queue: bool = Field(
+        True, description="the queue begins with stored targets; false: empty, as in the paper, and the loss climbs"
+    )
     mask_mates: bool = Field(
         True, description="leave the anchor's own and its mates' embeddings out of its negatives (paper: false)"
     )
@@ -187,6 +190,9 @@ class Recipe(BaseModel):
     )
     warmup_epochs: float = Field(
         -1.0, ge=-1, description="linear warm-up before the cosine; -1: none with sgd, 5% of the run with adamw"
+    )
+    small_first: float = Field(
+        0.0, ge=0, le=1, description="share of the steps whose student views have two thirds of the side"
     )
     crop_scale_min: float = Field(
         0.2, gt=0, le=1, description="smallest share of the image's area that a random crop keeps (MoCo-v2: 0.2)"

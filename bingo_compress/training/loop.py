@@ -24,8 +24,8 @@ from bingo_compress.training.loader import Lessons, Maker, Ready, ahead, shown_i
 from bingo_compress.training.losses import Batch, Queries, Targets
 from bingo_compress.training.metrics import Log, Meter, forget_after, profiled
 from bingo_compress.training.out_of_memory import Frugal
-from bingo_compress.training.plan import Plan, learning_rate
-from bingo_compress.training.state import State, begin_step, first_state
+from bingo_compress.training.plan import Plan, fills_queue, learning_rate
+from bingo_compress.training.state import State, begin_step, fill_queue, first_state
 
 EPOCH_SAVES_APART = 30.0  # seconds: of a short epoch a save would be a good part
 COMPILE_FROM = 5_000  # steps that pay for the minute or two that the compiler takes
@@ -58,6 +58,8 @@ def distill(
     state = first_state(plan, student, lessons.bags)
     if found := _own_state(saved, metrics, made, discard):
         state.restore(*found)
+    elif recipe.full_queue and fills_queue(recipe, plan.loss):
+        fill_queue(state.queue, plan, lessons)
     if first:
         forget_after(metrics, state.step)
     meter = Meter(plan.device)

@@ -302,6 +302,10 @@ class Plan:
     def _source(self) -> int:
         return self.teacher.width if self.loss.regression else self.teacher.embedding
 
+    def size_at(self, step: int, size: int) -> int:
+        """Pixels a side of the student's views in the step after `step`, of a student of `size`."""
+        return round(size / 48) * 32 if step < round(self.recipe.small_first * self.schedule.steps) else size
+
     def describe(self) -> str:
         """One line for the screen."""
         target = f"targets: {self.target}" if self.target else "targets: the moving average's"
@@ -367,6 +371,11 @@ def learning_rate(step: int, total: int, warmup: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
+def fills_queue(recipe: Recipe, loss: Loss) -> bool:
+    """Whether there are stored targets to begin the queue with."""
+    return loss.negatives and loss.teacher and not loss.momentum and recipe.views != "online"
+
+
 def unread(recipe: Recipe) -> dict[str, str]:
     """The settings that change nothing in a run of this recipe, each with what would read it. A setting that is not
     named here is read by every run.
@@ -388,6 +397,7 @@ def unread(recipe: Recipe) -> dict[str, str]:
         "rebag_epochs": (bagged and not taught, "method=self with bags"),
         "average": (bool(loss.momentum), _methods("momentum")),
         "queue_size": (loss.negatives, _methods("negatives")),
+        "full_queue": (fills_queue(recipe, loss), "methods with a queue of stored targets"),
         "mask_mates": (loss.negatives, _methods("negatives")),
         "views": (taught, _methods("teacher")),
         "stored_views": (taught and recipe.views != "online", f"{_methods('teacher')} with stored views"),
