@@ -125,6 +125,9 @@ class Recipe(BaseModel):
         ge=1,
         description="teacher embeddings of earlier anchors kept as negatives; never more than there are images",
     )
+    full_queue: bool = Field(
+        True, description="the queue begins with stored targets; false: empty, as in the paper, and the loss climbs"
+    )
     mask_mates: bool = Field(
         True, description="leave the anchor's own and its mates' embeddings out of its negatives (paper: false)"
     )
@@ -170,11 +173,26 @@ class Recipe(BaseModel):
     lr: float = Field(
         0.0, ge=0, description="peak learning rate; 0: sgd 0.03 x batch/256, adamw 0.003 x sqrt(batch/128)"
     )
+    backbone_lr: float = Field(
+        0.0, ge=0, description="share of lr at which the student under its head learns; 0: 1, from known weights 0.1"
+    )
+    head_first: float = Field(
+        -1.0,
+        ge=-1,
+        lt=1,
+        description="share of the steps in which the head learns alone; -1: 0, from known weights 0.25",
+    )
+    norms: Literal["auto", "learnt", "frozen"] = Field(
+        "auto", description="running statistics of the student's BatchNorm; auto: learnt, from known weights frozen"
+    )
     weight_decay: float = Field(
         1e-4, ge=0, description="of weights, not of biases and norms under adamw (paper: 1e-4; EfficientNet-B0 4e-5)"
     )
     warmup_epochs: float = Field(
         -1.0, ge=-1, description="linear warm-up before the cosine; -1: none with sgd, 5% of the run with adamw"
+    )
+    small_first: float = Field(
+        0.0, ge=0, le=1, description="share of the steps whose student views have two thirds of the side"
     )
     crop_scale_min: float = Field(
         0.2, gt=0, le=1, description="smallest share of the image's area that a random crop keeps (MoCo-v2: 0.2)"

@@ -156,11 +156,16 @@ def _result(shared: Shared, arm: Arm, seed: int, title: str) -> dict[str, Any]:
 
 
 def _references(shared: Shared, base: Recipe) -> list[dict[str, Any]]:
-    """What the students are to be read against: the teacher, and a student with the random weights of seed 0."""
-    recipe = base.model_copy(update={"student_weights": "random", "seed": 0})
-    made = shared.figures(settings=deciding(recipe), weights=_weights(recipe), program=_program(shared.device))
+    """What the students are to be read against: the teacher, the student as it began where it knew something, and one
+    with the random weights of seed 0.
+    """
     found = []
-    for name in ("teacher", "random"):
+    for name in ("teacher", "start", "random"):
+        weights = base.student_weights if name == "start" else "random"
+        if name == "start" and weights == "random":
+            continue
+        recipe = base.model_copy(update={"student_weights": weights, "seed": 0})
+        made = shared.figures(settings=deciding(recipe), weights=_weights(recipe), program=_program(shared.device))
         file = shared.out / "runs" / f"{name}.reference.safetensors"
         if not checkpoint.is_sound(file, made):
             models = build_models(recipe)

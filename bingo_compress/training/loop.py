@@ -24,8 +24,8 @@ from bingo_compress.training.loader import Lessons, Maker, Ready, ahead, shown_i
 from bingo_compress.training.losses import Batch, Queries, Targets
 from bingo_compress.training.metrics import Log, Meter, forget_after, profiled
 from bingo_compress.training.out_of_memory import Frugal
-from bingo_compress.training.plan import Plan, learning_rate
-from bingo_compress.training.state import State, first_state
+from bingo_compress.training.plan import Plan, fills_queue, learning_rate
+from bingo_compress.training.state import State, begin_step, fill_queue, first_state
 
 EPOCH_SAVES_APART = 30.0  # seconds: of a short epoch a save would be a good part
 COMPILE_FROM = 5_000  # steps that pay for the minute or two that the compiler takes
@@ -58,10 +58,13 @@ def distill(
     state = first_state(plan, student, lessons.bags)
     if found := _own_state(saved, metrics, made, discard):
         state.restore(*found)
+    elif recipe.full_queue and fills_queue(recipe, plan.loss):
+        fill_queue(state.queue, plan, lessons)
     if first:
         forget_after(metrics, state.step)
     meter = Meter(plan.device)
     make = Maker(plan, lessons, student.preprocessing.size, meter)
+    begin_step(plan, state)
     frugal = _frugal(plan, state, make)
     log = Log(metrics if first else None, plan.device, meter, state.step)
     last = schedule.steps if stop_after is None else min(stop_after, schedule.steps)
@@ -75,6 +78,9 @@ def distill(
         advance(state.step * shown)
         for ready in _batches(make, state, last):
             epoch = schedule.epochs_after(state.step)
+            if state.step == schedule.head_steps and state.step:
+                begin_step(plan, state)
+                frugal = _frugal(plan, state, make)  # for all that learns from here on
             log.add(train_step(plan, state, frugal, meter, ready), shown)
             advance(shown)
             tick()
@@ -82,7 +88,6 @@ def distill(
             scored: dict[str, float] = {}
             if check is not None and ended and (due(epoch + 1, recipe) or state.step == schedule.steps):
                 scored["neighbour_recall"] = check(student)
-                student.train()
                 if recipe.keep_best:
                     state.scored(scored["neighbour_recall"])
             # All leave after the same step, or some would wait for ever.
@@ -91,7 +96,7 @@ def distill(
             saving = stop or state.step in (schedule.steps, stop_after)
             saving = saving or _save_due(recipe, state.step, time.monotonic() - last_save, ended)
             if log.due() or ended or saving:
-                rate = state.optimizer.param_groups[0]["lr"]
+                rate = state.optimizer.param_groups[-1]["lr"]
                 mean, shares = log.write(step=state.step, epoch=epoch, lr=rate, **scored)
                 note = ", ".join(f"{part} {shares[part]:.0%}" for part in ("student", "loss", "wait"))
                 advance(0, note=f"epoch {epoch + 1}/{math.ceil(recipe.epochs)}, loss {mean:.3f}; time: {note}")
@@ -133,9 +138,7 @@ def train_step(plan: Plan, state: State, frugal: Frugal, meter: Meter, ready: Re
     if average is not None:
         with meter("teacher"), _halved(plan.device):
             keys = Targets(average(ready.fresh)) if ready.fresh is not None else Targets(*average(ready.views).chunk(2))
-    rate = learning_rate(state.step, schedule.steps, schedule.warmup, schedule.peak_lr)
-    for group in state.optimizer.param_groups:
-        group["lr"] = rate
+    begin_step(plan, state)
     masked = state.queue.holding(ready.known) if recipe.mask_mates else None
 
     def learn() -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ from bingo_compress.training.losses import LOSSES, Loss, make_loss, readers, set
 SLOW_AVERAGE, QUICK_AVERAGE = 0.999, 0.99
 ADAMW_BELOW = 50_000
 HELD_AT_MOST = 1000
+KNOWN_BACKBONE_LR, KNOWN_HEAD_FIRST = 0.1, 0.25  # docs/results.md, "Pretrained starts"
 
 
 def absolute(recipe: Recipe) -> Recipe:
@@ -93,7 +94,20 @@ def settle(recipe: Recipe) -> Recipe:
         raise BingoError(
             "--set stored_views=mean: expected stored views to take the mean of, found --views online; give --views 4"
         )
-    return recipe.model_copy(update=settled(recipe.method, recipe.model_dump()) | {"stored_views": chosen})
+    filled = settled(recipe.method, recipe.model_dump()) | {"stored_views": chosen} | _by_start(recipe)
+    return recipe.model_copy(update=filled)
+
+
+def _by_start(recipe: Recipe) -> dict[str, Any]:
+    """How a student learns that knows something already, and one that does not: what is left open of it. A module of
+    the user's own counts as one that does not.
+    """
+    known = recipe.student_weights not in ("random", GIVEN)
+    return {
+        "backbone_lr": recipe.backbone_lr or (KNOWN_BACKBONE_LR if known else 1.0),
+        "head_first": recipe.head_first if recipe.head_first >= 0 else KNOWN_HEAD_FIRST if known else 0.0,
+        "norms": recipe.norms if recipe.norms != "auto" else "frozen" if known else "learnt",
+    }
 
 
 def resolve_names(recipe: Recipe, say: Callable[[str], None] = console.say) -> Recipe:
@@ -127,8 +141,10 @@ class Schedule:
     batch_size: int
     steps: int
     warmup: int
+    head_steps: int
     optimizer: str
     peak_lr: float
+    backbone_lr: float
     queue_size: int
     student_views: int
     average: float
@@ -142,6 +158,19 @@ class Schedule:
         first anchor belongs to.
         """
         return steps * self.batch_size // self.images
+
+    def rates(self, step: int) -> dict[str, float]:
+        """Learning rates of the step after `step`, of the head and of the student under it, which waits for its own
+        beginning.
+        """
+        return {
+            "head": learning_rate(step, self.steps, self.warmup, self.peak_lr),
+            "student": learning_rate(
+                step - self.head_steps, self.steps - self.head_steps, self.warmup, self.backbone_lr
+            )
+            if step >= self.head_steps
+            else 0.0,
+        }
 
     def describe(self) -> str:
         """One line for the screen."""
@@ -180,7 +209,20 @@ def schedule(recipe: Recipe, images: int) -> Schedule:
     )
     average = recipe.average or (SLOW_AVERAGE if steps >= ADAMW_BELOW else QUICK_AVERAGE)
     views = student_views(loss_of(recipe))
-    return Schedule(images, batch, steps, warmup, optimizer, peak, min(recipe.queue_size, images), views, average)
+    head_steps = round(max(recipe.head_first, 0) * steps)
+    return Schedule(
+        images,
+        batch,
+        steps,
+        warmup,
+        head_steps,
+        optimizer,
+        peak,
+        peak * (recipe.backbone_lr or 1),
+        min(recipe.queue_size, images),
+        views,
+        average,
+    )
 
 
 def student_views(loss: Loss) -> int:
@@ -260,6 +302,10 @@ class Plan:
     def _source(self) -> int:
         return self.teacher.width if self.loss.regression else self.teacher.embedding
 
+    def size_at(self, step: int, size: int) -> int:
+        """Pixels a side of the student's views in the step after `step`, of a student of `size`."""
+        return round(size / 48) * 32 if step < round(self.recipe.small_first * self.schedule.steps) else size
+
     def describe(self) -> str:
         """One line for the screen."""
         target = f"targets: {self.target}" if self.target else "targets: the moving average's"
@@ -325,6 +371,11 @@ def learning_rate(step: int, total: int, warmup: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
+def fills_queue(recipe: Recipe, loss: Loss) -> bool:
+    """Whether there are stored targets to begin the queue with."""
+    return loss.negatives and loss.teacher and not loss.momentum and recipe.views != "online"
+
+
 def unread(recipe: Recipe) -> dict[str, str]:
     """The settings that change nothing in a run of this recipe, each with what would read it. A setting that is not
     named here is read by every run.
@@ -346,6 +397,7 @@ def unread(recipe: Recipe) -> dict[str, str]:
         "rebag_epochs": (bagged and not taught, "method=self with bags"),
         "average": (bool(loss.momentum), _methods("momentum")),
         "queue_size": (loss.negatives, _methods("negatives")),
+        "full_queue": (fills_queue(recipe, loss), "methods with a queue of stored targets"),
         "mask_mates": (loss.negatives, _methods("negatives")),
         "views": (taught, _methods("teacher")),
         "stored_views": (taught and recipe.views != "online", f"{_methods('teacher')} with stored views"),

@@ -5,16 +5,21 @@ as one.
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from bingo_compress.models.encoder import Encoder, ProjectionHead, RegressionHead
 from bingo_compress.runtime import checkpoint
 from bingo_compress.runtime.machine import sent
 from bingo_compress.runtime.made_of import hash_seed
+from bingo_compress.training.loader import Lessons
 from bingo_compress.training.plan import Plan
+
+FILLED = 4096  # rows at a time
 
 
 class FeatureQueue:
@@ -61,6 +66,18 @@ class FeatureQueue:
         self._rows.copy_(state["rows"])
         self._images.copy_(state["images"])
         self._pushed = int(state["pushed"])
+
+
+def fill_queue(queue: FeatureQueue, plan: Plan, lessons: Lessons) -> None:
+    """Push stored targets of as many training images as `queue` holds, drawn by the recipe's seed, the last ones of
+    that order last.
+    """
+    assert lessons.target_of is not None
+    generator = torch.Generator().manual_seed(hash_seed(plan.recipe.seed, "queue"))
+    drawn = torch.randperm(len(lessons.training), generator=generator)[: plan.schedule.queue_size]
+    for some in drawn.split(FILLED):
+        rows = lessons.target_of(lessons.training[some], generator, torch.arange(len(some)))
+        queue.push(rows, lessons.scenes_of(some))
 
 
 class Average:
@@ -151,7 +168,7 @@ def first_state(plan: Plan, student: Encoder, bags: Tensor) -> State:
     """
     head = make_head(plan, student.width).to(plan.device)
     student.to(plan.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    optimizer = make_optimizer(plan, [student, head])
+    optimizer = make_optimizer(plan, {"student": student, "head": head})
     queue = FeatureQueue(plan.schedule.queue_size, plan.dim, plan.device)
     return State(student, head, optimizer, queue, Average(student, head) if plan.loss.momentum else None, bags)
 
@@ -165,14 +182,35 @@ def make_head(plan: Plan, width: int) -> nn.Module:
     return kind(width, plan.recipe.head_hidden, plan.dim)
 
 
-def make_optimizer(plan: Plan, modules: list[nn.Module]) -> torch.optim.Optimizer:
-    """SGD with momentum 0.9 as in the paper, or AdamW, which leaves biases and norms undecayed."""
-    parameters = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
-    rate, decay = plan.schedule.peak_lr, plan.recipe.weight_decay
-    if plan.schedule.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=rate, momentum=0.9, weight_decay=decay, fused=True)
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=rate, fused=True)
+def make_optimizer(plan: Plan, modules: Mapping[str, nn.Module]) -> torch.optim.Optimizer:
+    """SGD with momentum 0.9 as in the paper, or AdamW, which leaves biases and norms undecayed. Each group has the
+    name of its module, as in `Schedule.rates`.
+    """
+    rate, decay, sgd = plan.schedule.peak_lr, plan.recipe.weight_decay, plan.schedule.optimizer == "sgd"
+    groups: list[dict[str, Any]] = []
+    for name, module in modules.items():
+        learnt = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        decayed = learnt if sgd else [parameter for parameter in learnt if parameter.ndim > 1]
+        rest = [] if sgd else [parameter for parameter in learnt if parameter.ndim <= 1]
+        groups += [
+            {"name": name, "params": decayed, "weight_decay": decay},
+            {"name": name, "params": rest, "weight_decay": 0.0},
+        ]
+    groups = [group for group in groups if group["params"]]
+    if sgd:
+        return torch.optim.SGD(groups, lr=rate, momentum=0.9, fused=True)
+    return torch.optim.AdamW(groups, lr=rate, fused=True)
+
+
+def begin_step(plan: Plan, state: State) -> None:
+    """Student and optimiser as the next step wants them: rates, what learns, whose statistics move."""
+    rates, whole = plan.schedule.rates(state.step), state.step >= plan.schedule.head_steps
+    for group in state.optimizer.param_groups:
+        group["lr"] = rates[group["name"]]
+        for parameter in group["params"]:
+            parameter.requires_grad_(whole or group["name"] == "head")
+    state.student.train(whole)
+    if plan.recipe.norms == "frozen":
+        for module in state.student.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()

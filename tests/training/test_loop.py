@@ -112,7 +112,7 @@ def test_the_optimizer_decays_no_norms_and_biases_under_adamw_and_everything_und
     model = encoder()
     for kind in ("adamw", "sgd"):
         settings = recipe(optimizer=kind, weight_decay=0.05)
-        made = make_optimizer(planned(settings, IMAGES), [model])
+        made = make_optimizer(planned(settings, IMAGES), {"student": model})
         decay = {id(parameter): group["weight_decay"] for group in made.param_groups for parameter in group["params"]}
         assert len(decay) == len(list(model.parameters()))
         for parameter in model.parameters():
