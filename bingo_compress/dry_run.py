@@ -16,8 +16,9 @@ from bingo_compress.recipe import Recipe, recipe_text
 from bingo_compress.report.tables import header
 from bingo_compress.runtime import console, machine
 from bingo_compress.runtime.devices import saved_bytes
+from bingo_compress.sources.opened import absolute_recipe
 from bingo_compress.training.material import split
-from bingo_compress.training.plan import Plan, absolute, begin, plan_run
+from bingo_compress.training.plan import Plan, begin, plan_run
 from bingo_compress.training.state import make_head
 
 SAMPLE = 64
@@ -29,7 +30,7 @@ def estimate(recipe: Recipe, out: Path, given: Given = NOTHING_GIVEN) -> None:
     """Print the resolved recipe, model sizes, steps, memory and time, and write nothing. Raises BingoError as a real
     run would.
     """
-    resolved, folder, device = begin(absolute(recipe))
+    resolved, folder, device = begin(absolute_recipe(recipe))
     models = build_models(resolved, given)
     count = len(folder.files)
     # A run tries out how many threads are fastest, which takes longer than all that is here.

@@ -24,8 +24,9 @@ from bingo_compress.models.trained import NOTHING_GIVEN, Given, Models, build_mo
 from bingo_compress.recipe import RESUME_MAY_CHANGE, Recipe, deciding, load_recipe, recipe_text
 from bingo_compress.report.tables import closing_table, describe_bags, header, say_smaller
 from bingo_compress.runtime import checkpoint, console, distributed, run_dir
+from bingo_compress.sources.opened import absolute_recipe
 from bingo_compress.training.material import Material, anchors_count, bag_facts, make_bags, prepare, sources_of
-from bingo_compress.training.plan import Plan, absolute, begin, plan_run
+from bingo_compress.training.plan import Plan, begin, plan_run
 
 # What becomes of near-copies; second with duplicates=near.
 NEAR = (
@@ -41,9 +42,10 @@ def run_distill(
 
     given: the modules of the user's own that the recipe names.
     """
-    asked = absolute(recipe)
+    asked = absolute_recipe(recipe)
     resolved, folder, device = begin(asked)
-    before = absolute(load_recipe(run_dir.RunDir(out).as_run)) if resume and (out / "recipe.yaml").is_file() else None
+    goes_on = resume and (out / "recipe.yaml").is_file()
+    before = absolute_recipe(load_recipe(run_dir.RunDir(out).as_run)) if goes_on else None
     models = build_models(resolved, given)
     _refuse_other_recipe(before, models.recipe)
     distributed.refuse_unshared(models.student)

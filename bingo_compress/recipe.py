@@ -125,8 +125,12 @@ class Recipe(BaseModel):
         ge=1,
         description="teacher embeddings of earlier anchors kept as negatives; never more than there are images",
     )
-    full_queue: bool = Field(
-        True, description="the queue begins with stored targets; false: empty, as in the paper, and the loss climbs"
+    queue_start: Literal["auto", "targets", "empty"] = Field(
+        "auto",
+        description=(
+            "what the queue holds at the first step: stored targets of the training images, or nothing, as in the"
+            " papers; auto: targets for bingo's soft"
+        ),
     )
     mask_mates: bool = Field(
         True, description="leave the anchor's own and its mates' embeddings out of its negatives (paper: false)"
@@ -162,7 +166,12 @@ class Recipe(BaseModel):
     head_hidden: int = Field(2048, ge=1, description="hidden width of the student's projection head (paper: 2048)")
 
     epochs: Annotated[float, AfterValidator(_whole)] = Field(
-        100, gt=0, description="passes over the folder, each image an anchor once; 2.5: half of the images once more"
+        0.0,
+        ge=0,
+        description=(
+            "passes over the folder, each image an anchor once; 2.5: half of the images once more; 0: 100, from known"
+            " weights 10"
+        ),
     )
     batch_size: int = Field(
         128, ge=2, description="anchors a step; the student sees two views an anchor (official: three)"

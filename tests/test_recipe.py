@@ -119,7 +119,7 @@ def test_an_unknown_key_names_the_nearest(tmp_path: Path, wrong: str, meant: str
         ("epochs", "many", "valid number", "'many'"),
         ("epochs", "true", "valid number", "True"),
         ("epochs", "", "valid number", "None"),
-        ("epochs", "0", "greater than 0", "0"),
+        ("epochs", "-1", "greater than or equal to 0", "-1"),
         ("bag_size", "2.5", "valid integer", "2.5"),
         ("batch_size", "1", "greater than or equal to 2", "1"),
         ("temperature", "warm", "valid number", "'warm'"),
@@ -196,7 +196,7 @@ def test_it_is_frozen() -> None:
     recipe = Recipe()
     with pytest.raises(ValidationError, match="frozen"):
         recipe.epochs = 3  # type: ignore[misc]
-    assert recipe.epochs == 100
+    assert recipe.epochs == 0
 
 
 @pytest.mark.parametrize(

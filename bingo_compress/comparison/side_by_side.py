@@ -20,15 +20,16 @@ from bingo_compress.evaluation.held_out import train
 from bingo_compress.features import extract, near_copies, neighbours
 from bingo_compress.models import encoder
 from bingo_compress.models.encoder import Encoder
+from bingo_compress.models.names import resolve_names
 from bingo_compress.models.trained import Models, build_models
 from bingo_compress.recipe import WORDS, Recipe, deciding
 from bingo_compress.runtime import checkpoint, console, run_dir
 from bingo_compress.runtime.devices import choose_device, peak_memory
 from bingo_compress.runtime.made_of import FORMATS, MadeOf, file_digest, made_of
-from bingo_compress.sources.opened import Data
+from bingo_compress.sources.opened import Data, absolute_recipe
 from bingo_compress.training import metrics
 from bingo_compress.training.material import Material, anchors_count, bag_facts, make_bags, prepare
-from bingo_compress.training.plan import Plan, absolute, plan_run, resolve_names, schedule, take
+from bingo_compress.training.plan import Plan, by_start, plan_run, schedule, take
 
 FOLDS = 5
 
@@ -94,9 +95,11 @@ def compare(
     bank, tested = scores.open_labelled(labels, test, "--labels", work=out / "work")
     make_arms(methods, base)  # refused before anything is said
     device = choose_device(base.device)
-    base = absolute(base)
+    base = absolute_recipe(base)
     say = cache(console.say)  # what several arms share is said once
-    arms, base = resolve_arms(make_arms(methods, base), say), resolve_names(base, say)
+    base = resolve_names(base, say)
+    base = base.model_copy(update={"epochs": by_start(base)["epochs"]})  # the same for all arms
+    arms = resolve_arms(make_arms(methods, base), say)
     for arm in arms:
         schedule(arm.recipe, len(folder.files))
     _open(out, base, overwrite)

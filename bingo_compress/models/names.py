@@ -3,9 +3,12 @@ timm calls a model that others name otherwise.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from bingo_compress.errors import BingoError, nearest
+from bingo_compress.recipe import GIVEN, Recipe
+from bingo_compress.runtime import console
 
 HUB = "hf-hub:"
 # What people call a model, where timm's own list does not make it plain which member of the family they mean.
@@ -144,3 +147,21 @@ def has_pretrained(name: str) -> bool:
 
     config = timm.models.get_pretrained_cfg(name)
     return on_hub(name) or (config is not None and config.has_weights)
+
+
+def resolve_names(recipe: Recipe, say: Callable[[str], None] = console.say) -> Recipe:
+    """Family names to models and `auto` student weights to what they mean; says what it chose. Raises BingoError."""
+    names: dict[str, Any] = {}
+    for role in ("teacher", "student"):
+        if getattr(recipe, f"{role}_weights") == GIVEN:
+            continue  # a module of the user's own: its name is no model's
+        names[role] = resolve_name(getattr(recipe, role), f"--{role}")
+        if names[role] != getattr(recipe, role):
+            say(f"{role}: {getattr(recipe, role)} means {names[role]}")
+    if recipe.student_weights == "auto":
+        names["student_weights"] = "pretrained" if has_pretrained(names["student"]) else "random"
+        say(
+            f"student weights: {names['student_weights']} (timm"
+            f" {'has' if names['student_weights'] == 'pretrained' else 'has no'} weights for {names['student']})"
+        )
+    return recipe.model_copy(update=names)

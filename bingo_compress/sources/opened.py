@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from bingo_compress.errors import BingoError
-from bingo_compress.recipe import Recipe
+from bingo_compress.recipe import FILES, WORDS, Recipe
 from bingo_compress.sources import folder, lists, parquet, tar, zipped
 from bingo_compress.sources.folder import walked
 from bingo_compress.sources.listed import NO_COLUMNS, SPLITS, Columns, Listed, Opened
@@ -58,6 +58,17 @@ def numbers(bands: str) -> tuple[int, ...]:
 def absolute(place: str) -> str:
     """The whole path of a place that was given: the run can then go on from any folder."""
     return place if "://" in place else str(Path(place).resolve())
+
+
+def absolute_recipe(recipe: Recipe) -> Recipe:
+    """The recipe with whole paths of its images and weights: the run can then go on from any folder."""
+    files = {key: file for key in FILES if (file := getattr(recipe, key)) not in WORDS}
+    data = recipe.data if isinstance(recipe.data, tuple) else (recipe.data,)
+    places = tuple(map(absolute, data))
+    return recipe.model_copy(
+        update={key: str(Path(file).resolve()) for key, file in files.items()}
+        | {"data": places if isinstance(recipe.data, tuple) else places[0]}
+    )
 
 
 def open_sources(data: Data, option: str, work: Path | None = None) -> Opened:

@@ -24,12 +24,13 @@ from bingo_compress.training.loader import Lessons, Maker, Ready, ahead, shown_i
 from bingo_compress.training.losses import Batch, Queries, Targets
 from bingo_compress.training.metrics import Log, Meter, forget_after, profiled
 from bingo_compress.training.out_of_memory import Frugal
-from bingo_compress.training.plan import Plan, fills_queue, learning_rate
-from bingo_compress.training.state import State, begin_step, fill_queue, first_state
+from bingo_compress.training.plan import Plan, learning_rate
+from bingo_compress.training.state import FeatureQueue, State, begin_step, first_state
 
 EPOCH_SAVES_APART = 30.0  # seconds: of a short epoch a save would be a good part
 COMPILE_FROM = 5_000  # steps that pay for the minute or two that the compiler takes
 CHECKS = 10  # in a run
+FILLED = 4096  # rows of the queue at a time
 Check = Callable[[Encoder], float]
 
 
@@ -58,8 +59,8 @@ def distill(
     state = first_state(plan, student, lessons.bags)
     if found := _own_state(saved, metrics, made, discard):
         state.restore(*found)
-    elif recipe.full_queue and fills_queue(recipe, plan.loss):
-        fill_queue(state.queue, plan, lessons)
+    elif recipe.queue_start == "targets":
+        _fill(state.queue, plan, lessons)
     if first:
         forget_after(metrics, state.step)
     meter = Meter(plan.device)
@@ -163,6 +164,18 @@ def train_step(plan: Plan, state: State, frugal: Frugal, meter: Meter, ready: Re
         average.follow(state.student, state.head, schedule.average)
     state.step += 1
     return distributed.mean(losses)
+
+
+def _fill(queue: FeatureQueue, plan: Plan, lessons: Lessons) -> None:
+    """Push stored targets of as many training images as `queue` holds, drawn by the recipe's seed, the last ones of
+    that order last.
+    """
+    assert lessons.target_of is not None
+    generator = torch.Generator().manual_seed(hash_seed(plan.recipe.seed, "queue"))
+    drawn = torch.randperm(len(lessons.training), generator=generator)[: plan.schedule.queue_size]
+    for some in drawn.split(FILLED):
+        rows = lessons.target_of(lessons.training[some], generator, torch.arange(len(some)))
+        queue.push(rows, lessons.scenes_of(some))
 
 
 def _halved(device: torch.device) -> torch.autocast:

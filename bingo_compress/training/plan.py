@@ -5,7 +5,6 @@ run can do is refused here.
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,29 +14,16 @@ from bingo_compress.data.image_list import ImageList
 from bingo_compress.data.listing import list_images
 from bingo_compress.errors import BingoError
 from bingo_compress.models.encoder import Encoder
-from bingo_compress.models.names import has_pretrained, resolve_name
+from bingo_compress.models.names import resolve_names
 from bingo_compress.models.trained import Models
-from bingo_compress.recipe import FILES, GIVEN, WORDS, Recipe
+from bingo_compress.recipe import GIVEN, WORDS, Recipe
 from bingo_compress.runtime import console, devices, distributed, machine
-from bingo_compress.sources.opened import absolute as absolute_place
 from bingo_compress.sources.opened import of_recipe
 from bingo_compress.training.losses import LOSSES, Loss, make_loss, readers, settled
 
 SLOW_AVERAGE, QUICK_AVERAGE = 0.999, 0.99
 ADAMW_BELOW = 50_000
 HELD_AT_MOST = 1000
-KNOWN_BACKBONE_LR, KNOWN_HEAD_FIRST = 0.1, 0.25  # docs/results.md, "Pretrained starts"
-
-
-def absolute(recipe: Recipe) -> Recipe:
-    """The recipe with whole paths of its images and weights: the run can then go on from any folder."""
-    files = {key: file for key in FILES if (file := getattr(recipe, key)) not in WORDS}
-    data = recipe.data if isinstance(recipe.data, tuple) else (recipe.data,)
-    places = tuple(map(absolute_place, data))
-    return recipe.model_copy(
-        update={key: str(Path(file).resolve()) for key, file in files.items()}
-        | {"data": places if isinstance(recipe.data, tuple) else places[0]}
-    )
 
 
 def begin(recipe: Recipe) -> tuple[Recipe, ImageList, torch.device]:
@@ -94,38 +80,29 @@ def settle(recipe: Recipe) -> Recipe:
         raise BingoError(
             "--set stored_views=mean: expected stored views to take the mean of, found --views online; give --views 4"
         )
-    filled = settled(recipe.method, recipe.model_dump()) | {"stored_views": chosen} | _by_start(recipe)
-    return recipe.model_copy(update=filled)
+    fills = fills_queue(recipe) and loss_of(recipe).averaged
+    start = recipe.queue_start if recipe.queue_start != "auto" else "targets" if fills else "empty"
+    filled = settled(recipe.method, recipe.model_dump()) | {"stored_views": chosen, "queue_start": start}
+    return recipe.model_copy(update=filled | by_start(recipe))
 
 
-def _by_start(recipe: Recipe) -> dict[str, Any]:
-    """How a student learns that knows something already, and one that does not: what is left open of it. A module of
-    the user's own counts as one that does not.
+def by_start(recipe: Recipe) -> dict[str, Any]:
+    """What is left open of how a student learns that knows something already (docs/results.md, "Pretrained starts"),
+    and one that does not. A module of the user's own counts as one that does not.
     """
     known = recipe.student_weights not in ("random", GIVEN)
     return {
-        "backbone_lr": recipe.backbone_lr or (KNOWN_BACKBONE_LR if known else 1.0),
-        "head_first": recipe.head_first if recipe.head_first >= 0 else KNOWN_HEAD_FIRST if known else 0.0,
+        "epochs": recipe.epochs or (10 if known else 100),
+        "backbone_lr": recipe.backbone_lr or (0.1 if known else 1.0),
+        "head_first": recipe.head_first if recipe.head_first >= 0 else 0.25 if known else 0.0,
         "norms": recipe.norms if recipe.norms != "auto" else "frozen" if known else "learnt",
     }
 
 
-def resolve_names(recipe: Recipe, say: Callable[[str], None] = console.say) -> Recipe:
-    """Family names to models and `auto` student weights to what they mean; says what it chose. Raises BingoError."""
-    names: dict[str, Any] = {}
-    for role in ("teacher", "student"):
-        if getattr(recipe, f"{role}_weights") == GIVEN:
-            continue  # a module of the user's own: its name is no model's
-        names[role] = resolve_name(getattr(recipe, role), f"--{role}")
-        if names[role] != getattr(recipe, role):
-            say(f"{role}: {getattr(recipe, role)} means {names[role]}")
-    if recipe.student_weights == "auto":
-        names["student_weights"] = "pretrained" if has_pretrained(names["student"]) else "random"
-        say(
-            f"student weights: {names['student_weights']} (timm"
-            f" {'has' if names['student_weights'] == 'pretrained' else 'has no'} weights for {names['student']})"
-        )
-    return recipe.model_copy(update=names)
+def fills_queue(recipe: Recipe) -> bool:
+    """Whether there are stored targets that the queue can begin with."""
+    loss = loss_of(recipe)
+    return loss.negatives and loss.teacher and not loss.momentum and recipe.views != "online"
 
 
 @dataclass(frozen=True)
@@ -163,20 +140,18 @@ class Schedule:
         """Learning rates of the step after `step`, of the head and of the student under it, which waits for its own
         beginning.
         """
-        return {
-            "head": learning_rate(step, self.steps, self.warmup, self.peak_lr),
-            "student": learning_rate(
-                step - self.head_steps, self.steps - self.head_steps, self.warmup, self.backbone_lr
-            )
-            if step >= self.head_steps
-            else 0.0,
-        }
+        waited, student = self.head_steps, 0.0
+        if step >= waited:
+            student = learning_rate(step - waited, self.steps - waited, self.warmup, self.backbone_lr)
+        return {"head": learning_rate(step, self.steps, self.warmup, self.peak_lr), "student": student}
 
     def describe(self) -> str:
         """One line for the screen."""
+        known = f", of the student under its head {self.backbone_lr:.3g}" if self.backbone_lr != self.peak_lr else ""
+        known += f" from step {self.head_steps:,} on" if self.head_steps else ""
         return (
             f"{self.steps:,} steps of {self.batch_size} anchors x {self.student_views} student views; {self.optimizer},"
-            f" peak learning rate {self.peak_lr:.3g}, warm-up {self.warmup:,} steps; queue {self.queue_size:,}"
+            f" peak learning rate {self.peak_lr:.3g}{known}, warm-up {self.warmup:,} steps; queue {self.queue_size:,}"
         )
 
 
@@ -371,11 +346,6 @@ def learning_rate(step: int, total: int, warmup: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
-def fills_queue(recipe: Recipe, loss: Loss) -> bool:
-    """Whether there are stored targets to begin the queue with."""
-    return loss.negatives and loss.teacher and not loss.momentum and recipe.views != "online"
-
-
 def unread(recipe: Recipe) -> dict[str, str]:
     """The settings that change nothing in a run of this recipe, each with what would read it. A setting that is not
     named here is read by every run.
@@ -397,7 +367,7 @@ def unread(recipe: Recipe) -> dict[str, str]:
         "rebag_epochs": (bagged and not taught, "method=self with bags"),
         "average": (bool(loss.momentum), _methods("momentum")),
         "queue_size": (loss.negatives, _methods("negatives")),
-        "full_queue": (fills_queue(recipe, loss), "methods with a queue of stored targets"),
+        "queue_start": (fills_queue(recipe), "methods with a queue of stored targets"),
         "mask_mates": (loss.negatives, _methods("negatives")),
         "views": (taught, _methods("teacher")),
         "stored_views": (taught and recipe.views != "online", f"{_methods('teacher')} with stored views"),

@@ -16,10 +16,7 @@ from bingo_compress.models.encoder import Encoder, ProjectionHead, RegressionHea
 from bingo_compress.runtime import checkpoint
 from bingo_compress.runtime.machine import sent
 from bingo_compress.runtime.made_of import hash_seed
-from bingo_compress.training.loader import Lessons
 from bingo_compress.training.plan import Plan
-
-FILLED = 4096  # rows at a time
 
 
 class FeatureQueue:
@@ -66,18 +63,6 @@ class FeatureQueue:
         self._rows.copy_(state["rows"])
         self._images.copy_(state["images"])
         self._pushed = int(state["pushed"])
-
-
-def fill_queue(queue: FeatureQueue, plan: Plan, lessons: Lessons) -> None:
-    """Push stored targets of as many training images as `queue` holds, drawn by the recipe's seed, the last ones of
-    that order last.
-    """
-    assert lessons.target_of is not None
-    generator = torch.Generator().manual_seed(hash_seed(plan.recipe.seed, "queue"))
-    drawn = torch.randperm(len(lessons.training), generator=generator)[: plan.schedule.queue_size]
-    for some in drawn.split(FILLED):
-        rows = lessons.target_of(lessons.training[some], generator, torch.arange(len(some)))
-        queue.push(rows, lessons.scenes_of(some))
 
 
 class Average:

@@ -18,11 +18,10 @@ from huggingface_hub import constants
 from bingo_compress.errors import BingoError
 from bingo_compress.models import catalogue
 from bingo_compress.models.encoder import build
-from bingo_compress.models.names import FAMILIES, resolve_name
+from bingo_compress.models.names import FAMILIES, resolve_name, resolve_names
 from bingo_compress.preflight import _refuse_unknown
 from bingo_compress.recipe import make_recipe
 from bingo_compress.report.model_card import licence
-from bingo_compress.training.plan import resolve_names
 
 OPTION = "--teacher-weights"
 PAGE = "someone/small-net"

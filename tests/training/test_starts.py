@@ -1,0 +1,67 @@
+"""How a student learns that knows something already, and what the queue begins with."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import CPU, encoder, planned, recipe
+from test_loop import IMAGES, equal, train
+
+from bingo_compress.features.targets import StoredTargets, TargetSpace
+from bingo_compress.training import metrics
+from bingo_compress.training.losses import Batch, Bingo
+
+
+def backbone(model: Any) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.backbone.state_dict().items()}
+
+
+def test_the_head_learns_alone_first_and_then_the_student_at_its_own_rate(tmp_path: Path) -> None:
+    chosen = recipe(epochs=4, head_first=0.5, backbone_lr=0.1, optimizer="sgd", lr=0.05)
+    before = backbone(encoder("test_resnet", 32, seed=5))
+    half = train(tmp_path / "half", chosen, stop_after=10)
+    assert all(torch.equal(value, before[name]) for name, value in backbone(half.student).items())
+    whole = train(tmp_path / "whole", chosen)
+    assert not any(
+        torch.equal(value, before[name]) for name, value in backbone(whole.student).items() if "conv1.weight" in name
+    )
+    rates = planned(chosen, IMAGES).schedule.rates
+    assert rates(9)["student"] == 0 and rates(10)["student"] == pytest.approx(0.005)
+    assert rates(10)["head"] == pytest.approx(0.025)
+
+
+def test_stopped_in_either_part_it_goes_on_to_the_same_student(tmp_path: Path) -> None:
+    chosen = recipe(epochs=4, head_first=0.5, backbone_lr=0.1, norms="frozen")
+    whole = train(tmp_path / "whole", chosen)
+    for stop in (7, 10, 13):
+        train(tmp_path / str(stop), chosen, stop_after=stop)
+        assert equal(train(tmp_path / str(stop), chosen), whole)
+
+
+def test_frozen_norms_keep_their_statistics_and_still_learn(tmp_path: Path) -> None:
+    before = backbone(encoder("test_resnet", 32, seed=5))
+    for norms in ("frozen", "learnt"):
+        after = backbone(train(tmp_path / norms, recipe(epochs=2, norms=norms)).student)
+        kept = [torch.equal(after[name], value) for name, value in before.items() if "running" in name]
+        assert kept and all(kept) == (norms == "frozen") and any(kept) == (norms == "frozen")
+        assert not torch.equal(after["bn1.weight"], before["bn1.weight"])
+
+
+def test_a_queue_that_begins_with_targets_holds_as_many_as_it_can_of_the_training_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "LOG_SECONDS", 0.0)
+    real, held = Bingo.__call__, list[torch.Tensor]()
+
+    def recorded(loss: Any, batch: Batch) -> Any:
+        held.append(batch.negatives.argmax(1))  # the target of image i is the unit vector i
+        return real(loss, batch)
+
+    monkeypatch.setattr(Bingo, "__call__", recorded)
+    source = StoredTargets(torch.eye(IMAGES)[:, None], TargetSpace(None, None), CPU)
+    lines = train(tmp_path, recipe(epochs=1, queue_start="targets"), source, IMAGES).lines
+    assert sorted(held[0].tolist()) == list(range(IMAGES)) and lines[0]["loss"] > 1
+    held.clear()
+    train(tmp_path / "short", recipe(epochs=1, queue_start="targets", queue_size=12), source, IMAGES)
+    assert len(set(held[0].tolist())) == 12
