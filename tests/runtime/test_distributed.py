@@ -18,7 +18,7 @@ from helpers import CPU, Ran, clustered, encoder, photos
 from timm.layers import EvoNorm2dB0
 from torch import nn
 from torch.distributed.run import parse_args
-from two_processes import BATCHES, DISTILLED, HANDED_OVER, SHARDS, STOP_AT, TUNED, command, distill, validate
+from two_processes import BATCHES, DISTILLED, HANDED_OVER, SHARDS, SLOW, STOP_AT, TUNED, command, distill, validate
 
 from bingo_compress.data import listing, pixel_store
 from bingo_compress.errors import BingoError
@@ -27,6 +27,7 @@ from bingo_compress.features import extract, neighbours, teacher_pass
 from bingo_compress.models import trained
 from bingo_compress.recipe import load_recipe
 from bingo_compress.runtime import checkpoint, console, distributed, run_dir, signals
+from bingo_compress.training import metrics
 from bingo_compress.training.loader import own_share
 from bingo_compress.training.material import halves, prepare
 from bingo_compress.training.plan import plan_run
@@ -73,7 +74,7 @@ def two(folder: Path, labelled: Path, tmp_path_factory: pytest.TempPathFactory) 
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """One process with the sizes of two_processes.py."""
     torch.set_num_threads(1)
-    for owner, sizes in ((extract, BATCHES), (teacher_pass, SHARDS), (finetune, TUNED)):
+    for owner, sizes in ((extract, BATCHES), (teacher_pass, SHARDS), (finetune, TUNED), (metrics, SLOW)):
         for name, size in sizes.items():
             monkeypatch.setattr(owner, name, size)
 
@@ -106,7 +107,7 @@ def same_training(one: Path, two: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["bingo", "official", "coss", "disco"])
+@pytest.mark.parametrize("case", ["bingo", "official", "coss", "disco", "known"])
 @pytest.mark.usefixtures("small")
 def test_two_processes_train_what_one_trains(case: str, two: Path, folder: Path, tmp_path: Path, bingo: Bingo) -> None:
     ran = bingo(*distill(folder, tmp_path / case, **DISTILLED[case]))
