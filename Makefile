@@ -15,7 +15,7 @@ demo: $(READY)
 	$(BIN)/bingo-compress demo --overwrite
 
 demo-short: $(READY)
-	$(BIN)/bingo-compress demo --overwrite --out runs/demo-short --epochs 1
+	$(BIN)/bingo-compress demo --overwrite --out runs/demo-short --epochs 0.25
 
 test: $(READY)
 	$(PYTEST) --cov --cov-report=term:skip-covered --cov-fail-under=85

@@ -22,7 +22,7 @@ from bingo_compress.models import trained
 from bingo_compress.models.encoder import Encoder, weights_digest
 from bingo_compress.models.trained import NOTHING_GIVEN, Given, Models, build_models
 from bingo_compress.recipe import RESUME_MAY_CHANGE, Recipe, deciding, load_recipe, recipe_text
-from bingo_compress.report.tables import closing_table, describe_bags, header, say_smaller
+from bingo_compress.report.tables import closing_table, describe_bags, header, say_agreement, say_smaller
 from bingo_compress.runtime import checkpoint, console, distributed, run_dir
 from bingo_compress.sources.opened import absolute_recipe
 from bingo_compress.training.material import Material, anchors_count, bag_facts, make_bags, prepare, sources_of
@@ -150,6 +150,7 @@ def _close(
     run_dir.write_text(run.summary, json.dumps(summary, indent=2) + "\n")
     rows = {name: {"neighbour_recall": value} for name, value in ({"teacher": 1.0} | recall).items()} if recall else {}
     closing_table(models, rows, int(recall.get("gallery", 0)))
+    say_agreement(recall)
     console.say(f"weights: {run.student}   metrics: {run.metrics}   settings: {run.recipe}, as run: {run.resolved}")
     console.say(f"next: bingo-compress export --run {run.path}")
     console.say(

@@ -196,6 +196,15 @@ def closing_table(models: Models, rows: dict[str, dict[str, float]], gallery: in
     console.table("", ("", neighbours.recall_title(gallery), "kNN", "linear", "parameters", "MB", "smaller"), cells)
 
 
+def say_agreement(recall: Mapping[str, float]) -> None:
+    """A line where the student agrees less with its teacher than before it was trained: that alone condemns nobody."""
+    if recall and recall["student"] < recall["start"]:
+        console.say(
+            "the student agrees less with its teacher than before; that does not say that it is worse: labels do, even"
+            " few of them (validate, below)"
+        )
+
+
 def header(plan: Plan, models: Models, folder: ImageList) -> None:
     """The models with their sizes, weights and preprocessing; the images, the device and the method."""
     recipe, device = plan.recipe, plan.device
