@@ -25,7 +25,7 @@ from bingo_compress.training.losses import Batch, Queries, Targets
 from bingo_compress.training.metrics import Log, Meter, forget_after, profiled
 from bingo_compress.training.out_of_memory import Frugal
 from bingo_compress.training.plan import Plan, learning_rate
-from bingo_compress.training.state import FeatureQueue, State, begin_step, first_state
+from bingo_compress.training.state import FeatureQueue, State, first_state, set_learning
 
 EPOCH_SAVES_APART = 30.0  # seconds: of a short epoch a save would be a good part
 COMPILE_FROM = 5_000  # steps that pay for the minute or two that the compiler takes
@@ -65,7 +65,7 @@ def distill(
         forget_after(metrics, state.step)
     meter = Meter(plan.device)
     make = Maker(plan, lessons, student.preprocessing.size, meter)
-    begin_step(plan, state)
+    set_learning(plan, state)
     frugal = _frugal(plan, state, make)
     log = Log(metrics if first else None, plan.device, meter, state.step)
     last = schedule.steps if stop_after is None else min(stop_after, schedule.steps)
@@ -80,7 +80,7 @@ def distill(
         for ready in _batches(make, state, last):
             epoch = schedule.epochs_after(state.step)
             if state.step == schedule.head_steps and state.step:
-                begin_step(plan, state)
+                set_learning(plan, state)
                 frugal = _frugal(plan, state, make)  # for all that learns from here on
             log.add(train_step(plan, state, frugal, meter, ready), shown)
             advance(shown)
@@ -89,6 +89,7 @@ def distill(
             scored: dict[str, float] = {}
             if check is not None and ended and (due(epoch + 1, recipe) or state.step == schedule.steps):
                 scored["neighbour_recall"] = check(student)
+                set_learning(plan, state)
                 if recipe.keep_best:
                     state.scored(scored["neighbour_recall"])
             # All leave after the same step, or some would wait for ever.
@@ -139,7 +140,12 @@ def train_step(plan: Plan, state: State, frugal: Frugal, meter: Meter, ready: Re
     if average is not None:
         with meter("teacher"), _halved(plan.device):
             keys = Targets(average(ready.fresh)) if ready.fresh is not None else Targets(*average(ready.views).chunk(2))
-    begin_step(plan, state)
+    rates = {
+        "head": learning_rate(state.step, schedule.steps, schedule.warmup, schedule.peak_lr),
+        "student": schedule.backbone_rate(state.step),
+    }
+    for group in state.optimizer.param_groups:
+        group["lr"] = rates[group["name"]]
     masked = state.queue.holding(ready.known) if recipe.mask_mates else None
 
     def learn() -> dict[str, Tensor]:

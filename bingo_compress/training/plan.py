@@ -136,14 +136,12 @@ class Schedule:
         """
         return steps * self.batch_size // self.images
 
-    def rates(self, step: int) -> dict[str, float]:
-        """Learning rates of the step after `step`, of the head and of the student under it, which waits for its own
-        beginning.
-        """
-        waited, student = self.head_steps, 0.0
-        if step >= waited:
-            student = learning_rate(step - waited, self.steps - waited, self.warmup, self.backbone_lr)
-        return {"head": learning_rate(step, self.steps, self.warmup, self.peak_lr), "student": student}
+    def backbone_rate(self, step: int) -> float:
+        """Learning rate of the student under its head in the step after `step`; it waits for its own beginning."""
+        waited = self.head_steps
+        return (
+            learning_rate(step - waited, self.steps - waited, self.warmup, self.backbone_lr) if step >= waited else 0.0
+        )
 
     def describe(self) -> str:
         """One line for the screen."""

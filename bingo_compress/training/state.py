@@ -169,7 +169,7 @@ def make_head(plan: Plan, width: int) -> nn.Module:
 
 def make_optimizer(plan: Plan, modules: Mapping[str, nn.Module]) -> torch.optim.Optimizer:
     """SGD with momentum 0.9 as in the paper, or AdamW, which leaves biases and norms undecayed. Each group has the
-    name of its module, as in `Schedule.rates`.
+    name of its module.
     """
     rate, decay, sgd = plan.schedule.peak_lr, plan.recipe.weight_decay, plan.schedule.optimizer == "sgd"
     groups: list[dict[str, Any]] = []
@@ -187,11 +187,10 @@ def make_optimizer(plan: Plan, modules: Mapping[str, nn.Module]) -> torch.optim.
     return torch.optim.AdamW(groups, lr=rate, fused=True)
 
 
-def begin_step(plan: Plan, state: State) -> None:
-    """Student and optimiser as the next step wants them: rates, what learns, whose statistics move."""
-    rates, whole = plan.schedule.rates(state.step), state.step >= plan.schedule.head_steps
+def set_learning(plan: Plan, state: State) -> None:
+    """Student and head as the next step wants them: what learns, and whose statistics move."""
+    whole = state.step >= plan.schedule.head_steps
     for group in state.optimizer.param_groups:
-        group["lr"] = rates[group["name"]]
         for parameter in group["params"]:
             parameter.requires_grad_(whole or group["name"] == "head")
     state.student.train(whole)

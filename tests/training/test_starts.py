@@ -8,8 +8,10 @@ import torch
 from helpers import CPU, encoder, planned, recipe
 from test_loop import IMAGES, equal, train
 
+from bingo_compress.errors import BingoError
 from bingo_compress.features.targets import StoredTargets, TargetSpace
-from bingo_compress.training import metrics
+from bingo_compress.recipe import make_recipe
+from bingo_compress.training import metrics, plan
 from bingo_compress.training.losses import Batch, Bingo
 
 
@@ -26,9 +28,8 @@ def test_the_head_learns_alone_first_and_then_the_student_at_its_own_rate(tmp_pa
     assert not any(
         torch.equal(value, before[name]) for name, value in backbone(whole.student).items() if "conv1.weight" in name
     )
-    rates = planned(chosen, IMAGES).schedule.rates
-    assert rates(9)["student"] == 0 and rates(10)["student"] == pytest.approx(0.005)
-    assert rates(10)["head"] == pytest.approx(0.025)
+    rate = planned(chosen, IMAGES).schedule.backbone_rate
+    assert rate(9) == 0 and rate(10) == pytest.approx(0.005) and rate(15) == pytest.approx(0.0025)
 
 
 def test_stopped_in_either_part_it_goes_on_to_the_same_student(tmp_path: Path) -> None:
@@ -65,3 +66,44 @@ def test_a_queue_that_begins_with_targets_holds_as_many_as_it_can_of_the_trainin
     held.clear()
     train(tmp_path / "short", recipe(epochs=1, queue_start="targets", queue_size=12), source, IMAGES)
     assert len(set(held[0].tolist())) == 12
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        ("random", (100, 1.0, 0.0, "learnt")),
+        ("given", (100, 1.0, 0.0, "learnt")),
+        ("pretrained", (10, 0.1, 0.25, "frozen")),
+        ("student.safetensors", (10, 0.1, 0.25, "frozen")),
+    ],
+)
+def test_what_a_student_begins_with_decides_what_is_left_open(weights: str, expected: tuple[Any, ...]) -> None:
+    keys = ("epochs", "backbone_lr", "head_first", "norms")
+    found = plan.settle(make_recipe({"student_weights": weights}, "test"))
+    assert tuple(getattr(found, key) for key in keys) == expected
+    asked = {"epochs": 7, "backbone_lr": 0.5, "head_first": 0.0, "norms": "learnt"}
+    found = plan.settle(make_recipe({"student_weights": weights, **asked}, "test"))
+    assert {key: getattr(found, key) for key in keys} == asked
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, "targets"),
+        ({"variant": "paper"}, "empty"),
+        ({"variant": "official"}, "empty"),
+        ({"method": "seed"}, "empty"),
+        ({"views": "online"}, "empty"),
+        ({"method": "seed", "queue_start": "targets"}, "targets"),
+    ],
+)
+def test_the_queue_begins_as_the_method_was_published_but_for_ours(settings: dict[str, Any], expected: str) -> None:
+    assert plan.settle(make_recipe(settings, "test")).queue_start == expected
+
+
+def test_a_queue_of_targets_is_refused_where_there_are_none() -> None:
+    for settings in ({"views": "online"}, {"method": "moco"}, {"method": "disco"}, {"method": "simreg"}):
+        with pytest.raises(BingoError, match="queue_start"):
+            plan.refuse_unread(
+                [make_recipe({**settings, "queue_start": "targets"}, "test")], {"queue_start": "targets"}, "t"
+            )
