@@ -304,7 +304,9 @@ def plan_run(models: Models, images: int, device: torch.device, threads: int = 0
     """The plan for these models: threads settled, a step's memory measured. threads: of the run that goes on. Raises
     BingoError over --memory.
     """
-    student = models.student
+    student, small = models.student, round(models.student.preprocessing.size / 48) * 32
+    if models.recipe.small_first and not student.takes(small):
+        raise BingoError(f"--set small_first: expected a student that also takes {small} px, found none; leave it out")
     recipe = devices.use_threads(models.recipe, student, student.preprocessing.size, device, threads)
     made = make_plan(recipe, images, device, shape_of(models.teacher))
     return replace(made, step_bytes=_step_bytes(made, student))

@@ -13,6 +13,7 @@ from bingo_compress.features.targets import StoredTargets, TargetSpace
 from bingo_compress.recipe import make_recipe
 from bingo_compress.training import metrics, plan
 from bingo_compress.training.losses import Batch, Bingo
+from bingo_compress.training.out_of_memory import Frugal
 
 
 def backbone(model: Any) -> dict[str, torch.Tensor]:
@@ -107,3 +108,21 @@ def test_a_queue_of_targets_is_refused_where_there_are_none() -> None:
             plan.refuse_unread(
                 [make_recipe({**settings, "queue_start": "targets"}, "test")], {"queue_start": "targets"}, "t"
             )
+
+
+def test_the_first_views_are_two_thirds_of_the_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, sides = Frugal.__call__, list[int]()
+
+    def recorded(model: Frugal, views: torch.Tensor) -> torch.Tensor:
+        sides.append(views.shape[-1])
+        return real(model, views)
+
+    monkeypatch.setattr(Frugal, "__call__", recorded)
+    train(tmp_path, recipe(epochs=2, small_first=0.5, image_size=96))
+    assert sides == [32] * 10  # of a student of 32 px two thirds are 32 again, in whole patches of 32
+    made = planned(recipe(epochs=2, small_first=0.5), IMAGES)
+    assert [made.size_at(step, 96) for step in (0, 4, 5, 9)] == [64, 64, 96, 96]
+
+
+def test_a_student_of_one_size_alone_is_refused_small_views() -> None:
+    assert encoder("test_resnet", 96).takes(64) and not encoder("test_vit", 160).takes(90)
