@@ -249,7 +249,7 @@ NO_PERMISSION = {"locked.jpg"}  # root may read it
 def near_limit(root: Path) -> str:
     """The relative path of a file whose absolute path has NEAR_LIMIT bytes."""
     left = NEAR_LIMIT - len(os.fsencode(root)) - 1
-    parts = ["d" * 199] * (left // 200 - 1)
+    parts = ["d" * 199] * ((left - 51) // 200)  # so that the last folder has 1 to 200 letters
     return "/".join([*parts, "d" * (left - 200 * len(parts) - 50), "f" * 45 + ".png"])
 
 

@@ -136,7 +136,7 @@ def test_two_processes_check_the_student_as_one_does(two: Path, folder: Path) ->
     )
     checks = [line["neighbour_recall"] for line in lines(run.path) if "neighbour_recall" in line]
     assert len(checks) == 3
-    choosing, reporting = halves(material.held, recipe)
+    choosing, reporting = halves(material, recipe)
     # The log rounds.
     assert max(checks) == pytest.approx(held_out.recall_check(material, choosing, CPU)(models.student), abs=1e-6)
     assert (

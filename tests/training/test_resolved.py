@@ -15,6 +15,7 @@ from bingo_compress.comparison import side_by_side
 from bingo_compress.data import augment
 from bingo_compress.errors import BingoError
 from bingo_compress.features.targets import OnlineTargets, StoredTargets, TargetSpace, target_space
+from bingo_compress.models import names
 from bingo_compress.recipe import load_recipe
 from bingo_compress.runtime import devices, machine, run_dir
 from bingo_compress.runtime.devices import use_threads
@@ -235,7 +236,7 @@ def test_an_arms_student_has_its_own_weights(
     world: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On 4500913 `auto` was what it is for the comparison's student, and resnet was looked for under that name."""
-    monkeypatch.setattr(plan, "has_pretrained", lambda name: name == "resnet50")
+    monkeypatch.setattr(names, "has_pretrained", lambda name: name == "resnet50")
     methods = "bingo:student=resnet,bingo,bingo:student=test_vit"
     arm = built(monkeypatch, world[0], methods, tmp_path / "out", student_weights="auto")
     assert (arm.student, arm.student_weights) == ("resnet50", "pretrained")
