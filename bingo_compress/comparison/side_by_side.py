@@ -97,9 +97,8 @@ def compare(
     device = choose_device(base.device)
     base = absolute_recipe(base)
     say = cache(console.say)  # what several arms share is said once
-    base = resolve_names(base, say)
-    base = base.model_copy(update={"epochs": by_start(base)["epochs"]})  # the same for all arms
-    arms = resolve_arms(make_arms(methods, base), say)
+    base = base.model_copy(update={"epochs": by_start(resolve_names(base, say))["epochs"]})  # the same for all arms
+    arms, base = resolve_arms(make_arms(methods, base), say), resolve_names(base, say)
     for arm in arms:
         schedule(arm.recipe, len(folder.files))
     _open(out, base, overwrite)

@@ -26,7 +26,7 @@ LABEL_NAMES = ("label", "class", "class_name", "category", "target", "species")
 
 def matches(path: Path) -> bool:
     """Whether it is a list by its name."""
-    return path.is_file() and path.suffix.lower() in (".txt", ".csv", ".tsv")
+    return path.suffix.lower() in (".txt", ".csv", ".tsv") and os.path.isfile(path)
 
 
 def listed(path: Path, columns: Columns) -> Listed:
@@ -79,7 +79,7 @@ def _text_list(path: Path) -> tuple[list[str], list[str]]:
 
 
 def _there(path: Path, line: str) -> bool:
-    return (path.parent / os.path.expanduser(line)).is_file()
+    return os.path.isfile(path.parent / os.path.expanduser(line))
 
 
 def _text(path: Path) -> str:

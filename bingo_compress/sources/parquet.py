@@ -1,6 +1,7 @@
 """A Parquet file with a column of images as bytes, as the hubs lay out theirs; read by pyarrow, which is an extra."""
 
 import json
+import os
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
@@ -20,7 +21,7 @@ HELD = 2  # groups of rows in memory: images are asked for in order, by several 
 
 def matches(path: Path) -> bool:
     """Whether it is a Parquet file by its name."""
-    return path.is_file() and path.name.lower().endswith(".parquet")
+    return path.name.lower().endswith(".parquet") and os.path.isfile(path)
 
 
 def listed(path: Path, columns: Columns) -> Listed:

@@ -24,7 +24,7 @@ Index = dict[str, tuple[int, int]]  # (where a member begins, bytes)
 
 def matches(path: Path) -> bool:
     """Whether it is a tar file by its name."""
-    return path.is_file() and path.name.lower().endswith((".tar", *PACKED))
+    return path.name.lower().endswith((".tar", *PACKED)) and os.path.isfile(path)
 
 
 def listed(path: Path, columns: Columns) -> Listed:

@@ -1,5 +1,6 @@
 """A zip file, its members read in any order."""
 
+import os
 import zipfile
 import zlib
 from functools import lru_cache, partial
@@ -14,7 +15,7 @@ DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, Runtim
 
 def matches(path: Path) -> bool:
     """Whether it is a zip file by its name."""
-    return path.is_file() and path.name.lower().endswith(".zip")
+    return path.name.lower().endswith(".zip") and os.path.isfile(path)
 
 
 def listed(path: Path, columns: Columns) -> Listed:

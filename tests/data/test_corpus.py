@@ -212,9 +212,10 @@ def test_a_path_that_is_too_long_says_so(tmp_path: Path) -> None:
     parent = (tmp_path / corpus.near_limit(tmp_path)).parent
     parent.mkdir(parents=True)
     handle = os.open(parent, os.O_RDONLY)
-    os.close(os.open("g" * 200, os.O_CREAT | os.O_WRONLY, dir_fd=handle))
+    for name in ("g" * 200, "g" * 200 + ".tar"):
+        os.close(os.open(name, os.O_CREAT | os.O_WRONLY, dir_fd=handle))
     os.close(handle)
-    assert [reason for _, reason in listing.list_images(tmp_path).bad] == ["File name too long"]
+    assert [reason for _, reason in listing.list_images(tmp_path).bad] == ["File name too long"] * 2
 
 
 def test_files_deleted_or_broken_after_the_listing_are_bad_files(tmp_path: Path, photos: Path) -> None:
