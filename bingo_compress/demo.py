@@ -23,7 +23,7 @@ from bingo_compress.exporters.exporting import export
 from bingo_compress.models import exported
 from bingo_compress.pipeline import run_distill
 from bingo_compress.recipe import RECIPES_DIR, load_recipe, recipe_text
-from bingo_compress.report.tables import title
+from bingo_compress.report.tables import figure, title
 from bingo_compress.runtime import console
 from bingo_compress.runtime.run_dir import open_new, write_text
 
@@ -71,7 +71,7 @@ def demo(words: options.Demo) -> None:
     result = validate(out, train, test, out / "validation.json", device=recipe.device)
     file = exported.files(run.export)["onnx"]
     _closing(result, file, time.monotonic() - began)
-    photo = next(iter(sorted((test / "defective").iterdir())))
+    photo = min((test / "defective").iterdir())
     words_of_edge = ["classify", str(file), "--head", str(file.with_suffix(exported.LINEAR)), str(photo)]
     console.say(
         f"the file on a device, without torch; a photo of a defective cell: bingo-edge {shlex.join(words_of_edge)}"
@@ -117,10 +117,9 @@ def _closing(result: dict[str, Any], file: Path, seconds: float) -> None:
     milliseconds = float(np.median(latency_ms(Embedder(file, threads=1), TIMED)))
     cells = []
     for name in ("teacher", "start", "student", "onnx"):
-        low, high = rows[name]["linear_interval"]
         last = (f"{file.stat().st_size / 1e6:.1f}", f"{milliseconds:.1f}") if name == "onnx" else ("", "")
-        probe = f"{rows[name]['linear']:.3f} [{low:.3f}, {high:.3f}]"
-        cells.append((title(name), f"{rows[name]['knn']:.3f}", probe, f"{rows[name]['linear_auc']:.3f}", *last))
+        probes = (f"{rows[name]['knn']:.3f}", figure(rows[name], "linear"), f"{rows[name]['linear_auc']:.3f}")
+        cells.append((title(name), *probes, *last))
     console.table(
         "finding defective cells; in brackets: 95% interval; ms: a photo, one thread of this machine",
         ("", "kNN", "linear probe", "AUC", "MB", "ms"),

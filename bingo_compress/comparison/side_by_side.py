@@ -97,8 +97,9 @@ def compare(
     device = choose_device(base.device)
     base = absolute_recipe(base)
     say = cache(console.say)  # what several arms share is said once
-    base = base.model_copy(update={"epochs": by_start(resolve_names(base, say))["epochs"]})  # the same for all arms
-    arms, base = resolve_arms(make_arms(methods, base), say), resolve_names(base, say)
+    named = resolve_names(base, say)
+    epochs = {"epochs": by_start(named)["epochs"]}  # the same for all arms
+    arms, base = resolve_arms(make_arms(methods, base.model_copy(update=epochs)), say), named.model_copy(update=epochs)
     for arm in arms:
         schedule(arm.recipe, len(folder.files))
     _open(out, base, overwrite)

@@ -48,7 +48,7 @@ def show(result: dict[str, Any], run: run_dir.RunDir, models: Models) -> None:
         _paired(result["paired"], result["protocol"]["against"])
     if "bag_purity" in result:
         console.say(
-            f"bags: {_figure(result, 'bag_purity')} of the pairs (anchor, mate) with labels share one; by chance"
+            f"bags: {figure(result, 'bag_purity')} of the pairs (anchor, mate) with labels share one; by chance"
             f" {result['bag_purity_chance']:.3f}"
         )
     made = exported.files(run.export)
@@ -61,7 +61,7 @@ def show(result: dict[str, Any], run: run_dir.RunDir, models: Models) -> None:
         console.say(f"next: bingo-edge classify {file} --head {file.with_suffix(exported.LINEAR)} PHOTOS")
 
 
-def _figure(row: Mapping[str, Any], key: str) -> str:
+def figure(row: Mapping[str, Any], key: str) -> str:
     """A figure with its interval: 0.683 [0.634, 0.731]."""
     low, high = row[f"{key}_interval"]
     return f"{row[key]:.3f} [{low:.3f}, {high:.3f}]"
@@ -79,7 +79,7 @@ def _main(protocol: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Non
 
 
 def _cell(row: Mapping[str, Any], key: str) -> str:
-    return "-" if key not in row else f"{row[key]:.3f}" if key in PLAIN else _figure(row, key)
+    return "-" if key not in row else f"{row[key]:.3f}" if key in PLAIN else figure(row, key)
 
 
 def _few_labels(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -95,7 +95,7 @@ def _few_labels(rows: Sequence[Mapping[str, Any]]) -> None:
         )
         cells.append([spec, title(name), f"{found['images']:,}", spread])
         if tuned:
-            cells[-1].append(_figure(found, "fine_tuned") if "fine_tuned" in found else "-")
+            cells[-1].append(figure(found, "fine_tuned") if "fine_tuned" in found else "-")
     console.table(
         "few labels (± over draws of the images)",
         ["labels", "model", "images", "linear", *(["fine-tuned"] if tuned else [])],
@@ -109,7 +109,7 @@ def _classes(found: Sequence[Mapping[str, Any]]) -> None:
     shown = known[:CLASSES_SHOWN]
     more = f", the weakest {len(shown)} of {len(known)}" if len(shown) < len(known) else ""
     cells = [
-        (entry["class"], f"{entry['images']:,}", _figure(entry, "accuracy"), entry["mistaken_for"] or "-")
+        (entry["class"], f"{entry['images']:,}", figure(entry, "accuracy"), entry["mistaken_for"] or "-")
         for entry in shown
     ]
     console.table(

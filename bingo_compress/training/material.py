@@ -185,9 +185,9 @@ def split(scenes: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
             taken.add(scene)
             room -= sizes[scene]
     if keep and not taken:
-        taken = {
-            scene for scene in [min(set(scenes.tolist()), key=sizes.__getitem__)] if 4 * sizes[scene] <= len(scenes)
-        }
+        smallest = min(set(scenes.tolist()), key=sizes.__getitem__)
+        if 4 * sizes[smallest] <= len(scenes):
+            taken.add(smallest)
     held = torch.isin(scenes, torch.tensor(sorted(taken), dtype=scenes.dtype))
     return held.nonzero()[:, 0], (~held).nonzero()[:, 0]
 

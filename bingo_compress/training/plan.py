@@ -99,6 +99,11 @@ def by_start(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+def small_side(size: int) -> int:
+    """Two thirds of `size`, in whole patches of 32 pixels."""
+    return round(size / 48) * 32
+
+
 def fills_queue(recipe: Recipe) -> bool:
     """Whether there are stored targets that the queue can begin with."""
     loss = loss_of(recipe)
@@ -138,10 +143,8 @@ class Schedule:
 
     def backbone_rate(self, step: int) -> float:
         """Learning rate of the student under its head in the step after `step`; it waits for its own beginning."""
-        waited = self.head_steps
-        return (
-            learning_rate(step - waited, self.steps - waited, self.warmup, self.backbone_lr) if step >= waited else 0.0
-        )
+        own, steps = step - self.head_steps, self.steps - self.head_steps
+        return learning_rate(own, steps, self.warmup, self.backbone_lr) if own >= 0 else 0.0
 
     def describe(self) -> str:
         """One line for the screen."""
@@ -277,7 +280,7 @@ class Plan:
 
     def size_at(self, step: int, size: int) -> int:
         """Pixels a side of the student's views in the step after `step`, of a student of `size`."""
-        return round(size / 48) * 32 if step < round(self.recipe.small_first * self.schedule.steps) else size
+        return small_side(size) if step < round(self.recipe.small_first * self.schedule.steps) else size
 
     def describe(self) -> str:
         """One line for the screen."""
@@ -304,7 +307,7 @@ def plan_run(models: Models, images: int, device: torch.device, threads: int = 0
     """The plan for these models: threads settled, a step's memory measured. threads: of the run that goes on. Raises
     BingoError over --memory.
     """
-    student, small = models.student, round(models.student.preprocessing.size / 48) * 32
+    student, small = models.student, small_side(models.student.preprocessing.size)
     if models.recipe.small_first and not student.takes(small):
         raise BingoError(f"--set small_first: expected a student that also takes {small} px, found none; leave it out")
     recipe = devices.use_threads(models.recipe, student, student.preprocessing.size, device, threads)
