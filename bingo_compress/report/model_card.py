@@ -14,7 +14,7 @@ from bingo_compress import __version__
 from bingo_compress.models import exported
 from bingo_compress.recipe import GIVEN, RESUME_MAY_CHANGE, Recipe, load_recipe
 from bingo_compress.report import timing_table
-from bingo_compress.report.tables import title
+from bingo_compress.report.tables import figure, title
 from bingo_compress.runtime import checkpoint, console
 from bingo_compress.runtime.run_dir import RunDir, made_by, read_json, write_text
 from bingo_compress.training.plan import loss_of
@@ -256,10 +256,7 @@ def _proof(protocol: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> li
 
 def _figure(row: Mapping[str, Any], key: str) -> str:
     """0.683 [0.634, 0.731]; a dash where it was not measured."""
-    if key not in row:
-        return "-"
-    low, high = row[f"{key}_interval"]
-    return f"{row[key]:.3f} [{low:.3f}, {high:.3f}]"
+    return figure(row, key) if key in row else "-"
 
 
 def _name(contract: Mapping[str, Any]) -> str:
