@@ -22,7 +22,7 @@ from torch import Tensor
 from bingo_compress.data import listing
 from bingo_compress.data.image_list import ImageList
 from bingo_compress.features import extract, near_copies
-from bingo_compress.models.encoder import build
+from bingo_compress.models.encoder import Preprocessing, build
 from bingo_compress.runtime.devices import choose_device
 
 FRAMES = 8
@@ -92,7 +92,7 @@ def frame(photo: Image.Image, random: np.random.Generator) -> Image.Image:
     return Image.fromarray(levels.clip(0, 255).astype(np.uint8))
 
 
-def scenes_of(model: tuple[extract.Preprocessing, extract.Embed], folder: ImageList) -> Tensor:
+def scenes_of(model: tuple[Preprocessing, extract.Embed], folder: ImageList) -> Tensor:
     """The scenes of a folder, all of whose images can be decoded, as a teacher sees them."""
     features, _ = extract.plain({"teacher": model}, folder, range(len(folder.files)), "teacher")
     return near_copies.in_folders(model, [(features["teacher"], folder)])

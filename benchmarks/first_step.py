@@ -80,7 +80,7 @@ def seconds_to_first_step(command: list[str], metrics: Path) -> float:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     first = json.loads(metrics.read_text().splitlines()[0])
     # A line is written at the latest LOG_SECONDS after the loop began; its own clock starts with the loop.
-    return first["time"] - start - first["seconds"] + first["seconds"] / first["step"]
+    return float(first["time"] - start - first["seconds"] + first["seconds"] / first["step"])
 
 
 if __name__ == "__main__":

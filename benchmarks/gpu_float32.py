@@ -15,7 +15,7 @@ def off(device: str, dtype: Any = None, **_: Any) -> Any:
     return autocast(device, dtype, enabled=False)
 
 
-torch.autocast = off  # type: ignore[misc]
+torch.autocast = off  # type: ignore[assignment, misc]
 torch.set_float32_matmul_precision = lambda precision: None
 torch.backends.cudnn.allow_tf32 = False
 main()

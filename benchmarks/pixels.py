@@ -17,6 +17,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -61,14 +62,12 @@ def decoders(size: tuple[int, int], count: int, rounds: int) -> list[dict[str, o
         "torchvision": torchvision,
         "simplejpeg": simple(),
     }
-    works = {}
+    works: dict[tuple[str, str], Callable[[], object]] = {}
     for name, decode in kinds.items():
         if decode:
-            works[name, "decoded"] = lambda decode=decode: [decode(file, side) for file in files]
             shrink = pillows_shrink if decode is whole else pixel_store._shrink
-            works[name, "kept"] = lambda decode=decode, shrink=shrink: [
-                shrink(decode(file, side), side) for file in files
-            ]
+            works[name, "decoded"] = partial(decoded, files, side, decode)
+            works[name, "kept"] = partial(kept, files, side, decode, shrink)
     rates = measure(works, len(files), rounds, time.process_time)
     print(
         f"\n{size[0]} x {size[1]} JPEG, images per CPU-second (to"
@@ -95,6 +94,16 @@ def as_jpeg(picture: Image.Image) -> bytes:
     return file.getvalue()
 
 
+def decoded(files: list[bytes], side: int, decode: Decoder) -> None:
+    for file in files:
+        decode(file, side)
+
+
+def kept(files: list[bytes], side: int, decode: Decoder, shrink: Callable[[np.ndarray, int], object]) -> None:
+    for file in files:
+        shrink(decode(file, side), side)
+
+
 def ours(file: bytes, side: int) -> np.ndarray:
     return load_image(io.BytesIO(file), side)
 
@@ -104,13 +113,13 @@ def whole(file: bytes, side: int) -> np.ndarray:
 
 
 def pillows_shrink(picture: np.ndarray, side: int) -> np.ndarray:
-    return np.array(
-        Image.fromarray(picture).resize(pixel_store.kept_size(*picture.shape[:2], side)[::-1], Image.Resampling.BICUBIC)
-    )
+    height, width = pixel_store.kept_size(picture.shape[0], picture.shape[1], side)
+    return np.array(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC))
 
 
 def torchvision(file: bytes, side: int) -> np.ndarray:
-    return decode_jpeg(torch.frombuffer(bytearray(file), dtype=torch.uint8), ImageReadMode.RGB).permute(1, 2, 0).numpy()
+    planes = decode_jpeg(torch.frombuffer(bytearray(file), dtype=torch.uint8), ImageReadMode.RGB)
+    return np.asarray(planes.permute(1, 2, 0))
 
 
 def simple() -> Decoder | None:
@@ -120,9 +129,8 @@ def simple() -> Decoder | None:
 
     def decode(file: bytes, side: int) -> np.ndarray:
         height, width = simplejpeg.decode_jpeg_header(file)[:2]
-        return simplejpeg.decode_jpeg(
-            file, min_height=-(-height * side // min(height, width)), min_width=-(-width * side // min(height, width))
-        )
+        high, wide = (-(-length * side // min(height, width)) for length in (height, width))
+        return np.asarray(simplejpeg.decode_jpeg(file, min_height=high, min_width=wide))
 
     return decode
 
@@ -155,9 +163,7 @@ def places(size: int, count: int, rounds: int, device: torch.device) -> list[dic
                 torch.cuda.synchronize()
 
         clock = time.perf_counter if device.type == "cuda" else time.process_time
-        rates = measure(
-            {(name, ""): lambda store=store: crop(store) for name, store in stores.items()}, count, rounds, clock
-        )
+        rates = measure({(name, ""): partial(crop, store) for name, store in stores.items()}, count, rounds, clock)
     print(f"\n{size} px crops per {'second' if device.type == 'cuda' else 'CPU-second'} (to memory)")
     rows: list[dict[str, object]] = []
     for (name, _), rate in rates.items():

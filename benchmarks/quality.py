@@ -40,7 +40,7 @@ def _one(view: Tensor, drawn: augment.Draw) -> Tensor:
     if sigma > 0:
         reach = min(2 * round(3 * sigma + 0.5) + 1, 2 * view.shape[-1] - 1)
         image = reference.gaussian_blur(image, [reach, reach], [sigma, sigma])
-    return image
+    return torch.as_tensor(image)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from bingo_compress.features.targets import StoredTargets, TargetSpace
 from bingo_compress.models.encoder import build
-from bingo_compress.recipe import make_recipe
+from bingo_compress.recipe import Recipe, make_recipe
 from bingo_compress.runtime import checkpoint
 from bingo_compress.runtime.machine import keep_memory
 from bingo_compress.training import loop
@@ -51,7 +51,7 @@ SHOWN = (
 class Case:
     """One student at one batch: what both sides train."""
 
-    recipe: loop.Recipe
+    recipe: Recipe
     store: Any
     training: Tensor
     bags: Tensor
@@ -176,7 +176,7 @@ def limit(case: Case, steps: int) -> tuple[float, float]:
     recipe, device, student = case.recipe, case.device, case.student()
     head = make_head(case.plan(), student.width).to(device)
     student.to(device, memory_format=torch.channels_last).train()
-    optimizer = make_optimizer(case.plan(), [student, head])
+    optimizer = make_optimizer(case.plan(), {"student": student, "head": head})
     model: Any = nn.Sequential(student, head)
     if recipe.compile == "on":
         model = torch.compile(model, dynamic=False)
@@ -205,7 +205,7 @@ def making(case: Case, steps: int) -> dict[str, float]:
     return {"making": spent} | {f"making_{part}": seconds / steps for part, seconds in meter.read().items() if seconds}
 
 
-def distill_recipe(settings: dict[str, object]) -> loop.Recipe:
+def distill_recipe(settings: dict[str, object]) -> Recipe:
     """A default recipe of these settings, its open ends filled in."""
     return settle(
         make_recipe({"queue_size": 1024, "compile": "off", **settings, "save_every_minutes": 1000.0}, "benchmark")

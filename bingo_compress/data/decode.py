@@ -119,7 +119,7 @@ def nvjpeg(files: list[Tensor], device: torch.device) -> list[Tensor]:
     """Pictures, each uint8 (3, height, width) on `device`, of JPEG files, each uint8 (bytes,) on the CPU. Raises
     RuntimeError or ImportError when refused.
     """
-    from torchvision.io import ImageReadMode, decode_jpeg  # type: ignore[import-untyped]  # deprecated: may be gone one day
+    from torchvision.io import ImageReadMode, decode_jpeg  # deprecated: may be gone one day
 
     # It writes at once into memory that torch counts as free only after this stream's work (pytorch/vision#9606).
     torch.cuda.current_stream(device).synchronize()
