@@ -355,6 +355,6 @@ def _recipe(words: options.Distill | options.Compare) -> Recipe:
 
 def _refuse_unread(words: options.Distill | options.Compare, recipe: Recipe, runs: list[Recipe]) -> None:
     """Raise BingoError where a setting was named that none of the runs reads."""
-    from bingo_compress.training.plan import refuse_unread
+    from bingo_compress.unread import refuse_unread
 
     refuse_unread(runs, {key: getattr(recipe, key) for key in _named(words)}, "the command line")

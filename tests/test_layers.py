@@ -18,6 +18,7 @@ ROOMS = (
     "data models",
     "features",
     "training",
+    "unread",
     "report",
     "evaluation",
     "exporters",

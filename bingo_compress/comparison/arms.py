@@ -6,7 +6,8 @@ from itertools import combinations
 
 from bingo_compress.errors import BingoError
 from bingo_compress.recipe import Recipe, make_recipe, parse_setting, repeated
-from bingo_compress.training.plan import loss_of, refuse_unread, resolve, student_views
+from bingo_compress.training.plan import loss_of, resolve, student_views
+from bingo_compress.unread import refuse_unread
 
 # Settings that are one for a whole comparison, with the way to give them.
 SHARED = {

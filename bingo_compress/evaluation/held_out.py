@@ -18,10 +18,7 @@ from bingo_compress.runtime import console, distributed, run_dir
 from bingo_compress.runtime.made_of import MadeOf
 from bingo_compress.training.loop import distill
 from bingo_compress.training.material import Material, halves, lessons_of
-from bingo_compress.training.plan import Plan, refuse_few_held
-
-GALLERY_AT_MOST = 20_000
-CHECK_GALLERY = 2000
+from bingo_compress.training.plan import CHECK_GALLERY, GALLERY_AT_MOST, Plan, refuse_few_held
 
 
 def train(

@@ -11,7 +11,8 @@ from bingo_compress.features import neighbours
 from bingo_compress.models import exported
 from bingo_compress.models.trained import Models
 from bingo_compress.runtime import console, run_dir
-from bingo_compress.training.plan import Plan, unread
+from bingo_compress.training.plan import Plan
+from bingo_compress.unread import unread
 
 NAMES = {
     "teacher": "teacher",

@@ -3,7 +3,7 @@ run can do is refused here.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,14 +16,15 @@ from bingo_compress.errors import BingoError
 from bingo_compress.models.encoder import Encoder
 from bingo_compress.models.names import resolve_names
 from bingo_compress.models.trained import Models
-from bingo_compress.recipe import GIVEN, WORDS, Recipe
+from bingo_compress.recipe import GIVEN, Recipe
 from bingo_compress.runtime import console, devices, distributed, machine
 from bingo_compress.sources.opened import of_recipe
-from bingo_compress.training.losses import LOSSES, Loss, make_loss, readers, settled
+from bingo_compress.training.losses import Loss, make_loss, settled
 
 SLOW_AVERAGE, QUICK_AVERAGE = 0.999, 0.99
 ADAMW_BELOW = 50_000
 HELD_AT_MOST = 1000
+GALLERY_AT_MOST, CHECK_GALLERY = 20_000, 2000  # images that those are sought among: at the end, during training
 
 
 def begin(recipe: Recipe) -> tuple[Recipe, ImageList, torch.device]:
@@ -163,7 +164,7 @@ def steps_of(epochs: float, images: int, batch: int) -> int:
 
 def schedule(recipe: Recipe, images: int) -> Schedule:
     """The schedule for a training set of `images`. Raises BingoError when there are too few for the bags."""
-    if "bag_size" not in unread(recipe) and images <= recipe.bag_size:
+    if bagged(recipe) and images <= recipe.bag_size:
         raise BingoError(
             f"--data: expected more images than a bag holds ({recipe.bag_size}), found {images} to train on; add images"
             " or lower --bag-size"
@@ -209,6 +210,11 @@ def student_views(loss: Loss) -> int:
 def loss_of(recipe: Recipe) -> Loss:
     """The recipe's method with its settings."""
     return make_loss(recipe.method, recipe.model_dump())
+
+
+def bagged(recipe: Recipe) -> bool:
+    """Whether an image has mates."""
+    return loss_of(recipe).mates and recipe.bags != "none"
 
 
 @dataclass(frozen=True)
@@ -272,7 +278,7 @@ class Plan:
     @property
     def rebags(self) -> bool:
         """Whether bags are rebuilt from the student's own moving average."""
-        return bool(self.loss.momentum) and self.loss.mates and self.recipe.bags != "none"
+        return bool(self.loss.momentum) and bagged(self.recipe)
 
     @property
     def _source(self) -> int:
@@ -347,54 +353,3 @@ def learning_rate(step: int, total: int, warmup: int, peak: float) -> float:
         return peak * (step + 1) / warmup
     done = (step - warmup) / max(total - warmup, 1)
     return peak * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
-
-
-def unread(recipe: Recipe) -> dict[str, str]:
-    """The settings that change nothing in a run of this recipe, each with what would read it. A setting that is not
-    named here is read by every run.
-    """
-    loss = loss_of(recipe)
-    taught, paired, bagged = loss.teacher, loss.mates, loss.mates and recipe.bags != "none"
-    for_own_bags = recipe.bags in ("knn", "none")  # a student's own bags are its nearest neighbours
-    projected = recipe.target in ("pca", "whitened") or (recipe.target == "auto" and not loss.regression)
-    with_bags = f"{_methods('mates')} with bags"
-    from_file = not {recipe.teacher_weights, recipe.student_weights} <= WORDS
-    table = {
-        "ema": (from_file, "a file of weights"),
-        "bags": (
-            paired and (taught or for_own_bags),
-            _methods("mates") + ("" if taught or not paired else " (self: only knn or none)"),
-        ),
-        "bag_size": (bagged, with_bags),
-        "clusters": (bagged and taught and recipe.bags == "kmeans", "bags=kmeans of a teacher"),
-        "rebag_epochs": (bagged and not taught, "method=self with bags"),
-        "average": (bool(loss.momentum), _methods("momentum")),
-        "queue_size": (loss.negatives, _methods("negatives")),
-        "queue_start": (fills_queue(recipe), "methods with a queue of stored targets"),
-        "mask_mates": (loss.negatives, _methods("negatives")),
-        "views": (taught, _methods("teacher")),
-        "stored_views": (taught and recipe.views != "online", f"{_methods('teacher')} with stored views"),
-        "target": (taught, _methods("teacher")),
-        "target_dim": (projected or not taught, "target=pca and target=whitened"),
-    }
-    for key, methods in readers().items():
-        words = (method + (f" with variant={variant}" if variant else "") for method, variant in methods.items())
-        table[key] = (methods.get(recipe.method) in ("", recipe.variant), ", ".join(words))
-    return {key: reader for key, (read, reader) in table.items() if not read}
-
-
-def refuse_unread(recipes: Iterable[Recipe], given: Mapping[str, Any], source: str) -> None:
-    """Raise BingoError if none of the recipes reads one of the settings that were `given`; its default may stand
-    there.
-    """
-    nowhere = [unread(recipe) for recipe in recipes]
-    for key, value in given.items():
-        if all(key in each for each in nowhere) and value != Recipe.model_fields[key].default:
-            raise BingoError(
-                f"{source}: expected settings that the run reads, found {key}={value}, read only by {nowhere[0][key]};"
-                " leave it out"
-            )
-
-
-def _methods(need: str) -> str:
-    return ", ".join(method for method, kind in LOSSES.items() if getattr(kind, need))
