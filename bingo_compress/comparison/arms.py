@@ -13,6 +13,7 @@ from bingo_compress.unread import refuse_unread
 SHARED = {
     "method": "the method is the word before the first colon",
     "seed": "give all arms their seeds by --seeds",
+    "time": "methods are compared at equal passes; give --epochs",
     **dict.fromkeys(
         (
             "data",
@@ -49,6 +50,8 @@ def make_arms(methods: str, base: Recipe) -> list[Arm]:
 
     Raises BingoError for an unknown method or setting.
     """
+    if base.time:
+        raise BingoError(f"compare: expected epochs, found time {base.time}; {SHARED['time']}")
     arms = []
     for name in filter(None, (part.strip() for part in methods.split(","))):
         method, *changes = name.split(":")

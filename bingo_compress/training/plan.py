@@ -5,6 +5,7 @@ run can do is refused here.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from bingo_compress.errors import BingoError
 from bingo_compress.models.encoder import Encoder
 from bingo_compress.models.names import resolve_names
 from bingo_compress.models.trained import Models
-from bingo_compress.recipe import GIVEN, Recipe
+from bingo_compress.recipe import GIVEN, Recipe, whole
 from bingo_compress.runtime import console, devices, distributed, machine
 from bingo_compress.sources.opened import of_recipe
 from bingo_compress.training.losses import Loss, make_loss, settled
@@ -87,13 +88,23 @@ def settle(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update=filled | by_start(recipe))
 
 
+def knows(recipe: Recipe) -> bool:
+    """Whether a resolved recipe's student knows something already."""
+    return recipe.student_weights not in ("random", GIVEN)
+
+
+def usual_epochs(recipe: Recipe) -> int:
+    """Epochs of a resolved recipe that leaves them open."""
+    return 10 if knows(recipe) else 100
+
+
 def by_start(recipe: Recipe) -> dict[str, Any]:
     """What is left open of how a student learns that knows something already (docs/results.md, "Pretrained starts"),
     and one that does not. A module of the user's own counts as one that does not.
     """
-    known = recipe.student_weights not in ("random", GIVEN)
+    known = knows(recipe)
     return {
-        "epochs": recipe.epochs or (10 if known else 100),
+        "epochs": recipe.epochs or (0 if recipe.time else usual_epochs(recipe)),
         "backbone_lr": recipe.backbone_lr or (0.1 if known else 1.0),
         "head_first": recipe.head_first if recipe.head_first >= 0 else 0.25 if known else 0.0,
         "norms": recipe.norms if recipe.norms != "auto" else "frozen" if known else "learnt",
@@ -281,17 +292,36 @@ class Plan:
         return bool(self.loss.momentum) and bagged(self.recipe)
 
     @property
+    def _small_steps(self) -> int:
+        return round(self.recipe.small_first * self.schedule.steps)
+
+    @property
     def _source(self) -> int:
         return self.teacher.width if self.loss.regression else self.teacher.embedding
 
+    @property
+    def phases(self) -> list[tuple[int, float]]:
+        """(first step, share of all steps) of each stretch within which all steps cost the same: of the head alone or
+        not, on small views or not.
+        """
+        steps = self.schedule.steps
+        starts = sorted({0, self.schedule.head_steps, self._small_steps} - {steps})
+        return [(start, (end - start) / steps) for start, end in pairwise([*starts, steps])]
+
+    def lasting(self, epochs: float, **changes: Any) -> "Plan":
+        """The same run for so many epochs, with other `changes` of its recipe."""
+        recipe = self.recipe.model_copy(update={"epochs": whole(float(epochs))} | changes)
+        return replace(self, recipe=recipe).on(self.schedule.images)
+
     def size_at(self, step: int, size: int) -> int:
         """Pixels a side of the student's views in the step after `step`, of a student of `size`."""
-        return small_side(size) if step < round(self.recipe.small_first * self.schedule.steps) else size
+        return small_side(size) if step < self._small_steps else size
 
     def describe(self) -> str:
         """One line for the screen."""
         target = f"targets: {self.target}" if self.target else "targets: the moving average's"
-        return f"{self.schedule.describe()}; {target}, {self.dim} wide"
+        about = "about " if self.recipe.time else ""
+        return f"{about}{self.schedule.describe()}; {target}, {self.dim} wide"
 
 
 def make_plan(recipe: Recipe, images: int, device: torch.device, teacher: TeacherShape) -> Plan:
