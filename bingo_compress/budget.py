@@ -132,7 +132,7 @@ def settled(plan: Plan, rates: Rates, student: Encoder, lessons: Lessons, held: 
     fit = "fit" if late <= 0 else f"are the least, and will end {console.duration(late)} late"
     console.say(
         f"--time {recipe.time}: decode, teacher and bags are done after {console.duration(gone)};"
-        f" {found.recipe.epochs} epochs ({found.schedule.steps:,} steps of {step:.2g} s) {fit}"
+        f" {found.recipe.epochs} epoch{'s' * (epochs != 1)} ({found.schedule.steps:,} steps of {step:.2g} s) {fit}"
     )
     usual = usual_epochs(recipe)
     if epochs > UNUSUAL * usual:

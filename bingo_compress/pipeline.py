@@ -68,11 +68,8 @@ def run_distill(
     if resume:
         _refuse_other_inputs(models, folder, out)
     plan = plan_run(models, len(folder.files), device, before.threads if before else 0)
-    if plan.recipe.time:
-        rates = distributed.from_first(lambda: budget.measure(plan, models, folder))
-        open_views = before is None and "views" not in asked.model_fields_set
-        gone, fresh = time.monotonic() - began, not out.exists()
-        plan = budget.expected(plan, rates, len(folder.files), gone, any_views=open_views, refuse=fresh)
+    any_views = before is None and "views" not in asked.model_fields_set
+    plan, rates = _expected(plan, models, folder, any_views, began, new=not (out / "work").exists())
     if not out.exists():
         _refuse_too_little_space(plan, models.student, folder, out)
     distributed.barrier()  # no process looks at --out after the first has made it
@@ -94,7 +91,7 @@ def run_distill(
     distributed.from_first(lambda: _save_beginning(run, plan, models.student, material, bags))
     console.say(describe_bags(plan, facts := bag_facts(plan, bags, material)))
     lessons = lessons_of(plan, models.teacher, material, bags)
-    if plan.recipe.time:
+    if rates:
         plan = budget.settled(plan, rates, models.student, lessons, len(material.held), began)
         console.say(plan.describe())
         _keep(run, plan)
@@ -115,6 +112,17 @@ def _with_choice(asked: Recipe, before: Recipe | None, out: Path) -> Recipe:
         raise _other_settings(f"time: {began.time or 'none'} -> {asked.time}")
     chosen = ("time", "epochs", "views") if asked.views == began.views else ("time", "epochs")
     return asked.model_copy(update={key: getattr(before, key) for key in chosen})
+
+
+def _expected(
+    plan: Plan, models: Models, folder: ImageList, any_views: bool, began: float, *, new: bool
+) -> tuple[Plan, budget.Rates | None]:
+    """`budget.expected` of a plan with a time, and the rates. new: no stage may be there already."""
+    if not plan.recipe.time:
+        return plan, None
+    rates = distributed.from_first(lambda: budget.measure(plan, models, folder))
+    gone = time.monotonic() - began
+    return budget.expected(plan, rates, len(folder.files), gone, any_views=any_views, refuse=new), rates
 
 
 def _keep(run: run_dir.RunDir, plan: Plan) -> None:
