@@ -20,6 +20,7 @@ from bingo_compress.data.pixel_store import store_of
 from bingo_compress.errors import BingoError
 from bingo_compress.models.encoder import Encoder
 from bingo_compress.models.trained import Models
+from bingo_compress.recipe import whole
 from bingo_compress.runtime import console, distributed, machine
 from bingo_compress.runtime.devices import saved_bytes
 from bingo_compress.training.loader import Lessons
@@ -34,7 +35,7 @@ QUICK = 1.0  # seconds: what takes less is done once more, warm
 AIM = 0.97  # of the time: a little early is better than late
 TEACHER_SHARE = 0.25  # of the time, at most, for views that nobody asked for
 LITTLE = 1000  # steps, or one epoch: less is hardly training
-REHEARSED = 0.01  # of the time, for the steps of each phase
+REHEARSED, AT_MOST = 0.02, 30.0  # of the time, seconds: a busy machine has its moments
 UNUSUAL = 3  # times more epochs than usual, or fewer
 
 
@@ -103,16 +104,17 @@ def expected(plan: Plan, rates: Rates, count: int, gone: float, *, any_views: bo
     epochs = fitting_epochs(AIM * seconds - other, epoch, least)
     if refuse and epochs * epoch + other > seconds:
         raise BingoError(
-            f"--time {recipe.time}: expected time for all stages and {least:.3g} epochs, found too little: about"
+            f"--time {recipe.time}: expected time for all stages and {_told(least)}, found too little: about"
             f" {console.duration((other + least * epoch) / AIM)} here; give that, fewer images, smaller sizes or a"
             " smaller teacher"
         )
     found = found.lasting(distributed.from_first(lambda: epochs))
-    fewer = f" (not {plan.views}: their pass would take {console.duration(_teacher_pass(rates, count, plan.views))})"
-    console.say(
-        f"--time {recipe.time}: about {found.recipe.epochs} epochs fit, with {views} stored views of the"
-        f" teacher{fewer if views < plan.views else ''}; from rates measured now"
-    )
+    stored = f", with {views} stored views of the teacher" if views else ""
+    if views < plan.views:
+        stored += (
+            f" (not {plan.views}: their pass would take {console.duration(_teacher_pass(rates, count, plan.views))})"
+        )
+    console.say(f"--time {recipe.time}: about {_told(epochs)} fit{stored}; from rates measured now")
     return found
 
 
@@ -121,7 +123,8 @@ def settled(plan: Plan, rates: Rates, student: Encoder, lessons: Lessons, held: 
     for good, the same for all processes, and no more a plan with a time.
     """
     recipe, seconds = plan.recipe, machine.parse_time(plan.recipe.time)
-    getting_ready, step = rehearse(plan, student, lessons, REHEARSED * seconds)
+    console.say(f"--time {recipe.time}: some steps are timed, on a copy of the student")
+    getting_ready, step = rehearse(plan, student, lessons, min(REHEARSED * seconds, AT_MOST))
     checks, epoch = _training(plan, rates, held, step)
     gone = time.monotonic() - began
     other = gone + getting_ready + checks + _closing(plan, rates, held)
@@ -132,7 +135,7 @@ def settled(plan: Plan, rates: Rates, student: Encoder, lessons: Lessons, held: 
     fit = "fit" if late <= 0 else f"are the least, and will end {console.duration(late)} late"
     console.say(
         f"--time {recipe.time}: decode, teacher and bags are done after {console.duration(gone)};"
-        f" {found.recipe.epochs} epoch{'s' * (epochs != 1)} ({found.schedule.steps:,} steps of {step:.2g} s) {fit}"
+        f" {_told(epochs)} ({found.schedule.steps:,} steps of {step:.2g} s) {fit}"
     )
     usual = usual_epochs(recipe)
     if epochs > UNUSUAL * usual:
@@ -158,9 +161,13 @@ def least_epochs(plan: Plan) -> float:
     return float(f"{min(1.0, LITTLE * plan.schedule.batch_size / plan.schedule.images):.3g}")
 
 
+def _told(epochs: float) -> str:
+    return f"{whole(float(epochs)):,} epoch{'s' * (epochs != 1)}"
+
+
 def _teacher_pass(rates: Rates, count: int, views: int) -> float:
-    whole = rates.decode + rates.teacher + views * (rates.teacher + rates.teacher_made)
-    return count * whole / distributed.world()
+    image = rates.decode + rates.teacher + views * (rates.teacher + rates.teacher_made)
+    return count * image / distributed.world()
 
 
 def _training(plan: Plan, rates: Rates, held: int, step: float) -> tuple[float, float]:

@@ -131,7 +131,7 @@ def test_a_time_becomes_views_and_epochs(
 def test_a_time_too_short_for_an_epoch_is_refused_with_one_that_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "free_cores", lambda: 1)
     for time, changes in (("40s", {}), ("70s", {"views": "5"})):
-        with pytest.raises(BingoError, match=rf"--time {time}: expected time for all stages and 1 epochs") as caught:
+        with pytest.raises(BingoError, match=rf"--time {time}: expected time for all stages and 1 epoch,") as caught:
             expected(timed(time, **changes), RATES, 100, 0.0, any_views=not changes)
         words = str(caught.value).split("about ")[1].split(" here")[0]
         found = expected(timed(words, **changes), RATES, 100, 0.0, any_views=not changes)
@@ -170,7 +170,7 @@ def test_many_more_or_fewer_epochs_than_usual_are_told(monkeypatch: pytest.Monke
         assert found.recipe.time == "" and found.schedule.steps == round(found.recipe.epochs * 10)
     assert usual_epochs(timed("1h").recipe) == 100
     assert "more than 3 times the usual 100 epochs" in said[0.1] and "not known to be better" in said[0.1]
-    assert said[2.0].count("\n") == 1 and "after 1m40s; 170 epochs (1,700 steps of 2 s) fit" in said[2.0]
+    assert said[2.0].count("\n") == 2 and "after 1m40s; 170 epochs (1,700 steps of 2 s) fit" in said[2.0]
     assert "less than a third of the usual 100 epochs" in said[100.0]
     assert "1 epoch (10 steps of 1e+04 s) are the least, and will end 26h48m late" in said[10_000.0]
 

@@ -177,8 +177,8 @@ def train_step(plan: Plan, state: State, frugal: Frugal, meter: Meter, ready: Re
 
 
 def rehearse(plan: Plan, student: Encoder, lessons: Lessons, enough: float) -> tuple[float, float]:
-    """(seconds that a run takes to get ready for its steps, seconds of a step): real ones on a copy of `student` with a
-    full queue, `enough` seconds of each of the plan's phases, the mean over them. Nothing that a run has or draws
+    """(seconds that a run takes to get ready for its steps, seconds of a step, the mean over the plan's phases): real
+    ones on a copy of `student` with a full queue, about `enough` seconds of them. Nothing that a run has or draws
     changes.
     """
     device, meter = plan.device, Meter(plan.device)
@@ -205,7 +205,7 @@ def rehearse(plan: Plan, student: Encoder, lessons: Lessons, enough: float) -> t
                     taken += 1
                     if taken == warm:
                         since = now()
-                    if taken > warm and distributed.largest(int(time.perf_counter() - since >= enough)):
+                    if taken > warm and distributed.largest(int(time.perf_counter() - since >= share * enough)):
                         break
             each = (now() - since) / (taken - warm)
             getting_ready += max(0.0, since - began - warm * each)
