@@ -5,6 +5,7 @@ torch when it is called, after what can be refused without it.
 import functools
 import inspect
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -169,6 +170,7 @@ def distill(words: options.Distill) -> Distilled:
     with one is resumed, validated and exported with the same module given again. Any other setting of the recipe:
     settings={"lr": 0.01}.
     """
+    began = time.monotonic()
     recipe, out = _recipe(words), _place(words.out)
     given = _own(words.teacher, words.student)
     preflight.refuse_early(recipe, out, given, resume=words.resume, overwrite=words.overwrite)
@@ -177,7 +179,9 @@ def distill(words: options.Distill) -> Distilled:
     from bingo_compress.models.trained import Given
 
     _refuse_unread(words, recipe, [recipe])
-    run = pipeline.run_distill(recipe, out, resume=words.resume, overwrite=words.overwrite, given=Given(**given))
+    run = pipeline.run_distill(
+        recipe, out, resume=words.resume, overwrite=words.overwrite, given=Given(**given), began=began
+    )
     summary = run_dir.read_json("distill", run.summary)
     return Distilled(
         run.path,
@@ -191,6 +195,7 @@ def distill(words: options.Distill) -> Distilled:
 @_with_words(options.Distill)
 def dry_run(words: options.Distill) -> None:
     """Print what `distill` with the same words would do and cost, and write nothing. Raises BingoError."""
+    began = time.monotonic()
     recipe, out = _recipe(words), _place(words.out)
     given = _own(words.teacher, words.student)
     preflight.refuse_early(recipe, out, given, resume=True, overwrite=False)
@@ -199,7 +204,7 @@ def dry_run(words: options.Distill) -> None:
     from bingo_compress.models.trained import Given
 
     _refuse_unread(words, recipe, [recipe])
-    estimate(recipe, out, Given(**given))
+    estimate(recipe, out, Given(**given), began)
 
 
 @_with_words(options.Compare)
@@ -342,7 +347,7 @@ def _recipe(words: options.Distill | options.Compare) -> Recipe:
     """Defaults, then the recipe (of a run that goes on: its own), then what was named. Raises BingoError."""
     named, chosen = _named(words), words.recipe
     if isinstance(chosen, Recipe):
-        return make_recipe(chosen.model_dump() | named, "the recipe")
+        return make_recipe(chosen.model_dump(exclude_unset=True) | named, "the recipe")
     saved = _place(words.out) / "recipe.yaml"
     going_on = isinstance(words, options.Distill) and words.resume
     if going_on and words.overwrite:
@@ -355,6 +360,6 @@ def _recipe(words: options.Distill | options.Compare) -> Recipe:
 
 def _refuse_unread(words: options.Distill | options.Compare, recipe: Recipe, runs: list[Recipe]) -> None:
     """Raise BingoError where a setting was named that none of the runs reads."""
-    from bingo_compress.training.plan import refuse_unread
+    from bingo_compress.unread import refuse_unread
 
     refuse_unread(runs, {key: getattr(recipe, key) for key in _named(words)}, "the command line")

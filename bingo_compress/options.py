@@ -112,6 +112,10 @@ class Distill(_Training):
     teacher: Annotated["str | Encoder | None", Word("models", "a timm model or family, for example resnet152")] = None
     student: Annotated["str | Encoder | None", Word("models", "a timm model or family, for example mobilenetv3")] = None
     out: Annotated[Place, Word("run", "folder for all that the run makes", Path)] = Path("runs/first")
+    time: Annotated[
+        str | None,
+        Word("schedule", "instead of --epochs: as many as fit, with all else, for example into 45m, 2h or 1h30m"),
+    ] = None
     method: Annotated[
         str | None, Word("method", "bingo, or one to compare with: seed, disco, compress, simreg, coss, moco, self")
     ] = None

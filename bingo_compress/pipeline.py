@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bingo_compress import __version__
+from bingo_compress import __version__, budget
 from bingo_compress.data import image_list, pixel_store
 from bingo_compress.data.image_list import ImageList
 from bingo_compress.data.quarantine import report
@@ -25,7 +25,15 @@ from bingo_compress.recipe import RESUME_MAY_CHANGE, Recipe, deciding, load_reci
 from bingo_compress.report.tables import closing_table, describe_bags, header, say_agreement, say_smaller
 from bingo_compress.runtime import checkpoint, console, distributed, run_dir
 from bingo_compress.sources.opened import absolute_recipe
-from bingo_compress.training.material import Material, anchors_count, bag_facts, make_bags, prepare, sources_of
+from bingo_compress.training.material import (
+    Material,
+    anchors_count,
+    bag_facts,
+    lessons_of,
+    make_bags,
+    prepare,
+    sources_of,
+)
 from bingo_compress.training.plan import Plan, begin, plan_run
 
 # What becomes of near-copies; second with duplicates=near.
@@ -36,27 +44,37 @@ NEAR = (
 
 
 def run_distill(
-    recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = False, given: Given = NOTHING_GIVEN
+    recipe: Recipe,
+    out: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    given: Given = NOTHING_GIVEN,
+    began: float | None = None,
 ) -> run_dir.RunDir:
     """Distil recipe.teacher into recipe.student on recipe.data; everything lands in `out`. Raises BingoError.
 
-    given: the modules of the user's own that the recipe names.
+    given: the modules of the user's own that the recipe names. began: when recipe.time began, by the monotonic clock;
+    None: now.
     """
+    began = time.monotonic() if began is None else began
     asked = absolute_recipe(recipe)
-    resolved, folder, device = begin(asked)
     goes_on = resume and (out / "recipe.yaml").is_file()
     before = absolute_recipe(load_recipe(run_dir.RunDir(out).as_run)) if goes_on else None
+    resolved, folder, device = begin(_with_choice(asked, before, out))
     models = build_models(resolved, given)
     _refuse_other_recipe(before, models.recipe)
     distributed.refuse_unshared(models.student)
     if resume:
         _refuse_other_inputs(models, folder, out)
     plan = plan_run(models, len(folder.files), device, before.threads if before else 0)
+    any_views = before is None and "views" not in asked.model_fields_set
+    plan, rates = _expected(plan, models, folder, any_views, began, new=not (out / "work").exists())
     if not out.exists():
         _refuse_too_little_space(plan, models.student, folder, out)
     distributed.barrier()  # no process looks at --out after the first has made it
     run = distributed.from_first(lambda: run_dir.open_new(out, resume=resume, overwrite=overwrite))
-    distributed.from_first(lambda: run_dir.write_text(run.resolved, recipe_text(plan.recipe)))
+    _keep(run, plan)
     distributed.from_first(lambda: image_list.keep(run.work, folder))
     # Last: with it the folder is a run.
     distributed.from_first(lambda: run_dir.write_text(run.recipe, recipe_text(asked)))
@@ -72,12 +90,46 @@ def run_distill(
     bags = make_bags(plan, models.teacher, material)
     distributed.from_first(lambda: _save_beginning(run, plan, models.student, material, bags))
     console.say(describe_bags(plan, facts := bag_facts(plan, bags, material)))
-    made = train(plan, models, material, bags, run.metrics, run.checkpoint)
+    lessons = lessons_of(plan, models.teacher, material, bags)
+    if rates:
+        plan = budget.settled(plan, rates, models.student, lessons, len(material.held), began)
+        console.say(plan.describe())
+        _keep(run, plan)
+    made = train(plan, models.student, material, lessons, run.metrics, run.checkpoint)
     distributed.from_first(lambda: trained.save_student(models.student, run, plan.recipe, made))
     recall = held_out_recall(run, plan, models.student, material)
     distributed.from_first(lambda: _close(run, plan, models, material, facts, recall))
     distributed.from_first(lambda: run_dir.drop_stale(run.work, "closing", set()))
     return run
+
+
+def _with_choice(asked: Recipe, before: Recipe | None, out: Path) -> Recipe:
+    """What was asked for, with what its time has become in the run that goes on. Raises BingoError for another time."""
+    if before is None or not asked.time:
+        return asked
+    began = load_recipe(run_dir.RunDir(out).recipe)
+    if began.time != asked.time:
+        raise _other_settings(f"time: {began.time or 'none'} -> {asked.time}")
+    chosen = ("time", "epochs", "views") if asked.views == began.views else ("time", "epochs")
+    return asked.model_copy(update={key: getattr(before, key) for key in chosen})
+
+
+def _expected(
+    plan: Plan, models: Models, folder: ImageList, any_views: bool, began: float, *, new: bool
+) -> tuple[Plan, budget.Rates | None]:
+    """`budget.expected` of a plan with a time, and the rates. new: no stage may be there already."""
+    if not plan.recipe.time:
+        return plan, None
+    rates = distributed.from_first(lambda: budget.measure(plan, models, folder))
+    gone = time.monotonic() - began
+    return budget.expected(plan, rates, len(folder.files), gone, any_views=any_views, refuse=new), rates
+
+
+def _keep(run: run_dir.RunDir, plan: Plan) -> None:
+    """resolved.yaml; epochs are not chosen yet while there is a time."""
+    epochs = 0 if plan.recipe.time else plan.recipe.epochs
+    text = recipe_text(plan.recipe.model_copy(update={"epochs": epochs}))
+    distributed.from_first(lambda: run_dir.write_text(run.resolved, text))
 
 
 def _refuse_other_inputs(models: Models, folder: ImageList, out: Path) -> None:
@@ -112,10 +164,13 @@ def _refuse_other_recipe(before: Recipe | None, now: Recipe) -> None:
     ]
     if changed:
         difference = ", ".join(f"{key}: {getattr(before, key)} -> {getattr(now, key)}" for key in changed)
-        raise BingoError(
-            f"--resume: the run was started with other settings ({difference}); use those, or start anew with"
-            " --overwrite"
-        )
+        raise _other_settings(difference)
+
+
+def _other_settings(difference: str) -> BingoError:
+    return BingoError(
+        f"--resume: the run was started with other settings ({difference}); use those, or start anew with --overwrite"
+    )
 
 
 def _close(

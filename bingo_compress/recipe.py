@@ -26,7 +26,8 @@ def _one_or_several(value: Any) -> Any:
     return tuple(value) if len(value) > 1 else next(iter(value), "")
 
 
-def _whole(value: float) -> float:
+def whole(value: float) -> float:
+    """2.0 as 2, so that what is chosen and what is read back are the same text."""
     return int(value) if value.is_integer() else value
 
 
@@ -165,13 +166,18 @@ class Recipe(BaseModel):
     target_dim: int = Field(256, ge=1, description="pca, whitened: dimensions kept of the centred teacher embedding")
     head_hidden: int = Field(2048, ge=1, description="hidden width of the student's projection head (paper: 2048)")
 
-    epochs: Annotated[float, AfterValidator(_whole)] = Field(
+    epochs: Annotated[float, AfterValidator(whole)] = Field(
         0.0,
         ge=0,
         description=(
             "passes over the folder, each image an anchor once; 2.5: half of the images once more; 0: 100, from known"
             " weights 10"
         ),
+    )
+    time: str = Field(
+        "",
+        pattern=r"^([0-9]+(\.[0-9]+)?h)?([0-9]+(\.[0-9]+)?m)?([0-9]+(\.[0-9]+)?s)?$",
+        description="instead of epochs: how long the run may take, for example 45m, 2h or 1h30m; empty: epochs say it",
     )
     batch_size: int = Field(
         128, ge=2, description="anchors a step; the student sees two views an anchor (official: three)"
@@ -323,7 +329,7 @@ def make_recipe(values: dict[str, Any], source: str) -> Recipe:
         if key not in KEYS:
             raise BingoError(f"{source}: unknown key {key!r}; the nearest is {nearest(str(key), KEYS, 1)[0]!r}")
     try:
-        return Recipe.model_validate({key: _meant(key, value) for key, value in values.items()})
+        made = Recipe.model_validate({key: _meant(key, value) for key, value in values.items()})
     except ValidationError as error:
         first = error.errors()[0]
         key = str(first["loc"][0])
@@ -331,11 +337,17 @@ def make_recipe(values: dict[str, Any], source: str) -> Recipe:
             f"{source}: {key}: {first['msg']}, found {shortened(first['input'])[:200]}; {key} is"
             f" {Recipe.model_fields[key].description}"
         ) from None
+    if made.time and made.epochs:
+        raise BingoError(
+            f"{source}: expected a time or epochs, found both, {made.time} and {made.epochs}; leave one out (--epochs 0"
+            " undoes a recipe's)"
+        )
+    return made
 
 
 def deciding(recipe: Recipe) -> dict[str, Any]:
-    """The settings on which a result depends, for what is made of them; files of weights have digests instead."""
-    return {key: value for key, value in recipe.model_dump().items() if key not in RESUME_MAY_CHANGE | FILES}
+    """The settings on which a result depends; files of weights have digests instead, and a time has become epochs."""
+    return {key: value for key, value in recipe.model_dump().items() if key not in RESUME_MAY_CHANGE | FILES | {"time"}}
 
 
 def recipe_text(recipe: Recipe) -> str:

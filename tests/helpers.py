@@ -25,7 +25,8 @@ from bingo_compress.recipe import Recipe, make_recipe, recipe_text
 from bingo_compress.runtime import run_dir
 from bingo_compress.runtime.made_of import hash_seed, made_of
 from bingo_compress.runtime.run_dir import RunDir
-from bingo_compress.training.plan import Plan, TeacherShape, make_plan, unread
+from bingo_compress.training.plan import Plan, TeacherShape, make_plan
+from bingo_compress.unread import unread
 
 CPU = torch.device("cpu")
 TINY = {

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import CPU, encoder, photos, recipe, unit
 
-from bingo_compress import dry_run, pipeline
+from bingo_compress import budget, dry_run, pipeline
 from bingo_compress.features import targets
 from bingo_compress.runtime import checkpoint, console
 from bingo_compress.training.plan import make_plan, shape_of
@@ -33,9 +33,8 @@ def test_the_width_of_a_target_is_that_of_the_target_made(method: str, target: s
 def told(monkeypatch: pytest.MonkeyPatch, data: Path, **changes: Any) -> tuple[dict[str, str], float]:
     """(rows of a dry run's tables, steps), where a view takes the teacher a second and nothing else takes any time."""
     rows: dict[str, str] = {}
-    monkeypatch.setattr(dry_run, "_teacher_seconds", lambda *_: 1.0)
-    monkeypatch.setattr(dry_run, "_step_cost", lambda *_: (0.0, 0.0))
-    monkeypatch.setattr(dry_run, "_decode_seconds", lambda *_: 0.0)
+    only_the_teacher = budget.Rates(0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    monkeypatch.setattr(budget, "measure", lambda *_: only_the_teacher)
     monkeypatch.setattr(console, "table", lambda title, head, cells: rows.update({row[0]: row[1] for row in cells}))
     monkeypatch.setattr(console, "duration", lambda seconds: f"{seconds:g}")
     dry_run.estimate(recipe(data=str(data), hold_out=0.0, **changes), data / "out")

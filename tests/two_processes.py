@@ -21,7 +21,7 @@ import torch
 from helpers import CPU, clustered, encoder, flags
 
 import bingo_compress.training.loop as loop
-from bingo_compress import cli
+from bingo_compress import budget, cli
 from bingo_compress.data import listing, pixel_store
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation import finetune
@@ -119,6 +119,18 @@ def command(*words: str, stop_at: int | None = None) -> dict[str, Any]:
     raise AssertionError("the command line always exits")
 
 
+def timed(data: Path, out: Path) -> dict[str, Any]:
+    """A run of an hour, of which the second process measures steps twice as long as the first."""
+    real = budget.rehearse
+
+    def rehearse(*given: Any) -> tuple[float, float]:
+        real(*given)
+        return 0.0, 200.0 * (1 + distributed.rank())
+
+    with mock.patch.multiple(budget, REHEARSED=0.0, rehearse=rehearse):
+        return command(*distill(data, out / "timed", student="test_efficientnet", epochs=0, time="1h"))
+
+
 def whole_pass(data: Path, out: Path) -> dict[str, Any]:
     """Features and views that this process got."""
     folder, work = listing.list_images(data), out / "pass"
@@ -181,6 +193,7 @@ def main(data: Path, test: Path, out: Path) -> None:
         **{name: lambda name=name: command(*distill(data, out / name, **DISTILLED[name])) for name in DISTILLED},  # type: ignore[misc]
         "stopped": lambda: command(*distill(data, out / "stopped", **HANDED_OVER), stop_at=STOP_AT),
         "taken": lambda: command(*distill(data, out / "taken", **HANDED_OVER), "--resume"),
+        "timed": lambda: timed(data, out),
         "validate": lambda: command(*validate(out / "kept", data, test, out / "proof.json")),
         "pass": lambda: whole_pass(data, out),
         "exact": lambda: search("exact", out),

@@ -6,12 +6,14 @@ from itertools import combinations
 
 from bingo_compress.errors import BingoError
 from bingo_compress.recipe import Recipe, make_recipe, parse_setting, repeated
-from bingo_compress.training.plan import loss_of, refuse_unread, resolve, student_views
+from bingo_compress.training.plan import loss_of, resolve, student_views
+from bingo_compress.unread import refuse_unread
 
 # Settings that are one for a whole comparison, with the way to give them.
 SHARED = {
     "method": "the method is the word before the first colon",
     "seed": "give all arms their seeds by --seeds",
+    "time": "methods are compared at equal passes; give --epochs",
     **dict.fromkeys(
         (
             "data",
@@ -48,6 +50,8 @@ def make_arms(methods: str, base: Recipe) -> list[Arm]:
 
     Raises BingoError for an unknown method or setting.
     """
+    if base.time:
+        raise BingoError(f"compare: expected epochs, found time {base.time}; {SHARED['time']}")
     arms = []
     for name in filter(None, (part.strip() for part in methods.split(","))):
         method, *changes = name.split(":")

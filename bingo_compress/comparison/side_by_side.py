@@ -28,7 +28,7 @@ from bingo_compress.runtime.devices import choose_device, peak_memory
 from bingo_compress.runtime.made_of import FORMATS, MadeOf, file_digest, made_of
 from bingo_compress.sources.opened import Data, absolute_recipe
 from bingo_compress.training import metrics
-from bingo_compress.training.material import Material, anchors_count, bag_facts, make_bags, prepare
+from bingo_compress.training.material import Material, anchors_count, bag_facts, lessons_of, make_bags, prepare
 from bingo_compress.training.plan import Plan, by_start, plan_run, schedule, take
 
 FOLDS = 5
@@ -279,7 +279,8 @@ def _train(plan: Plan, models: Models, material: Material, bags_file: Path, made
     recipe, loss, schedule = plan.recipe, plan.loss, plan.schedule
     bags = make_bags(plan, models.teacher, material)
     saved, log = _state(material.work), material.work / "metrics.jsonl"
-    train(plan, models, material, bags, log, saved, discard=True)
+    lessons = lessons_of(plan, models.teacher, material, bags)
+    train(plan, models.student, material, lessons, log, saved, discard=True)
     lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     checkpoint.forget(saved)
     if bags.numel():  # to be judged by whatever labels there will be

@@ -13,27 +13,30 @@ from bingo_compress.evaluation import probes
 from bingo_compress.features import extract, neighbours
 from bingo_compress.models import trained
 from bingo_compress.models.encoder import Encoder, weights_digest
-from bingo_compress.models.trained import Models
 from bingo_compress.runtime import console, distributed, run_dir
 from bingo_compress.runtime.made_of import MadeOf
+from bingo_compress.training.loader import Lessons
 from bingo_compress.training.loop import distill
-from bingo_compress.training.material import Material, halves, lessons_of
-from bingo_compress.training.plan import Plan, refuse_few_held
-
-GALLERY_AT_MOST = 20_000
-CHECK_GALLERY = 2000
+from bingo_compress.training.material import Material, halves
+from bingo_compress.training.plan import CHECK_GALLERY, GALLERY_AT_MOST, Plan, refuse_few_held
 
 
 def train(
-    plan: Plan, models: Models, material: Material, bags: Tensor, metrics: Path, saved: Path, *, discard: bool = False
+    plan: Plan,
+    student: Encoder,
+    material: Material,
+    lessons: Lessons,
+    metrics: Path,
+    saved: Path,
+    *,
+    discard: bool = False,
 ) -> MadeOf:
-    """Distil models.student in place, with checks of neighbour recall where the recipe asks for them. Returns what it
-    is made of.
+    """Distil `student` in place, with checks of neighbour recall where the recipe asks for them. Returns what it is
+    made of.
 
     discard: a state in `saved` that is another run's is deleted instead of refused.
     """
     recipe, check = plan.recipe, None
-    lessons = lessons_of(plan, models.teacher, material, bags)
     if recipe.keep_best or recipe.check_every:
         refuse_few_held(recipe, len(material.held))
         choosing, reporting = halves(material, recipe)
@@ -43,7 +46,7 @@ def train(
                 f" {len(reporting):,}"
             )
         check = recall_check(material, choosing, plan.device)
-    return distill(plan, models.student, lessons, metrics, saved, check=check, discard=discard)
+    return distill(plan, student, lessons, metrics, saved, check=check, discard=discard)
 
 
 def recall_check(material: Material, held: Tensor, device: torch.device) -> Callable[[Encoder], float]:

@@ -11,7 +11,8 @@ from bingo_compress.features import neighbours
 from bingo_compress.models import exported
 from bingo_compress.models.trained import Models
 from bingo_compress.runtime import console, run_dir
-from bingo_compress.training.plan import Plan, unread
+from bingo_compress.training.plan import Plan
+from bingo_compress.unread import unread
 
 NAMES = {
     "teacher": "teacher",
@@ -231,4 +232,5 @@ def header(plan: Plan, models: Models, folder: ImageList) -> None:
     idle = unread(recipe)
     bags = "" if "bags" in idle else f", bags: {recipe.bags}" + ("" if "bag_size" in idle else f" of {recipe.bag_size}")
     tau = "" if "temperature" in idle else f", temperature {recipe.temperature}"
-    console.say(f"method: {method}{bags}{tau}, targets from {source}, {recipe.epochs} epochs")
+    epochs = f"about {recipe.epochs} epochs in {recipe.time}" if recipe.time else f"{recipe.epochs} epochs"
+    console.say(f"method: {method}{bags}{tau}, targets from {source}, {epochs}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -140,6 +141,12 @@ def parse_memory(text: str) -> int:
         return int(float(number or 0) * factor)
     except ValueError:
         raise BingoError(f"--memory: expected a size such as 4GB, found {text!r}") from None
+
+
+def parse_time(text: str) -> float:
+    """Seconds of 45m, 2h, 1h30m or 90s, as a recipe has them; 0 for ""."""
+    units = {"h": 3600, "m": 60, "s": 1}
+    return sum(float(number) * units[unit] for number, unit in re.findall(r"([0-9.]+)([hms])", text))
 
 
 def free_memory() -> int:

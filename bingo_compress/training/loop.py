@@ -2,10 +2,12 @@
 so a resumed run draws the same.
 """
 
+import copy
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -31,6 +33,8 @@ EPOCH_SAVES_APART = 30.0  # seconds: of a short epoch a save would be a good par
 COMPILE_FROM = 5_000  # steps that pay for the minute or two that the compiler takes
 CHECKS = 10  # in a run
 FILLED = 4096  # rows of the queue at a time
+WARM = {"cpu": 1, "cuda": 3}  # steps that are not timed
+TIMED = 100  # steps, at most
 Check = Callable[[Encoder], float]
 
 
@@ -172,6 +176,43 @@ def train_step(plan: Plan, state: State, frugal: Frugal, meter: Meter, ready: Re
     return distributed.mean(losses)
 
 
+def rehearse(plan: Plan, student: Encoder, lessons: Lessons, enough: float) -> tuple[float, float]:
+    """(seconds that a run takes to get ready for its steps, seconds of a step, the mean over the plan's phases): real
+    ones on a copy of `student` with a full queue, about `enough` seconds of them. Nothing that a run has or draws
+    changes.
+    """
+    device, meter = plan.device, Meter(plan.device)
+    warm, getting_ready, step = WARM[device.type], 0.0, 0.0
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        state = first_state(plan, copy.deepcopy(student), lessons.bags)
+        rows = torch.arange(plan.schedule.queue_size)
+        state.queue.push(normalize(torch.randn(len(rows), plan.dim, device=device), dim=1), rows)
+        make = Maker(plan, lessons, student.preprocessing.size, meter)
+        for start, share in plan.phases:
+            state.step = max(start, 1)  # bags are rebuilt at the first step
+            began, taken, since = now(), 0, 0.0
+            set_learning(plan, state)
+            frugal = _frugal(plan, state, make)
+            with closing(_batches(make, state, state.step + warm + TIMED)) as batches:
+                for ready in batches:
+                    train_step(plan, state, frugal, meter, ready)
+                    taken += 1
+                    if taken == warm:
+                        since = now()
+                    if taken > warm and distributed.largest(int(time.perf_counter() - since >= share * enough)):
+                        break
+            each = (now() - since) / (taken - warm)
+            getting_ready += max(0.0, since - began - warm * each)
+            step += share * each
+    return getting_ready, step
+
+
 def _fill(queue: FeatureQueue, plan: Plan, lessons: Lessons) -> None:
     """Push stored targets of as many training images as `queue` holds, drawn by the recipe's seed, the last ones of
     that order last.
@@ -222,7 +263,7 @@ def _frugal(plan: Plan, state: State, make: Maker) -> Frugal:
     return Frugal(model, state.student.backbone, shared)
 
 
-def _batches(make: Maker, state: State, last: int) -> Iterator[Ready]:
+def _batches(make: Maker, state: State, last: int) -> Generator[Ready]:
     """The material of every step from `state.step` to `last`, which the steps move on; bags are rebuilt where they are
     due, when no batch of the old ones is left.
     """

@@ -3,8 +3,9 @@ run can do is refused here.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,14 +17,15 @@ from bingo_compress.errors import BingoError
 from bingo_compress.models.encoder import Encoder
 from bingo_compress.models.names import resolve_names
 from bingo_compress.models.trained import Models
-from bingo_compress.recipe import GIVEN, WORDS, Recipe
+from bingo_compress.recipe import GIVEN, Recipe, whole
 from bingo_compress.runtime import console, devices, distributed, machine
 from bingo_compress.sources.opened import of_recipe
-from bingo_compress.training.losses import LOSSES, Loss, make_loss, readers, settled
+from bingo_compress.training.losses import Loss, make_loss, settled
 
 SLOW_AVERAGE, QUICK_AVERAGE = 0.999, 0.99
 ADAMW_BELOW = 50_000
 HELD_AT_MOST = 1000
+GALLERY_AT_MOST, CHECK_GALLERY = 20_000, 2000  # images that those are sought among: at the end, during training
 
 
 def begin(recipe: Recipe) -> tuple[Recipe, ImageList, torch.device]:
@@ -86,13 +88,23 @@ def settle(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update=filled | by_start(recipe))
 
 
+def knows(recipe: Recipe) -> bool:
+    """Whether a resolved recipe's student knows something already."""
+    return recipe.student_weights not in ("random", GIVEN)
+
+
+def usual_epochs(recipe: Recipe) -> int:
+    """Epochs of a resolved recipe that leaves them open."""
+    return 10 if knows(recipe) else 100
+
+
 def by_start(recipe: Recipe) -> dict[str, Any]:
     """What is left open of how a student learns that knows something already (docs/results.md, "Pretrained starts"),
     and one that does not. A module of the user's own counts as one that does not.
     """
-    known = recipe.student_weights not in ("random", GIVEN)
+    known = knows(recipe)
     return {
-        "epochs": recipe.epochs or (10 if known else 100),
+        "epochs": recipe.epochs or (0 if recipe.time else usual_epochs(recipe)),
         "backbone_lr": recipe.backbone_lr or (0.1 if known else 1.0),
         "head_first": recipe.head_first if recipe.head_first >= 0 else 0.25 if known else 0.0,
         "norms": recipe.norms if recipe.norms != "auto" else "frozen" if known else "learnt",
@@ -163,7 +175,7 @@ def steps_of(epochs: float, images: int, batch: int) -> int:
 
 def schedule(recipe: Recipe, images: int) -> Schedule:
     """The schedule for a training set of `images`. Raises BingoError when there are too few for the bags."""
-    if "bag_size" not in unread(recipe) and images <= recipe.bag_size:
+    if bagged(recipe) and images <= recipe.bag_size:
         raise BingoError(
             f"--data: expected more images than a bag holds ({recipe.bag_size}), found {images} to train on; add images"
             " or lower --bag-size"
@@ -209,6 +221,11 @@ def student_views(loss: Loss) -> int:
 def loss_of(recipe: Recipe) -> Loss:
     """The recipe's method with its settings."""
     return make_loss(recipe.method, recipe.model_dump())
+
+
+def bagged(recipe: Recipe) -> bool:
+    """Whether an image has mates."""
+    return loss_of(recipe).mates and recipe.bags != "none"
 
 
 @dataclass(frozen=True)
@@ -272,20 +289,39 @@ class Plan:
     @property
     def rebags(self) -> bool:
         """Whether bags are rebuilt from the student's own moving average."""
-        return bool(self.loss.momentum) and self.loss.mates and self.recipe.bags != "none"
+        return bool(self.loss.momentum) and bagged(self.recipe)
+
+    @property
+    def _small_steps(self) -> int:
+        return round(self.recipe.small_first * self.schedule.steps)
 
     @property
     def _source(self) -> int:
         return self.teacher.width if self.loss.regression else self.teacher.embedding
 
+    @property
+    def phases(self) -> list[tuple[int, float]]:
+        """(first step, share of all steps) of each stretch within which all steps cost the same: of the head alone or
+        not, on small views or not.
+        """
+        steps = self.schedule.steps
+        starts = sorted({0, self.schedule.head_steps, self._small_steps} - {steps})
+        return [(start, (end - start) / steps) for start, end in pairwise([*starts, steps])]
+
+    def lasting(self, epochs: float, **changes: Any) -> "Plan":
+        """The same run for so many epochs, with other `changes` of its recipe."""
+        recipe = self.recipe.model_copy(update={"epochs": whole(float(epochs))} | changes)
+        return replace(self, recipe=recipe).on(self.schedule.images)
+
     def size_at(self, step: int, size: int) -> int:
         """Pixels a side of the student's views in the step after `step`, of a student of `size`."""
-        return small_side(size) if step < round(self.recipe.small_first * self.schedule.steps) else size
+        return small_side(size) if step < self._small_steps else size
 
     def describe(self) -> str:
         """One line for the screen."""
         target = f"targets: {self.target}" if self.target else "targets: the moving average's"
-        return f"{self.schedule.describe()}; {target}, {self.dim} wide"
+        about = "about " if self.recipe.time else ""
+        return f"{about}{self.schedule.describe()}; {target}, {self.dim} wide"
 
 
 def make_plan(recipe: Recipe, images: int, device: torch.device, teacher: TeacherShape) -> Plan:
@@ -347,54 +383,3 @@ def learning_rate(step: int, total: int, warmup: int, peak: float) -> float:
         return peak * (step + 1) / warmup
     done = (step - warmup) / max(total - warmup, 1)
     return peak * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
-
-
-def unread(recipe: Recipe) -> dict[str, str]:
-    """The settings that change nothing in a run of this recipe, each with what would read it. A setting that is not
-    named here is read by every run.
-    """
-    loss = loss_of(recipe)
-    taught, paired, bagged = loss.teacher, loss.mates, loss.mates and recipe.bags != "none"
-    for_own_bags = recipe.bags in ("knn", "none")  # a student's own bags are its nearest neighbours
-    projected = recipe.target in ("pca", "whitened") or (recipe.target == "auto" and not loss.regression)
-    with_bags = f"{_methods('mates')} with bags"
-    from_file = not {recipe.teacher_weights, recipe.student_weights} <= WORDS
-    table = {
-        "ema": (from_file, "a file of weights"),
-        "bags": (
-            paired and (taught or for_own_bags),
-            _methods("mates") + ("" if taught or not paired else " (self: only knn or none)"),
-        ),
-        "bag_size": (bagged, with_bags),
-        "clusters": (bagged and taught and recipe.bags == "kmeans", "bags=kmeans of a teacher"),
-        "rebag_epochs": (bagged and not taught, "method=self with bags"),
-        "average": (bool(loss.momentum), _methods("momentum")),
-        "queue_size": (loss.negatives, _methods("negatives")),
-        "queue_start": (fills_queue(recipe), "methods with a queue of stored targets"),
-        "mask_mates": (loss.negatives, _methods("negatives")),
-        "views": (taught, _methods("teacher")),
-        "stored_views": (taught and recipe.views != "online", f"{_methods('teacher')} with stored views"),
-        "target": (taught, _methods("teacher")),
-        "target_dim": (projected or not taught, "target=pca and target=whitened"),
-    }
-    for key, methods in readers().items():
-        words = (method + (f" with variant={variant}" if variant else "") for method, variant in methods.items())
-        table[key] = (methods.get(recipe.method) in ("", recipe.variant), ", ".join(words))
-    return {key: reader for key, (read, reader) in table.items() if not read}
-
-
-def refuse_unread(recipes: Iterable[Recipe], given: Mapping[str, Any], source: str) -> None:
-    """Raise BingoError if none of the recipes reads one of the settings that were `given`; its default may stand
-    there.
-    """
-    nowhere = [unread(recipe) for recipe in recipes]
-    for key, value in given.items():
-        if all(key in each for each in nowhere) and value != Recipe.model_fields[key].default:
-            raise BingoError(
-                f"{source}: expected settings that the run reads, found {key}={value}, read only by {nowhere[0][key]};"
-                " leave it out"
-            )
-
-
-def _methods(need: str) -> str:
-    return ", ".join(method for method, kind in LOSSES.items() if getattr(kind, need))

@@ -16,7 +16,7 @@ from bingo_compress.comparison.arms import make_arms
 from bingo_compress.errors import BingoError
 from bingo_compress.models.encoder import build
 from bingo_compress.models.trained import build_student, build_teacher
-from bingo_compress.training.plan import refuse_unread
+from bingo_compress.unread import refuse_unread
 
 Tensors = dict[str, Tensor]
 OPTION = "--teacher-weights"

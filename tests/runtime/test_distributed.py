@@ -119,6 +119,15 @@ def test_two_processes_train_what_one_trains(case: str, two: Path, folder: Path,
 
 
 @pytest.mark.slow
+def test_two_processes_fit_the_same_epochs_into_a_time(two: Path) -> None:
+    first, second = did(two, "timed")
+    assert (first["status"], second["status"]) == (0, 0), first["err"] + second["err"]
+    assert first["shown"].keys() == second["shown"].keys()
+    chosen = load_recipe(two / "timed" / "resolved.yaml")
+    assert chosen.time == "" and 4 < chosen.epochs < 4.5  # of 33 images, 200 s a step of 8
+
+
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_two_processes_check_the_student_as_one_does(two: Path, folder: Path) -> None:
     first, second = did(two, "kept")

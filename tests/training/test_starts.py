@@ -8,6 +8,7 @@ import torch
 from helpers import CPU, encoder, planned, recipe
 from test_loop import IMAGES, equal, train
 
+from bingo_compress import unread
 from bingo_compress.errors import BingoError
 from bingo_compress.features.targets import StoredTargets, TargetSpace
 from bingo_compress.recipe import make_recipe
@@ -105,7 +106,7 @@ def test_the_queue_begins_as_the_method_was_published_but_for_ours(settings: dic
 def test_a_queue_of_targets_is_refused_where_there_are_none() -> None:
     for settings in ({"views": "online"}, {"method": "moco"}, {"method": "disco"}, {"method": "simreg"}):
         with pytest.raises(BingoError, match="queue_start"):
-            plan.refuse_unread(
+            unread.refuse_unread(
                 [make_recipe({**settings, "queue_start": "targets"}, "test")], {"queue_start": "targets"}, "t"
             )
 

@@ -19,7 +19,8 @@ from bingo_compress.recipe import KEYS, RESUME_MAY_CHANGE, Recipe
 from bingo_compress.training import loop, plan
 from bingo_compress.training.loader import Lessons
 from bingo_compress.training.losses import LOSSES
-from bingo_compress.training.plan import refuse_unread, settle, unread
+from bingo_compress.training.plan import settle
+from bingo_compress.unread import refuse_unread, unread
 
 # (the run, a setting that it does not read, a word of what does)
 NOT_READ: list[tuple[dict[str, Any], str, Any, str]] = [
