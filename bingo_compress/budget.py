@@ -68,12 +68,12 @@ def step_seconds(plan: Plan, rates: Rates) -> float:
     """Of a training step, the mean over the plan's phases; a free core or a GPU's side stream makes the next batch
     meanwhile.
     """
-    own, size = plan.schedule.batch_size / distributed.world(), plan.recipe.image_size
+    own = plan.schedule.batch_size / distributed.world()
     views = own * plan.schedule.student_views
     learning = 0.0
     for start, share in plan.phases:
         each = rates.plain if start < plan.schedule.head_steps else rates.learnt
-        learning += share * views * each * (plan.size_at(start, size) / size) ** 2
+        learning += share * views * each
     making = views * rates.made + own * plan.asked * rates.teacher
     apart = plan.device.type == "cuda" or machine.free_cores() > torch.get_num_threads() * distributed.world()
     return max(learning, making) if apart else learning + making

@@ -186,7 +186,9 @@ class Recipe(BaseModel):
         "auto", description="auto: adamw under 50,000 steps, else sgd as in the paper"
     )
     lr: float = Field(
-        0.0, ge=0, description="peak learning rate; 0: sgd 0.03 x batch/256, adamw 0.003 x sqrt(batch/128)"
+        0.0,
+        ge=0,
+        description="peak rate; 0: sgd 0.03 x batch/256, adamw 0.003 x sqrt(batch/128), less if known and few steps",
     )
     backbone_lr: float = Field(
         0.0, ge=0, description="share of lr at which the student under its head learns; 0: 1, from known weights 0.1"
@@ -205,9 +207,6 @@ class Recipe(BaseModel):
     )
     warmup_epochs: float = Field(
         -1.0, ge=-1, description="linear warm-up before the cosine; -1: none with sgd, 5% of the run with adamw"
-    )
-    small_first: float = Field(
-        0.0, ge=0, le=1, description="share of the steps whose student views have two thirds of the side"
     )
     crop_scale_min: float = Field(
         0.2, gt=0, le=1, description="smallest share of the image's area that a random crop keeps (MoCo-v2: 0.2)"

@@ -150,8 +150,6 @@ def test_the_least_of_a_large_folder_is_a_thousand_steps() -> None:
     [
         ({}, [(0, 1.0)]),
         ({"head_first": 0.25}, [(0, 0.25), (10, 0.75)]),
-        ({"head_first": 0.25, "small_first": 0.5}, [(0, 0.25), (10, 0.25), (20, 0.5)]),
-        ({"small_first": 1.0}, [(0, 1.0)]),
     ],
 )
 def test_steps_of_one_cost_are_one_phase(changes: dict[str, Any], phases: list[tuple[int, float]]) -> None:

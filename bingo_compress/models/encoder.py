@@ -90,16 +90,6 @@ class Encoder(nn.Module):
         features = self(images)
         return features, features if self.projection is None else self.projection(features)
 
-    @torch.no_grad()
-    def takes(self, size: int) -> bool:
-        """Whether it can see pictures of `size` pixels a side, too: not every transformer can."""
-        try:
-            with evaluating(self):
-                self(self.mean.expand(1, 3, size, size))
-        except Exception:  # each family says it in its own way
-            return False
-        return True
-
     def normalised_by(self, mean: tuple[float, ...], std: tuple[float, ...]) -> "Encoder":
         """The same backbone behind another normalisation, without projection."""
         return Encoder(self.name, self.backbone, replace(self.preprocessing, mean=mean, std=std)).train(self.training)

@@ -21,7 +21,7 @@ FORMATS = {
     "near-copies": 1,  # which images show one scene
     "bags": 2,
     "embeddings": 3,  # plain views of several models, for checks and proofs
-    "training": 5,  # the state of the loop
+    "training": 6,  # the state of the loop
     "student": 1,  # a trained student
     "start": 1,  # the student before training
     "arm": 3,  # a trained student of a comparison

@@ -88,13 +88,13 @@ class Maker:
         anchors = shown_in(self.plan, self.lessons, step)
         mates = pick_mates(bags, anchors, generator) if loss.mates else anchors
         images, shown = training[anchors], training[mates]
-        mine, size = own_share(batch), self.plan.size_at(step, self.size)
-        views = self._views(torch.cat((images, shown)), torch.cat((mine, mine + batch)), generator, size)
+        mine = own_share(batch)
+        views = self._views(torch.cat((images, shown)), torch.cat((mine, mine + batch)), generator)
         share = 1.0
         if loss.official:
             mixed, share = augment.cutmix(views[: len(mine)], views[len(mine) :], generator)
             views = torch.cat((views, mixed)).contiguous(memory_format=torch.channels_last)
-        fresh = self._views(images, mine, generator, size) if loss.momentum == "fresh" else None
+        fresh = self._views(images, mine, generator) if loss.momentum == "fresh" else None
         targets = None
         if target_of is not None:
             with self.meter("teacher"):
@@ -104,11 +104,11 @@ class Maker:
         known = torch.cat((anchors[:, None], bags[anchors]), dim=1) if loss.mates else anchors[:, None]
         return Ready(step, anchors, scenes_of(anchors), scenes_of(known[mine]), views, share, fresh, targets)
 
-    def _views(self, images: Tensor, mine: Tensor, generator: torch.Generator, size: int) -> Tensor:
+    def _views(self, images: Tensor, mine: Tensor, generator: torch.Generator) -> Tensor:
         pixels = self.lessons.pixels
         drawn = augment.rows(augment.draw(pixels.aspect[images], generator, self.plan.recipe.crop_scale_min), mine)
         with self.meter("pixels"):
-            crops = pixels.crops(images[mine], drawn.box, size)
+            crops = pixels.crops(images[mine], drawn.box, self.size)
         with self.meter("augment"):
             return augment.apply(crops, drawn).contiguous(memory_format=torch.channels_last)
 

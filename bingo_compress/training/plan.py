@@ -24,6 +24,7 @@ from bingo_compress.training.losses import Loss, make_loss, settled
 
 SLOW_AVERAGE, QUICK_AVERAGE = 0.999, 0.99
 ADAMW_BELOW = 50_000
+FEW_STEPS = 50  # AdamW's first steps are as long as its rate, whatever the gradient
 HELD_AT_MOST = 1000
 GALLERY_AT_MOST, CHECK_GALLERY = 20_000, 2000  # images that those are sought among: at the end, during training
 
@@ -111,11 +112,6 @@ def by_start(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def small_side(size: int) -> int:
-    """Two thirds of `size`, in whole patches of 32 pixels."""
-    return round(size / 48) * 32
-
-
 def fills_queue(recipe: Recipe) -> bool:
     """Whether there are stored targets that the queue can begin with."""
     loss = loss_of(recipe)
@@ -188,6 +184,8 @@ def schedule(recipe: Recipe, images: int) -> Schedule:
     steps = steps_of(recipe.epochs, images, batch)
     optimizer = recipe.optimizer if recipe.optimizer != "auto" else "adamw" if steps < ADAMW_BELOW else "sgd"
     peak = recipe.lr or (0.03 * batch / 256 if optimizer == "sgd" else 0.003 * math.sqrt(batch / 128))
+    if optimizer == "adamw" and not recipe.lr and knows(recipe):
+        peak *= min(1, steps / FEW_STEPS)
     warmup = (
         round(recipe.warmup_epochs * images / batch)
         if recipe.warmup_epochs >= 0
@@ -292,30 +290,22 @@ class Plan:
         return bool(self.loss.momentum) and bagged(self.recipe)
 
     @property
-    def _small_steps(self) -> int:
-        return round(self.recipe.small_first * self.schedule.steps)
-
-    @property
     def _source(self) -> int:
         return self.teacher.width if self.loss.regression else self.teacher.embedding
 
     @property
     def phases(self) -> list[tuple[int, float]]:
         """(first step, share of all steps) of each stretch within which all steps cost the same: of the head alone or
-        not, on small views or not.
+        not.
         """
         steps = self.schedule.steps
-        starts = sorted({0, self.schedule.head_steps, self._small_steps} - {steps})
+        starts = sorted({0, self.schedule.head_steps} - {steps})
         return [(start, (end - start) / steps) for start, end in pairwise([*starts, steps])]
 
     def lasting(self, epochs: float, **changes: Any) -> "Plan":
         """The same run for so many epochs, with other `changes` of its recipe."""
         recipe = self.recipe.model_copy(update={"epochs": whole(float(epochs))} | changes)
         return replace(self, recipe=recipe).on(self.schedule.images)
-
-    def size_at(self, step: int, size: int) -> int:
-        """Pixels a side of the student's views in the step after `step`, of a student of `size`."""
-        return small_side(size) if step < self._small_steps else size
 
     def describe(self) -> str:
         """One line for the screen."""
@@ -343,9 +333,7 @@ def plan_run(models: Models, images: int, device: torch.device, threads: int = 0
     """The plan for these models: threads settled, a step's memory measured. threads: of the run that goes on. Raises
     BingoError over --memory.
     """
-    student, small = models.student, small_side(models.student.preprocessing.size)
-    if models.recipe.small_first and not student.takes(small):
-        raise BingoError(f"--set small_first: expected a student that also takes {small} px, found none; leave it out")
+    student = models.student
     recipe = devices.use_threads(models.recipe, student, student.preprocessing.size, device, threads)
     made = make_plan(recipe, images, device, shape_of(models.teacher))
     return replace(made, step_bytes=_step_bytes(made, student))

@@ -14,7 +14,6 @@ from bingo_compress.features.targets import StoredTargets, TargetSpace
 from bingo_compress.recipe import make_recipe
 from bingo_compress.training import metrics, plan
 from bingo_compress.training.losses import Batch, Bingo
-from bingo_compress.training.out_of_memory import Frugal
 
 
 def backbone(model: Any) -> dict[str, torch.Tensor]:
@@ -111,19 +110,16 @@ def test_a_queue_of_targets_is_refused_where_there_are_none() -> None:
             )
 
 
-def test_the_first_views_are_two_thirds_of_the_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, sides = Frugal.__call__, list[int]()
-
-    def recorded(model: Frugal, views: torch.Tensor) -> torch.Tensor:
-        sides.append(views.shape[-1])
-        return real(model, views)
-
-    monkeypatch.setattr(Frugal, "__call__", recorded)
-    train(tmp_path, recipe(epochs=2, small_first=0.5, image_size=96))
-    assert sides == [32] * 10  # of a student of 32 px two thirds are 32 again, in whole patches of 32
-    made = planned(recipe(epochs=2, small_first=0.5), IMAGES)
-    assert [made.size_at(step, 96) for step in (0, 4, 5, 9)] == [64, 64, 96, 96]
-
-
-def test_a_student_of_one_size_alone_is_refused_small_views() -> None:
-    assert encoder("test_resnet", 96).takes(64) and not encoder("test_vit", 160).takes(90)
+@pytest.mark.parametrize(
+    ("settings", "share"),
+    [
+        ({"student_weights": "pretrained", "epochs": 3}, 15 / 50),
+        ({"student_weights": "pretrained", "epochs": 10}, 1.0),
+        ({"student_weights": "random", "epochs": 3}, 1.0),
+    ],
+)
+def test_few_steps_from_known_weights_are_short_ones(settings: dict[str, Any], share: float) -> None:
+    made = planned(recipe(batch_size=10, **settings), 50).schedule
+    assert made.peak_lr == pytest.approx(share * 0.003 * (10 / 128) ** 0.5)
+    assert planned(recipe(batch_size=10, lr=0.01, **settings), 50).schedule.peak_lr == 0.01
+    assert planned(recipe(batch_size=10, optimizer="sgd", **settings), 50).schedule.peak_lr == 0.03 * 10 / 256
