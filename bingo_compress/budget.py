@@ -102,14 +102,16 @@ def expected(plan: Plan, rates: Rates, count: int, gone: float, *, any_views: bo
     other = gone + count * rates.decode + _teacher_pass(rates, count, views) + checks + _closing(found, rates, held)
     least = least_epochs(found)
     epochs = fitting_epochs(AIM * seconds - other, epoch, least)
-    if refuse and epochs * epoch + other > seconds:
+    late = epochs * epoch + other - seconds
+    epochs, late = distributed.from_first(lambda: (epochs, late))
+    if refuse and late > 0:
         raise BingoError(
             f"--time {recipe.time}: expected time for all stages and {_told(least)}, found too little: about"
             f" {console.duration((other + least * epoch) / AIM)} here; give that, fewer images, smaller sizes or a"
             " smaller teacher"
         )
-    found = found.lasting(distributed.from_first(lambda: epochs))
-    stored = f", with {views} stored views of the teacher" if views else ""
+    found = found.lasting(epochs)
+    stored = f", with {views} stored view{'s' * (views != 1)} of the teacher" if views else ""
     if views < plan.views:
         stored += (
             f" (not {plan.views}: their pass would take {console.duration(_teacher_pass(rates, count, plan.views))})"
