@@ -16,7 +16,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-WHEELS = ("annotated-types", "pydantic", "pydantic-core", "timm", "typing-extensions", "typing-inspection")
+WHEELS = (
+    "annotated-types",
+    "onnx-ir",
+    "onnxscript",
+    "pydantic",
+    "pydantic-core",
+    "timm",
+    "typing-extensions",
+    "typing-inspection",
+)
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 
 
