@@ -332,8 +332,9 @@ def make_recipe(values: dict[str, Any], source: str) -> Recipe:
     except ValidationError as error:
         first = error.errors()[0]
         key = str(first["loc"][0])
+        wrong = "expected another form" if first["type"] == "string_pattern_mismatch" else first["msg"]
         raise BingoError(
-            f"{source}: {key}: {first['msg']}, found {shortened(first['input'])[:200]}; {key} is"
+            f"{source}: {key}: {wrong}, found {shortened(first['input'])[:200]}; {key} is"
             f" {Recipe.model_fields[key].description}"
         ) from None
     if made.time and made.epochs:
