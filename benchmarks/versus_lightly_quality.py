@@ -2,12 +2,12 @@
 weights and student, one thread, both students under one probe (judge.py).
 
 python benchmarks/versus_lightly_quality.py --lightly-python ENV/bin/python --data TRAIN --test TEST
---teacher-weights FILE --student tf_efficientnet_lite0 --student-weights FILE --our-epochs 10 --their-epochs 10
+--teacher-weights FILE --student tf_efficientnet_lite0 --student-weights FILE --our-epochs 10 --their-epochs 8
 --seeds 0,1 --out OUT
 
 ENV: python -m venv ENV; ENV/bin/pip install lightly-train==0.18.* timm. It runs as a program of its own, telemetry off.
-The epochs are yours to choose, so that the two sides' CPU seconds, which the table shows, are equal: a run of 1 and one
-of 3 give the rate. A finished run (OUT/.../facts.json) is not repeated.
+The epochs are yours to choose, so that the two sides' CPU seconds, which the table shows, are equal: short runs give
+the rate, and it falls on a busy machine. A finished run is not repeated (OUT/.../facts.json has its command).
 
 Ours: `distill` with its defaults. Theirs: its defaults (batch, rate, augmentation, loss), save for
 - models, which it is given as objects of timm with the weights loaded; what it makes of one batch just before the first
@@ -19,8 +19,8 @@ Ours: `distill` with its defaults. Theirs: its defaults (batch, rate, augmentati
   width of the one behind it: a crash. --their-features last: timm's forward_features, so that what is judged is what
   was trained. --their-features early: the map it reads, with the width that it has; the last convolution then stays as
   it was. For mobilenetv3 both are one.
-mobilenetv3's last layer lies behind the pooling and is never trained by theirs: where the pooled map and timm's
-features differ, the table has both.
+mobilenetv3's last convolution lies behind the pooling, and theirs never trains it: where the pooled map and timm's
+features differ, the table has a row for each.
 """
 
 import argparse
