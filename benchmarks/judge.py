@@ -18,7 +18,7 @@ from pathlib import Path
 from bingo_compress.data import image_list, listing
 from bingo_compress.evaluation import probes, scores
 from bingo_compress.features import extract
-from bingo_compress.models.encoder import build
+from bingo_compress.models.encoder import Encoder, build
 from bingo_compress.runtime.devices import choose_device
 
 
@@ -31,18 +31,31 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("files", nargs="+", type=Path)
     chosen = parser.parse_args()
-    bank, test, where = (
-        listing.list_images(chosen.bank),
-        listing.list_images(chosen.test),
-        choose_device("auto"),
-    )
-    classes, _ = image_list.labels_of(bank)
     students = {str(file): build(chosen.student, chosen.image_size, str(file), "FILE") for file in chosen.files}
+    found, groups = judged(students, chosen.bank, chosen.test), defaultdict(list)
+    for name, row in found.items():
+        groups[re.sub(r"[\d-]+$", "", Path(name).parent.name)].append(row)
+    for group, rows in groups.items():
+        told = [
+            f"{key} {statistics.mean(row[key] for row in rows):.4f} ±"
+            f" {statistics.stdev(row[key] for row in rows) if len(rows) > 1 else 0:.4f}"
+            for key in ("knn", "linear")
+        ]
+        print(f"{group}, {len(rows)} runs: {', '.join(told)}")
+    if chosen.json:
+        chosen.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def judged(encoders: dict[str, Encoder], bank: Path, test: Path) -> dict[str, dict[str, float]]:
+    """kNN and linear accuracy and the probe's strength, of each encoder's plain features; one line each on screen."""
+    labelled, asked, where = listing.list_images(bank), listing.list_images(test), choose_device("auto")
+    classes, _ = image_list.labels_of(labelled)
     sides = scores.sides(
-        {name: extract.as_embed(student, where) for name, student in students.items()}, bank, test, classes
+        {name: extract.as_embed(encoder, where) for name, encoder in encoders.items()}, labelled, asked, classes
     )
-    found, groups = {}, defaultdict(list)
-    for name in students:
+    print(f"{len(sides.labels):,} bank and {len(sides.query_labels):,} test images")
+    found = {}
+    for name in encoders:
         head = probes.fit_linear(sides.bank[name], sides.labels, len(classes), groups=sides.groups)
         right = (
             probes.knn_predict(sides.bank[name], sides.labels, sides.queries[name], len(classes)) == sides.query_labels
@@ -53,20 +66,8 @@ def main() -> None:
             "linear": float(linear.double().mean()),
             "strength": head.strength,
         }
-        groups[re.sub(r"[\d-]+$", "", Path(name).parent.name)].append(found[name])
         print(f"{name}: kNN {found[name]['knn']:.4f}, linear {found[name]['linear']:.4f}", flush=True)
-    for group, rows in groups.items():
-        told = [
-            f"{key} {statistics.mean(row[key] for row in rows):.4f} ±"
-            f" {statistics.stdev(row[key] for row in rows) if len(rows) > 1 else 0:.4f}"
-            for key in ("knn", "linear")
-        ]
-        print(
-            f"{group}, {len(rows)} runs, {len(sides.labels):,} bank and {len(sides.query_labels):,} test images:"
-            f" {', '.join(told)}"
-        )
-    if chosen.json:
-        chosen.json.write_text(json.dumps(found, indent=1) + "\n")
+    return found
 
 
 if __name__ == "__main__":
