@@ -169,9 +169,9 @@ def _tell(told: ExitStack) -> None:
     shown, learning_rate = console.bar, loop.learning_rate
 
     @contextmanager
-    def bar(what: str, total: int) -> Iterator[Any]:
+    def bar(what: str, total: int, before: int = 0) -> Iterator[Any]:
         WATCH.stage = what
-        with shown(what, total) as advance:
+        with shown(what, total, before) as advance:
             yield advance
 
     def rate(step: int, *rest: Any) -> float:

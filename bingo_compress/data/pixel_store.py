@@ -212,8 +212,8 @@ def _make_missing(
         return
     if not streamed:
         need_space(shards.parent, guess(count, side), "the pixel store")
-    with console.bar("check images" if streamed else "decode images", sum(map(len, ranges))) as advance:
-        advance(sum(map(len, ranges)) - count)
+    whole = sum(map(len, ranges))
+    with console.bar("check images" if streamed else "decode images", whole, whole - count) as advance:
         for rows in missing:
             done.append(_fill(folder, rows, side, shards, streamed, advance))
             quarantine.refuse_bad(folder, shard_files.bad(folder, done), listed)

@@ -26,14 +26,14 @@ class _Rate(ProgressColumn):
 
 
 @contextmanager
-def bar(what: str, total: int) -> Iterator[Advance]:
+def bar(what: str, total: int, before: int = 0) -> Iterator[Advance]:
     """Show the progress of one stage; call the yielded function as `advance(images, note="")`.
 
-    total: images. On a terminal: bar, images/s, time left, note. Otherwise a line every PLAIN_SECONDS and one at the
-    end.
+    total: images; before: those of them that an earlier run has done, which tell nothing of this one's rate. On a
+    terminal: bar, images/s, time left, note. Otherwise a line every PLAIN_SECONDS and one at the end.
     """
     if not console.is_terminal:
-        with _plain_bar(what, total) as advance:
+        with _plain_bar(what, total, before) as advance:
             yield advance
         return
     columns = (
@@ -45,7 +45,7 @@ def bar(what: str, total: int) -> Iterator[Advance]:
         TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=console, speed_estimate_period=20) as progress:
-        task = progress.add_task(escape(what), total=total, note="")
+        task = progress.add_task(escape(what), total=total, completed=before, note="")
 
         def advance(images: int, note: str | None = None) -> None:
             progress.update(task, advance=images)
@@ -56,13 +56,13 @@ def bar(what: str, total: int) -> Iterator[Advance]:
 
 
 @contextmanager
-def _plain_bar(what: str, total: int) -> Iterator[Advance]:
+def _plain_bar(what: str, total: int, before: int) -> Iterator[Advance]:
     start = last = time.monotonic()
-    done = 0
+    done = before
     latest = ""
 
     def line(now: float) -> str:
-        rate = done / max(now - start, 1e-9)
+        rate = (done - before) / max(now - start, 1e-9)
         left = duration((total - done) / rate) if rate else "?"
         return f"{what}: {done:,}/{total:,} images, {rate:,.0f} images/s, {left} left{', ' + latest if latest else ''}"
 
@@ -78,8 +78,8 @@ def _plain_bar(what: str, total: int) -> Iterator[Advance]:
     yield advance
     seconds = time.monotonic() - start
     say(
-        f"{what}: {done:,} images in {duration(seconds)}, {done / max(seconds, 1e-9):,.0f}"
-        f" images/s{', ' + latest if latest else ''}"
+        f"{what}: {done - before:,} images in {duration(seconds)}, {(done - before) / max(seconds, 1e-9):,.0f}"
+        f" images/s{', ' + latest if latest else ''}{f' ({before:,} were done before)' if before else ''}"
     )
 
 

@@ -76,11 +76,10 @@ def distill(
     shown = schedule.batch_size * schedule.student_views
     last_save = time.monotonic()
     with (
-        console.bar("distil", schedule.steps * shown) as advance,
+        console.bar("distil", schedule.steps * shown, state.step * shown) as advance,
         profiled(recipe.profile and first, metrics.with_name("trace.json")) as tick,
         signals.deferred(),
     ):
-        advance(state.step * shown)
         for ready in _batches(make, state, last):
             epoch = schedule.epochs_after(state.step)
             if state.step == schedule.head_steps and state.step:

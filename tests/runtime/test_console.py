@@ -88,6 +88,19 @@ def test_a_log_gets_a_line_every_few_seconds(printed: io.StringIO, monkeypatch: 
     ]
 
 
+def test_what_an_earlier_run_did_is_not_counted_in_the_rate(
+    printed: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([100.0, 110.0, 120.0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
+    with console.bar("distil", 1000, 700) as advance:
+        advance(100)
+    assert printed.getvalue().splitlines() == [
+        "distil: 800/1,000 images, 10 images/s, 20s left",
+        "distil: 100 images in 20s, 5 images/s (700 were done before)",
+    ]
+
+
 def test_a_note_stays_until_the_next(printed: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(console, "PLAIN_SECONDS", 0.0)
     with console.bar("train", 30) as advance:
