@@ -25,6 +25,7 @@ from pathlib import Path
 
 from synthetic import photo
 
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "LIGHTLY_TRAIN_EVENTS_DISABLED": "1"}
 THEIRS = """
 import json, sys, lightly_train
 asked = json.loads(sys.argv[1])
@@ -162,17 +163,19 @@ def lightly(chosen: argparse.Namespace, data: Path, weights: Path, epochs: int, 
     return spent([str(chosen.lightly_python), "-c", THEIRS, json.dumps(asked)], cwd=out.parent)
 
 
+def cpu_of_children() -> float:
+    """CPU seconds of all programs that this one has started and that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def spent(command: list[str], cwd: Path | None = None) -> float:
     """Wall seconds on a GPU, else the CPU seconds of the program and of all that it starts. One thread."""
-    settings = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "LIGHTLY_TRAIN_EVENTS_DISABLED": "1"}
-    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env={**os.environ, **settings})
+    before, start = cpu_of_children(), time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env={**os.environ, **ONE_THREAD})
     if done.returncode:
         sys.exit(f"{' '.join(command)[:200]} ...\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return (
-        time.perf_counter() - start if on_gpu() else after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    )
+    return time.perf_counter() - start if on_gpu() else cpu_of_children() - before
 
 
 def on_gpu() -> bool:

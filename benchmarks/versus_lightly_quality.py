@@ -26,7 +26,6 @@ features differ, the table has a row for each.
 import argparse
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -38,6 +37,7 @@ from typing import Any
 import torch
 from judge import judged
 from torch import Tensor, nn
+from versus_lightly import ONE_THREAD, cpu_of_children
 
 from bingo_compress.models.encoder import Encoder, build
 
@@ -167,14 +167,12 @@ def once(folder: Path, command: list[str], student: Path) -> dict[str, Any]:
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir()
-    settings = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "LIGHTLY_TRAIN_EVENTS_DISABLED": "1"}
-    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    before, start = cpu_of_children(), time.perf_counter()
     with (folder / "log.txt").open("w") as log:
-        done = subprocess.run(command, stdout=log, stderr=log, env={**os.environ, **settings}, cwd=folder)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run(command, stdout=log, stderr=log, env={**os.environ, **ONE_THREAD}, cwd=folder)
+    cpu = cpu_of_children() - before
     if done.returncode or not student.exists():
         sys.exit(f"{folder}/log.txt ends with\n{(folder / 'log.txt').read_text()[-3000:]}")
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     facts = {"cpu_s": cpu, "wall_s": time.perf_counter() - start, "student": str(student), "command": command}
     told.write_text(json.dumps(facts, indent=1) + "\n")
     print(f"{folder.name}: {cpu:.0f} CPU seconds", flush=True)

@@ -5,7 +5,6 @@ run can do is refused here.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -298,9 +297,9 @@ class Plan:
         """(first step, share of all steps) of each stretch within which all steps cost the same: of the head alone or
         not.
         """
-        steps = self.schedule.steps
-        starts = sorted({0, self.schedule.head_steps} - {steps})
-        return [(start, (end - start) / steps) for start, end in pairwise([*starts, steps])]
+        alone, steps = self.schedule.head_steps, self.schedule.steps
+        shares = ((0, alone / steps), (alone, (steps - alone) / steps))
+        return [(start, share) for start, share in shares if share]
 
     def lasting(self, epochs: float, **changes: Any) -> "Plan":
         """The same run for so many epochs, with other `changes` of its recipe."""
