@@ -94,6 +94,20 @@ class Timing:
     bytes: int
 
 
+@dataclass(frozen=True)
+class Verified:
+    """What a toolchain made of a file: verdict is right, wrong, cannot run it, crashed, too slow or not installed;
+    min_cosine, max_difference (of an output's largest value): over golden pictures and outputs, None where none came.
+    """
+
+    toolchain: str
+    version: str
+    verdict: str
+    cause: str
+    min_cosine: float | None = None
+    max_difference: float | None = None
+
+
 def _with_words(make: Callable[P, Words]) -> Callable[[Callable[[Words], Result]], Callable[P, Result]]:
     """The function called with the fields of the dataclass `make` by name, instead of with one object of it."""
 
@@ -305,6 +319,17 @@ def latency(words: options.Latency) -> tuple[Timing, ...]:
         Timing(**{key: row[key] for key in kept}, p50_ratio=Figure(row["p50_ratio"], *row["p50_ratio_range"]))
         for row in rows
     )
+
+
+@_with_words(options.Verify)
+def verify(words: options.Verify) -> tuple[Verified, ...]:
+    """Run an exported file in toolchains and compare their answers with its own. Raises BingoError; with exit_status 3
+    where one is wrong, and then all is written.
+    """
+    from bingo_compress.toolchains.bench import verify as run
+
+    rows = run(_place(words.file), words.toolchains, words.python or (), words.seconds, _maybe(words.json))
+    return tuple(Verified(**row) for row in rows)
 
 
 def load_student(run: str | Path, student: "Encoder | None" = None) -> "Encoder":

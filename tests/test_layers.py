@@ -21,7 +21,7 @@ ROOMS = (
     "unread",
     "report",
     "evaluation",
-    "exporters budget",
+    "exporters toolchains budget",
     "pipeline options",
     "dry_run inventory comparison demo",
     "preflight",

@@ -3,7 +3,6 @@ disk is in it.
 """
 
 import hashlib
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ import timm
 from bingo_compress import __version__
 from bingo_compress.models import exported
 from bingo_compress.recipe import GIVEN, RESUME_MAY_CHANGE, Recipe, load_recipe
-from bingo_compress.report import timing_table
+from bingo_compress.report import timing_table, toolchain_table
+from bingo_compress.report.markdown import plain, table
 from bingo_compress.report.tables import figure, title
 from bingo_compress.runtime import checkpoint, console
 from bingo_compress.runtime.run_dir import RunDir, made_by, read_json, write_text
@@ -23,10 +23,6 @@ ELSEWHERE = {"teacher", "student", "teacher_weights", "student_weights", "teache
 # What of a validation's protocol is shown; its other entries name folders.
 PROTOCOL = ("onnx", "intervals", "gap_closed", "literature")
 CLASSES_SHOWN = 50
-# All that can begin or end something inside a line, of CommonMark and of GitHub's tables, formulas and links that need
-# no brackets.
-MARKUP = re.compile(r"[!#$&*+:<=>@\[\\\]^_`{|}~]|(?<=www)\.", re.IGNORECASE)
-ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
 
 def renew(run: RunDir, folder: Path) -> Path:
@@ -36,7 +32,8 @@ def renew(run: RunDir, folder: Path) -> Path:
     files = [exported.contract(path) for path in exported.files(folder).values()]
     heads = [head.name for file in files for head in exported.heads(folder / file["file"], file["sha256"])]
     latency = read_json("export", folder / exported.LATENCY).get("rows")
-    write_text(folder / exported.CARD, card(run, files, latency, heads))
+    toolchains = [read_json("verify", (folder / file["file"]).with_suffix(exported.TOOLCHAINS)) for file in files]
+    write_text(folder / exported.CARD, card(run, files, latency, heads, toolchains))
     return folder / exported.CARD
 
 
@@ -45,14 +42,15 @@ def card(
     files: Sequence[Mapping[str, Any]],
     latency: Sequence[dict[str, Any]] | None = None,
     heads: Sequence[str] = (),
+    toolchains: Sequence[Mapping[str, Any]] = (),
     date: str = "",
 ) -> str:
     """The model card of a finished run as Markdown; the same for the same run and arguments.
 
     files: of what was exported, as `exported.contract` tells it; latency: the rows of `latency.latency`; heads: the
-    names of the files' heads; date: printed as it is given. A validation's figures are those of RUN/validation.json. Of
-    it and of `latency` only the rows of the run's student and of `files` are shown, told by their sha256. Raises
-    BingoError where one of these is not what we write.
+    names of the files' heads; toolchains: what `verify` told of each file; date: printed as it is given. A validation's
+    figures are those of RUN/validation.json. Of it, of `latency` and of `toolchains` only what is of the run's student
+    and of `files` is shown, told by their sha256. Raises BingoError where one of these is not what we write.
     """
     recipe = load_recipe(run.as_run)
     summary = read_json("distill", run.summary)
@@ -62,6 +60,8 @@ def card(
         told = [_files(files), _use(files, heads)]
     with made_by("export", run.export / exported.LATENCY):
         timed = _latency(latency, files)
+    with made_by("verify", run.export / exported.name("onnx")):
+        run_in = toolchain_table.section({file["sha256"]: _name(file) for file in files}, toolchains)
     when = f", {plain(date)}" if date else ""
     blocks = [
         f"# {plain(recipe.student)}, distilled from {plain(recipe.teacher)}",
@@ -78,18 +78,10 @@ def card(
         *_validation(run, files),
         *told[0],
         *timed,
+        *run_in,
         *told[1],
     ]
     return "\n\n".join(blocks) + "\n"
-
-
-def plain(value: object) -> str:
-    """Text from elsewhere as Markdown that shows just that text on one line: no markup, HTML, link or table cell can
-    come of it.
-    """
-    line = " ".join(str(value).split())
-    shown = "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in line)
-    return re.sub(MARKUP, lambda found: ENTITIES.get(found[0], f"\\{found[0]}"), shown)
 
 
 def licence(name: str, source: str) -> str:
@@ -102,11 +94,6 @@ def licence(name: str, source: str) -> str:
         return f"{'module' if source == GIVEN else 'file'} given by the user: licence unknown to us"
     config = timm.models.get_pretrained_cfg(name)
     return plain(config.license) if config and config.license else "timm states none"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Cells are Markdown already."""
-    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows))
 
 
 def _models(recipe: Recipe) -> list[str]:
@@ -122,7 +109,7 @@ def _models(recipe: Recipe) -> list[str]:
     )
     return [
         "## Models",
-        _table(("", "timm model", "weights at the start", "input in the run", "licence of those weights"), rows),
+        table(("", "timm model", "weights at the start", "input in the run", "licence of those weights"), rows),
         *([] if loss_of(recipe).teacher else [unused]),
         (
             "A student may keep what its teacher got wrong. Whether a teacher's licence binds a student that was"
@@ -174,7 +161,7 @@ def _method(recipe: Recipe) -> list[str]:
         "## Method",
         f"{method}, {recipe.epochs:,} epoch{'s' if recipe.epochs > 1 else ''}. "
         + ("Settings that are not the defaults:" if changed else "Every setting is the default."),
-        *([_table(("setting", "here", "default"), changed)] if changed else []),
+        *([table(("setting", "here", "default"), changed)] if changed else []),
         f"All settings are in the run's recipe.yaml; the same run again{own}:",
         "    bingo-compress distill --recipe RUN/recipe.yaml --data PHOTOS --out ANOTHER_RUN",
     ]
@@ -222,7 +209,7 @@ def _proof(protocol: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> li
             f" {protocol['bank_images']:,}, {len(classes):,} classes:"
             f" {', '.join(map(plain, classes[:CLASSES_SHOWN]))}{more}. In brackets: 95% interval."
         ),
-        _table(("", *(plain(titles[key]) for key in keys)), cells),
+        table(("", *(plain(titles[key]) for key in keys)), cells),
     ]
     if protocol.get("test_images_trained_on"):
         blocks.append(
@@ -245,7 +232,7 @@ def _proof(protocol: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> li
     return [
         *blocks,
         "The student by class, weakest first:",
-        _table(("class", "test images", "found"), by_class),
+        table(("class", "test images", "found"), by_class),
         "\n".join(
             f"- {plain(key)}: {plain(protocol[key])}"
             for key in dict.fromkeys((*titles, *PROTOCOL))
@@ -289,7 +276,7 @@ def _files(files: Sequence[Mapping[str, Any]]) -> list[str]:
                 checked,
             ]
         )
-    blocks = ["## Files", _table(("", "size", "parameters", "embedding", "opset, IR, batch", "against torch"), rows)]
+    blocks = ["## Files", table(("", "size", "parameters", "embedding", "opset, IR, batch", "against torch"), rows)]
     whole = [contract for contract in files if "int8" in contract]
     if not whole:
         return blocks
@@ -315,7 +302,7 @@ def _files(files: Sequence[Mapping[str, Any]]) -> list[str]:
             f" file{' that it was made of, which is not the one above' if absent else ''}, on the images of the gate"
             " that it had to pass; kNN and linear on test images that chose nothing:"
         ),
-        _table(
+        table(
             ("", "how", "images", "mean cosine", "neighbour recall", "kNN, float to int8", "linear, float to int8"),
             rows,
         ),
@@ -334,7 +321,7 @@ def _latency(rows: Sequence[dict[str, Any]] | None, files: Sequence[Mapping[str,
     return [
         "## Latency",
         f"On {plain(timing_table.describe(rows[0]['machine']))}; {plain(timing_table.caption(rows))}.",
-        _table(timing_table.HEADER, [[plain(cell) for cell in line] for line in timing_table.cells(named)]),
+        table(timing_table.HEADER, [[plain(cell) for cell in line] for line in timing_table.cells(named)]),
         *(["\n".join(f"- {plain(line)}" for line in said)] if said else []),
         (
             f"It says nothing of another machine: `bingo-compress latency {names}` there, or `bingo-edge time"
