@@ -30,7 +30,7 @@ from bingo_compress.toolchains import child
 WRONG = 3
 HALF = 0.999  # smallest cosine of what is computed in half precision
 PROBE = 60.0  # seconds for a Python to say what it has
-APART = {"rknn": "rknn-toolkit2"}  # what no environment can hold beside us
+APART = {"tflite": "onnx2tf", "rknn": "rknn-toolkit2"}  # of these no version can be installed beside us
 
 Outputs = dict[str, NDArray[np.float64]]
 
@@ -214,7 +214,8 @@ def _tried(place: Place, file: Path, contract: dict[str, Any], golden: Golden, s
         except subprocess.TimeoutExpired:
             return {"verdict": "too slow", "cause": f"no answer in {seconds:g} s"}
         if (folder / "error.txt").is_file():
-            return {"verdict": "cannot run it", "cause": _line((folder / "error.txt").read_text(encoding="utf-8"))}
+            why = (folder / "error.txt").read_text(encoding="utf-8")
+            return {"verdict": "cannot run it", "cause": _line(f"{why} {_last(folder / 'said.txt')}")}
         if status or not (folder / "outputs.npz").is_file():
             how = f"signal {-status}" if status < 0 else f"exit status {status}"
             return {"verdict": "crashed", "cause": _line(f"{how} {_last(folder / 'said.txt')}")}

@@ -91,7 +91,7 @@ def _ncnn(job: Job) -> Outputs:
     net = ncnn.Net()
     net.opt.use_fp16_packed = net.opt.use_fp16_storage = net.opt.use_fp16_arithmetic = False
     if net.load_param("model.ncnn.param") or net.load_model("model.ncnn.bin"):
-        raise ValueError(f"ncnn lacks {_missing_layer() or 'what pnnx made of it'}")
+        raise ValueError("ncnn cannot load what pnnx made of it")
     for batch in job.batches:
         extractor = net.create_extractor()
         extractor.input("in0", ncnn.Mat(batch[0]).clone())
@@ -99,12 +99,6 @@ def _ncnn(job: Job) -> Outputs:
         if any(status for status, _ in found):
             raise ValueError("ncnn cannot compute an output")
         yield [numpy.array(mat) for _, mat in found]
-
-
-def _missing_layer() -> str:
-    """A layer that pnnx wrote as PyTorch names it, which says that it has no way to write it for ncnn."""
-    layers = [line.split()[0] for line in Path("model.ncnn.param").read_text(encoding="utf-8").splitlines()[2:]]
-    return next((layer for layer in layers if "." in layer), "")
 
 
 def _mnn(job: Job) -> Outputs:
@@ -121,6 +115,25 @@ def _mnn(job: Job) -> Outputs:
     for batch in job.batches:
         given = MNN.expr.const(batch.copy(), list(batch.shape), MNN.expr.NCHW, kind)
         yield [found.read().copy() for found in net.forward([given])]
+
+
+def _tflite(job: Job) -> Outputs:
+    import numpy
+
+    # onnx2tf tries its graph on pictures; it would fetch them from elsewhere if this file did not lie here.
+    noise = numpy.random.default_rng(0).random((20, 128, 128, 3), numpy.float32)
+    numpy.save("calibration_image_sample_data_20x128x128x3_float32.npy", noise)
+    import onnx2tf
+    from ai_edge_litert.interpreter import Interpreter
+
+    onnx2tf.convert(job.file, output_folder_path="tflite", copy_onnx_input_output_names_to_tflite=True)
+    (converted,) = Path("tflite").glob("*_float32.tflite")
+    model = Interpreter(str(converted)).get_signature_runner()
+    shape = model.get_input_details()[job.input]["shape"].tolist()
+    for batch in job.batches:
+        channels_last = batch if list(batch.shape) == shape else batch.transpose(0, 2, 3, 1)
+        found = model(**{job.input: numpy.ascontiguousarray(channels_last)})
+        yield [found[name] for name in job.outputs]
 
 
 def _rknn(job: Job) -> Outputs:
@@ -159,6 +172,7 @@ TOOLCHAINS = {
     "tract": Toolchain(_tract, {"tract": ("tract",)}),
     "ncnn": Toolchain(_ncnn, {"ncnn": ("ncnn",), "pnnx": ("pnnx",)}),
     "mnn": Toolchain(_mnn, {"MNN": ("mnn",)}),
+    "tflite": Toolchain(_tflite, {"onnx2tf": ("onnx2tf",), "ai_edge_litert": ("ai-edge-litert",)}),
     "rknn": Toolchain(_rknn, {"rknn": ("rknn-toolkit2",)}, half=True),
 }
 
