@@ -33,7 +33,7 @@ def renew(run: RunDir, folder: Path) -> Path:
     heads = [head.name for file in files for head in exported.heads(folder / file["file"], file["sha256"])]
     latency = read_json("export", folder / exported.LATENCY).get("rows")
     toolchains = [read_json("verify", (folder / file["file"]).with_suffix(exported.TOOLCHAINS)) for file in files]
-    write_text(folder / exported.CARD, card(run, files, latency, heads, toolchains))
+    write_text(folder / exported.CARD, card(run, files, latency, heads, toolchains=toolchains))
     return folder / exported.CARD
 
 
@@ -42,13 +42,13 @@ def card(
     files: Sequence[Mapping[str, Any]],
     latency: Sequence[dict[str, Any]] | None = None,
     heads: Sequence[str] = (),
-    toolchains: Sequence[Mapping[str, Any]] = (),
     date: str = "",
+    toolchains: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """The model card of a finished run as Markdown; the same for the same run and arguments.
 
     files: of what was exported, as `exported.contract` tells it; latency: the rows of `latency.latency`; heads: the
-    names of the files' heads; toolchains: what `verify` told of each file; date: printed as it is given. A validation's
+    names of the files' heads; date: printed as it is given; toolchains: what `verify` told of each file. A validation's
     figures are those of RUN/validation.json. Of it, of `latency` and of `toolchains` only what is of the run's student
     and of `files` is shown, told by their sha256. Raises BingoError where one of these is not what we write.
     """
