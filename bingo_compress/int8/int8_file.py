@@ -26,7 +26,7 @@ def make(making: Making) -> Path:
     """
     float_file, tuned, choose = making.float_file, making.tuned, making.gate.choose
     try:
-        file, rung, tried = quantise(float_file, making.calibration, making.form, _folder(making, "ladder"), choose)
+        file, rung, tried = quantise(making.whole, making.calibration, making.form, _folder(making, "ladder"), choose)
     except LadderEnds as error:
         _table(error.tried, float_file)
         if tuned is None:
