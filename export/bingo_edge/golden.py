@@ -97,10 +97,8 @@ def _check(embedder: Embedder, home: Path, golden: _Golden) -> Check:
     near = _near(embedder.contract, cosine, difference)
     same = True
     if golden.features.size and features.size:
-        largest = np.abs(golden.features).max()
-        same = _near(
-            embedder.contract, *_compared(features / max(largest, 1e-12), golden.features / max(largest, 1e-12))
-        )
+        largest = max(float(np.abs(golden.features).max()), 1e-12)
+        same = _near(embedder.contract, *_compared(features / largest, golden.features / largest))
     wrong = {"damaged": picture is None, "pixels": picture is not None and pixel_difference != 0}
     wrong |= {"embedding": not near, "features": not same}
     return Check(golden.file, tuple(kind for kind in wrong if wrong[kind]), pixel_difference, cosine, difference)
@@ -110,8 +108,8 @@ def _compared(found: NDArray[np.float64], golden: NDArray[np.float64]) -> tuple[
     """Cosine and largest difference of a value; None where a value is not finite."""
     if found.shape != golden.shape or not np.isfinite(found).all():
         return None, None
-    lengths = np.linalg.norm(found) * np.linalg.norm(golden)
-    return float(found @ golden / max(lengths, 1e-12)), float(np.abs(found - golden).max())
+    lengths = float(np.linalg.norm(found) * np.linalg.norm(golden))
+    return float(found @ golden) / max(lengths, 1e-12), float(np.abs(found - golden).max())
 
 
 def _near(contract: dict[str, Any], cosine: float | None, difference: float | None) -> bool:
