@@ -97,7 +97,8 @@ class Timing:
 @dataclass(frozen=True)
 class Verified:
     """What a toolchain made of a file: verdict is right, wrong, cannot run it, crashed, too slow or not installed;
-    min_cosine, max_difference (of an output's largest value): over golden pictures and outputs, None where none came.
+    min_cosine, max_difference (of an output's largest value) and max_of_spread (the largest error, of the distance of
+    pictures from their mean): over golden pictures and outputs, None where none came.
     """
 
     toolchain: str
@@ -106,6 +107,7 @@ class Verified:
     cause: str
     min_cosine: float | None = None
     max_difference: float | None = None
+    max_of_spread: float | None = None
 
 
 def _with_words(make: Callable[P, Words]) -> Callable[[Callable[[Words], Result]], Callable[P, Result]]:
@@ -287,8 +289,8 @@ def export(words: options.Export) -> Exported:
     given = _own(None, words.student)
     bands = preflight.refuse_run(_place(words.run), given, ("student",)).bands
 
-    from bingo_compress.exporters.exporting import Int8, Shape
-    from bingo_compress.exporters.exporting import export as write
+    from bingo_compress.exporting import Int8, Shape
+    from bingo_compress.exporting import export as write
     from bingo_compress.models import exported
     from bingo_compress.models.trained import Given
 
@@ -298,7 +300,7 @@ def export(words: options.Export) -> Exported:
         _maybe(words.out),
         _asked(words.data, words, bands) if words.data else None,
         words.format,
-        shape=Shape(words.profile, words.batch, words.opset, words.image_size),
+        shape=Shape(words.profile, words.batch, words.opset, words.image_size, words.input, words.outputs),
         int8=Int8(labels, test, words.max_loss, words.finetune),
         given=Given(**given),
     )

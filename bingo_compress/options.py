@@ -236,10 +236,25 @@ class Export:
     format: Annotated[str, Word("method", "onnx, onnx-int8 or all")] = "onnx"
     profile: Annotated[
         str,
-        Word("method", "modern (opset 21, any batch) or edge (opset 17, IR 8, batch 1, for device makers' converters)"),
+        Word(
+            "method",
+            "modern (opset 21, any batch, uint8) or edge (opset 17, IR 8, batch 1, float32-nchw, for device makers'"
+            " converters)",
+        ),
     ] = "modern"
     batch: Annotated[str | None, Word("method", "dynamic or a number, instead of the profile's")] = None
     opset: Annotated[int | None, Word("method", "opset of the ONNX domain, instead of the profile's", int)] = None
+    input: Annotated[
+        str | None,
+        Word(
+            "method",
+            "what the file takes, instead of the profile's: uint8-nhwc (pixels as they are), float32-nchw (0 to 1) or"
+            " float32-nchw-normalised (less mean, by std)",
+        ),
+    ] = None
+    outputs: Annotated[
+        str | None, Word("method", "what the file gives: embedding, features, or both with a comma (default)")
+    ] = None
     image_size: Annotated[int | None, Word("models", "pixels a side of the file's input; default: the run's", int)] = (
         None
     )

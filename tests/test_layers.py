@@ -22,6 +22,8 @@ ROOMS = (
     "report",
     "evaluation",
     "exporters toolchains budget",
+    "int8",
+    "exporting",
     "pipeline options",
     "dry_run inventory comparison demo",
     "preflight",

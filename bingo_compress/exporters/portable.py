@@ -42,7 +42,9 @@ class Known:
     def numbers(self, node: NodeProto) -> list[list[int]] | None:
         """What a node is given beside its first input, where all of it is constant."""
         given = [self.values.get(name) for name in node.input[1:]]
-        return None if any(one is None for one in given) else [np.ravel(one).tolist() for one in given if one is not None]
+        return (
+            None if any(one is None for one in given) else [np.ravel(one).tolist() for one in given if one is not None]
+        )
 
 
 # New nodes in place of one, with the values that they read by name; None where it is to stay.
@@ -52,7 +54,7 @@ Change = tuple[list[NodeProto], dict[str, list[int]]] | None
 def to_portable(model: ModelProto) -> None:
     """Rewrite a graph of fixed batch in place."""
     _fold(model)
-    for change in (_counted, _taken_apart, _strided, _many_axes):
+    for change in (_counted, _sized, _taken_apart, _strided, _many_axes):
         _rewrite(model, change)
     drop_unread(model)
 
@@ -102,6 +104,17 @@ def _counted(node: NodeProto, known: Known) -> Change:
         return None
     shape = f"{node.output[0]}_shape"
     return [helper.make_node("Reshape", [node.input[0], shape], node.output)], {shape: list(index.shape)}
+
+
+def _sized(node: NodeProto, known: Known) -> Change:
+    """A Split into equal parts says their sizes. pnnx takes it for a Split into none, and ncnn crashes."""
+    if node.op_type != "Split" or len(node.input) > 1:
+        return None
+    axis, name = _attribute(node, "axis", 0), f"{node.output[0]}_sizes"
+    sizes = [known.shapes.get(output, [0] * (axis + 1))[axis] for output in node.output]
+    if not all(sizes):
+        return None
+    return [helper.make_node("Split", [node.input[0], name], node.output, axis=axis)], {name: sizes}
 
 
 def _taken_apart(node: NodeProto, known: Known) -> Change:

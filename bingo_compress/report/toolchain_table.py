@@ -5,7 +5,7 @@ from typing import Any
 
 from bingo_compress.report.markdown import plain, table
 
-HEADER = ("toolchain", "version", "smallest cosine", "largest difference", "verdict")
+HEADER = ("toolchain", "version", "smallest cosine", "largest difference", "error of spread", "verdict")
 
 
 def cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
@@ -16,6 +16,7 @@ def cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
             row["version"] or "-",
             f"{row['min_cosine']:.7f}" if "min_cosine" in row else "-",
             f"{row['max_difference']:.1e}" if "max_difference" in row else "-",
+            f"{row['max_of_spread']:.1e}" if "max_of_spread" in row else "-",
             f"{row['verdict']}: {row['cause']}" if row.get("cause") else row["verdict"],
         ]
         for row in rows

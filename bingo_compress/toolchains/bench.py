@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import onnx
 from bingo_edge.golden import tolerance
+from bingo_edge.model import network_input
 from numpy.typing import NDArray
 
 from bingo_compress.errors import BingoError, nearest
@@ -29,6 +30,9 @@ from bingo_compress.toolchains import child
 
 WRONG = 3
 HALF = 0.999  # smallest cosine of what is computed in half precision
+# The largest error that passes, of the spread of the golden pictures' outputs: a network may answer nearly the same to
+# all, and then a cosine says nothing.
+OF_SPREAD, OF_SPREAD_INT8 = 0.1, 1.0
 PROBE = 60.0  # seconds for a Python to say what it has
 APART = {"tflite": "onnx2tf", "rknn": "rknn-toolkit2"}  # of these no version can be installed beside us
 
@@ -66,8 +70,7 @@ def verify(
 ) -> list[dict[str, Any]]:
     """Run the golden pictures of an exported file in toolchains, one after another, each in a process of its own; print
     a table. Returns its rows: toolchain, version, verdict (right, wrong, cannot run it, crashed, too slow, not
-    installed), cause, and, where something came out, min_cosine and max_difference (of an output's largest value) over
-    the pictures and outputs.
+    installed), cause, and, where something came out, what `judged` tells.
 
     names: toolchains with commas between, "" for all that are installed. pythons: NAME=PYTHON, where a toolchain is
     installed elsewhere. seconds: that one may take. All rows go to `json_file`; those that ran are kept beside the file
@@ -160,14 +163,6 @@ def _graph(file: Path) -> Graph:
     return Graph(graph.input[0].name, [output.name for output in graph.output], batch or 1)
 
 
-def network_input(contract: dict[str, Any], pixels: NDArray[np.uint8]) -> NDArray[Any]:
-    given = contract["input"]
-    if given["dtype"] == "uint8":
-        return pixels
-    mean, std = (np.array(given[key], np.float32) for key in ("mean", "std"))
-    return np.ascontiguousarray(((pixels - mean) / std).transpose(0, 3, 1, 2))
-
-
 def _command(place: Place, *words: str) -> list[str]:
     # Another Python has its own packages: ours must not come before them.
     alone = [] if place.python == sys.executable else ["-E"]
@@ -222,7 +217,9 @@ def _tried(place: Place, file: Path, contract: dict[str, Any], golden: Golden, s
         with np.load(folder / "outputs.npz", allow_pickle=False) as held:
             found = {key: held[key].reshape(len(filled), -1)[:count].astype(np.float64) for key in golden.outputs}
     least = tolerance(contract)[0]
-    return judged(golden.outputs, found, min(least, HALF) if child.TOOLCHAINS[place.toolchain].half else least)
+    if child.TOOLCHAINS[place.toolchain].half:
+        least = min(least, HALF)
+    return judged(golden.outputs, found, least)
 
 
 def _ran(place: Place, folder: Path, seconds: float) -> int:
@@ -255,26 +252,35 @@ def _line(text: str) -> str:
 
 
 def judged(expected: Outputs, found: Outputs, least: float) -> dict[str, Any]:
-    """Verdict and figures of outputs (n, D) against those that are expected. least: the smallest cosine; as far apart
-    as two vectors of length one at that cosine, relative to the length that is expected, may any two vectors be.
+    """Verdict and figures of outputs (n, D) against those that are expected: min_cosine, max_difference (of an output's
+    largest value) and max_of_spread (the largest error, of the distance of the pictures from their mean) over pictures
+    and outputs.
+
+    least: the smallest cosine; as far apart as two vectors of length one at that cosine, relative to the length that is
+    expected, may any two vectors be. It is below HALF for int8 alone.
     """
     if any(found[name].shape != values.shape for name, values in expected.items()):
         shapes = ", ".join(f"{name} {list(found[name].shape[1:])}" for name in expected)
         return {"verdict": "wrong", "cause": f"outputs of another shape: {shapes}"}
     if not all(np.isfinite(found[name]).all() for name in expected):
         return {"verdict": "wrong", "cause": "values that are not finite"}
-    cosines, differences, errors = [], [], []
+    cosines, differences, errors, of_spread = [], [], [], []
     for name, values in expected.items():
         length = np.maximum(np.linalg.norm(values, axis=1), 1e-12)
         away = found[name] - values
         cosines += list((found[name] * values).sum(1) / length / np.maximum(np.linalg.norm(found[name], axis=1), 1e-12))
         differences.append(np.abs(away).max() / max(np.abs(values).max(), 1e-12))
-        errors += list(np.linalg.norm(away, axis=1) / length)
-    right = max(errors) <= (2 * (1 - least)) ** 0.5
+        lost = np.linalg.norm(away, axis=1)
+        errors += list(lost / length)
+        spread = np.linalg.norm(values - values.mean(0), axis=1).mean()
+        of_spread.append(lost.max() / max(spread, 1e-12))
+    near = max(errors) <= (2 * (1 - least)) ** 0.5
+    right = near and max(of_spread) <= (OF_SPREAD if least >= HALF else OF_SPREAD_INT8)
     return {
         "verdict": "right" if right else "wrong",
         "min_cosine": float(min(cosines)),
         "max_difference": float(max(differences)),
+        "max_of_spread": float(max(of_spread)),
     }
 
 

@@ -47,7 +47,7 @@ def fake(path: Path, does: str, found: object = None) -> str:
 
 def model(folder: Path, batch: int | str = "batch") -> Path:
     file = Path(make_model(folder / "student.onnx", batch=batch))
-    write_golden(file, contract(), exported.onnx_runner(file))
+    write_golden(file, contract(), exported.runner_by_name(file))
     return file
 
 
@@ -87,7 +87,7 @@ def test_whatever_a_toolchain_does_it_is_told_and_the_others_go_on(
     assert caught.value.exit_status == 3
     held = json.loads(file.with_suffix(".toolchains.json").read_text())
     assert [each["toolchain"] for each in held["rows"]] == ["openvino", "onnxruntime"]
-    assert said in toolchain_table.cells(held["rows"])[0][4]
+    assert said in toolchain_table.cells(held["rows"])[0][-1]
     assert held["rows"][1]["verdict"] == "right" and "openvino" not in held["not_run"] and "ncnn" in held["not_run"]
 
 
@@ -109,6 +109,15 @@ def test_a_scale_is_an_error_that_a_cosine_does_not_see() -> None:
     near = {"features": values["features"] * 1.01}
     assert bench.judged(values, near, 0.9999)["verdict"] == "right"
     assert bench.judged(values, near, 0.99999)["verdict"] == "wrong"
+
+
+def test_an_error_as_large_as_what_tells_pictures_apart_is_wrong_at_any_cosine() -> None:
+    random = np.random.default_rng(0)
+    alike = {"embedding": 1 + random.normal(size=(8, 64)) / 1000}
+    near = {"embedding": alike["embedding"] + random.normal(size=(8, 64)) / 2000}
+    found = bench.judged(alike, near, 0.9999)
+    assert found["min_cosine"] > 0.99999 and found["verdict"] == "wrong" and found["max_of_spread"] > 0.3
+    assert bench.judged(alike, alike, 0.9999)["max_of_spread"] == 0
 
 
 def test_an_absent_toolchain_is_told_or_refused_where_it_was_named(file: Path, tmp_path: Path, bingo: Any) -> None:

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from bingo_compress.errors import BingoError
-from bingo_compress.exporters.int8 import LadderEnds, quantise
 from bingo_compress.exporters.onnx import REFUSED, Making, publish
 from bingo_compress.features import neighbours
+from bingo_compress.int8.ladder import LadderEnds, quantise
 from bingo_compress.models import exported
 from bingo_compress.runtime import console
 
@@ -26,7 +26,7 @@ def make(making: Making) -> Path:
     """
     float_file, tuned, choose = making.float_file, making.tuned, making.gate.choose
     try:
-        file, rung, tried = quantise(float_file, making.calibration, making.form, _folder(making, "ladder"), choose)
+        file, rung, tried = quantise(making.whole, making.calibration, making.form, _folder(making, "ladder"), choose)
     except LadderEnds as error:
         _table(error.tried, float_file)
         if tuned is None:

@@ -3,7 +3,7 @@
 import json
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,15 @@ from torch import Tensor
 from bingo_compress import __version__
 from bingo_compress.data import image_list, listing
 from bingo_compress.errors import BingoError
-from bingo_compress.exporters import gate, int8_file, quantization_aware, timing
+from bingo_compress.exporters import timing
 from bingo_compress.exporters.golden import write_golden
-from bingo_compress.exporters.int8 import CALIBRATION
-from bingo_compress.exporters.onnx import IMAGES, REFUSED, Form, Making, export_onnx, form
+from bingo_compress.exporters.onnx import IMAGES, OUTPUTS, REFUSED, Form, Making, export_onnx, form, published
 from bingo_compress.features import extract
+from bingo_compress.int8 import gate, int8_file, quantization_aware
+from bingo_compress.int8.ladder import CALIBRATION
 from bingo_compress.models import exported
 from bingo_compress.models.encoder import Encoder
-from bingo_compress.models.exported import onnx_runner
+from bingo_compress.models.exported import runner_by_name
 from bingo_compress.models.trained import NOTHING_GIVEN, Given, load_student
 from bingo_compress.recipe import Recipe, load_recipe
 from bingo_compress.report import model_card
@@ -32,20 +33,22 @@ FORMATS: dict[str, Callable[[Making], Path]] = {"onnx-int8": int8_file.make}
 GALLERY = 512  # images that an int8 file is judged on
 GALLERY_LEAST = 256
 LEAST_JUDGED = 12  # images, calibration and gallery together
-COPIES, COPIES_JUDGED = 3, 8  # of the weights that are on the disk at once, at most
+COPIES, COPIES_JUDGED = 4, 9  # of the weights that are on the disk at once, at most
 TIMED = 100  # runs of each file, for the model card
 
 
 @dataclass(frozen=True)
 class Shape:
     """The form of an exported file: a profile, what is to be other than in it, and another input size than the run's
-    (pixels a side).
+    (pixels a side). taken: one of onnx.INPUTS; outputs: some of onnx.OUTPUTS with commas between.
     """
 
     profile: str = "modern"
     batch: str | None = None
     opset: int | None = None
     image_size: int | None = None
+    taken: str | None = None
+    outputs: str | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,8 @@ def export(
     to it, and an int8 file that was made of another float file than the one that is there, or is refused. Raises
     BingoError; with exit status 3 where a file is not the same model, and then it is not there.
     """
-    wanted = form(shape.profile, shape.batch, shape.opset)
+    wanted = form(shape.profile, shape.batch, shape.opset, shape.taken, shape.outputs)
+    complete = replace(wanted, outputs=OUTPUTS)
     rows = _rows(fmt, int8)
     labelled = gate.open_labelled(int8.labels, int8.test, run_dir.RunDir(run_path).work) if int8.labels else None
     run = run_dir.open_finished(run_path)
@@ -100,29 +104,34 @@ def export(
     facts = _facts(run, recipe)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as folder_name:
         work = Path(folder_name)
-        float_file = _export_float(student, pixels[:IMAGES], work / target.name, facts, wanted)
+        whole = _export_float(student, pixels[:IMAGES], work / "whole.onnx", facts, complete)
+        float_file = published(whole, work / target.name, wanted)
         if "onnx" in rows:
             float_file = _put(float_file, target)
         if judged := [row for row in rows if row != "onnx"]:
             calibration, gallery = _split(pixels)
-            judges = gate.make_gate(float_file, gallery, student.preprocessing, labelled, int8.max_loss)
+            judges = gate.make_gate(whole, gallery, student.preprocessing, labelled, int8.max_loss)
 
             def tuned() -> Path:
                 apart = {*folder.only(order).digests, *judges.labelled}
                 (work / "finetune").mkdir()
                 better = quantization_aware.finetune(recipe, student, folder, work / "finetune", apart)
-                export_onnx(better, pixels[:IMAGES], work / "tuned.onnx", facts, wanted)
+                export_onnx(better, pixels[:IMAGES], work / "tuned.onnx", facts, complete)
                 return work / "tuned.onnx"
 
-            making = Making(float_file, calibration, wanted, work, judges, tuned if int8.finetune else None)
+            making = Making(whole, float_file, calibration, wanted, work, judges, tuned if int8.finetune else None)
             _put_judged(judged, making, run, target.parent)
     _close(run, target.parent)
     files = [target.with_name(exported.name(row)) for row in rows]
-    console.say(
-        f"next: bingo-edge selftest {files[-1]}; bingo-edge embed {files[-1]} PHOTOS   (or bingo-compress validate"
-        f" --run {run.path} --data LABELLED_FOLDER)"
-    )
+    _say_next(files[-1], run)
     return files
+
+
+def _say_next(file: Path, run: run_dir.RunDir) -> None:
+    console.say(
+        f"next: bingo-edge selftest {file}; bingo-edge embed {file} PHOTOS   (or bingo-compress validate --run"
+        f" {run.path} --data LABELLED_FOLDER)"
+    )
 
 
 def _rows(fmt: str, int8: Int8) -> list[str]:
@@ -215,18 +224,18 @@ def _export_float(student: Encoder, pixels: Tensor, target: Path, facts: dict[st
 def _put(made: Path, target: Path) -> Path:
     """Publish a file with its golden pictures, in place of an older one. Returns `target`."""
     contract = json.loads(made.with_suffix(exported.CONTRACT).read_text(encoding="utf-8"))
-    write_golden(made, contract, onnx_runner(made))
+    write_golden(made, contract, runner_by_name(made))
     exported.keep_pair(exported.put(made, target))
     _say_file(target, contract)
     return target
 
 
 def _say_file(target: Path, contract: dict[str, Any]) -> None:
-    onnx = contract["onnx"]
+    onnx, given = contract["onnx"], contract["input"]
     batch = "dynamic batch" if onnx["batch"] == "dynamic" else f"batch {onnx['batch']}"
     console.say(
-        f"{target}: {console.size(contract['bytes'])}, opset {onnx['opset']}, IR {onnx['ir_version']}, {batch}, uint8"
-        f" in; {target.with_suffix(exported.CONTRACT)} says the rest"
+        f"{target}: {console.size(contract['bytes'])}, opset {onnx['opset']}, IR {onnx['ir_version']}, {batch},"
+        f" {given['dtype']} {given['layout']} in; {target.with_suffix(exported.CONTRACT)} says the rest"
     )
 
 
