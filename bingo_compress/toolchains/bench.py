@@ -89,7 +89,8 @@ def verify(
         if version:
             console.say(f"{place.toolchain} {version} ...")
         row = {"toolchain": place.toolchain, "version": version or "", "verdict": "not installed", "cause": ""}
-        rows.append(row | (_tried(place, file, contract, golden, seconds) if version else {"cause": _way(place)}))
+        found = _tried(place, file, contract, golden, seconds) if version else {"cause": way(place.toolchain)}
+        rows.append(row | found)
     console.table(f"{file}: {len(golden.pixels)} golden pictures", HEADER, cells(rows))
     _keep(file, contract["sha256"], [row for row in rows if row["version"]])
     if json_file:
@@ -181,16 +182,17 @@ def _version(place: Place) -> str | None:
         ) from None
     if "absent" in found and place.asked:
         raise BingoError(
-            f"{place.toolchain}: expected it in {place.python}, found no module {found['absent']}; {_way(place)}"
+            f"{place.toolchain}: expected it in {place.python}, found no module {found['absent']};"
+            f" {way(place.toolchain)}"
         )
     return found.get("version")
 
 
-def _way(place: Place) -> str:
+def way(name: str) -> str:
     """How a toolchain is had."""
-    if package := APART.get(place.toolchain):
-        return f"pip install {package} in an environment of its own, then --python {place.toolchain}=THERE/bin/python"
-    return f"pip install 'bingo-compress[{place.toolchain}]'"
+    if package := APART.get(name):
+        return f"pip install {package} in an environment of its own, then --python {name}=THERE/bin/python"
+    return f"pip install 'bingo-compress[{name}]'"
 
 
 def _tried(place: Place, file: Path, contract: dict[str, Any], golden: Golden, seconds: float) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -126,14 +127,18 @@ def _tflite(job: Job) -> Outputs:
     import onnx2tf
     from ai_edge_litert.interpreter import Interpreter
 
-    onnx2tf.convert(job.file, output_folder_path="tflite", copy_onnx_input_output_names_to_tflite=True)
+    onnx2tf.convert(job.file, output_folder_path="tflite")
     (converted,) = Path("tflite").glob("*_float32.tflite")
-    model = Interpreter(str(converted)).get_signature_runner()
-    shape = model.get_input_details()[job.input]["shape"].tolist()
+    model = Interpreter(str(converted))
+    model.allocate_tensors()
+    (given,) = model.get_input_details()
+    # It keeps the order of the outputs in their names alone: Identity, Identity_1 or PartitionedCall:0, :1.
+    outputs = sorted(model.get_output_details(), key=lambda one: int("0" + re.findall(r"\d*$", one["name"])[0]))
     for batch in job.batches:
-        channels_last = batch if list(batch.shape) == shape else batch.transpose(0, 2, 3, 1)
-        found = model(**{job.input: numpy.ascontiguousarray(channels_last)})
-        yield [found[name] for name in job.outputs]
+        fits = list(batch.shape) == given["shape"].tolist()
+        model.set_tensor(given["index"], numpy.ascontiguousarray(batch if fits else batch.transpose(0, 2, 3, 1)))
+        model.invoke()
+        yield [model.get_tensor(one["index"]) for one in outputs]
 
 
 def _rknn(job: Job) -> Outputs:
