@@ -203,16 +203,19 @@ def run(name: str, folder: Path) -> None:
     """Do the job in `folder`."""
     import numpy
 
-    said = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-    job = Job(**said, batches=numpy.load(folder / "batches.npy", allow_pickle=False))
+    asked = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    job = Job(**asked, batches=numpy.load(folder / "batches.npy", allow_pickle=False))
     try:
         rows = list(TOOLCHAINS[name].run(job))
+        if any(len(row) != len(job.outputs) for row in rows):
+            raise ValueError(f"outputs: {len(rows[0])} instead of {len(job.outputs)}")
+        outputs: dict[str, Any] = {key: numpy.stack([row[at] for row in rows]) for at, key in enumerate(job.outputs)}
     except Exception as error:  # a toolchain's own share no base class
-        (folder / "error.txt").write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
+        # Some put a whole traceback into their message; its last line says what is wrong.
+        said = str(error).strip()
+        said = said.splitlines()[-1] if "Traceback" in said else said
+        (folder / "error.txt").write_text(f"{type(error).__name__}: {said}", encoding="utf-8")
         return
-    outputs: dict[str, Any] = {
-        output: numpy.stack([row[place] for row in rows]) for place, output in enumerate(job.outputs)
-    }
     numpy.savez(folder / "outputs.npz", **outputs)
 
 
