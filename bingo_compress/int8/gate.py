@@ -19,7 +19,8 @@ from bingo_compress.models.exported import onnx_runner
 from bingo_compress.runtime import console
 from bingo_compress.sources.opened import Data
 
-LEAST_COSINE = 0.99
+LEAST_COSINE, LEAST_WORST = 0.99, 0.9  # mean of all images, and the worst: a mean of 0.9927 hid one of 0.826
+GALLERY_LEAST = 256
 LEAST_RECALL = 0.80
 MAX_LOSS = 0.5  # points of accuracy
 CHOOSE_SHARE = 0.25  # of each class of --labels that is in the bank
@@ -42,6 +43,10 @@ def make_gate(
     file's own bank and head, as the int8 file is to take its place. They name those below the gate: LEAST_COSINE,
     LEAST_RECALL, `max_loss` points of accuracy. Raises BingoError.
     """
+    if len(gallery) < GALLERY_LEAST:
+        console.say(
+            f"int8 is judged on {len(gallery)} images (expected {GALLERY_LEAST} or more): there are no more to spare"
+        )
     exact = onnx_runner(float_file)
     embedded = exact(gallery)[0]
     k = neighbours.recall_k(len(gallery) - 1)
@@ -65,6 +70,8 @@ def make_gate(
         # "not >=" and not "<", so that a NaN is refused too.
         if not told["mean_cosine"] >= LEAST_COSINE:
             missed.append(f"mean cosine {told['mean_cosine']:.4f} (at least {LEAST_COSINE})")
+        if not told["min_cosine"] >= LEAST_WORST:
+            missed.append(f"smallest cosine {told['min_cosine']:.4f} (at least {LEAST_WORST})")
         if near is not None:
             kept = (mates(found, k, Search("exact"))[0][:, :, None] == near[:, None, :]).any(2)
             told |= {"recall": float(kept.double().mean()), "recall_k": k, "recall_chance": k / (len(gallery) - 1)}

@@ -260,7 +260,7 @@ def _figure(row: Mapping[str, Any], key: str) -> str:
 
 
 def _name(contract: Mapping[str, Any]) -> str:
-    return "student-int8.onnx" if "int8" in contract else "student.onnx"
+    return {"int8": "student-int8.onnx", "float16": "student-fp16.onnx"}.get(contract["precision"], "student.onnx")
 
 
 def _names(files: Sequence[Mapping[str, Any]]) -> list[str]:
