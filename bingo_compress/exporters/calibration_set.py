@@ -58,7 +58,7 @@ def _readme(given: dict[str, Any], count: int) -> str:
 
 They are the user's own photos, cropped and resized as the file wants them. Send them to nobody who may not see them.
 
-- `{ARRAY}`: {given["dtype"]}, {count} x {" x ".join(map(str, shape[1:]))}, just as the file's input `{name}` takes them.
+- `{ARRAY}`: {given["dtype"]}, {count} x {" x ".join(map(str, shape[1:]))}, as the file's input `{name}` takes them.
 - `{IMAGES}/`, `{LIST}`: the same as JPEG, {size} x {size} RGB, before any mean and std.
 
 A value of the input is (pixel - mean) / std, a channel each: mean {mean}, std {std}.

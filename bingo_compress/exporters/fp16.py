@@ -24,10 +24,13 @@ def make(making: Making) -> Path:
     """
     # Here, as it takes a second and no other format needs it.
     from onnxruntime.transformers.float16 import convert_float_to_float16
+    from onnxruntime.transformers.onnx_model import OnnxModel
 
     raw = making.work / "half.onnx"
     try:
-        onnx.save(convert_float_to_float16(onnx.load(making.whole), keep_io_types=True), raw)
+        half = OnnxModel(convert_float_to_float16(onnx.load(making.whole), keep_io_types=True))
+        half.topological_sort()  # the casts of what goes in stand last
+        onnx.save(half.model, raw)
         found, exact = onnx_runner(raw)(making.calibration), onnx_runner(making.whole)(making.calibration)
     except BingoError as error:
         raise BingoError(f"export refused, no fp16 file written: {error}", REFUSED) from None

@@ -115,7 +115,7 @@ def keep_pair(newest: Path) -> None:
         return
     others = [file for row, file in found.items() if _made_from(row, file) != file_digest(exact)]
     for file in [exact] if newest in others else others:
-        drop(file, f"{newest.name} is of another export; --format all makes both")
+        drop(file, f"{newest.name} is of another export; --format all makes all")
 
 
 def _made_from(row: str, file: Path) -> str | None:

@@ -47,7 +47,7 @@ def test_values_beyond_16_bits_are_refused(tmp_path: Path, monkeypatch: pytest.M
     onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], "none", [], [])), tmp_path / "whole.onnx")
     monkeypatch.setattr(fp16, "onnx_runner", runner)
     making = Making(tmp_path / "whole.onnx", tmp_path / "whole.onnx", PIXELS, form("edge", None, None), tmp_path, None)  # type: ignore[arg-type]
-    with pytest.raises(BingoError, match="no fp16 file written: expected a cosine of 0.999") as caught:
+    with pytest.raises(BingoError, match=r"no fp16 file written: expected a cosine of 0\.999") as caught:
         fp16.make(making)
     assert caught.value.exit_status == 3 and not (tmp_path / "student-fp16.onnx").exists()
 
