@@ -21,6 +21,7 @@ ROOMS = (
     "unread",
     "report",
     "evaluation",
+    "heads",
     "exporters budget",
     "pipeline options",
     "dry_run inventory comparison demo",

@@ -8,7 +8,7 @@ it.
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ def _made_for(path: Path) -> str:
 
 
 def put(made: Path, target: Path) -> Path:
-    """Move a file with its contract and golden pictures to `target`, after all that belonged to another file there.
+    """Move a file with its contract, golden pictures and heads to `target`, after all that belonged to another file there.
     Returns `target`.
 
     A kill in between leaves a file without some of what belongs to it, never one with what belongs to another.
@@ -93,8 +93,10 @@ def put(made: Path, target: Path) -> Path:
     with atomic_folder(target.with_suffix(GOLDEN)) as folder:
         for path in made.with_suffix(GOLDEN).iterdir():
             os.replace(path, folder / path.name)
-    with atomic(target.with_suffix(CONTRACT)) as temporary:
-        os.replace(made.with_suffix(CONTRACT), temporary)
+    for end in (CONTRACT, LINEAR, BANK):
+        if made.with_suffix(end).is_file():
+            with atomic(target.with_suffix(end)) as temporary:
+                os.replace(made.with_suffix(end), temporary)
     return target
 
 
@@ -156,9 +158,9 @@ def _session(path: Path) -> onnxruntime.InferenceSession:
     return session
 
 
-def onnx_runner(path: Path) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """The file in onnxruntime on the CPU, as a function of uint8 (B, S, S, 3) -> (embedding, features); a fixed batch
-    is filled up and cut again.
+def runner(path: Path, names: Sequence[str]) -> Callable[[Tensor], list[Tensor]]:
+    """The file in onnxruntime on the CPU, as a function of uint8 (B, S, S, 3) -> its outputs of these names; a fixed
+    batch is filled up and cut again.
 
     Raises BingoError where it is not one of ours.
     """
@@ -168,13 +170,23 @@ def onnx_runner(path: Path) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     def once(batch: Tensor) -> list[Tensor]:
         return [
             torch.from_numpy(found)
-            for found in session.run(["embedding", "features"], {"image": np.ascontiguousarray(batch.numpy())})
+            for found in session.run(list(names), {"image": np.ascontiguousarray(batch.numpy())})
         ]
 
-    def run(batch: Tensor) -> tuple[Tensor, Tensor]:
+    def run(batch: Tensor) -> list[Tensor]:
         size = fixed if isinstance(fixed, int) else max(len(batch), 1)
         parts = [once(part[torch.arange(size) % len(part)]) for part in batch.split(size)]
-        embedding, features = (torch.cat(kind)[: len(batch)] for kind in zip(*parts, strict=True))
+        return [torch.cat(kind)[: len(batch)] for kind in zip(*parts, strict=True)]
+
+    return run
+
+
+def onnx_runner(path: Path) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """`runner` of (embedding, features)."""
+    outputs = runner(path, ("embedding", "features"))
+
+    def run(batch: Tensor) -> tuple[Tensor, Tensor]:
+        embedding, features = outputs(batch)
         return embedding, features
 
     return run
