@@ -273,8 +273,8 @@ def export(words: options.Export) -> Exported:
     given = _own(None, words.student)
     bands = preflight.refuse_run(_place(words.run), given, ("student",)).bands
 
-    from bingo_compress.exporters.exporting import Int8, Shape
-    from bingo_compress.exporters.exporting import export as write
+    from bingo_compress.exporting import Int8, Shape
+    from bingo_compress.exporting import export as write
     from bingo_compress.models import exported
     from bingo_compress.models.trained import Given
 

@@ -19,7 +19,7 @@ from bingo_edge.model import Embedder, latency_ms
 from bingo_compress import options
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation.validation import validate
-from bingo_compress.exporters.exporting import export
+from bingo_compress.exporting import export
 from bingo_compress.models import exported
 from bingo_compress.pipeline import run_distill
 from bingo_compress.recipe import RECIPES_DIR, load_recipe, recipe_text

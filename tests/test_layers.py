@@ -23,6 +23,8 @@ ROOMS = (
     "evaluation",
     "heads",
     "exporters budget",
+    "int8",
+    "exporting",
     "pipeline options",
     "dry_run inventory comparison demo",
     "preflight",

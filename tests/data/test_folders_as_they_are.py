@@ -14,7 +14,7 @@ from bingo_compress.data.image_list import ImageList, labels_of
 from bingo_compress.data.listing import list_images
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation import scores
-from bingo_compress.exporters.exporting import export
+from bingo_compress.exporting import export
 
 Make = Callable[..., Path]
 LEFT_BEHIND = (".DS_Store", "Thumbs.db", "desktop.ini", "._1.jpg", ".hidden.jpg", "README.md", "LICENSE", "Readme.TXT")

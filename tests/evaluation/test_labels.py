@@ -18,8 +18,8 @@ from bingo_compress.data import listing
 from bingo_compress.data.image_list import Contents, ImageList, labels_of
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation import scores, validation
-from bingo_compress.exporters import gate
 from bingo_compress.features import extract
+from bingo_compress.int8 import gate
 from bingo_compress.runtime.run_dir import RunDir
 
 Bingo = Callable[..., Ran]

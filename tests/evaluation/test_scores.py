@@ -17,8 +17,8 @@ from bingo_compress.comparison import side_by_side, tables
 from bingo_compress.data import image_list, listing
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation import probes, scores, validation
-from bingo_compress.exporters import gate
 from bingo_compress.features import extract
+from bingo_compress.int8 import gate
 from bingo_compress.recipe import recipe_text
 from bingo_compress.runtime import checkpoint, run_dir
 from bingo_compress.training import metrics

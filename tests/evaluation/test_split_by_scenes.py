@@ -14,8 +14,8 @@ from PIL import Image
 from bingo_compress.comparison import side_by_side
 from bingo_compress.data import listing
 from bingo_compress.evaluation import probes
-from bingo_compress.exporters import gate
 from bingo_compress.features import extract
+from bingo_compress.int8 import gate
 from bingo_compress.models.encoder import Preprocessing
 from bingo_compress.training.material import halves, split
 from bingo_compress.training.plan import held_out

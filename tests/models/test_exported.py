@@ -17,11 +17,13 @@ from bingo_edge import EdgeError, load_head
 from edge_models import make_model
 from helpers import encoder, interrupted_at, photos, untrained_run
 
+from bingo_compress import exporting
 from bingo_compress.errors import BingoError
-from bingo_compress.exporters import exporting, int8_file, timing
-from bingo_compress.exporters.exporting import Shape
-from bingo_compress.exporters.int8 import LadderEnds, Rung
+from bingo_compress.exporters import timing
 from bingo_compress.exporters.onnx import REFUSED
+from bingo_compress.exporting import Shape
+from bingo_compress.int8 import int8_file
+from bingo_compress.int8.ladder import LadderEnds, Rung
 from bingo_compress.models import exported, trained
 from bingo_compress.recipe import load_recipe
 from bingo_compress.runtime import checkpoint, run_dir

@@ -15,10 +15,10 @@ import torch
 from helpers import CPU, encoder, photo, photos, shallow, untrained_run
 from PIL import Image
 
+from bingo_compress import exporting
 from bingo_compress.data import image_list, listing
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation import probes, validation
-from bingo_compress.exporters import exporting
 from bingo_compress.exporters import onnx as exporter
 from bingo_compress.exporters.onnx import Deployed, export_onnx
 from bingo_compress.features import extract

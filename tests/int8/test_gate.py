@@ -10,13 +10,14 @@ import torch
 from edge_models import make_model
 from helpers import encoder, photos, recipe, untrained_run
 
+from bingo_compress import exporting
 from bingo_compress.data import image_list, listing, pixel_store
 from bingo_compress.errors import BingoError
-from bingo_compress.exporters import exporting, gate, int8_file, quantization_aware
-from bingo_compress.exporters.exporting import Int8
-from bingo_compress.exporters.int8 import LadderEnds, Rung
 from bingo_compress.exporters.onnx import PROFILES, REFUSED, Gate, Making
+from bingo_compress.exporting import Int8
 from bingo_compress.features import extract, near_copies
+from bingo_compress.int8 import gate, int8_file, quantization_aware
+from bingo_compress.int8.ladder import LadderEnds, Rung
 from bingo_compress.models.encoder import Preprocessing
 
 SEEN = Preprocessing(8, 0.875, "bicubic", "center", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

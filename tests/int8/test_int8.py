@@ -12,11 +12,12 @@ import torch
 from helpers import encoder, photos, shallow, untrained_run
 from torch import nn
 
+from bingo_compress import exporting
 from bingo_compress.errors import BingoError
-from bingo_compress.exporters import exporting, gate, int8
-from bingo_compress.exporters.exporting import Int8, Shape
-from bingo_compress.exporters.int8 import LadderEnds, Rung, quantise, sensitivity
 from bingo_compress.exporters.onnx import PROFILES, Deployed, Form, export_onnx, form
+from bingo_compress.exporting import Int8, Shape
+from bingo_compress.int8 import gate, ladder
+from bingo_compress.int8.ladder import LadderEnds, Rung, quantise, sensitivity
 from bingo_compress.models.exported import onnx_runner
 from bingo_compress.runtime import run_dir
 
@@ -143,7 +144,7 @@ def test_rungs_come_in_their_order_and_the_ladder_ends(float_file: Path, tmp_pat
     assert names == [
         "tuned, weights by channel",
         "tuned, ranges of 99.99%",
-        *(f"tuned, {count} layer{'s' if count > 1 else ''} in float" for count in int8.LEFT_IN_FLOAT),
+        *(f"tuned, {count} layer{'s' if count > 1 else ''} in float" for count in ladder.LEFT_IN_FLOAT),
         "tuned, activations of 16 bits",
     ]
     assert seen[2:7] == sorted(seen[2:7], reverse=True) and seen[6] < seen[1]  # fewer and fewer are rounded
@@ -162,7 +163,7 @@ def test_a_layer_that_rounding_harms_is_found(tmp_path: Path) -> None:
     def ratios() -> tuple[dict[tuple[str, ...], float], onnx.ModelProto]:
         export_onnx(student, pictures(8), tmp_path / "student.onnx", FACTS)
         model = onnx.load(tmp_path / "student.onnx")
-        found = sensitivity(tmp_path / "student.onnx", pictures(8), tmp_path, int8._outside(model))
+        found = sensitivity(tmp_path / "student.onnx", pictures(8), tmp_path, ladder._outside(model))
         assert [ratio for _, ratio in found] == sorted(ratio for _, ratio in found)
         for cache in tmp_path.glob("percentile*"):
             cache.unlink()
@@ -191,17 +192,17 @@ def test_what_is_left_in_float_is_not_rounded(float_file: Path, tmp_path: Path) 
     what follows it.
     """
     model = onnx.load(float_file)
-    parts = int8.layers(model, set())
+    parts = ladder.layers(model, set())
     kinds = {node.name: node.op_type for node in model.graph.node}
     assert [kinds[part[0]] for part in parts] == [
-        node.op_type for node in model.graph.node if node.op_type in int8.LAYERS
+        node.op_type for node in model.graph.node if node.op_type in ladder.LAYERS
     ]
-    assert all(kinds[name] not in int8.LAYERS for part in parts for name in part[1:])
+    assert all(kinds[name] not in ladder.LAYERS for part in parts for name in part[1:])
     everything = tuple(name for part in parts for name in part)
-    shown, outside = pictures(6), int8._outside(model)
+    shown, outside = pictures(6), ladder._outside(model)
     files = {"none": (), "one": parts[3], "all": everything}
     for name, left in files.items():
-        int8._quantise(float_file, tmp_path / f"{name}.onnx", shown, tmp_path, Rung(name, left=left), outside)
+        ladder._quantise(float_file, tmp_path / f"{name}.onnx", shown, tmp_path, Rung(name, left=left), outside)
     exact = onnx_runner(float_file)(shown)[0]
     far = [float((onnx_runner(tmp_path / f"{name}.onnx")(shown)[0] - exact).norm()) for name in files]
     assert far[0] != far[1] and far[2] < 1e-5 < far[0]
@@ -222,14 +223,14 @@ def test_features_after_pooling_and_a_last_layer_are_neither_rounded_nor_changed
             nn.init.normal_(module.bias)  # without, a random network's features are near zero
     float_file, prepared = tmp_path / "student.onnx", tmp_path / "prepared.onnx"
     export_onnx(student, pictures(8), float_file, FACTS, PROFILES[profile])
-    model = int8.prepare(float_file, prepared)
+    model = ladder.prepare(float_file, prepared)
     onnx.checker.check_model(model, full_check=True)
     assert "Gemm" in {node.op_type for node in model.graph.node}  # the last convolution
     for got, wanted in zip(onnx_runner(prepared)(pictures(8)), onnx_runner(float_file)(pictures(8)), strict=True):
         assert torch.allclose(got, wanted, rtol=1e-4, atol=1e-4)
     names = [node.name for node in model.graph.node]
     assert all(names) and len(set(names)) == len(names)
-    int8._quantise(prepared, tmp_path / "int8.onnx", pictures(8), tmp_path, Rung("first"), int8._outside(model))
+    ladder._quantise(prepared, tmp_path / "int8.onnx", pictures(8), tmp_path, Rung("first"), ladder._outside(model))
     made = {made: node for node in onnx.load(tmp_path / "int8.onnx").graph.node for made in node.output}
     assert made["features"].op_type != "DequantizeLinear"
     exact, found = onnx_runner(float_file)(pictures(8))[1], onnx_runner(tmp_path / "int8.onnx")(pictures(8))[1]
@@ -253,8 +254,8 @@ def test_features_that_a_layer_gives_directly_are_not_rounded(tmp_path: Path) ->
     model.graph.initializer.append(onnx.numpy_helper.from_array(weight, "weight"))
     onnx.save(model, tmp_path / "student.onnx")
     shown = torch.randint(0, 256, (8, 4, 4, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    outside = int8._outside(int8.prepare(tmp_path / "student.onnx", tmp_path / "prepared.onnx"))
-    int8._quantise(tmp_path / "prepared.onnx", tmp_path / "int8.onnx", shown, tmp_path, Rung("first"), outside)
+    outside = ladder._outside(ladder.prepare(tmp_path / "student.onnx", tmp_path / "prepared.onnx"))
+    ladder._quantise(tmp_path / "prepared.onnx", tmp_path / "int8.onnx", shown, tmp_path, Rung("first"), outside)
     nodes = onnx.load(tmp_path / "int8.onnx").graph.node
     assert {made: node.op_type for node in nodes for made in node.output}["features"] == "MatMul"
     assert any(node.op_type == "QuantizeLinear" for node in nodes)
@@ -345,7 +346,7 @@ def test_an_int8_file_below_the_gate_is_not_published(
     finished: run_dir.RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gate, "LEAST_COSINE", 1.1)
-    monkeypatch.setattr(int8, "LEFT_IN_FLOAT", ())
+    monkeypatch.setattr(ladder, "LEFT_IN_FLOAT", ())
     with pytest.raises(BingoError, match=r"export refused, no int8 file written: 3 ways .*--finetune") as caught:
         exporting.export(finished.path, fmt="onnx-int8")
     assert caught.value.exit_status == 3 and list(finished.export.iterdir()) == []

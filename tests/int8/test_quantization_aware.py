@@ -8,8 +8,8 @@ from helpers import encoder, photos, recipe
 from torch import nn
 
 from bingo_compress.data import listing
-from bingo_compress.exporters import quantization_aware
 from bingo_compress.features import extract
+from bingo_compress.int8 import quantization_aware
 from bingo_compress.models.encoder import Encoder
 
 SIZE = 32

@@ -13,11 +13,12 @@ from torch import Tensor
 from bingo_compress import __version__
 from bingo_compress.data import image_list, listing
 from bingo_compress.errors import BingoError
-from bingo_compress.exporters import gate, int8_file, quantization_aware, timing
+from bingo_compress.exporters import timing
 from bingo_compress.exporters.golden import write_golden
-from bingo_compress.exporters.int8 import CALIBRATION
 from bingo_compress.exporters.onnx import IMAGES, REFUSED, Form, Making, export_onnx, form
 from bingo_compress.features import extract
+from bingo_compress.int8 import gate, int8_file, quantization_aware
+from bingo_compress.int8.ladder import CALIBRATION
 from bingo_compress.models import exported
 from bingo_compress.models.encoder import Encoder
 from bingo_compress.models.exported import onnx_runner

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from bingo_compress.errors import BingoError
-from bingo_compress.exporters.int8 import LadderEnds, quantise
 from bingo_compress.exporters.onnx import REFUSED, Making, publish
 from bingo_compress.features import neighbours
+from bingo_compress.int8.ladder import LadderEnds, quantise
 from bingo_compress.models import exported
 from bingo_compress.runtime import console
 
