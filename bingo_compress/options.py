@@ -236,18 +236,43 @@ class Export:
     format: Annotated[str, Word("method", "onnx, onnx-int8 or all")] = "onnx"
     profile: Annotated[
         str,
-        Word("method", "modern (opset 21, any batch) or edge (opset 17, IR 8, batch 1, for device makers' converters)"),
+        Word(
+            "method",
+            "modern (opset 21, any batch, uint8) or edge (opset 17, IR 8, batch 1, float32-nchw, for device makers'"
+            " converters)",
+        ),
     ] = "modern"
     batch: Annotated[str | None, Word("method", "dynamic or a number, instead of the profile's")] = None
     opset: Annotated[int | None, Word("method", "opset of the ONNX domain, instead of the profile's", int)] = None
+    input: Annotated[
+        str | None,
+        Word(
+            "method",
+            "what the file takes, instead of the profile's: uint8-nhwc (pixels as they are), float32-nchw (0 to 1) or"
+            " float32-nchw-normalised (less mean, by std)",
+        ),
+    ] = None
+    outputs: Annotated[
+        str | None,
+        Word("method", "embedding, features, scores, distance with commas between; default: all that there are"),
+    ] = None
     image_size: Annotated[int | None, Word("models", "pixels a side of the file's input; default: the run's", int)] = (
         None
     )
     labels: Annotated[
         Data | None,
-        _places("labelled images, one folder a class: int8 may lose --max-loss points of accuracy on them"),
+        _places("labelled images, one folder a class: for --head, and int8 may lose --max-loss points on them"),
     ] = None
     test: TestFolder = None
+    head: Annotated[
+        str,
+        Word(
+            "method",
+            "classes in the file, as an output scores: linear or knn, fitted on --labels, or a head that validate wrote"
+            " beside the file, student.linear.npz",
+            metavar="linear|knn|FILE",
+        ),
+    ] = ""
     max_loss: Annotated[float, Word("method", "points of kNN and linear accuracy that int8 may lose", float)] = 0.5
     finetune: Annotated[
         bool,

@@ -16,6 +16,7 @@ from bingo_edge.image import load_image, preprocess_from
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from bingo_compress.errors import BingoError
 from bingo_compress.runtime.run_dir import atomic_folder
@@ -34,30 +35,33 @@ SHAPES = (
 )
 
 
-def write_golden(model: Path, contract: dict[str, Any], run: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Path:
+def write_golden(model: Path, contract: dict[str, Any], run: Callable[[Tensor], dict[str, Tensor]]) -> Path:
     """Write `<stem>.golden/` beside `model`, whole or not at all, in place of an older one. Returns the folder.
 
-    run: the model file itself, uint8 (1, S, S, 3) -> (embedding (1, D) L2-normalised, features (1, D)); it is given one
-    picture at a time, as the file's batch may be fixed. In the folder: the pictures; of each the network's input
-    NAME.rgb, S x S x 3 bytes by rows; golden.json, which names all with their sha256 and holds the embeddings. Raises
-    BingoError (exit status 3) for an embedding that is not finite.
+    run: the model file itself, uint8 (1, S, S, 3) -> its outputs by name, embedding (1, D) L2-normalised and features
+    (1, D) or one of them; it is given one picture at a time, as the file's batch may be fixed. In the folder: the
+    pictures; of each the network's input NAME.rgb, S x S x 3 bytes by rows; golden.json, which names all with their
+    sha256 and holds the outputs, and the embedding in any case. Raises BingoError (exit status 3) for one that is not
+    finite.
     """
     entries = []
     with atomic_folder(model.with_suffix(".golden")) as folder:
         for name, picture in drawn().items():
             pixels = preprocess_from(contract, load_image(io.BytesIO(picture)))
-            embedding = run(torch.from_numpy(pixels)[None])[0][0].double()
-            if not embedding.isfinite().all():
+            outputs = {key: rows[0].double() for key, rows in run(torch.from_numpy(pixels)[None]).items()}
+            if not all(values.isfinite().all() for values in outputs.values()):
                 raise BingoError(
                     f"export refused: expected finite embeddings, found others of the drawn picture {name}; try another"
                     " student",
                     REFUSED,
                 )
+            if "embedding" not in outputs:
+                outputs["embedding"] = normalize(outputs["features"], dim=0)
             raw, rgb = pixels.tobytes(), f"{Path(name).stem}.rgb"
             (folder / name).write_bytes(picture)
             (folder / rgb).write_bytes(raw)
             entry = {"file": name, "sha256": _sha256(picture), "rgb": rgb, "rgb_sha256": _sha256(raw)}
-            entries.append(entry | {"embedding": embedding.numpy().round(8).tolist()})
+            entries.append(entry | {key: values.numpy().round(8).tolist() for key, values in outputs.items()})
         held = {
             "format": 1,
             "model": model.name,

@@ -18,11 +18,14 @@ from typing import Any, NamedTuple
 import onnx
 import timm
 import torch
+from bingo_edge.model import network_input
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from bingo_compress.errors import BingoError, first_line
-from bingo_compress.models.encoder import Encoder
+from bingo_compress.exporters import graph
+from bingo_compress.exporters.graph import TORCH_LEAST
+from bingo_compress.models.encoder import Encoder, Preprocessing
 from bingo_compress.models.exported import onnx_runner
 from bingo_compress.runtime.run_dir import atomic, is_full, write_text
 
@@ -30,65 +33,54 @@ MAX_DIFFERENCE = 1e-4
 MIN_COSINE = 0.9999
 IMAGES = 256
 REFUSED = 3
-TORCH_LEAST = 18  # torch writes no lower opset, whatever it is asked for: lower ones are converted from it
-# (name, text, number) of what opset 18 added.
-RESIZE_DEFAULTS = {
-    ("keep_aspect_ratio_policy", b"stretch", 0),
-    ("antialias", b"", 0),
-}
-# The IR version of the onnx release that brought the opset (onnx/docs/Versioning.md).
-IR_OF_OPSET = {
-    17: 8,
-    16: 8,
-    15: 8,
-}
-
+# What a file takes: bytes as they lie in a picture; or floats by channels, of 0 to 1, or less the mean and by the std.
+INPUTS = ("uint8-nhwc", "float32-nchw", "float32-nchw-normalised")
+OUTPUTS = ("embedding", "features", "scores", "distance")  # the last two where the file has a class head
 
 # Of a quantised file: its figures, and the names of those that are below the gate.
 Judge = Callable[[Path], tuple[dict[str, Any], list[str]]]
+# Takes a graph, where to put it, its contract and its form; returns the contract as it was written.
+Publish = Callable[[Path, Path, dict[str, Any], "Form"], dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Form:
     """What a file is to look like. opset: of the ONNX domain, the only one in it; ir: at most this IR version, 0:
-    whatever torch writes; batch: 0 is dynamic.
+    whatever torch writes; batch: 0 is dynamic; taken: one of INPUTS; plain: without the operators that some toolchain
+    gets wrong (`graph.to_plain`); outputs: those that the published file has.
     """
 
     opset: int
     ir: int
     batch: int
+    taken: str = "uint8-nhwc"
+    plain: bool = False
+    outputs: tuple[str, ...] = OUTPUTS
 
 
 class Gate(NamedTuple):
     """Of a quantised file: `choose` by what it is chosen, `report` how it does on test images that choose nothing, each
-    its figures and those below the gate. labelled: sha256 of the labelled images that either judges by.
+    its figures and those below the gate. labelled: sha256 of the labelled images that either judges by; max_loss:
+    points of accuracy.
     """
 
     choose: Judge
     report: Judge
     labelled: set[str]
-
-
-class Making(NamedTuple):
-    """What a file in less precision is made of, in the folder `work`. calibration: uint8 (n, S, S, 3), images that
-    ranges are found on; tuned: makes a float file that loses less, where that is asked for.
-    """
-
-    float_file: Path
-    calibration: Tensor
-    form: Form
-    work: Path
-    gate: Gate
-    tuned: Callable[[], Path] | None = None
+    max_loss: float = 0.0
 
 
 # modern: the first opset whose own QuantizeLinear takes 16 bits; edge: what RKNN, CANN, TensorRT, Hailo and old Triton
-# servers read.
-PROFILES = {"modern": Form(21, 0, 0), "edge": Form(17, 8, 1)}
+# servers read, and float pixels, as ncnn and RKNN know no others (docs/devices.md).
+PROFILES = {"modern": Form(21, 0, 0), "edge": Form(17, 8, 1, "float32-nchw", True)}
 
 
-def form(profile: str, batch: str | None, opset: int | None) -> Form:
-    """A profile with what the user wants otherwise. batch: "dynamic" or a number. Raises BingoError."""
+def form(
+    profile: str, batch: str | None, opset: int | None, taken: str | None = None, outputs: str | None = None
+) -> Form:
+    """A profile with what the user wants otherwise. batch: "dynamic" or a number; outputs: names with commas between.
+    Raises BingoError.
+    """
     if profile not in PROFILES:
         raise BingoError(f"--profile: expected {' or '.join(PROFILES)}, found {profile!r}")
     chosen = PROFILES[profile]
@@ -104,23 +96,36 @@ def form(profile: str, batch: str | None, opset: int | None) -> Form:
                 f" {onnx.__version__} knows), found {opset}"
             )
         chosen = replace(chosen, opset=opset)
+    if taken is not None:
+        if taken not in INPUTS:
+            raise BingoError(f"--input: expected {', '.join(INPUTS)}, found {taken!r}")
+        chosen = replace(chosen, taken=taken)
+    if outputs is not None:
+        names = [name.strip() for name in outputs.split(",")]
+        if not set(names) <= set(OUTPUTS):
+            raise BingoError(f"--outputs: expected some of {', '.join(OUTPUTS)} with commas between, found {outputs!r}")
+        chosen = replace(chosen, outputs=tuple(name for name in OUTPUTS if name in names))
     return chosen
 
 
 class Deployed(nn.Module):
-    """What the device runs. forward: uint8 (B, S, S, 3) RGB -> (embedding (B, D) L2-normalised, features (B, D)
-    raw).
+    """What the device runs. forward: pixels in one of INPUTS, uint8 (B, S, S, 3) RGB or float (B, 3, S, S) ->
+    (embedding (B, D) L2-normalised, features (B, D) raw).
     """
 
-    def __init__(self, student: Encoder) -> None:
+    def __init__(self, student: Encoder, taken: str = "uint8-nhwc") -> None:
         super().__init__()
         self.student = student
+        self.taken = taken
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 pixels to (embedding, features)."""
-        # contiguous: pooling of channels-last tensors is exported with an as_strided, a Gather that devices need not
-        # know.
-        features = self.student(image.permute(0, 3, 1, 2).contiguous().to(torch.float32) / 255)
+        """Pixels to (embedding, features)."""
+        if self.taken == "uint8-nhwc":
+            # contiguous: pooling of channels-last tensors is exported with an as_strided, a Gather that devices need
+            # not know.
+            image = image.permute(0, 3, 1, 2).contiguous().to(torch.float32) / 255
+        normalised = self.taken == "float32-nchw-normalised"
+        features = self.student.backbone(image) if normalised else self.student(image)
         # As torch's normalize, in four nodes: that one is exported with shapes that are looked up, ranged over and
         # expanded.
         return features / features.norm(dim=1, keepdim=True).clamp(min=1e-12), features
@@ -140,11 +145,13 @@ def export_onnx(
         expected = [Deployed(student)(batch) for batch in images.split(32)]
     fused = copy.deepcopy(student).float()
     fused.backbone = timm.utils.reparameterize_model(fused.backbone)
-    contract = _contract(student, facts)
+    contract = _contract(student, facts, wanted)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".onnx-", dir=path.parent) as folder:
         raw = Path(folder, "student.onnx")
-        _write_graph(Deployed(fused).eval(), images, raw, wanted)
+        pixels = torch.from_numpy(network_input(contract, images.numpy()))
+        _write_graph(Deployed(fused, wanted.taken).eval(), pixels, raw, wanted)
+        _save(onnx.load(raw), raw, contract)
         contract["parity"] = _parity(
             raw, images, torch.cat([pair[0] for pair in expected]), torch.cat([pair[1] for pair in expected])
         )
@@ -152,15 +159,16 @@ def export_onnx(
 
 
 def publish(raw: Path, path: Path, contract: dict[str, Any], wanted: Form) -> dict[str, Any]:
-    """Put what `raw` holds at `path`, with the contract and what the graph turned out to be in its metadata; and the
-    readable `path`.json, which holds the same and "bytes" and "sha256" of `path`. Returns what it holds. Raises
-    BingoError (exit status 3) unless the graph is of the form that is wanted.
+    """Put what `raw` holds at `path`, less the outputs that are not wanted, with the contract and what the graph turned
+    out to be in its metadata; and the readable `path`.json, which holds the same and "bytes" and "sha256" of `path`.
+    Returns what it holds. Raises BingoError (exit status 3) unless the graph is of the form that is wanted.
     """
-    contract = contract | {"onnx": described(raw, wanted)}
+    kept = {name: what for name, what in contract["outputs"].items() if name in wanted.outputs}
+    contract = contract | {"outputs": kept, "onnx": described(raw, wanted)}
+    model = onnx.load(raw)
+    graph.keep_outputs(model, kept)
     with atomic(path) as temporary:
-        model = onnx.load(raw)
-        onnx.helper.set_model_props(model, {"bingo_compress": json.dumps(contract)})
-        onnx.save(model, temporary)
+        _save(model, temporary, contract)
         onnx.checker.check_model(temporary)
         contract |= {"bytes": temporary.stat().st_size, "sha256": hashlib.sha256(temporary.read_bytes()).hexdigest()}
         path.with_suffix(".json").unlink(missing_ok=True)
@@ -168,7 +176,47 @@ def publish(raw: Path, path: Path, contract: dict[str, Any], wanted: Form) -> di
     return contract
 
 
-def _contract(student: Encoder, facts: dict[str, Any]) -> dict[str, Any]:
+class Making(NamedTuple):
+    """What a file in less precision is made of, in the folder `work`. whole: the float file with all its outputs;
+    float_file: with those that are published; calibration: uint8 (n, S, S, 3), images that ranges are found on; tuned:
+    makes a whole float file that loses less, where that is asked for; put: publishes a graph, `publish` or as it.
+    """
+
+    whole: Path
+    float_file: Path
+    calibration: Tensor
+    form: Form
+    work: Path
+    gate: Gate
+    tuned: Callable[[], Path] | None = None
+    put: Publish = publish
+
+
+def published(whole: Path, path: Path, wanted: Form, put: Publish = publish) -> Path:
+    """A file with all outputs, published at `path` by `put` in the form that is wanted. Returns `path`."""
+    contract = json.loads(whole.with_suffix(".json").read_text(encoding="utf-8"))
+    put(whole, path, {key: value for key, value in contract.items() if key not in ("bytes", "sha256")}, wanted)
+    return path
+
+
+def _save(model: onnx.ModelProto, path: Path, contract: dict[str, Any]) -> None:
+    """With the contract in the metadata: whoever runs a file is told by it how it takes pixels."""
+    onnx.helper.set_model_props(model, {"bingo_compress": json.dumps(contract)})
+    onnx.save(model, path)
+
+
+def _input(preprocessing: Preprocessing, taken: str) -> dict[str, Any]:
+    """How pixels become what the file takes, as `bingo_edge.model.network_input` does it."""
+    given: dict[str, Any] = {"name": "image", "layout": "NHWC", "dtype": "uint8", "color": "RGB"}
+    given["size"] = preprocessing.size
+    if taken != "uint8-nhwc":
+        mean, std = ((0.0,) * 3, (1.0,) * 3) if taken == "float32-nchw" else (preprocessing.mean, preprocessing.std)
+        given |= {"layout": "NCHW", "dtype": "float32"}
+        given |= {"mean": [255 * value for value in mean], "std": [255 * value for value in std]}
+    return given
+
+
+def _contract(student: Encoder, facts: dict[str, Any], wanted: Form) -> dict[str, Any]:
     preprocessing = student.preprocessing
     return {
         "format": 1,
@@ -176,14 +224,14 @@ def _contract(student: Encoder, facts: dict[str, Any]) -> dict[str, Any]:
         "precision": "float32",
         "embedding_dim": student.width,
         "parameters": student.parameters_count(),
-        "input": {"name": "image", "layout": "NHWC", "dtype": "uint8", "color": "RGB", "size": preprocessing.size},
+        "input": _input(preprocessing, wanted.taken),
         "preprocess": {key: value for key, value in preprocessing.geometry().items() if key != "size"},
         "preprocess_rule": (
             "upright RGB; centred square of side crop_pct x the shorter side (crop_mode squash: the whole picture); "
             "resized to size x size with Pillow's antialiased interpolation"
         ),
         "normalization": {
-            "where": "in the graph",
+            "where": "before the graph" if wanted.taken == "float32-nchw-normalised" else "in the graph",
             "scale": "1/255",
             "mean": list(preprocessing.mean),
             "std": list(preprocessing.std),
@@ -228,21 +276,18 @@ def _write_graph(module: nn.Module, images: Tensor, path: Path, wanted: Form) ->
             raise BingoError(
                 f"export refused: torch cannot export this student to ONNX ({why}); choose another student", REFUSED
             ) from None
-    if wanted.opset < TORCH_LEAST or wanted.ir:
-        _lower(path, wanted)
-
-
-def _lower(path: Path, wanted: Form) -> None:
-    """Rewrite the file at an opset that torch does not write: to 17 here (onnx's own converter has no way for Split),
-    further down by onnx's converter.
-    """
     model = onnx.load(path)
+    if wanted.opset < TORCH_LEAST or wanted.ir:
+        model = _lowered(model, wanted)
+    if wanted.plain:
+        graph.to_plain(model)
+    onnx.save(model, path)
+
+
+def _lowered(model: onnx.ModelProto, wanted: Form) -> onnx.ModelProto:
+    """At an opset that torch does not write. Raises BingoError (exit status 3)."""
     try:
-        if wanted.opset < TORCH_LEAST:
-            _to_opset_17(model)
-            onnx.checker.check_model(model, full_check=True)  # refuses what opset 17 does not know
-        if wanted.opset < 17:
-            model = onnx.version_converter.convert_version(model, wanted.opset)
+        return graph.lowered(model, wanted.opset, wanted.ir)
     except Exception as error:
         why = " ".join(str(error).split())[:200]
         raise BingoError(
@@ -250,44 +295,6 @@ def _lower(path: Path, wanted: Form) -> None:
             f" {TORCH_LEAST} or more, or --profile modern",
             REFUSED,
         ) from None
-    model.ir_version = wanted.ir or IR_OF_OPSET.get(wanted.opset, model.ir_version)
-    onnx.save(model, path)
-
-
-def _to_opset_17(model: onnx.ModelProto) -> None:
-    """From opset 18, in place: the axes of reductions become an attribute again, and Split loses its count of outputs,
-    which says what is there to see.
-    """
-    values = {one.name: onnx.numpy_helper.to_array(one) for one in model.graph.initializer}
-    values |= {
-        node.output[0]: onnx.numpy_helper.to_array(node.attribute[0].t)
-        for node in model.graph.node
-        if node.op_type == "Constant"
-    }
-    for node in model.graph.node:
-        gone = {"num_outputs"} if node.op_type == "Split" else set()
-        if node.op_type == "Resize":  # what these say by default is what opset 17 does
-            gone = {
-                attribute.name
-                for attribute in node.attribute
-                if (attribute.name, attribute.s, attribute.i) in RESIZE_DEFAULTS
-            }
-        # ReduceSum has taken its axes as an input since opset 13.
-        if node.op_type.startswith("Reduce") and node.op_type != "ReduceSum":
-            gone = {"noop_with_empty_axes"}
-            if len(node.input) > 1:
-                axes = values[node.input.pop()].tolist()
-                node.attribute.append(onnx.helper.make_attribute("axes", axes))
-        kept = [attribute for attribute in node.attribute if attribute.name not in gone]
-        del node.attribute[:]
-        node.attribute.extend(kept)
-    used = {name for node in model.graph.node for name in node.input}
-    left = [one for one in model.graph.initializer if one.name in used]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(left)
-    for entry in model.opset_import:
-        if not entry.domain:
-            entry.version = 17
 
 
 def described(path: Path, wanted: Form) -> dict[str, Any]:

@@ -50,10 +50,10 @@ def fit(kind: str, sides: scores.Sides, name: str) -> Made:
     temperature) for its class. Both temperatures minimise the negative log-likelihood of each fold under the others.
     """
     features, labels, count = sides.bank[name], sides.labels, len(sides.classes)
-    embeddings = probes.normalised(features)
+    units = embeddings(features)
     fold = probes.folds(labels, probes.FOLDS, sides.groups)
-    means = calibration.class_means(embeddings, labels, count)
-    threshold = calibration.threshold(embeddings, labels, count, fold)
+    means = calibration.class_means(units, labels, count)
+    threshold = calibration.threshold(units, labels, count, fold)
     contents = sides.bank_folder.only(sides.places).digests
     named = sorted(f"{digest} {sides.classes[label]}" for digest, label in zip(contents, labels.tolist(), strict=True))
     facts: dict[str, Any] = {
@@ -65,18 +65,21 @@ def fit(kind: str, sides: scores.Sides, name: str) -> Made:
     if kind == "linear":
         head = probes.fit_linear(features, labels, count, groups=sides.groups)
         logits = probes.held_out_logits(features, labels, count, head.strength, fold)
-        heat = calibration.temperature(
-            lambda each: float(-(logits / each).log_softmax(1).gather(1, labels[:, None]).mean())
-        )
+        heat = calibration.temperature(lambda each: (logits / each).log_softmax(1), labels)
         weight, bias = ((each.double() / heat).float().numpy() for each in (head.weight, head.bias))
         facts |= {"temperature": heat, "strength": head.strength}
         return Made(LinearHead(weight, bias, classes), means.numpy(), threshold, facts)
-    rows = embeddings.half().float()  # as the npz beside holds them
+    rows = units.half().float()  # as the npz beside holds them
     heat = _bank_temperature(rows, labels, count, fold)
     facts |= {"temperature": heat, "k": len(labels)}
     bank = BankHead(rows.numpy(), labels.int().numpy(), classes, len(labels), heat)
     paths = [sides.bank_folder.files[place] for place in sides.places]
     return Made(bank, means.numpy(), threshold, facts, paths)
+
+
+def embeddings(features: Tensor) -> Tensor:
+    """Rows of length one, as the file's own output."""
+    return probes.normalised(features)
 
 
 def _bank_temperature(rows: Tensor, labels: Tensor, classes: int, fold: Tensor) -> float:
@@ -88,11 +91,10 @@ def _bank_temperature(rows: Tensor, labels: Tensor, classes: int, fold: Tensor) 
     cosines = (rows[asked] @ rows.T).masked_fill(fold[asked][:, None] == fold[None], -torch.inf)
     votes = one_hot(labels, classes).float()
 
-    def loss(heat: float) -> float:
-        share = ((cosines / heat).softmax(1) @ votes).gather(1, labels[asked][:, None])
-        return float(-share.clamp(min=1e-12).log().mean())  # of a class with one image there is no other to vote
-
-    return calibration.temperature(loss)
+    # Of a class with one image there is no other to vote: its share is 0.
+    return calibration.temperature(
+        lambda heat: ((cosines / heat).softmax(1) @ votes).clamp(min=1e-12).log(), labels[asked]
+    )
 
 
 def read(path: Path, student_weights: str, preprocess: Mapping[str, Any]) -> Made:
@@ -125,6 +127,13 @@ def read(path: Path, student_weights: str, preprocess: Mapping[str, Any]) -> Mad
     facts |= {"temperature": 1.0} if isinstance(head, LinearHead) else {"temperature": head.temperature, "k": head.k}
     means, threshold = _none_of_these(extra, len(head.classes), model.dim)
     return Made(head, means, threshold, facts, extra["paths"].tolist() if "paths" in extra else ())
+
+
+def of(file: Path) -> Head:
+    """The head beside a file, whose classes it has. Raises BingoError."""
+    model = exported.opened(file)
+    end = {"linear": exported.LINEAR, "knn": exported.BANK}[model.contract["head"]["kind"]]
+    return load_head(file.with_suffix(end), model)
 
 
 def _none_of_these(

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from bingo_compress.errors import BingoError
-from bingo_compress.exporters.onnx import REFUSED, Making, publish
+from bingo_compress.exporters.onnx import REFUSED, Making
 from bingo_compress.features import neighbours
+from bingo_compress.int8 import gate
 from bingo_compress.int8.ladder import LadderEnds, quantise
 from bingo_compress.models import exported
 from bingo_compress.runtime import console
@@ -26,7 +27,7 @@ def make(making: Making) -> Path:
     """
     float_file, tuned, choose = making.float_file, making.tuned, making.gate.choose
     try:
-        file, rung, tried = quantise(float_file, making.calibration, making.form, _folder(making, "ladder"), choose)
+        file, rung, tried = quantise(making.whole, making.calibration, making.form, _folder(making, "ladder"), choose)
     except LadderEnds as error:
         _table(error.tried, float_file)
         if tuned is None:
@@ -56,7 +57,10 @@ def make(making: Making) -> Path:
         **{f"float_{key}": contract.pop(key) for key in ("sha256", "bytes", "parity")},
     }
     target = making.work / exported.name("onnx-int8")
-    contract = publish(file, target, contract, making.form)
+    classes = contract.get("head", {})
+    contract = making.put(file, target, contract, making.form)
+    if lost := gate.lost_classes(classes, contract.get("head", {}), making.gate.max_loss):
+        raise BingoError(f"export refused, no int8 file written: {rung.name} misses {lost}; {WAYS}", REFUSED)
     console.say(
         f"{target.name}: {contract['bytes'] / float_file.stat().st_size:.2f} of the float file's size; rung:"
         f" {rung.name}"

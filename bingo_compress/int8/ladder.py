@@ -3,6 +3,7 @@ quantises; here is what it is asked for.
 """
 
 import io
+import json
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from bingo_edge.model import network_input
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import Tensor
@@ -88,6 +90,8 @@ def prepare(float_file: Path, prepared: Path) -> onnx.ModelProto:
     with _quietly():
         quant_pre_process(float_file, prepared, skip_symbolic_shape=True)
     model = onnx.shape_inference.infer_shapes(_last_layer_as_product(onnx.load(prepared)))
+    del model.metadata_props[:]
+    model.metadata_props.extend(onnx.load(float_file).metadata_props)
     for number, node in enumerate(model.graph.node):
         node.name = f"{number}_{node.op_type}"
     onnx.save(model, prepared)
@@ -193,7 +197,7 @@ def _quantise(
         quantize_static(
             prepared,
             target,
-            _Images(images),
+            _Images(images, _said_by(prepared)),
             quant_format=QuantFormat.QDQ,
             activation_type=QuantType.QUInt16 if rung.sixteen else QuantType.QUInt8,
             per_channel=True,
@@ -302,11 +306,20 @@ def _only_needed_domains(file: Path, wanted: Form) -> None:
     onnx.save(model, file)
 
 
+def _said_by(file: Path) -> dict[str, Any]:
+    """The contract in a file's metadata; of a graph of bytes without one, what can be meant alone."""
+    told = {one.key: one.value for one in onnx.load(file, load_external_data=False).metadata_props}
+    if "bingo_compress" in told:
+        return dict(json.loads(told["bingo_compress"]))
+    return {"input": {"dtype": "uint8"}}
+
+
 class _Images(CalibrationDataReader):  # type: ignore[misc]
     """Images one by one, as onnxruntime's calibrators ask for them."""
 
-    def __init__(self, images: Tensor) -> None:
-        self._images = images
+    def __init__(self, images: Tensor, contract: dict[str, Any]) -> None:
+        self._images = np.ascontiguousarray(images.numpy())
+        self._contract = contract
         self.set_range(0, len(images))
 
     def __len__(self) -> int:
@@ -317,7 +330,7 @@ class _Images(CalibrationDataReader):  # type: ignore[misc]
 
     def get_next(self) -> dict[str, Any] | None:
         image = next(self._left, None)
-        return None if image is None else {"image": np.ascontiguousarray(self._images[image : image + 1].numpy())}
+        return None if image is None else {"image": network_input(self._contract, self._images[image : image + 1])}
 
 
 @contextmanager

@@ -6,9 +6,10 @@ it.
 """
 
 import hashlib
+import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ import numpy as np
 import onnxruntime
 import torch
 from bingo_edge import EdgeError, Embedder
+from bingo_edge.model import network_input
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from bingo_compress.errors import BingoError
 from bingo_compress.runtime import checkpoint, console
@@ -40,14 +43,19 @@ def name(row: str) -> str:
     return f"{STEM}{row.removeprefix('onnx')}.onnx"
 
 
+def opened(file: Path) -> Embedder:
+    """An exported file as a device opens it. Raises BingoError."""
+    try:
+        return Embedder(file)
+    except EdgeError as error:
+        raise BingoError(f"{file}: {error}; or delete it") from None
+
+
 def contract(file: Path) -> dict[str, Any]:
     """What an exported file says of itself, as a device reads it, and "file", "bytes" and "sha256" as it is now. Raises
     BingoError.
     """
-    try:
-        held = Embedder(file)
-    except EdgeError as error:
-        raise BingoError(f"{file}: {error}; or delete it") from None
+    held = opened(file)
     return held.contract | {"file": file.name, "bytes": file.stat().st_size, "sha256": held.sha256}
 
 
@@ -76,8 +84,8 @@ def _made_for(path: Path) -> str:
 
 
 def put(made: Path, target: Path) -> Path:
-    """Move a file with its contract, golden pictures and heads to `target`, after all that belonged to another file there.
-    Returns `target`.
+    """Move a file with its contract, golden pictures and head to `target`, after all that belonged to another file
+    there. Returns `target`.
 
     A kill in between leaves a file without some of what belongs to it, never one with what belongs to another.
     """
@@ -143,50 +151,60 @@ def _clear(file: Path) -> list[str]:
     return gone
 
 
-def _session(path: Path) -> onnxruntime.InferenceSession:
-    """The file in onnxruntime on the CPU. Raises BingoError where it is not one of ours."""
+def _session(path: Path) -> tuple[onnxruntime.InferenceSession, dict[str, Any], list[str]]:
+    """(the file in onnxruntime on the CPU, how its contract says that it takes pixels, its outputs). Raises BingoError
+    where it is not one of ours.
+    """
     try:
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        (given,), names = session.get_inputs(), {output.name for output in session.get_outputs()}
-        if given.name != "image" or len(given.shape) != 4 or not names >= {"embedding", "features"}:
-            raise ValueError(f"{given.name} {given.shape} in, {', '.join(sorted(names))} out")
+        (taken,), names = session.get_inputs(), [output.name for output in session.get_outputs()]
+        told = session.get_modelmeta().custom_metadata_map.get("bingo_compress")
+        # A graph of bytes can be meant in one way only.
+        given = json.loads(told)["input"] if told else {"dtype": taken.type[7:-1]}
+        fits = told or given["dtype"] == "uint8"
+        if taken.name != "image" or len(taken.shape) != 4 or not fits or not {"embedding", "features"} & set(names):
+            raise ValueError(f"{taken.name} {taken.type} {taken.shape} in, {', '.join(sorted(names))} out")
     except Exception as error:  # onnxruntime's have no base of their own
         raise BingoError(
             f"{path}: expected a file that `bingo-compress export` writes, found something else"
             f" ({str(error).partition(chr(10))[0]}); export again or delete it"
         ) from None
-    return session
+    return session, given, names
 
 
-def runner(path: Path, names: Sequence[str]) -> Callable[[Tensor], list[Tensor]]:
-    """The file in onnxruntime on the CPU, as a function of uint8 (B, S, S, 3) -> its outputs of these names; a fixed
-    batch is filled up and cut again.
-
-    Raises BingoError where it is not one of ours.
+def runner_by_name(path: Path) -> Callable[[Tensor], dict[str, Tensor]]:
+    """The file in onnxruntime on the CPU, as a function of uint8 (B, S, S, 3), whatever it takes itself -> its outputs
+    by name; a fixed batch is filled up and cut again. Raises BingoError where it is not one of ours.
     """
-    session = _session(path)
+    session, given, names = _session(path)
     fixed = session.get_inputs()[0].shape[0]
 
     def once(batch: Tensor) -> list[Tensor]:
-        return [
-            torch.from_numpy(found)
-            for found in session.run(list(names), {"image": np.ascontiguousarray(batch.numpy())})
-        ]
+        pixels = network_input({"input": given}, np.ascontiguousarray(batch.numpy()))
+        return [torch.from_numpy(found) for found in session.run(names, {"image": pixels})]
 
-    def run(batch: Tensor) -> list[Tensor]:
+    def run(batch: Tensor) -> dict[str, Tensor]:
         size = fixed if isinstance(fixed, int) else max(len(batch), 1)
         parts = [once(part[torch.arange(size) % len(part)]) for part in batch.split(size)]
-        return [torch.cat(kind)[: len(batch)] for kind in zip(*parts, strict=True)]
+        return {name: torch.cat(kind)[: len(batch)] for name, kind in zip(names, zip(*parts, strict=True), strict=True)}
 
     return run
 
 
 def onnx_runner(path: Path) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """`runner` of (embedding, features)."""
-    outputs = runner(path, ("embedding", "features"))
+    """`runner_by_name` as a function of uint8 (B, S, S, 3) -> (embedding, features). Of a file with features alone the
+    embedding is made of them. Raises BingoError, for a file without features too.
+    """
+    run, (_, _, names) = runner_by_name(path), _session(path)
+    if "features" not in names:
+        raise BingoError(
+            f"{path}: expected an output features, found {', '.join(names)}; export it with --outputs"
+            " embedding,features"
+        )
 
-    def run(batch: Tensor) -> tuple[Tensor, Tensor]:
-        embedding, features = outputs(batch)
-        return embedding, features
+    def both(batch: Tensor) -> tuple[Tensor, Tensor]:
+        found = run(batch)
+        features = found["features"]
+        return found["embedding"] if "embedding" in found else normalize(features, dim=1), features
 
-    return run
+    return both

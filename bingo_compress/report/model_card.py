@@ -373,10 +373,15 @@ def _contract(contract: Mapping[str, Any]) -> str:
     """What goes in and what comes out, for whoever writes a runner of their own."""
     given = contract["input"]
     batch = contract["onnx"]["batch"]
-    shape = f"({'batch' if batch == 'dynamic' else batch}, {given['size']}, {given['size']}, 3)"
+    sides = f"{given['size']}, {given['size']}"
+    shape = (
+        f"({'batch' if batch == 'dynamic' else batch}, {f'3, {sides}' if given['layout'] == 'NCHW' else f'{sides}, 3'})"
+    )
     lines = [
         f"input {plain(given['name'])}: " + plain(f"{given['dtype']} {shape}, {given['layout']}, {given['color']}")
     ]
+    if "mean" in given:
+        lines.append(f"of pixels of 0 to 255: (pixel - {plain(given['mean'])}) / {plain(given['std'])}, a channel each")
     if "preprocess_rule" in contract:
         lines.append(f"from a picture: {plain(contract['preprocess_rule'])}")
     if "preprocess" in contract:

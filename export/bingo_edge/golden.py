@@ -22,12 +22,13 @@ TODO = {
     "damaged": "copy the golden folder again",
     "pixels": "install the Pillow version of the machine that exported",
     "embedding": f"update onnxruntime or {AGAIN}",
+    "features": f"update onnxruntime or {AGAIN}",
 }
 
 
 class Check(NamedTuple):
-    """One golden picture. failed: which of "damaged", "pixels", "embedding"; empty where all is well. None where there
-    is no such number.
+    """One golden picture. failed: which of "damaged", "pixels", "embedding", "features"; empty where all is well. None
+    where there is no such number.
 
     pixel_difference: largest difference of the network's input, in levels of 255; 0 is equal to the bit. cosine, and
     difference, the largest of a value: of the embedding here and the exported one.
@@ -46,6 +47,7 @@ class _Golden(NamedTuple):
     rgb: str
     rgb_sha256: str
     embedding: NDArray[np.float64]
+    features: NDArray[np.float64]  # (0,) where none are held
 
 
 def selftest(embedder: Embedder, folder: str | PathLike[str] | None = None) -> list[Check]:
@@ -90,16 +92,31 @@ def _check(embedder: Embedder, home: Path, golden: _Golden) -> Check:
         return Check(golden.file, ("damaged",), None, None, None)
     expected = np.frombuffer(raw, np.uint8).reshape(size, size, 3)
     pixel_difference = None if picture is None else _pixel_difference(embedder.contract, picture, expected)
-    embedding = embedder.infer(expected[None])[0][0].astype(np.float64)
-    cosine = difference = None
-    if np.isfinite(embedding).all():
-        lengths = np.linalg.norm(embedding) * np.linalg.norm(golden.embedding)
-        cosine = float(embedding @ golden.embedding / max(lengths, 1e-12))
-        difference = float(np.abs(embedding - golden.embedding).max())
-    min_cosine, max_difference = tolerance(embedder.contract)
-    near = cosine is not None and difference is not None and cosine >= min_cosine and difference <= max_difference
-    wrong = {"damaged": picture is None, "pixels": picture is not None and pixel_difference != 0, "embedding": not near}
+    embedding, features = (rows[0].astype(np.float64) for rows in embedder.infer(expected[None]))
+    cosine, difference = _compared(embedding, golden.embedding)
+    near = _near(embedder.contract, cosine, difference)
+    same = True
+    if golden.features.size and features.size:
+        largest = np.abs(golden.features).max()
+        same = _near(
+            embedder.contract, *_compared(features / max(largest, 1e-12), golden.features / max(largest, 1e-12))
+        )
+    wrong = {"damaged": picture is None, "pixels": picture is not None and pixel_difference != 0}
+    wrong |= {"embedding": not near, "features": not same}
     return Check(golden.file, tuple(kind for kind in wrong if wrong[kind]), pixel_difference, cosine, difference)
+
+
+def _compared(found: NDArray[np.float64], golden: NDArray[np.float64]) -> tuple[float | None, float | None]:
+    """Cosine and largest difference of a value; None where a value is not finite."""
+    if found.shape != golden.shape or not np.isfinite(found).all():
+        return None, None
+    lengths = np.linalg.norm(found) * np.linalg.norm(golden)
+    return float(found @ golden / max(lengths, 1e-12)), float(np.abs(found - golden).max())
+
+
+def _near(contract: dict[str, Any], cosine: float | None, difference: float | None) -> bool:
+    min_cosine, max_difference = tolerance(contract)
+    return cosine is not None and difference is not None and cosine >= min_cosine and difference <= max_difference
 
 
 def _pixel_difference(contract: dict[str, Any], picture: bytes, expected: NDArray[np.uint8]) -> int | None:
@@ -119,14 +136,22 @@ def _intact(path: Path, sha256: str) -> bytes | None:
     return data if hashlib.sha256(data).hexdigest() == sha256 else None
 
 
+def _golden(entry: dict[str, Any]) -> _Golden:
+    words = {key: entry[key] for key in ("file", "sha256", "rgb", "rgb_sha256")}
+    return _Golden(
+        **words,
+        embedding=np.array(entry["embedding"], np.float64),
+        features=np.array(entry.get("features", []), np.float64),  # files of before 2026-11-27 held none
+    )
+
+
 def _read(embedder: Embedder, path: Path) -> list[_Golden]:
     """The pictures that golden.json names. Raises EdgeError unless it is whole, and of this very model file."""
     todo = f"{AGAIN}, or copy the whole folder along"
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
         version, made_for = held["format"], held["sha256"]
-        found = [_Golden(**{key: entry[key] for key in _Golden._fields}) for entry in held["images"]]
-        found = [golden._replace(embedding=np.array(golden.embedding, np.float64)) for golden in found]
+        found = [_golden(entry) for entry in held["images"]]
     except (FileNotFoundError, NotADirectoryError):
         raise EdgeError(
             "golden pictures of the model", f"no file at {path}", f"{todo}, or name it with --golden"

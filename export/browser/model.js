@@ -19,8 +19,11 @@ export async function openModel(url) {
   const { input, preprocess: geometry, embedding_dim: dim, sha256 } = contract;
   const rule = { ...geometry, size: input.size };
   const kind = [contract.format, input.layout, input.dtype, input.color].join(" ");
-  if (kind !== "1 NHWC uint8 RGB" || !known(rule)) {
+  if (!["1 NHWC uint8 RGB", "1 NCHW float32 RGB"].includes(kind) || !known(rule)) {
     throw new Error(`expected a contract this page knows, found ${kind} ${JSON.stringify(rule)}`);
+  }
+  if (!("embedding" in (contract.outputs ?? { embedding: "" }))) {
+    throw new Error("expected a file with an output embedding; export with --outputs embedding,features");
   }
   // Browsers hash only on https and localhost; a size can be told anywhere.
   const hashed = globalThis.crypto?.subtle ? await digest(bytes) : sha256;
@@ -32,8 +35,7 @@ export async function openModel(url) {
   /** size x size x 3 bytes to a Float32Array of unit length. */
   async function embedPixels(pixels) {
     // One at a time: a model may have its batch fixed at 1.
-    const feeds = { [input.name]: new ort.Tensor("uint8", pixels, [1, input.size, input.size, 3]) };
-    const { embedding } = await session.run(feeds, ["embedding"]);
+    const { embedding } = await session.run({ [input.name]: networkInput(input, pixels) }, ["embedding"]);
     if (embedding.data.length !== dim) throw new Error(`expected ${dim} values, found ${embedding.data.length}`);
     return embedding.data;
   }
@@ -48,6 +50,17 @@ export async function openModel(url) {
   }
 
   return { contract, rule, embed, embedPixels };
+}
+
+/** Bytes as they are, or floats by channels, less the contract's mean and by its std, which are on the scale of 0 to 255. */
+function networkInput({ dtype, size, mean, std }, pixels) {
+  if (dtype === "uint8") return new ort.Tensor("uint8", pixels, [1, size, size, 3]);
+  const area = size * size;
+  const floats = Float32Array.from({ length: 3 * area }, (_, place) => {
+    const channel = Math.floor(place / area);
+    return (pixels[3 * (place % area) + channel] - mean[channel]) / std[channel];
+  });
+  return new ort.Tensor("float32", floats, [1, 3, size, size]);
 }
 
 async function digest(bytes) {

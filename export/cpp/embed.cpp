@@ -30,6 +30,8 @@ struct Contract {
     std::string input;
     std::size_t dim;
     Rule rule;
+    bool floats;                   // float32 by channels, less mean and by std; else bytes as they are
+    std::vector<float> mean, std;  // on the scale of 0 to 255
 };
 
 Contract contract_of(const Ort::Session& session, const std::string& path) {
@@ -40,12 +42,21 @@ Contract contract_of(const Ort::Session& session, const std::string& path) {
     try {
         const auto whole = nlohmann::json::parse(text.get());
         const auto &given = whole.at("input"), &rule = whole.at("preprocess");
-        Contract contract{given.at("name").get<std::string>(), whole.at("embedding_dim").get<std::size_t>(), {}};
+        Contract contract{given.at("name").get<std::string>(), whole.at("embedding_dim").get<std::size_t>(), {}, false, {}, {}};
         contract.rule = {given.at("size").get<int>(), rule.at("crop_pct").get<double>(), rule.at("interpolation").get<std::string>(),
                          rule.value("crop_mode", "center")};
-        if (whole.at("format") != 1 || given.at("layout") != "NHWC" || given.at("dtype") != "uint8" || given.at("color") != "RGB" ||
-            !known(contract.rule))
-            throw Refused("format 1, NHWC uint8 RGB and a rule that this program knows", given.dump() + " " + rule.dump(), "update it");
+        contract.floats = given.at("layout") == "NCHW" && given.at("dtype") == "float32";
+        const bool bytes = given.at("layout") == "NHWC" && given.at("dtype") == "uint8";
+        if (whole.at("format") != 1 || !(bytes || contract.floats) || given.at("color") != "RGB" || !known(contract.rule))
+            throw Refused("format 1, NHWC uint8 or NCHW float32 RGB and a rule that this program knows",
+                          given.dump() + " " + rule.dump(), "update it");
+        if (contract.floats) {
+            contract.mean = given.at("mean").get<std::vector<float>>();
+            contract.std = given.at("std").get<std::vector<float>>();
+            if (contract.mean.size() != 3 || contract.std.size() != 3) throw Refused("mean and std of three channels", given.dump(), again);
+        }
+        if (whole.contains("outputs") && !whole["outputs"].contains("embedding"))
+            throw Refused("a file with an output embedding", whole["outputs"].dump(), "export with --outputs embedding,features");
         return contract;
     } catch (const nlohmann::json::exception& error) {
         throw Refused("a whole contract in the metadata", path + " (" + error.what() + ")", again);
@@ -93,10 +104,23 @@ std::vector<std::uint8_t> pixels_of(const std::string& path, const Rule& rule) {
     return {bytes.begin(), bytes.end()};
 }
 
+// What a file of floats takes: 3 x size x size.
+std::vector<float> by_channels(const std::vector<std::uint8_t>& pixels, const Contract& contract) {
+    const std::size_t area = pixels.size() / 3;
+    std::vector<float> floats(pixels.size());
+    for (std::size_t place = 0; place < area; ++place)
+        for (std::size_t channel = 0; channel < 3; ++channel)
+            floats[channel * area + place] = (pixels[3 * place + channel] - contract.mean[channel]) / contract.std[channel];
+    return floats;
+}
+
 void print_embedding(Ort::Session& session, const Contract& contract, std::vector<std::uint8_t>& pixels, const std::string& path) {
-    const std::int64_t size = contract.rule.size, shape[] = {1, size, size, 3};  // one at a time: a model may have its batch fixed at 1
+    // One at a time: a model may have its batch fixed at 1.
+    const std::int64_t size = contract.rule.size, rows[] = {1, size, size, 3}, planes[] = {1, 3, size, size};
     const auto memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
-    const auto input = Ort::Value::CreateTensor<std::uint8_t>(memory, pixels.data(), pixels.size(), shape, 4);
+    auto floats = contract.floats ? by_channels(pixels, contract) : std::vector<float>{};
+    const auto input = contract.floats ? Ort::Value::CreateTensor<float>(memory, floats.data(), floats.size(), planes, 4)
+                                       : Ort::Value::CreateTensor<std::uint8_t>(memory, pixels.data(), pixels.size(), rows, 4);
     const char *in = contract.input.c_str(), *out = "embedding";
     const auto outputs = session.Run(Ort::RunOptions{nullptr}, &in, &input, 1, &out, 1);
     if (outputs[0].GetTensorTypeAndShapeInfo().GetElementCount() != contract.dim)
