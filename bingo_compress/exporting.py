@@ -85,20 +85,17 @@ def export(
 
     out: folder, default RUN/export; data: where the images are now, default where they were; given: the module of the
     user's own that the run's student is; head: of fitting.KINDS, fitted on int8.labels, or a file of a head: classes
-    in every file. What is in the folder of another export is removed: a file with what belongs
-    to it, and an int8 file that was made of another float file than the one that is there, or is refused. Raises
-    BingoError; with exit status 3 where a file is not the same model, and then it is not there.
+    in every file. What is in the folder of another export is removed: a file with what belongs to it, and an int8 file
+    that was made of another float file than the one that is there, or is refused. Raises BingoError; with exit status 3
+    where a file is not the same model, and then it is not there.
     """
     wanted = form(shape.profile, shape.batch, shape.opset, shape.taken, shape.outputs)
     complete = replace(wanted, outputs=OUTPUTS)
     rows = _rows(fmt, int8, head, wanted)
     labelled = gate.open_labelled(int8.labels, int8.test, run_dir.RunDir(run_path).work) if int8.labels else None
     run = run_dir.open_finished(run_path)
-    held = out is None or out.resolve() == run.export.resolve()
-    if held:
-        run_dir.hold(run.path, "--run")
-    recipe = load_recipe(run.as_run)
-    recipe = recipe.model_copy(update={"image_size": shape.image_size or recipe.image_size})
+    held = _hold(run, out)
+    recipe = _recipe(run, shape)
     student = load_student(recipe, run.student, given.student)
     folder = listing.list_images(data or of_recipe(recipe), work=run.work)
     if held:
@@ -118,9 +115,8 @@ def export(
             float_file = _put(float_file, target)
         if judged := [row for row in rows if row != "onnx"]:
             calibration, gallery = _split(pixels)
-            judges = gate.make_gate(
-                whole, gallery, student.preprocessing, labelled, int8.max_loss, _known(float_file, classes)
-            )
+            known = _known(float_file, classes)
+            judges = gate.make_gate(whole, gallery, student.preprocessing, labelled, int8.max_loss, known)
 
             def tuned() -> Path:
                 apart = {*folder.only(order).digests, *judges.labelled}
@@ -132,16 +128,28 @@ def export(
             making = Making(whole, float_file, calibration, wanted, work, judges, tuned if int8.finetune else None, put)
             _put_judged(judged, making, run, target.parent)
     _close(run, target.parent)
-    files = [target.with_name(exported.name(row)) for row in rows]
-    _say_next(files[-1], run, "classify" if head else "embed")
-    return files
+    return _named([target.with_name(exported.name(row)) for row in rows], run, "classify" if head else "embed")
 
 
-def _say_next(file: Path, run: run_dir.RunDir, use: str) -> None:
+def _hold(run: run_dir.RunDir, out: Path | None) -> bool:
+    """Whether the files go into the run's own folder, which is held then."""
+    held = out is None or out.resolve() == run.export.resolve()
+    if held:
+        run_dir.hold(run.path, "--run")
+    return held
+
+
+def _recipe(run: run_dir.RunDir, shape: Shape) -> Recipe:
+    recipe = load_recipe(run.as_run)
+    return recipe.model_copy(update={"image_size": shape.image_size or recipe.image_size})
+
+
+def _named(files: list[Path], run: run_dir.RunDir, use: str) -> list[Path]:
     console.say(
-        f"next: bingo-edge selftest {file}; bingo-edge {use} {file} PHOTOS   (or bingo-compress validate --run"
-        f" {run.path} --data LABELLED_FOLDER)"
+        f"next: bingo-edge selftest {files[-1]}; bingo-edge {use} {files[-1]} PHOTOS   (or bingo-compress validate"
+        f" --run {run.path} --data LABELLED_FOLDER)"
     )
+    return files
 
 
 def _head_beside(head: str, facts: dict[str, Any], student: Encoder) -> fitting.Made | None:

@@ -2,6 +2,7 @@
 which on an image is of none of the classes.
 """
 
+import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,13 @@ from torch import Tensor
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation import scores
 from bingo_compress.exporters.onnx import REFUSED, Form, publish
-from bingo_compress.heads import fitting
+from bingo_compress.heads import calibration, fitting
 from bingo_compress.heads.fitting import Made
 from bingo_compress.models import exported
 from bingo_compress.models.encoder import Preprocessing
 from bingo_compress.runtime import console
 
-MAX_DIFFERENCE = 1e-5  # of a probability, between a file and the head beside it
+MAX_DIFFERENCE = 1e-5  # of a probability, between a file and the head beside it; see `_allowed`
 LARGEST = 1 << 30  # bytes of a bank in a file: protobuf ends at 2 GiB
 REDUCE_AXES_INPUT = 18  # opset from which on a reduction takes its axes as an input
 OUTPUTS = {
@@ -117,14 +118,14 @@ def publish_with_head(
     """`onnx.publish` of the graph `bare` with a head after it, and the same head as an npz file beside it: fitted on
     the file's own features of the labelled images, as `validate` does, or the one that was given. Returns the contract.
 
-    Raises BingoError (exit status 3) where scores of the file and of the head beside it differ by more than 1e-5, on
-    the user's images or on the test images, or their accuracies differ at all.
+    Raises BingoError (exit status 3) where scores of the file and of the head beside it differ by more than `_allowed`,
+    on the user's images or on the test images, or their accuracies differ at all.
     """
     name = "float" if contract["precision"] == "float32" else contract["precision"]
     sides = classes.sides
     if sides and name not in sides.bank:
         sides = _seen_by(bare, name, sides, classes.preprocessing)
-    made = classes.given or fitting.fit(classes.kind, _needed(sides), name)
+    made = classes.given or _fitted(classes.kind, sides, name)
     headed = path.with_name(f"{path.stem}-head.onnx")
     onnx.save(with_head(onnx.load(bare), made.head, made.means), headed)
     facts = made.facts | {"parity": _prove(headed, made.head, classes.images)}
@@ -142,9 +143,13 @@ def publish_with_head(
     return contract
 
 
-def _needed(sides: scores.Sides | None) -> scores.Sides:
+def _fitted(kind: str, sides: scores.Sides | None, name: str) -> Made:
     assert sides is not None, "a head is fitted on labelled images"
-    return sides
+    made = fitting.fit(kind, sides.bank[name], sides.labels, sides.classes, sides.groups)
+    seen = sides.bank_folder.only(sides.places)
+    named = (f"{digest} {sides.classes[label]}" for digest, label in zip(seen.digests, sides.labels, strict=True))
+    told = hashlib.sha256("\n".join(sorted(named)).encode("utf-8", "surrogateescape")).hexdigest()
+    return replace(made, facts=made.facts | {"labels_sha256": told}, paths=seen.files)
 
 
 def _seen_by(file: Path, name: str, sides: scores.Sides, preprocessing: Preprocessing) -> scores.Sides:
@@ -162,23 +167,36 @@ def _prove(headed: Path, head: Head, images: Tensor) -> dict[str, Any]:
     parts = [run(batch) for batch in images.split(32)]
     found = {name: torch.cat([part[name] for part in parts]).numpy() for name in parts[0]}
     expected = classify(head, found["embedding"], found["features"])[1]
-    return {"images": len(images), "max_difference": _difference(found["scores"], expected, "of your images")}
+    allowed = _allowed(head, found["features"])
+    difference = _difference(found["scores"], expected, allowed, "of your images")
+    return {"images": len(images), "max_difference": difference, "allowed": allowed}
 
 
-def _difference(found: NDArray[Any], expected: NDArray[Any], what: str) -> float:
+def _allowed(head: Head, features: NDArray[Any]) -> float:
+    """MAX_DIFFERENCE, or where logits are so large that float32 cannot hold them as exactly, its relative error times
+    the largest: the head beside the file is computed in float64, which devices do not have.
+    """
+    if isinstance(head, LinearHead):
+        largest = float(np.abs(features.astype(np.float64) @ head.weight.T + head.bias).max())
+    else:
+        largest = 1 / head.temperature
+    return max(MAX_DIFFERENCE, largest * float(np.finfo(np.float32).eps))
+
+
+def _difference(found: NDArray[Any], expected: NDArray[Any], allowed: float, what: str) -> float:
     difference = float(np.abs(found - expected).max())
     # "not <=" and not ">", so that a NaN is refused too.
-    if not difference <= MAX_DIFFERENCE:
+    if not difference <= allowed:
         raise BingoError(
             f"export refused, no file written: the scores of the file and of the head beside it differ on {len(found)}"
-            f" {what} by {difference:.2g} (at most {MAX_DIFFERENCE:g}); leave --head out, and report this",
+            f" {what} by {difference:.2g} (at most {allowed:.2g}); leave --head out, and report this",
             REFUSED,
         )
     return difference
 
 
 def _tested(headed: Path, made: Made, sides: scores.Sides, name: str, preprocessing: Preprocessing) -> dict[str, Any]:
-    """`fitting.figures` of the file's own answers to test images. Raises BingoError where they are not the head's."""
+    """`_figures` of the file's own answers to test images. Raises BingoError where they are not the head's."""
     run = exported.runner_by_name(headed)
 
     def answers(batch: Tensor) -> Tensor:
@@ -191,8 +209,8 @@ def _tested(headed: Path, made: Made, sides: scores.Sides, name: str, preprocess
     probabilities, distance = found[:, :count], found[:, count] if made.means is not None else None
     rows = sides.queries[name]
     expected = classify(made.head, fitting.embeddings(rows).numpy(), rows.numpy())[1]
-    _difference(probabilities.numpy(), expected, "test images")
-    told = fitting.figures(probabilities, distance, made, sides)
+    _difference(probabilities.numpy(), expected, _allowed(made.head, rows.numpy()), "test images")
+    told = _figures(probabilities, distance, made, sides)
     beside = float((torch.from_numpy(expected).argmax(1) == sides.query_labels).double().mean())
     if told["accuracy"] != beside:
         raise BingoError(
@@ -201,6 +219,23 @@ def _tested(headed: Path, made: Made, sides: scores.Sides, name: str, preprocess
             REFUSED,
         )
     return told
+
+
+def _figures(probabilities: Tensor, distance: Tensor | None, made: Made, sides: scores.Sides) -> dict[str, Any]:
+    """What a head does on sides.queries: accuracy with interval, by class, calibration error, and how many of these
+    images of known classes are taken for none. probabilities: (M, C); distance: (M,).
+    """
+    predicted = probabilities.argmax(1)
+    found: dict[str, Any] = {"test_images": len(predicted)}
+    found |= scores.with_interval("accuracy", predicted == sides.query_labels)
+    found |= {"ece": calibration.calibration_error(probabilities, sides.query_labels), "ece_bins": calibration.BINS}
+    if isinstance(made.head, LinearHead):
+        # softmax(temperature x log p): the same head without its temperature
+        plain = (probabilities.double().clamp(min=1e-45).log() * made.facts["temperature"]).softmax(1)
+        found["ece_uncalibrated"] = calibration.calibration_error(plain, sides.query_labels)
+    if distance is not None and made.threshold is not None:
+        found |= scores.with_interval("false_alarms", distance > made.threshold)
+    return found | {"per_class": scores.by_class(predicted, sides)["per_class"]}
 
 
 def _say(path: Path, contract: dict[str, Any], head: Head) -> None:

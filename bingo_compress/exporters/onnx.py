@@ -60,14 +60,14 @@ class Form:
 
 class Gate(NamedTuple):
     """Of a quantised file: `choose` by what it is chosen, `report` how it does on test images that choose nothing, each
-    its figures and those below the gate. labelled: sha256 of the labelled images that either judges by; max_loss:
-    points of accuracy.
+    its figures and those below the gate. labelled: sha256 of the labelled images that either judges by; lost: what is
+    below it of two files' own heads, float's and the quantised one's, as their contracts tell of them.
     """
 
     choose: Judge
     report: Judge
     labelled: set[str]
-    max_loss: float = 0.0
+    lost: Callable[[dict[str, Any], dict[str, Any]], str] = lambda before, after: ""
 
 
 # modern: the first opset whose own QuantizeLinear takes 16 bits; edge: what RKNN, CANN, TensorRT, Hailo and old Triton

@@ -2,7 +2,6 @@
 before.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from bingo_compress.errors import BingoError
-from bingo_compress.evaluation import probes, scores
+from bingo_compress.evaluation import probes
 from bingo_compress.heads import calibration
 from bingo_compress.models import exported
 from bingo_compress.runtime import run_dir
@@ -42,39 +41,31 @@ class Made:
     paths: Sequence[str] = ()
 
 
-def fit(kind: str, sides: scores.Sides, name: str) -> Made:
-    """A head of KINDS on the features `name` of sides.bank, calibrated on held-out folds of these; sides.queries are
-    not looked at.
+def fit(kind: str, features: Tensor, labels: Tensor, classes: Sequence[str], groups: Tensor | None = None) -> Made:
+    """A head of KINDS on features (N, D) raw with labels (N,), calibrated on held-out folds of these.
 
     linear: `probes.fit_linear`, its logits over the temperature. knn: every image of the bank votes exp(cosine /
     temperature) for its class. Both temperatures minimise the negative log-likelihood of each fold under the others.
+    groups: as in `probes.folds`.
     """
-    features, labels, count = sides.bank[name], sides.labels, len(sides.classes)
+    count, names = len(classes), np.array(classes)
     units = embeddings(features)
-    fold = probes.folds(labels, probes.FOLDS, sides.groups)
+    fold = probes.folds(labels, probes.FOLDS, groups)
     means = calibration.class_means(units, labels, count)
     threshold = calibration.threshold(units, labels, count, fold)
-    contents = sides.bank_folder.only(sides.places).digests
-    named = sorted(f"{digest} {sides.classes[label]}" for digest, label in zip(contents, labels.tolist(), strict=True))
-    facts: dict[str, Any] = {
-        "kind": kind,
-        "images": len(labels),
-        "labels_sha256": hashlib.sha256("\n".join(named).encode("utf-8", "surrogateescape")).hexdigest(),
-    }
-    classes = np.array(sides.classes)
+    facts: dict[str, Any] = {"kind": kind, "images": len(labels)}
     if kind == "linear":
-        head = probes.fit_linear(features, labels, count, groups=sides.groups)
+        head = probes.fit_linear(features, labels, count, groups=groups)
         logits = probes.held_out_logits(features, labels, count, head.strength, fold)
         heat = calibration.temperature(lambda each: (logits / each).log_softmax(1), labels)
         weight, bias = ((each.double() / heat).float().numpy() for each in (head.weight, head.bias))
         facts |= {"temperature": heat, "strength": head.strength}
-        return Made(LinearHead(weight, bias, classes), means.numpy(), threshold, facts)
+        return Made(LinearHead(weight, bias, names), means.numpy(), threshold, facts)
     rows = units.half().float()  # as the npz beside holds them
     heat = _bank_temperature(rows, labels, count, fold)
     facts |= {"temperature": heat, "k": len(labels)}
-    bank = BankHead(rows.numpy(), labels.int().numpy(), classes, len(labels), heat)
-    paths = [sides.bank_folder.files[place] for place in sides.places]
-    return Made(bank, means.numpy(), threshold, facts, paths)
+    bank = BankHead(rows.numpy(), labels.int().numpy(), names, len(labels), heat)
+    return Made(bank, means.numpy(), threshold, facts)
 
 
 def embeddings(features: Tensor) -> Tensor:
@@ -146,23 +137,6 @@ def _none_of_these(
     if means.dtype.kind != "f" or threshold.dtype.kind != "f" or not (np.isfinite(means).all() and 0 <= threshold <= 2):
         return None, None
     return means.astype(np.float32), float(threshold)
-
-
-def figures(probabilities: Tensor, distance: Tensor | None, made: Made, sides: scores.Sides) -> dict[str, Any]:
-    """What a head does on sides.queries, for the contract: accuracy with interval, by class, calibration error, and how
-    many of these images of known classes are taken for none. probabilities: (M, C); distance: (M,).
-    """
-    predicted = probabilities.argmax(1)
-    found: dict[str, Any] = {"test_images": len(predicted)}
-    found |= scores.with_interval("accuracy", predicted == sides.query_labels)
-    found |= {"ece": calibration.calibration_error(probabilities, sides.query_labels), "ece_bins": calibration.BINS}
-    if isinstance(made.head, LinearHead):
-        # softmax(temperature x log p): the same head without its temperature
-        plain = (probabilities.double().clamp(min=1e-45).log() * made.facts["temperature"]).softmax(1)
-        found["ece_uncalibrated"] = calibration.calibration_error(plain, sides.query_labels)
-    if distance is not None and made.threshold is not None:
-        found |= scores.with_interval("false_alarms", distance > made.threshold)
-    return found | {"per_class": scores.by_class(predicted, sides)["per_class"]}
 
 
 def save(file: Path, sha256: str, made: Made) -> Path:

@@ -1,12 +1,12 @@
 """The gate of an int8 file: on the user's own images it must be the model that its float file is."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from bingo_edge.heads import Head, classify
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
@@ -59,14 +59,7 @@ def make_gate(
     points of accuracy. Raises BingoError.
     """
     embedded, features = onnx_runner(float_file)(gallery)
-    taken_for = _classes(known.head, embedded, features) if known else None
-    k = neighbours.recall_k(len(gallery) - 1)
-    near = mates(embedded, k, Search("exact"))[0] if k else None
-    if near is None:
-        console.say(
-            f"the int8 gate does not judge neighbours: {len(gallery)} images are too few (at least"
-            f" {neighbours.RECALL_SHARE + 1})"
-        )
+    others = [_neighbour_judge(embedded), *([_class_judge(known.head, embedded, features)] if known else [])]
     sides = known.sides if known and known.sides else None
     labelled = _labelled(float_file, preprocessing, labels, sides) if labels else None
 
@@ -78,24 +71,13 @@ def make_gate(
             "mean_cosine": float(cosines.mean()),
             "min_cosine": float(cosines.min()),
         }
-        missed = []
+        missed: list[str] = []
         # "not >=" and not "<", so that a NaN is refused too.
         if not told["mean_cosine"] >= LEAST_COSINE:
             missed.append(f"mean cosine {told['mean_cosine']:.4f} (at least {LEAST_COSINE})")
-        if near is not None:
-            kept = (mates(found, k, Search("exact"))[0][:, :, None] == near[:, None, :]).any(2)
-            told |= {"recall": float(kept.double().mean()), "recall_k": k, "recall_chance": k / (len(gallery) - 1)}
-            if not told["recall"] >= LEAST_RECALL:
-                missed.append(
-                    f"neighbour recall@{k} {told['recall']:.3f} (at least {LEAST_RECALL}, by chance"
-                    f" {told['recall_chance']:.3f})"
-                )
-        if known and taken_for is not None:
-            told["same_class"] = float((_classes(known.head, found, features) == taken_for).mean())
-            if not told["same_class"] >= LEAST_SAME_CLASS:
-                missed.append(
-                    f"the same class for {told['same_class']:.3f} of the images (at least {LEAST_SAME_CLASS})"
-                )
+        for judge in others:
+            figures, below = judge(found, features)
+            told, missed = told | figures, missed + below
         if not labelled:
             return told, missed
         accuracies = labelled.choose(file)
@@ -109,17 +91,45 @@ def make_gate(
         console.say(f"int8 on the labelled test images: {', '.join(changes)}")
         return {**accuracies, "test_images": labelled.tests}, _lost(accuracies, max_loss)
 
-    return Gate(choose, report, labelled.files if labelled else set(), max_loss)
+    return Gate(choose, report, labelled.files if labelled else set(), partial(_lost_classes, most=max_loss))
 
 
-def _classes(head: Head, embedded: Tensor, features: Tensor) -> NDArray[Any]:
-    return classify(head, embedded.numpy(), features.numpy())[0]
+# Embeddings and features of the gallery to figures, and the names of those below the gate.
+GalleryJudge = Callable[[Tensor, Tensor], tuple[dict[str, Any], list[str]]]
 
 
-def lost_classes(before: dict[str, Any], after: dict[str, Any], most: float) -> str:
-    """What the heads of a float and an int8 file, each its own, differ by on the test images, if it is more than `most`
-    points of accuracy; else "".
-    """
+def _neighbour_judge(embedded: Tensor) -> GalleryJudge:
+    k = neighbours.recall_k(len(embedded) - 1)
+    if not k:
+        console.say(
+            f"the int8 gate does not judge neighbours: {len(embedded)} images are too few (at least"
+            f" {neighbours.RECALL_SHARE + 1})"
+        )
+        return lambda found, features: ({}, [])
+    near, chance = mates(embedded, k, Search("exact"))[0], k / (len(embedded) - 1)
+
+    def judge(found: Tensor, features: Tensor) -> tuple[dict[str, Any], list[str]]:
+        kept = (mates(found, k, Search("exact"))[0][:, :, None] == near[:, None, :]).any(2)
+        recall = float(kept.double().mean())
+        missed = f"neighbour recall@{k} {recall:.3f} (at least {LEAST_RECALL}, by chance {chance:.3f})"
+        told = {"recall": recall, "recall_k": k, "recall_chance": chance}
+        return told, [] if recall >= LEAST_RECALL else [missed]
+
+    return judge
+
+
+def _class_judge(head: Head, embedded: Tensor, features: Tensor) -> GalleryJudge:
+    before = classify(head, embedded.numpy(), features.numpy())[0]
+
+    def judge(found: Tensor, features: Tensor) -> tuple[dict[str, Any], list[str]]:
+        same = float((classify(head, found.numpy(), features.numpy())[0] == before).mean())
+        missed = f"the same class for {same:.3f} of the images (at least {LEAST_SAME_CLASS})"
+        return {"same_class": same}, [] if same >= LEAST_SAME_CLASS else [missed]
+
+    return judge
+
+
+def _lost_classes(before: dict[str, Any], after: dict[str, Any], most: float) -> str:
     if not {"accuracy"} <= before.keys() & after.keys():
         return ""
     return ", ".join(_lost({"scores": {"float": before["accuracy"], "int8": after["accuracy"]}}, most))

@@ -7,7 +7,6 @@ from typing import Any
 from bingo_compress.errors import BingoError
 from bingo_compress.exporters.onnx import REFUSED, Making
 from bingo_compress.features import neighbours
-from bingo_compress.int8 import gate
 from bingo_compress.int8.ladder import LadderEnds, quantise
 from bingo_compress.models import exported
 from bingo_compress.runtime import console
@@ -59,7 +58,7 @@ def make(making: Making) -> Path:
     target = making.work / exported.name("onnx-int8")
     classes = contract.get("head", {})
     contract = making.put(file, target, contract, making.form)
-    if lost := gate.lost_classes(classes, contract.get("head", {}), making.gate.max_loss):
+    if lost := making.gate.lost(classes, contract.get("head", {})):
         raise BingoError(f"export refused, no int8 file written: {rung.name} misses {lost}; {WAYS}", REFUSED)
     console.say(
         f"{target.name}: {contract['bytes'] / float_file.stat().st_size:.2f} of the float file's size; rung:"

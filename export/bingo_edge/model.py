@@ -96,7 +96,7 @@ class Embedder:
 
         A file with features alone has their embeddings too; of one without features these are float32 (n, 0).
         """
-        return _both(self.run(network_input(self.contract, batch)), len(batch))
+        return both(self.run(network_input(self.contract, batch)), len(batch))
 
     def run(self, batch: NDArray[Any]) -> dict[str, Floats]:
         """Run what `network_input` makes, any number of pictures: the file's outputs by name. Raises EdgeError."""
@@ -145,7 +145,7 @@ class Embedder:
             nothing, none = np.empty((0, self.dim), np.float32), np.empty((0, len(self.classes)), np.float32)
             return self._embedded(nothing, nothing, names, skipped, {"scores": none, "distance": none[:, :1]})
         found = self.run(network_input(self.contract, np.stack(rows)))
-        embeddings, features = _both(found, len(rows))
+        embeddings, features = both(found, len(rows))
         fine = np.isfinite(np.hstack([embeddings, features, *found.values()])).all(axis=1)
         skipped += [Skipped(names[row], "the network's output is not finite") for row in np.flatnonzero(~fine)]
         found = {name: values[fine] for name, values in found.items()}
@@ -182,7 +182,7 @@ class Embedder:
         )
 
 
-def _both(found: dict[str, Floats], count: int) -> tuple[Floats, Floats]:
+def both(found: dict[str, Floats], count: int) -> tuple[Floats, Floats]:
     """(embeddings, features) of `count` pictures, from those of the two that the file has."""
     features = found.get("features", np.empty((count, 0), np.float32))
     if "embedding" in found:

@@ -11,7 +11,7 @@ from bingo_compress.heads import calibration
 
 
 def test_the_calibration_error_is_the_one_worked_out_by_hand() -> None:
-    """Three bins of 15: (0.4, 0.467] holds one image, wrong; (0.6, 0.667] two, one right; (0.933, 1] two, both right."""
+    """Of 15 bins (0.4, 0.467] holds one image, wrong; (0.6, 0.667] two, one right; (0.933, 1] two, both right."""
     sure = torch.tensor([0.45, 0.61, 0.65, 0.95, 1.0])
     shares = torch.stack([sure, *[(1 - sure) / 3] * 3], 1)
     labels = torch.tensor([1, 0, 2, 0, 0])
