@@ -30,7 +30,8 @@ def once(kept: Path) -> Callable[..., None]:
     export = torch.onnx.export
 
     def written(module: torch.nn.Module, example: Any, path: Path, **settings: Any) -> None:
-        told = hashlib.sha256(repr((module, [part.shape for part in example], sorted(settings.items()))).encode())
+        shown = [(part.dtype, part.shape) for part in example]
+        told = hashlib.sha256(repr((module, shown, sorted(settings.items()))).encode())
         # Buffers that no state dict has are constants of the graph too.
         for name, value in [*module.named_parameters(), *module.named_buffers()]:
             told.update(f"{name} {value.dtype} {tuple(value.shape)}".encode() + value.numpy(force=True).tobytes())

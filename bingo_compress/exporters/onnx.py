@@ -118,6 +118,10 @@ class Deployed(nn.Module):
         self.student = student
         self.taken = taken
 
+    def extra_repr(self) -> str:
+        """What is printed of it."""
+        return self.taken
+
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels to (embedding, features)."""
         if self.taken == "uint8-nhwc":

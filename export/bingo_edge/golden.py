@@ -101,10 +101,8 @@ def _check(embedder: Embedder, home: Path, golden: _Golden) -> Check:
     near = _near(embedder.contract, cosine, difference)
     same = True
     if golden.features.size and features.size:
-        largest = float(np.abs(golden.features).max())
-        same = _near(
-            embedder.contract, *_compared(features / max(largest, 1e-12), golden.features / max(largest, 1e-12))
-        )
+        largest = max(float(np.abs(golden.features).max()), 1e-12)
+        same = _near(embedder.contract, *_compared(features / largest, golden.features / largest))
     wrong = {"damaged": picture is None, "pixels": picture is not None and pixel_difference != 0}
     wrong |= {"embedding": not near, "features": not same}
     wrong["scores"] = "scores" in found and not _same_scores(embedder.contract, found["scores"][0], golden.scores)
@@ -116,7 +114,7 @@ def _compared(found: NDArray[np.float64], golden: NDArray[np.float64]) -> tuple[
     if found.shape != golden.shape or not np.isfinite(found).all():
         return None, None
     lengths = float(np.linalg.norm(found) * np.linalg.norm(golden))
-    return float(found @ golden / max(lengths, 1e-12)), float(np.abs(found - golden).max())
+    return float(found @ golden) / max(lengths, 1e-12), float(np.abs(found - golden).max())
 
 
 def _same_scores(contract: dict[str, Any], found: NDArray[Any], golden: NDArray[np.float64]) -> bool:

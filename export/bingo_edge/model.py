@@ -237,8 +237,8 @@ def read_contract(text: str | None, path: str) -> dict[str, Any]:
         sound = (
             isinstance(given["name"], str) and isinstance(size, int) and size > 0 and isinstance(dim, int) and dim > 0
         )
-        sound = sound and isinstance(contract.setdefault("outputs", {"embedding": "", "features": ""}), dict)
         sound = sound and 0 < crop <= 1 and mode in ("center", "squash")
+        known = {"embedding", "features"} & set(contract.setdefault("outputs", {"embedding": "", "features": ""}))
         sound = sound and _classes_sound(contract)
         bands = contract.get("bands", [1, 1, 1])
         sound = sound and len(bands) == 3 and all(isinstance(band, int) and band > 0 for band in bands)
@@ -250,7 +250,7 @@ def read_contract(text: str | None, path: str) -> dict[str, Any]:
         raise EdgeError("contract format 1", f"format {version} in {path}", "update bingo-edge")
     if kind not in (("NHWC", "uint8", "RGB"), ("NCHW", "float32", "RGB")):
         raise EdgeError("an NHWC uint8 or NCHW float32 RGB input", f"{' '.join(map(str, kind))} in {path}", AGAIN)
-    if not {"embedding", "features"} & set(contract["outputs"]):
+    if not known:
         raise EdgeError("an output embedding or features", f"{list(contract['outputs'])} in {path}", AGAIN)
     # the rule is tried on a dot, so that one this version does not know is refused here and not at the first picture
     try:

@@ -27,13 +27,12 @@ from bingo_compress.exporters import golden
 from bingo_compress.exporters.golden import drawn, write_golden
 
 
-def runner(model: str) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+def runner(model: str) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
     embedder = Embedder(model)
 
-    def infer(batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def infer(batch: torch.Tensor) -> dict[str, torch.Tensor]:
         assert batch.dtype == torch.uint8 and batch.shape == (1, 8, 8, 3)
-        embeddings, features = embedder.infer(batch.numpy())
-        return torch.from_numpy(embeddings), torch.from_numpy(features)
+        return {name: torch.from_numpy(rows) for name, rows in embedder.run(batch.numpy()).items()}
 
     return infer
 
@@ -145,7 +144,7 @@ def test_the_folder_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     model = make_model(tmp_path / "student.onnx")
     infer, calls = runner(model), []
 
-    def stopping(batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def stopping(batch: torch.Tensor) -> dict[str, torch.Tensor]:
         calls.append(1)
         if len(calls) == 5:
             raise KeyboardInterrupt
@@ -167,8 +166,9 @@ def test_the_folder_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 
 def test_an_embedding_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     model = make_model(tmp_path / "student.onnx")
+    outputs = {"embedding": torch.full((1, 3), torch.nan), "features": torch.ones(1, 3)}
     with pytest.raises(BingoError, match="finite") as caught:
-        write_golden(Path(model), contract(), lambda batch: (torch.full((1, 3), torch.nan), torch.ones(1, 3)))
+        write_golden(Path(model), contract(), lambda batch: outputs)
     assert caught.value.exit_status == golden.REFUSED == 3
     assert os.listdir(tmp_path) == ["student.onnx"]
 
@@ -234,6 +234,19 @@ def test_another_decoder_fails_by_pixels_alone(
     assert {check[1:3] for check in selftest(Embedder(model))} == {(("pixels",), None)}
 
 
+def test_other_features_fail_by_themselves(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    model, folder = make(tmp_path)
+    edit(folder, lambda held: held["images"][1].update(features=[1.001 * v for v in held["images"][1]["features"]]))
+    assert [check.failed for check in selftest(Embedder(model))][:3] == [(), ("features",), ()]
+    assert "1 that do not (features 1)" in refused(capfd, 3, model)
+
+
+def test_pictures_of_an_earlier_version_hold_no_features_and_pass(tmp_path: Path) -> None:
+    model, folder = make(tmp_path)
+    edit(folder, lambda held: [entry.pop("features") for entry in held["images"]])
+    assert not any(check.failed for check in selftest(Embedder(model)))
+
+
 CASES = [  # precision, cosine, whether it passes
     ({}, 1 - 1e-10, True),  # values differ by 1.4e-5
     ({}, 1 - 1e-7, False),  # by 4.5e-4
@@ -267,7 +280,7 @@ def test_an_answer_that_is_not_finite_fails(sound: tuple[str, Path], monkeypatch
     monkeypatch.setattr(
         embedder, "infer", lambda batch: (np.full((1, 3), np.nan, np.float32), np.ones((1, 3), np.float32))
     )
-    assert {check[1:] for check in selftest(embedder)} == {(("embedding",), 0, None, None)}
+    assert {check[1:] for check in selftest(embedder)} == {(("embedding", "features"), 0, None, None)}
 
 
 def test_another_models_pictures_are_refused(

@@ -117,7 +117,7 @@ def test_a_chosen_file_below_the_gate_on_the_test_images_is_refused_and_no_furth
 
     monkeypatch.setattr(int8_file, "quantise", quantise)
     judges = Gate(lambda file: ({}, []), lambda file: ({}, ["knn accuracy 3.00 points below"]), set())
-    making = Making(model, GALLERY, PROFILES["modern"], tmp_path, judges, lambda: pytest.fail("trained"))
+    making = Making(model, model, GALLERY, PROFILES["modern"], tmp_path, judges, lambda: pytest.fail("trained"))
     with pytest.raises(
         BingoError, match="first passed where it was chosen, but on the test images misses knn accuracy"
     ) as caught:
@@ -201,6 +201,7 @@ def test_export_keeps_its_gate_and_its_calibration_out_of_fine_tuning(
 
     for owner, name, stand_in in (
         (exporting, "_export_float", export_float),
+        (exporting, "published", lambda whole, path, wanted: Path(shutil.copy(whole, path))),
         (int8_file, "quantise", ladder),
         (quantization_aware, "finetune", finetune),
         (gate, "make_gate", make_gate),

@@ -96,9 +96,17 @@ def test_a_form_that_cannot_be_is_refused(profile: str, batch: str | None, opset
         form(profile, batch, opset)
 
 
+def test_an_input_or_an_output_that_is_not_known_is_refused() -> None:
+    with pytest.raises(BingoError, match="--input: expected uint8-nhwc, float32-nchw, float32-nchw-normalised, found"):
+        form("edge", None, None, "float16")
+    with pytest.raises(BingoError, match="--outputs: expected some of embedding, features with commas between, found"):
+        form("edge", None, None, None, "embedding,logits")
+
+
 def test_a_profile_may_be_bent() -> None:
-    assert form("edge", "dynamic", 18) == Form(18, 8, 0)
+    assert form("edge", "dynamic", 18) == Form(18, 8, 0, "float32-nchw", True)
     assert form("modern", "4", None) == Form(PROFILES["modern"].opset, 0, 4)
+    assert form("edge", None, None, "uint8-nhwc", "features") == Form(17, 8, 1, "uint8-nhwc", True, ("features",))
 
 
 # ---------------------------------------------------------------- the ladder
