@@ -1,10 +1,8 @@
-"""Text and figures as Markdown that shows just these."""
+"""Figures in words, and text as Markdown that shows just that."""
 
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-from bingo_compress.report.tables import figure
 
 CLASSES_SHOWN = 50
 # All that can begin or end something inside a line, of CommonMark and of GitHub's tables, formulas and links that need
@@ -25,6 +23,12 @@ def plain(value: object) -> str:
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Cells are Markdown already."""
     return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows))
+
+
+def figure(row: Mapping[str, Any], key: str) -> str:
+    """A figure with its interval: 0.683 [0.634, 0.731]."""
+    low, high = row[f"{key}_interval"]
+    return f"{row[key]:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def shown(row: Mapping[str, Any], key: str) -> str:

@@ -22,8 +22,7 @@ from bingo_compress.evaluation import probes, protocol, scores
 from bingo_compress.evaluation.scores import Sides
 from bingo_compress.models import exported
 from bingo_compress.recipe import recipe_text
-from bingo_compress.report.markdown import plain
-from bingo_compress.report.model_card import card, licence, renew
+from bingo_compress.report.model_card import card, licence, plain, renew
 from bingo_compress.runtime import checkpoint, run_dir
 
 NASTY = (
