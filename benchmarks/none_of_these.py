@@ -26,7 +26,7 @@ def left_out(bank: tuple[Tensor, list[str]], test: tuple[Tensor, list[str]], unk
     """Shares refused, each with its interval, where the classes `unknown` are left out."""
     rows, names = bank
     known = torch.tensor([name not in unknown for name in names])
-    classes = sorted({name for name in names} - unknown)
+    classes = sorted(set(names) - unknown)
     labels = torch.tensor([classes.index(name) for name in names if name not in unknown])
     fold = probes.folds(labels, probes.FOLDS)
     limit = calibration.threshold(rows[known], labels, len(classes), fold)
