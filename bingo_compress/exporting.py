@@ -4,6 +4,7 @@ import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from bingo_compress.data import image_list, listing
 from bingo_compress.errors import BingoError
 from bingo_compress.exporters import calibration_set, fp16, timing
 from bingo_compress.exporters.golden import write_golden
-from bingo_compress.exporters.onnx import IMAGES, OUTPUTS, REFUSED, Form, Making, export_onnx, form, published
+from bingo_compress.exporters.head import Classes, publish_with_head
+from bingo_compress.exporters.onnx import IMAGES, OUTPUTS, REFUSED, Form, Making, export_onnx, form, publish, published
 from bingo_compress.features import extract
+from bingo_compress.heads import fitting
 from bingo_compress.int8 import gate, int8_file, quantization_aware
 from bingo_compress.int8.ladder import CALIBRATION
 from bingo_compress.models import exported
@@ -76,27 +79,24 @@ def export(
     shape: Shape = MODERN,
     int8: Int8 = PLAIN_INT8,
     given: Given = NOTHING_GIVEN,
+    head: str = "",
 ) -> list[Path]:
     """Export the student of a run: student.onnx, proven on IMAGES of the user's own images, and what FORMATS makes of
     it, judged on GALLERY others. Returns the files.
 
     out: folder, default RUN/export; data: where the images are now, default where they were; given: the module of the
-    user's own that the run's student is. What is in the folder of another export is removed: a file with what belongs
-    to it, and an int8 file that was made of another float file than the one that is there, or is refused. Raises
-    BingoError; with exit status 3 where a file is not the same model, and then it is not there.
+    user's own that the run's student is; head: of fitting.KINDS, fitted on int8.labels, or a file of a head: classes
+    in every file. What is in the folder of another export is removed: a file with what belongs to it, and an int8 file
+    that was made of another float file than the one that is there, or is refused. Raises BingoError; with exit status 3
+    where a file is not the same model, and then it is not there.
     """
     wanted = form(shape.profile, shape.batch, shape.opset, shape.taken, shape.outputs)
     complete = replace(wanted, outputs=OUTPUTS)
-    rows = _rows(fmt, int8)
-    if int8.calibration_set:
-        calibration_set.refuse_foreign(int8.calibration_set)
-    labelled = gate.open_labelled(int8.labels, int8.test, run_dir.RunDir(run_path).work) if int8.labels else None
+    rows = _rows(fmt, int8, head, wanted)
+    labelled = _open_labelled(int8, run_path)
     run = run_dir.open_finished(run_path)
-    held = out is None or out.resolve() == run.export.resolve()
-    if held:
-        run_dir.hold(run.path, "--run")
-    recipe = load_recipe(run.as_run)
-    recipe = recipe.model_copy(update={"image_size": shape.image_size or recipe.image_size})
+    held = _hold(run, out)
+    recipe = _recipe(run, shape)
     student = load_student(recipe, run.student, given.student)
     folder = listing.list_images(data or of_recipe(recipe), work=run.work)
     if held:
@@ -108,50 +108,119 @@ def export(
     target = (out or run.export) / exported.name("onnx")
     _need_folder(target.parent, student, COPIES if fmt == "onnx" else COPIES_JUDGED)
     facts = _facts(run, recipe)
+    beside = _head_beside(head, facts, student)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as folder_name:
         work = Path(folder_name)
         whole = _export_float(student, pixels[:IMAGES], work / "whole.onnx", facts, complete)
-        float_file = published(whole, work / target.name, wanted)
+        classes = _classes(head, beside, whole, labelled, int8, student, pixels) if head else None
+        put = partial(publish_with_head, classes=classes) if classes else publish
+        float_file = published(whole, work / target.name, wanted, put)
         if "onnx" in rows:
             float_file = _put(float_file, target)
         if int8.calibration_set:
             calibration_set.write(int8.calibration_set, calibration, exported.contract(float_file))
         if judged:
-            judges = gate.make_gate(whole, gallery, student.preprocessing, labelled, int8.max_loss)
+            known = _known(float_file, classes)
+            judges = gate.make_gate(whole, gallery, student.preprocessing, labelled, int8.max_loss, known)
 
             def tuned() -> Path:
                 apart = {*folder.only(order).digests, *judges.labelled}
-                (work / "finetune").mkdir()
-                better = quantization_aware.finetune(recipe, student, folder, work / "finetune", apart)
+                better = quantization_aware.finetune(recipe, student, folder, _made(work / "finetune"), apart)
                 export_onnx(better, pixels[:IMAGES], work / "tuned.onnx", facts, complete)
                 return work / "tuned.onnx"
 
-            making = Making(whole, float_file, calibration, wanted, work, judges, tuned if int8.finetune else None)
+            making = Making(whole, float_file, calibration, wanted, work, judges, tuned if int8.finetune else None, put)
             _put_judged(judged, making, run, target.parent)
     _close(run, target.parent)
-    files = [target.with_name(exported.name(row)) for row in rows]
-    _say_next(files[-1], run)
+    return _named([target.with_name(exported.name(row)) for row in rows], run, "classify" if head else "embed")
+
+
+def _open_labelled(int8: Int8, run_path: Path) -> gate.Labels | None:
+    if not int8.labels:
+        return None
+    return gate.open_labelled(int8.labels, int8.test, run_dir.RunDir(run_path).work)
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def _hold(run: run_dir.RunDir, out: Path | None) -> bool:
+    """Whether the files go into the run's own folder, which is held then."""
+    held = out is None or out.resolve() == run.export.resolve()
+    if held:
+        run_dir.hold(run.path, "--run")
+    return held
+
+
+def _recipe(run: run_dir.RunDir, shape: Shape) -> Recipe:
+    recipe = load_recipe(run.as_run)
+    return recipe.model_copy(update={"image_size": shape.image_size or recipe.image_size})
+
+
+def _named(files: list[Path], run: run_dir.RunDir, use: str) -> list[Path]:
+    console.say(
+        f"next: bingo-edge selftest {files[-1]}; bingo-edge {use} {files[-1]} PHOTOS   (or bingo-compress validate"
+        f" --run {run.path} --data LABELLED_FOLDER)"
+    )
     return files
 
 
-def _say_next(file: Path, run: run_dir.RunDir) -> None:
-    console.say(
-        f"next: bingo-edge selftest {file}; bingo-edge embed {file} PHOTOS   (or bingo-compress validate --run"
-        f" {run.path} --data LABELLED_FOLDER)"
-    )
+def _head_beside(head: str, facts: dict[str, Any], student: Encoder) -> fitting.Made | None:
+    """The head of a file that was exported before; None where one is to be fitted, or none is wanted."""
+    if head in ("", *fitting.KINDS):
+        return None
+    return fitting.read(Path(head), facts["student_weights"], student.preprocessing.geometry())
 
 
-def _rows(fmt: str, int8: Int8) -> list[str]:
+def _classes(
+    head: str,
+    beside: fitting.Made | None,
+    whole: Path,
+    labelled: gate.Labels | None,
+    int8: Int8,
+    student: Encoder,
+    pixels: Tensor,
+) -> Classes:
+    """What every file's head is made of. Raises BingoError where a head knows other classes than the labelled
+    images.
+    """
+    sides = gate.sides_of(whole, student.preprocessing, labelled) if labelled else None
+    if sides and beside and beside.head.classes.tolist() != sides.classes:
+        raise BingoError(
+            f"--head: expected a head of the classes of --labels, {', '.join(sides.classes[:5])} ..., found one of"
+            f" {', '.join(beside.head.classes[:5])} ...; give the head, or the labels, of the same classes"
+        )
+    # What a head from a file was fitted on nobody knows: only a folder of test images is new to it.
+    tested = beside is None or int8.test is not None
+    return Classes("" if beside else head, beside, sides, tested, student.preprocessing, pixels[:IMAGES])
+
+
+def _known(float_file: Path, classes: Classes | None) -> gate.Known | None:
+    """What the gate may know of the classes of the float file."""
+    return gate.Known(fitting.of(float_file), classes.sides) if classes else None
+
+
+def _rows(fmt: str, int8: Int8, head: str, wanted: Form) -> list[str]:
     """The files that `fmt` names, by their rows in a proof. Raises BingoError for words that do not go together."""
     known = ["onnx", *FORMATS]
     if fmt not in (*known, "all"):
         raise BingoError(f"--format: expected {', '.join((*known, 'all'))}, found {fmt!r}")
-    if fmt == "onnx" and (int8.labels or int8.finetune):
+    if fmt == "onnx" and int8.finetune:
+        raise BingoError("--finetune: expected --format onnx-int8 or all beside it, found onnx")
+    if fmt == "onnx" and int8.labels and not head:
+        raise BingoError("--labels: expected --format onnx-int8 or all, or --head, beside it, found onnx")
+    if head in fitting.KINDS and not int8.labels:
+        raise BingoError(f"--head {head}: expected --labels beside it, images to fit it on, found none")
+    if not {"embedding", "features"} & set(wanted.outputs) or ("scores" in wanted.outputs) < bool(head):
         raise BingoError(
-            f"{'--labels' if int8.labels else '--finetune'}: expected --format onnx-int8 or all beside it, found onnx"
+            f"--outputs: expected embedding or features, and with --head scores, found {','.join(wanted.outputs)}"
         )
     if int8.test and not int8.labels:
         raise BingoError("--test: expected --labels beside it, found none")
+    if int8.calibration_set:
+        calibration_set.refuse_foreign(int8.calibration_set)
     return known if fmt == "all" else [fmt]
 
 

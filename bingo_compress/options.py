@@ -253,16 +253,26 @@ class Export:
         ),
     ] = None
     outputs: Annotated[
-        str | None, Word("method", "what the file gives: embedding, features, or both with a comma (default)")
+        str | None,
+        Word("method", "embedding, features, scores, distance with commas between; default: all that there are"),
     ] = None
     image_size: Annotated[int | None, Word("models", "pixels a side of the file's input; default: the run's", int)] = (
         None
     )
     labels: Annotated[
         Data | None,
-        _places("labelled images, one folder a class: int8 may lose --max-loss points of accuracy on them"),
+        _places("labelled images, one folder a class: for --head, and int8 may lose --max-loss points on them"),
     ] = None
     test: TestFolder = None
+    head: Annotated[
+        str,
+        Word(
+            "method",
+            "classes in the file, as an output scores: linear or knn, fitted on --labels, or a head that validate wrote"
+            " beside the file, student.linear.npz",
+            metavar="linear|knn|FILE",
+        ),
+    ] = ""
     max_loss: Annotated[float, Word("method", "points of kNN and linear accuracy that int8 may lose", float)] = 0.5
     finetune: Annotated[
         bool,

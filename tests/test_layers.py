@@ -21,6 +21,7 @@ ROOMS = (
     "unread",
     "report",
     "evaluation",
+    "heads",
     "exporters budget",
     "int8",
     "exporting",

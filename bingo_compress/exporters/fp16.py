@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from bingo_compress.errors import BingoError, first_line
-from bingo_compress.exporters.onnx import REFUSED, Making, publish
+from bingo_compress.exporters.onnx import REFUSED, Making
 from bingo_compress.models import exported
 from bingo_compress.models.exported import onnx_runner
 from bingo_compress.runtime import console
@@ -50,7 +50,7 @@ def make(making: Making) -> Path:
     contract["fp16"] = {f"float_{key}": contract.pop(key) for key in ("sha256", "bytes", "parity")}
     contract["fp16"] |= {"images": len(making.calibration), "min_cosine": cosine}
     target = making.work / exported.name("onnx-fp16")
-    contract = publish(raw, target, contract, making.form)
+    contract = making.put(raw, target, contract, making.form)
     console.say(
         f"{target.name}: {contract['bytes'] / contract['fp16']['float_bytes']:.2f} of the float file's size; smallest"
         f" cosine to it {cosine:.6f} on {len(making.calibration)} of your images"

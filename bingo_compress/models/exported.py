@@ -47,14 +47,19 @@ def name(row: str) -> str:
     return f"{STEM}{row.removeprefix('onnx')}.onnx"
 
 
+def opened(file: Path) -> Embedder:
+    """An exported file as a device opens it. Raises BingoError."""
+    try:
+        return Embedder(file)
+    except EdgeError as error:
+        raise BingoError(f"{file}: {error}; or delete it") from None
+
+
 def contract(file: Path) -> dict[str, Any]:
     """What an exported file says of itself, as a device reads it, and "file", "bytes" and "sha256" as it is now. Raises
     BingoError.
     """
-    try:
-        held = Embedder(file)
-    except EdgeError as error:
-        raise BingoError(f"{file}: {error}; or delete it") from None
+    held = opened(file)
     return held.contract | {"file": file.name, "bytes": file.stat().st_size, "sha256": held.sha256}
 
 
@@ -83,8 +88,8 @@ def _made_for(path: Path) -> str:
 
 
 def put(made: Path, target: Path) -> Path:
-    """Move a file with its contract and golden pictures to `target`, after all that belonged to another file there.
-    Returns `target`.
+    """Move a file with its contract, golden pictures and head to `target`, after all that belonged to another file
+    there. Returns `target`.
 
     A kill in between leaves a file without some of what belongs to it, never one with what belongs to another.
     """
@@ -100,8 +105,10 @@ def put(made: Path, target: Path) -> Path:
     with atomic_folder(target.with_suffix(GOLDEN)) as folder:
         for path in made.with_suffix(GOLDEN).iterdir():
             os.replace(path, folder / path.name)
-    with atomic(target.with_suffix(CONTRACT)) as temporary:
-        os.replace(made.with_suffix(CONTRACT), temporary)
+    for end in (CONTRACT, LINEAR, BANK):
+        if made.with_suffix(end).is_file():
+            with atomic(target.with_suffix(end)) as temporary:
+                os.replace(made.with_suffix(end), temporary)
     return target
 
 

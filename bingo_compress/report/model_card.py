@@ -3,7 +3,6 @@ disk is in it.
 """
 
 import hashlib
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,9 @@ import timm
 from bingo_compress import __version__
 from bingo_compress.models import exported
 from bingo_compress.recipe import GIVEN, RESUME_MAY_CHANGE, Recipe, load_recipe
-from bingo_compress.report import timing_table
-from bingo_compress.report.tables import figure, title
+from bingo_compress.report import classes_section, timing_table
+from bingo_compress.report.markdown import CLASSES_SHOWN, name_of, plain, shown, table
+from bingo_compress.report.tables import title
 from bingo_compress.runtime import checkpoint, console
 from bingo_compress.runtime.run_dir import RunDir, made_by, read_json, write_text
 from bingo_compress.training.plan import loss_of
@@ -22,11 +22,6 @@ from bingo_compress.training.plan import loss_of
 ELSEWHERE = {"teacher", "student", "teacher_weights", "student_weights", "teacher_size", "image_size"}
 # What of a validation's protocol is shown; its other entries name folders.
 PROTOCOL = ("onnx", "intervals", "gap_closed", "literature")
-CLASSES_SHOWN = 50
-# All that can begin or end something inside a line, of CommonMark and of GitHub's tables, formulas and links that need
-# no brackets.
-MARKUP = re.compile(r"[!#$&*+:<=>@\[\\\]^_`{|}~]|(?<=www)\.", re.IGNORECASE)
-ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
 
 def renew(run: RunDir, folder: Path) -> Path:
@@ -59,15 +54,15 @@ def card(
     with made_by("distill", run.summary):
         known = [_data(run, summary), _recall(summary)]
     with made_by("export", run.export / exported.name("onnx")):
-        told = [_files(files), _use(files, heads)]
+        told = [_files(files), classes_section.section(files), _use(files, heads)]
     with made_by("export", run.export / exported.LATENCY):
         timed = _latency(latency, files)
     when = f", {plain(date)}" if date else ""
     blocks = [
         f"# {plain(recipe.student)}, distilled from {plain(recipe.teacher)}",
         (
-            "An image encoder: pixels in, an embedding out. It knows no classes; a linear head or a bank of labelled"
-            f" images adds them. Made by bingo-compress {plain(summary.get('version', __version__))}, run"
+            f"An image encoder: pixels in, an embedding out. {classes_section.knows(files)} Made by"
+            f" bingo-compress {plain(summary.get('version', __version__))}, run"
             f" {plain(summary.get('run_id', 'unknown'))}{when}."
         ),
         *_models(recipe),
@@ -77,19 +72,11 @@ def card(
         *known[1],
         *_validation(run, files),
         *told[0],
-        *timed,
         *told[1],
+        *timed,
+        *told[2],
     ]
     return "\n\n".join(blocks) + "\n"
-
-
-def plain(value: object) -> str:
-    """Text from elsewhere as Markdown that shows just that text on one line: no markup, HTML, link or table cell can
-    come of it.
-    """
-    line = " ".join(str(value).split())
-    shown = "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in line)
-    return re.sub(MARKUP, lambda found: ENTITIES.get(found[0], f"\\{found[0]}"), shown)
 
 
 def licence(name: str, source: str) -> str:
@@ -102,11 +89,6 @@ def licence(name: str, source: str) -> str:
         return f"{'module' if source == GIVEN else 'file'} given by the user: licence unknown to us"
     config = timm.models.get_pretrained_cfg(name)
     return plain(config.license) if config and config.license else "timm states none"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Cells are Markdown already."""
-    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows))
 
 
 def _models(recipe: Recipe) -> list[str]:
@@ -122,7 +104,7 @@ def _models(recipe: Recipe) -> list[str]:
     )
     return [
         "## Models",
-        _table(("", "timm model", "weights at the start", "input in the run", "licence of those weights"), rows),
+        table(("", "timm model", "weights at the start", "input in the run", "licence of those weights"), rows),
         *([] if loss_of(recipe).teacher else [unused]),
         (
             "A student may keep what its teacher got wrong. Whether a teacher's licence binds a student that was"
@@ -174,7 +156,7 @@ def _method(recipe: Recipe) -> list[str]:
         "## Method",
         f"{method}, {recipe.epochs:,} epoch{'s' if recipe.epochs > 1 else ''}. "
         + ("Settings that are not the defaults:" if changed else "Every setting is the default."),
-        *([_table(("setting", "here", "default"), changed)] if changed else []),
+        *([table(("setting", "here", "default"), changed)] if changed else []),
         f"All settings are in the run's recipe.yaml; the same run again{own}:",
         "    bingo-compress distill --recipe RUN/recipe.yaml --data PHOTOS --out ANOTHER_RUN",
     ]
@@ -203,7 +185,7 @@ def _validation(run: RunDir, files: Sequence[Mapping[str, Any]]) -> list[str]:
         there = {file["sha256"] for file in files}
         rows = [row for row in result["rows"] if not row["name"].startswith("onnx") or row.get("sha256") in there]
         blocks = _proof(result["protocol"], rows)
-        unproven = [_name(file) for file in files if file["sha256"] not in {row.get("sha256") for row in rows}]
+        unproven = [name_of(file) for file in files if file["sha256"] not in {row.get("sha256") for row in rows}]
         return [*blocks, *([f"Not proven: {', '.join(unproven)}. Run validate:", command] if unproven else [])]
 
 
@@ -211,7 +193,7 @@ def _proof(protocol: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> li
     titles = protocol["figures"]
     keys = [key for key in titles if any(key in row for row in rows)]
     explained = {*keys, *(str(row["name"]).partition("-")[0] for row in rows), "intervals", "gap_closed"}
-    cells = [[plain(title(row["name"])), *(_figure(row, key) for key in keys)] for row in rows]
+    cells = [[plain(title(row["name"])), *(shown(row, key) for key in keys)] for row in rows]
     classes = protocol["classes"]
     more = f" and {len(classes) - CLASSES_SHOWN:,} more" if len(classes) > CLASSES_SHOWN else ""
     aside = str(protocol["test"]).startswith("a quarter of each class of ")
@@ -222,7 +204,7 @@ def _proof(protocol: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> li
             f" {protocol['bank_images']:,}, {len(classes):,} classes:"
             f" {', '.join(map(plain, classes[:CLASSES_SHOWN]))}{more}. In brackets: 95% interval."
         ),
-        _table(("", *(plain(titles[key]) for key in keys)), cells),
+        table(("", *(plain(titles[key]) for key in keys)), cells),
     ]
     if protocol.get("test_images_trained_on"):
         blocks.append(
@@ -240,12 +222,12 @@ def _proof(protocol: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> li
         (entry for entry in student["per_class"] if entry["images"]), key=lambda entry: float(entry["accuracy"])
     )
     by_class = [
-        [plain(entry["class"]), f"{entry['images']:,}", _figure(entry, "accuracy")] for entry in known[:CLASSES_SHOWN]
+        [plain(entry["class"]), f"{entry['images']:,}", shown(entry, "accuracy")] for entry in known[:CLASSES_SHOWN]
     ]
     return [
         *blocks,
         "The student by class, weakest first:",
-        _table(("class", "test images", "found"), by_class),
+        table(("class", "test images", "found"), by_class),
         "\n".join(
             f"- {plain(key)}: {plain(protocol[key])}"
             for key in dict.fromkeys((*titles, *PROTOCOL))
@@ -254,17 +236,8 @@ def _proof(protocol: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> li
     ]
 
 
-def _figure(row: Mapping[str, Any], key: str) -> str:
-    """0.683 [0.634, 0.731]; a dash where it was not measured."""
-    return figure(row, key) if key in row else "-"
-
-
-def _name(contract: Mapping[str, Any]) -> str:
-    return {"int8": "student-int8.onnx", "float16": "student-fp16.onnx"}.get(contract["precision"], "student.onnx")
-
-
 def _names(files: Sequence[Mapping[str, Any]]) -> list[str]:
-    return [_name(contract) for contract in files] or ["student.onnx"]
+    return [name_of(contract) for contract in files] or ["student.onnx"]
 
 
 def _files(files: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -281,7 +254,7 @@ def _files(files: Sequence[Mapping[str, Any]]) -> list[str]:
             )
         rows.append(
             [
-                _name(contract),
+                name_of(contract),
                 console.size(contract["bytes"]),
                 f"{contract['parameters']:,}",
                 f"{contract['embedding_dim']:,}",
@@ -289,7 +262,7 @@ def _files(files: Sequence[Mapping[str, Any]]) -> list[str]:
                 checked,
             ]
         )
-    blocks = ["## Files", _table(("", "size", "parameters", "embedding", "opset, IR, batch", "against torch"), rows)]
+    blocks = ["## Files", table(("", "size", "parameters", "embedding", "opset, IR, batch", "against torch"), rows)]
     whole = [contract for contract in files if "int8" in contract]
     if not whole:
         return blocks
@@ -307,7 +280,7 @@ def _files(files: Sequence[Mapping[str, Any]]) -> list[str]:
             else "-"
         )
         figures = [f"{gate['images']:,}", f"{gate['mean_cosine']:.4f}", recall]
-        rows.append([_name(contract), plain(contract["int8"]["rung"]), *figures, *probed])
+        rows.append([name_of(contract), plain(contract["int8"]["rung"]), *figures, *probed])
     return [
         *blocks,
         (
@@ -315,7 +288,7 @@ def _files(files: Sequence[Mapping[str, Any]]) -> list[str]:
             f" file{' that it was made of, which is not the one above' if absent else ''}, on the images of the gate"
             " that it had to pass; kNN and linear on test images that chose nothing:"
         ),
-        _table(
+        table(
             ("", "how", "images", "mean cosine", "neighbour recall", "kNN, float to int8", "linear, float to int8"),
             rows,
         ),
@@ -334,7 +307,7 @@ def _latency(rows: Sequence[dict[str, Any]] | None, files: Sequence[Mapping[str,
     return [
         "## Latency",
         f"On {plain(timing_table.describe(rows[0]['machine']))}; {plain(timing_table.caption(rows))}.",
-        _table(timing_table.HEADER, [[plain(cell) for cell in line] for line in timing_table.cells(named)]),
+        table(timing_table.HEADER, [[plain(cell) for cell in line] for line in timing_table.cells(named)]),
         *(["\n".join(f"- {plain(line)}" for line in said)] if said else []),
         (
             f"It says nothing of another machine: `bingo-compress latency {names}` there, or `bingo-edge time"
@@ -348,6 +321,7 @@ def _use(files: Sequence[Mapping[str, Any]], heads: Sequence[str]) -> list[str]:
     commands = [
         f"    bingo-edge embed    {names[0]} photos/ --out index.npz",
         f"    bingo-edge nearest  {names[0]} photo.jpg --index index.npz",
+        *(f"    bingo-edge classify {name_of(contract)} photo.jpg" for contract in files if "classes" in contract),
         *(f"    bingo-edge classify {head.partition('.')[0]}.onnx --head {head} photo.jpg" for head in heads),
     ]
     blocks = [

@@ -336,11 +336,11 @@ def test_all_formats_leave_files_that_the_device_kit_checks_itself_against(
 ) -> None:
     monkeypatch.setattr(gate, "LEAST_RECALL", 0.3)  # an untrained student's neighbours are close to ties
     files = exporting.export(finished.path, fmt="all", shape=Shape("edge"))
-    assert [file.name for file in files] == ["student.onnx", "student-int8.onnx"]
-    contract = json.loads(files[1].with_suffix(".json").read_text())
+    assert [file.name for file in files] == ["student.onnx", "student-fp16.onnx", "student-int8.onnx"]
+    contract = json.loads(files[2].with_suffix(".json").read_text())
     assert contract["precision"] == "int8" and contract["int8"]["gate"]["images"] == 24
-    assert contract["bytes"] == files[1].stat().st_size < 0.7 * files[0].stat().st_size
-    assert bingo_edge.Embedder(files[1]).contract["int8"] == contract["int8"]
+    assert contract["bytes"] == files[2].stat().st_size < 0.7 * files[0].stat().st_size
+    assert bingo_edge.Embedder(files[2]).contract["int8"] == contract["int8"]
     from bingo_edge.cli import main
 
     for file in files:
