@@ -4,6 +4,7 @@ import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from torch import Tensor
 from bingo_compress import __version__
 from bingo_compress.data import image_list, listing
 from bingo_compress.errors import BingoError
-from bingo_compress.exporters import timing
+from bingo_compress.exporters import calibration_set, fp16, timing
 from bingo_compress.exporters.golden import write_golden
-from bingo_compress.exporters.onnx import IMAGES, OUTPUTS, REFUSED, Form, Making, export_onnx, form, published
+from bingo_compress.exporters.head import Classes, publish_with_head
+from bingo_compress.exporters.onnx import IMAGES, OUTPUTS, REFUSED, Form, Making, export_onnx, form, publish, published
 from bingo_compress.features import extract
+from bingo_compress.heads import fitting
 from bingo_compress.int8 import gate, int8_file, quantization_aware
 from bingo_compress.int8.ladder import CALIBRATION
 from bingo_compress.models import exported
@@ -29,9 +32,8 @@ from bingo_compress.runtime import console, run_dir
 from bingo_compress.sources.opened import Data, numbers, of_recipe
 
 # What is made of the float file, "onnx", and judged against it: how, by its row in a proof.
-FORMATS: dict[str, Callable[[Making], Path]] = {"onnx-int8": int8_file.make}
+FORMATS: dict[str, Callable[[Making], Path]] = {"onnx-fp16": fp16.make, "onnx-int8": int8_file.make}
 GALLERY = 512  # images that an int8 file is judged on
-GALLERY_LEAST = 256
 LEAST_JUDGED = 12  # images, calibration and gallery together
 COPIES, COPIES_JUDGED = 4, 9  # of the weights that are on the disk at once, at most
 TIMED = 100  # runs of each file, for the model card
@@ -54,13 +56,15 @@ class Shape:
 @dataclass(frozen=True)
 class Int8:
     """How an int8 file is judged and mended. labels, test: labelled folders on which it may lose at most `max_loss`
-    points against float; finetune: train it where no way of quantising passes.
+    points against float; finetune: train it where no way of quantising passes; calibration_set: a folder for the
+    images that its ranges are found on.
     """
 
     labels: Data | None = None
     test: Data | None = None
     max_loss: float = gate.MAX_LOSS
     finetune: bool = False
+    calibration_set: Path | None = None
 
 
 MODERN, PLAIN_INT8 = Shape(), Int8()
@@ -75,87 +79,160 @@ def export(
     shape: Shape = MODERN,
     int8: Int8 = PLAIN_INT8,
     given: Given = NOTHING_GIVEN,
+    head: str = "",
 ) -> list[Path]:
     """Export the student of a run: student.onnx, proven on IMAGES of the user's own images, and what FORMATS makes of
     it, judged on GALLERY others. Returns the files.
 
     out: folder, default RUN/export; data: where the images are now, default where they were; given: the module of the
-    user's own that the run's student is. What is in the folder of another export is removed: a file with what belongs
-    to it, and an int8 file that was made of another float file than the one that is there, or is refused. Raises
-    BingoError; with exit status 3 where a file is not the same model, and then it is not there.
+    user's own that the run's student is; head: of fitting.KINDS, fitted on int8.labels, or a file of a head: classes
+    in every file. What is in the folder of another export is removed: a file with what belongs to it, and an int8 file
+    that was made of another float file than the one that is there, or is refused. Raises BingoError; with exit status 3
+    where a file is not the same model, and then it is not there.
     """
     wanted = form(shape.profile, shape.batch, shape.opset, shape.taken, shape.outputs)
     complete = replace(wanted, outputs=OUTPUTS)
-    rows = _rows(fmt, int8)
-    labelled = gate.open_labelled(int8.labels, int8.test, run_dir.RunDir(run_path).work) if int8.labels else None
+    rows = _rows(fmt, int8, head, wanted)
+    labelled = _open_labelled(int8, run_path)
     run = run_dir.open_finished(run_path)
-    held = out is None or out.resolve() == run.export.resolve()
-    if held:
-        run_dir.hold(run.path, "--run")
-    recipe = load_recipe(run.as_run)
-    recipe = recipe.model_copy(update={"image_size": shape.image_size or recipe.image_size})
+    held = _hold(run, out)
+    recipe = _recipe(run, shape)
     student = load_student(recipe, run.student, given.student)
     folder = listing.list_images(data or of_recipe(recipe), work=run.work)
     if held:
         image_list.keep(run.work, folder, *(labelled or ()))
-    order, pixels = _pixels(student, folder, fmt, halved=int8.finetune)
+    judged = [row for row in rows if row != "onnx"]
+    most = CALIBRATION + GALLERY if judged or int8.calibration_set else IMAGES
+    order, pixels = _pixels(student, folder, fmt, most, halved=int8.finetune)
+    calibration, gallery = pixels.tensor_split([min(CALIBRATION, len(pixels) // 3)])
     target = (out or run.export) / exported.name("onnx")
     _need_folder(target.parent, student, COPIES if fmt == "onnx" else COPIES_JUDGED)
     facts = _facts(run, recipe)
+    beside = _head_beside(head, facts, student)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as folder_name:
         work = Path(folder_name)
         whole = _export_float(student, pixels[:IMAGES], work / "whole.onnx", facts, complete)
-        float_file = published(whole, work / target.name, wanted)
+        classes = _classes(head, beside, whole, labelled, int8, student, pixels) if head else None
+        put = partial(publish_with_head, classes=classes) if classes else publish
+        float_file = published(whole, work / target.name, wanted, put)
         if "onnx" in rows:
             float_file = _put(float_file, target)
-        if judged := [row for row in rows if row != "onnx"]:
-            calibration, gallery = _split(pixels)
-            judges = gate.make_gate(whole, gallery, student.preprocessing, labelled, int8.max_loss)
+        if int8.calibration_set:
+            calibration_set.write(int8.calibration_set, calibration, exported.contract(float_file))
+        if judged:
+            known = _known(float_file, classes)
+            judges = gate.make_gate(whole, gallery, student.preprocessing, labelled, int8.max_loss, known)
 
             def tuned() -> Path:
                 apart = {*folder.only(order).digests, *judges.labelled}
-                (work / "finetune").mkdir()
-                better = quantization_aware.finetune(recipe, student, folder, work / "finetune", apart)
+                better = quantization_aware.finetune(recipe, student, folder, _made(work / "finetune"), apart)
                 export_onnx(better, pixels[:IMAGES], work / "tuned.onnx", facts, complete)
                 return work / "tuned.onnx"
 
-            making = Making(whole, float_file, calibration, wanted, work, judges, tuned if int8.finetune else None)
+            making = Making(whole, float_file, calibration, wanted, work, judges, tuned if int8.finetune else None, put)
             _put_judged(judged, making, run, target.parent)
     _close(run, target.parent)
-    files = [target.with_name(exported.name(row)) for row in rows]
-    _say_next(files[-1], run)
+    return _named([target.with_name(exported.name(row)) for row in rows], run, "classify" if head else "embed")
+
+
+def _open_labelled(int8: Int8, run_path: Path) -> gate.Labels | None:
+    if not int8.labels:
+        return None
+    return gate.open_labelled(int8.labels, int8.test, run_dir.RunDir(run_path).work)
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def _hold(run: run_dir.RunDir, out: Path | None) -> bool:
+    """Whether the files go into the run's own folder, which is held then."""
+    held = out is None or out.resolve() == run.export.resolve()
+    if held:
+        run_dir.hold(run.path, "--run")
+    return held
+
+
+def _recipe(run: run_dir.RunDir, shape: Shape) -> Recipe:
+    recipe = load_recipe(run.as_run)
+    return recipe.model_copy(update={"image_size": shape.image_size or recipe.image_size})
+
+
+def _named(files: list[Path], run: run_dir.RunDir, use: str) -> list[Path]:
+    console.say(
+        f"next: bingo-edge selftest {files[-1]}; bingo-edge {use} {files[-1]} PHOTOS   (or bingo-compress validate"
+        f" --run {run.path} --data LABELLED_FOLDER)"
+    )
     return files
 
 
-def _say_next(file: Path, run: run_dir.RunDir) -> None:
-    console.say(
-        f"next: bingo-edge selftest {file}; bingo-edge embed {file} PHOTOS   (or bingo-compress validate --run"
-        f" {run.path} --data LABELLED_FOLDER)"
-    )
+def _head_beside(head: str, facts: dict[str, Any], student: Encoder) -> fitting.Made | None:
+    """The head of a file that was exported before; None where one is to be fitted, or none is wanted."""
+    if head in ("", *fitting.KINDS):
+        return None
+    return fitting.read(Path(head), facts["student_weights"], student.preprocessing.geometry())
 
 
-def _rows(fmt: str, int8: Int8) -> list[str]:
+def _classes(
+    head: str,
+    beside: fitting.Made | None,
+    whole: Path,
+    labelled: gate.Labels | None,
+    int8: Int8,
+    student: Encoder,
+    pixels: Tensor,
+) -> Classes:
+    """What every file's head is made of. Raises BingoError where a head knows other classes than the labelled
+    images.
+    """
+    sides = gate.sides_of(whole, student.preprocessing, labelled) if labelled else None
+    if sides and beside and beside.head.classes.tolist() != sides.classes:
+        raise BingoError(
+            f"--head: expected a head of the classes of --labels, {', '.join(sides.classes[:5])} ..., found one of"
+            f" {', '.join(beside.head.classes[:5])} ...; give the head, or the labels, of the same classes"
+        )
+    # What a head from a file was fitted on nobody knows: only a folder of test images is new to it.
+    tested = beside is None or int8.test is not None
+    return Classes("" if beside else head, beside, sides, tested, student.preprocessing, pixels[:IMAGES])
+
+
+def _known(float_file: Path, classes: Classes | None) -> gate.Known | None:
+    """What the gate may know of the classes of the float file."""
+    return gate.Known(fitting.of(float_file), classes.sides) if classes else None
+
+
+def _rows(fmt: str, int8: Int8, head: str, wanted: Form) -> list[str]:
     """The files that `fmt` names, by their rows in a proof. Raises BingoError for words that do not go together."""
     known = ["onnx", *FORMATS]
     if fmt not in (*known, "all"):
         raise BingoError(f"--format: expected {', '.join((*known, 'all'))}, found {fmt!r}")
-    if fmt == "onnx" and (int8.labels or int8.finetune):
+    if fmt == "onnx" and int8.finetune:
+        raise BingoError("--finetune: expected --format onnx-int8 or all beside it, found onnx")
+    if fmt == "onnx" and int8.labels and not head:
+        raise BingoError("--labels: expected --format onnx-int8 or all, or --head, beside it, found onnx")
+    if head in fitting.KINDS and not int8.labels:
+        raise BingoError(f"--head {head}: expected --labels beside it, images to fit it on, found none")
+    if not {"embedding", "features"} & set(wanted.outputs) or ("scores" in wanted.outputs) < bool(head):
         raise BingoError(
-            f"{'--labels' if int8.labels else '--finetune'}: expected --format onnx-int8 or all beside it, found onnx"
+            f"--outputs: expected embedding or features, and with --head scores, found {','.join(wanted.outputs)}"
         )
     if int8.test and not int8.labels:
         raise BingoError("--test: expected --labels beside it, found none")
+    if int8.calibration_set:
+        calibration_set.refuse_foreign(int8.calibration_set)
     return known if fmt == "all" else [fmt]
 
 
-def _pixels(student: Encoder, folder: image_list.ImageList, fmt: str, *, halved: bool) -> tuple[list[int], Tensor]:
-    """(which images of the folder may be looked at, those that are: uint8 (n, S, S, 3)). halved: at least half of the
-    images are left to train on. Raises BingoError where there are too few.
+def _pixels(
+    student: Encoder, folder: image_list.ImageList, fmt: str, most: int, *, halved: bool
+) -> tuple[list[int], Tensor]:
+    """(which images of the folder may be looked at, those that are, at most `most`: uint8 (n, S, S, 3)). halved: at
+    least half of the images are left to train on. Raises BingoError where there are too few.
     """
     order = torch.randperm(len(folder.files), generator=torch.Generator().manual_seed(0)).tolist()
     if halved:
         order = order[: min(CALIBRATION + GALLERY, len(order) // 2)]
-    most = IMAGES if fmt == "onnx" else CALIBRATION + GALLERY
     pixels = extract.pixels_of(student.preprocessing, folder, order, most)
     if fmt != "onnx" and len(pixels) < LEAST_JUDGED:
         more = " (half of the folder, the other is for --finetune)" if halved else ""
@@ -237,13 +314,3 @@ def _say_file(target: Path, contract: dict[str, Any]) -> None:
         f"{target}: {console.size(contract['bytes'])}, opset {onnx['opset']}, IR {onnx['ir_version']}, {batch},"
         f" {given['dtype']} {given['layout']} in; {target.with_suffix(exported.CONTRACT)} says the rest"
     )
-
-
-def _split(pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """(images that ranges are found on, the others, by which files are judged)."""
-    calibration, gallery = pixels.tensor_split([min(CALIBRATION, len(pixels) // 3)])
-    if len(gallery) < GALLERY_LEAST:
-        console.say(
-            f"int8 is judged on {len(gallery)} images (expected {GALLERY_LEAST} or more): there are no more to spare"
-        )
-    return calibration, gallery

@@ -233,7 +233,7 @@ class Export:
     run: RunFolder
     out: Annotated[Place | None, Word("run", "folder for the files; default: RUN/export", Path)] = None
     data: Annotated[Data | None, _places("where the run's images are now, if they moved")] = None
-    format: Annotated[str, Word("method", "onnx, onnx-int8 or all")] = "onnx"
+    format: Annotated[str, Word("method", "onnx, onnx-fp16, onnx-int8 or all")] = "onnx"
     profile: Annotated[
         str,
         Word(
@@ -253,16 +253,26 @@ class Export:
         ),
     ] = None
     outputs: Annotated[
-        str | None, Word("method", "what the file gives: embedding, features, or both with a comma (default)")
+        str | None,
+        Word("method", "embedding, features, scores, distance with commas between; default: all that there are"),
     ] = None
     image_size: Annotated[int | None, Word("models", "pixels a side of the file's input; default: the run's", int)] = (
         None
     )
     labels: Annotated[
         Data | None,
-        _places("labelled images, one folder a class: int8 may lose --max-loss points of accuracy on them"),
+        _places("labelled images, one folder a class: for --head, and int8 may lose --max-loss points on them"),
     ] = None
     test: TestFolder = None
+    head: Annotated[
+        str,
+        Word(
+            "method",
+            "classes in the file, as an output scores: linear or knn, fitted on --labels, or a head that validate wrote"
+            " beside the file, student.linear.npz",
+            metavar="linear|knn|FILE",
+        ),
+    ] = ""
     max_loss: Annotated[float, Word("method", "points of kNN and linear accuracy that int8 may lose", float)] = 0.5
     finetune: Annotated[
         bool,
@@ -272,6 +282,10 @@ class Export:
             bool,
         ),
     ] = False
+    calibration_set: Annotated[
+        Place | None,
+        Word("run", "a folder for the pictures that int8 is calibrated on: for a device maker's quantiser", Path),
+    ] = None
     image_column: Annotated[str, IMAGE_COLUMN] = ""
     label_column: Annotated[str, LABEL_COLUMN] = ""
     student: "Encoder | None" = None

@@ -21,6 +21,7 @@ ROOMS = (
     "unread",
     "report",
     "evaluation",
+    "heads",
     "exporters toolchains budget",
     "int8",
     "exporting",

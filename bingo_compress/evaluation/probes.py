@@ -56,15 +56,34 @@ def fit_linear(
     features: (N, D) raw; labels: (N,); groups: as in `folds`. The test set is not seen here, so it cannot be chosen on.
     Fitted in float64, then rounded to float32: what is judged is what a device gets.
     """
-    raw = features.double()
-    mean = raw.mean(0)
-    # A dead feature has no spread: the floor leaves it at zero instead of dividing by it.
-    scale = raw.std(0).clamp(min=1e-6 * float(raw.std()) + 1e-12)
-    rows = logistic.rows((raw - mean) / scale)
+    rows, mean, scale = _standardised(features)
     strength = choose_strength(rows, labels, classes, folds(labels, FOLDS, groups, seed))
     fitted = logistic.fit(rows.z, rows.spread, labels, classes, strength)
     weight = fitted[:, :-1] @ rows.turn.T / scale
     return LinearHead(weight.float(), (fitted[:, -1] - weight @ mean).float(), strength)
+
+
+def _standardised(features: Tensor) -> tuple[logistic.Rows, Tensor, Tensor]:
+    """(features (N, D) of mean 0 and spread 1, their means (D,), their spreads (D,))."""
+    raw = features.double()
+    mean = raw.mean(0)
+    # A dead feature has no spread: the floor leaves it at zero instead of dividing by it.
+    scale = raw.std(0).clamp(min=1e-6 * float(raw.std()) + 1e-12)
+    return logistic.rows((raw - mean) / scale), mean, scale
+
+
+def held_out_logits(features: Tensor, labels: Tensor, classes: int, strength: float, fold: Tensor) -> Tensor:
+    """Logits (N, C) float64 of each row, by a head of that L2 strength fitted on the rows of the other folds.
+
+    features: (N, D) raw; labels, fold: (N,). Features are standardised by all rows, which no label has told.
+    """
+    rows, _, _ = _standardised(features)
+    logits = torch.zeros(len(labels), classes, dtype=torch.float64)
+    for number in fold.unique().tolist():
+        kept, held = fold != number, fold == number
+        fitted = logistic.fit(rows.z[kept], rows.spread, labels[kept], classes, strength, exact=False)
+        logits[held] = rows.z[held] @ fitted.T
+    return logits
 
 
 def choose_strength(rows: logistic.Rows, labels: Tensor, classes: int, fold: Tensor) -> float:

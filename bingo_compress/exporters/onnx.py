@@ -36,10 +36,12 @@ IMAGES = 256
 REFUSED = 3
 # What a file takes: bytes as they lie in a picture; or floats by channels, of 0 to 1, or less the mean and by the std.
 INPUTS = ("uint8-nhwc", "float32-nchw", "float32-nchw-normalised")
-OUTPUTS = ("embedding", "features")
+OUTPUTS = ("embedding", "features", "scores", "distance")  # the last two where the file has a class head
 
 # Of a quantised file: its figures, and the names of those that are below the gate.
 Judge = Callable[[Path], tuple[dict[str, Any], list[str]]]
+# Takes a graph, where to put it, its contract and its form; returns the contract as it was written.
+Publish = Callable[[Path, Path, dict[str, Any], "Form"], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -59,27 +61,14 @@ class Form:
 
 class Gate(NamedTuple):
     """Of a quantised file: `choose` by what it is chosen, `report` how it does on test images that choose nothing, each
-    its figures and those below the gate. labelled: sha256 of the labelled images that either judges by.
+    its figures and those below the gate. labelled: sha256 of the labelled images that either judges by; lost: what is
+    below it of two files' own heads, float's and the quantised one's, as their contracts tell of them.
     """
 
     choose: Judge
     report: Judge
     labelled: set[str]
-
-
-class Making(NamedTuple):
-    """What a file in less precision is made of, in the folder `work`. whole: the float file with all its outputs;
-    float_file: with those that are published; calibration: uint8 (n, S, S, 3), images that ranges are found on; tuned:
-    makes a whole float file that loses less, where that is asked for.
-    """
-
-    whole: Path
-    float_file: Path
-    calibration: Tensor
-    form: Form
-    work: Path
-    gate: Gate
-    tuned: Callable[[], Path] | None = None
+    lost: Callable[[dict[str, Any], dict[str, Any]], str] = lambda before, after: ""
 
 
 # modern: the first opset whose own QuantizeLinear takes 16 bits; edge: what RKNN, CANN, TensorRT, Hailo and old Triton
@@ -192,10 +181,26 @@ def publish(raw: Path, path: Path, contract: dict[str, Any], wanted: Form) -> di
     return contract
 
 
-def published(whole: Path, path: Path, wanted: Form) -> Path:
-    """A file with all outputs, published at `path` in the form that is wanted. Returns `path`."""
+class Making(NamedTuple):
+    """What a file in less precision is made of, in the folder `work`. whole: the float file with all its outputs;
+    float_file: with those that are published; calibration: uint8 (n, S, S, 3), images that ranges are found on; tuned:
+    makes a whole float file that loses less, where that is asked for; put: publishes a graph, `publish` or as it.
+    """
+
+    whole: Path
+    float_file: Path
+    calibration: Tensor
+    form: Form
+    work: Path
+    gate: Gate
+    tuned: Callable[[], Path] | None = None
+    put: Publish = publish
+
+
+def published(whole: Path, path: Path, wanted: Form, put: Publish = publish) -> Path:
+    """A file with all outputs, published at `path` by `put` in the form that is wanted. Returns `path`."""
     contract = json.loads(whole.with_suffix(".json").read_text(encoding="utf-8"))
-    publish(whole, path, {key: value for key, value in contract.items() if key not in ("bytes", "sha256")}, wanted)
+    put(whole, path, {key: value for key, value in contract.items() if key not in ("bytes", "sha256")}, wanted)
     return path
 
 

@@ -1,10 +1,12 @@
 """The gate of an int8 file: on the user's own images it must be the model that its float file is."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from bingo_edge.heads import Head, classify
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
@@ -19,8 +21,10 @@ from bingo_compress.models.exported import onnx_runner
 from bingo_compress.runtime import console
 from bingo_compress.sources.opened import Data
 
-LEAST_COSINE = 0.99
+LEAST_COSINE, LEAST_WORST = 0.99, 0.9  # mean of all images, and the worst: a mean of 0.9927 hid one of 0.826
+GALLERY_LEAST = 256
 LEAST_RECALL = 0.80
+LEAST_SAME_CLASS = 0.90
 MAX_LOSS = 0.5  # points of accuracy
 CHOOSE_SHARE = 0.25  # of each class of --labels that is in the bank
 
@@ -29,50 +33,58 @@ Labels = tuple[image_list.ImageList, image_list.ImageList | None]
 Accuracies = dict[str, dict[str, float]]  # of "knn" and "linear": {"float": .., "int8": ..}
 
 
+class Known(NamedTuple):
+    """What the class head of the float file is, and `sides_of` the labelled images, where there are such."""
+
+    head: Head
+    sides: scores.Sides | None
+
+
 def make_gate(
-    float_file: Path, gallery: Tensor, preprocessing: Preprocessing, labels: Labels | None, max_loss: float
+    float_file: Path,
+    gallery: Tensor,
+    preprocessing: Preprocessing,
+    labels: Labels | None,
+    max_loss: float,
+    known: Known | None = None,
 ) -> Gate:
     """What compares a quantised file with `float_file`. gallery: uint8 (n, S, S, 3), images that no range was found on;
     labels: of `open_labelled`.
 
     Figures of `choose`: mean and smallest cosine of the two embeddings of an image; share of an image's k nearest
-    others in `gallery` (`probes.recall_k`) that stay its nearest, where the gallery is large enough; with `labels`, kNN
-    and linear accuracy on a part of each of its classes. Of `report`, with `labels`: the same two accuracies on the
-    test images (without a folder of these: a quarter of each class, set aside from the start). Always with the float
-    file's own bank and head, as the int8 file is to take its place. They name those below the gate: LEAST_COSINE,
-    LEAST_RECALL, `max_loss` points of accuracy. Raises BingoError.
+    others in `gallery` (`probes.recall_k`) that stay its nearest, where the gallery is large enough; with `known`,
+    share of the images that its head takes for the same class; with `labels`, kNN and linear accuracy on a part of each
+    of its classes. Of `report`, with `labels`: the same two accuracies on the test images (without a folder of these: a
+    quarter of each class, set aside from the start). Always with the float file's own bank and head, as the int8 file
+    is to take its place. They name those below the gate: LEAST_COSINE, LEAST_WORST, LEAST_RECALL, LEAST_SAME_CLASS,
+    `max_loss` points of accuracy. Raises BingoError.
     """
-    exact = onnx_runner(float_file)
-    embedded = exact(gallery)[0]
-    k = neighbours.recall_k(len(gallery) - 1)
-    near = mates(embedded, k, Search("exact"))[0] if k else None
-    if near is None:
+    if len(gallery) < GALLERY_LEAST:
         console.say(
-            f"the int8 gate does not judge neighbours: {len(gallery)} images are too few (at least"
-            f" {neighbours.RECALL_SHARE + 1})"
+            f"int8 is judged on {len(gallery)} images (expected {GALLERY_LEAST} or more): there are no more to spare"
         )
-    labelled = _labelled(float_file, preprocessing, labels) if labels else None
+    embedded, features = onnx_runner(float_file)(gallery)
+    others = [_neighbour_judge(embedded), *([_class_judge(known.head, embedded, features)] if known else [])]
+    sides = known.sides if known and known.sides else None
+    labelled = _labelled(float_file, preprocessing, labels, sides) if labels else None
 
     def choose(file: Path) -> tuple[dict[str, Any], list[str]]:
-        found = onnx_runner(file)(gallery)[0]
+        found, features = onnx_runner(file)(gallery)
         cosines = cosine_similarity(found, embedded)
         told: dict[str, Any] = {
             "images": len(gallery),
             "mean_cosine": float(cosines.mean()),
             "min_cosine": float(cosines.min()),
         }
-        missed = []
+        missed: list[str] = []
         # "not >=" and not "<", so that a NaN is refused too.
         if not told["mean_cosine"] >= LEAST_COSINE:
             missed.append(f"mean cosine {told['mean_cosine']:.4f} (at least {LEAST_COSINE})")
-        if near is not None:
-            kept = (mates(found, k, Search("exact"))[0][:, :, None] == near[:, None, :]).any(2)
-            told |= {"recall": float(kept.double().mean()), "recall_k": k, "recall_chance": k / (len(gallery) - 1)}
-            if not told["recall"] >= LEAST_RECALL:
-                missed.append(
-                    f"neighbour recall@{k} {told['recall']:.3f} (at least {LEAST_RECALL}, by chance"
-                    f" {told['recall_chance']:.3f})"
-                )
+        if not told["min_cosine"] >= LEAST_WORST:
+            missed.append(f"smallest cosine {told['min_cosine']:.4f} (at least {LEAST_WORST})")
+        for judge in others:
+            figures, below = judge(found, features)
+            told, missed = told | figures, missed + below
         if not labelled:
             return told, missed
         accuracies = labelled.choose(file)
@@ -86,7 +98,48 @@ def make_gate(
         console.say(f"int8 on the labelled test images: {', '.join(changes)}")
         return {**accuracies, "test_images": labelled.tests}, _lost(accuracies, max_loss)
 
-    return Gate(choose, report, labelled.files if labelled else set())
+    return Gate(choose, report, labelled.files if labelled else set(), partial(_lost_classes, most=max_loss))
+
+
+# Embeddings and features of the gallery to figures, and the names of those below the gate.
+GalleryJudge = Callable[[Tensor, Tensor], tuple[dict[str, Any], list[str]]]
+
+
+def _neighbour_judge(embedded: Tensor) -> GalleryJudge:
+    k = neighbours.recall_k(len(embedded) - 1)
+    if not k:
+        console.say(
+            f"the int8 gate does not judge neighbours: {len(embedded)} images are too few (at least"
+            f" {neighbours.RECALL_SHARE + 1})"
+        )
+        return lambda found, features: ({}, [])
+    near, chance = mates(embedded, k, Search("exact"))[0], k / (len(embedded) - 1)
+
+    def judge(found: Tensor, features: Tensor) -> tuple[dict[str, Any], list[str]]:
+        kept = (mates(found, k, Search("exact"))[0][:, :, None] == near[:, None, :]).any(2)
+        recall = float(kept.double().mean())
+        missed = f"neighbour recall@{k} {recall:.3f} (at least {LEAST_RECALL}, by chance {chance:.3f})"
+        told = {"recall": recall, "recall_k": k, "recall_chance": chance}
+        return told, [] if recall >= LEAST_RECALL else [missed]
+
+    return judge
+
+
+def _class_judge(head: Head, embedded: Tensor, features: Tensor) -> GalleryJudge:
+    before = classify(head, embedded.numpy(), features.numpy())[0]
+
+    def judge(found: Tensor, features: Tensor) -> tuple[dict[str, Any], list[str]]:
+        same = float((classify(head, found.numpy(), features.numpy())[0] == before).mean())
+        missed = f"the same class for {same:.3f} of the images (at least {LEAST_SAME_CLASS})"
+        return {"same_class": same}, [] if same >= LEAST_SAME_CLASS else [missed]
+
+    return judge
+
+
+def _lost_classes(before: dict[str, Any], after: dict[str, Any], most: float) -> str:
+    if not {"accuracy"} <= before.keys() & after.keys():
+        return ""
+    return ", ".join(_lost({"scores": {"float": before["accuracy"], "int8": after["accuracy"]}}, most))
 
 
 def _lost(accuracies: Accuracies, most: float) -> list[str]:
@@ -110,15 +163,22 @@ def open_labelled(labels: Data, test: Data | None, work: Path | None = None) -> 
     return scores.open_labelled(labels, test, "--labels", 3, work)
 
 
-def _labelled(float_file: Path, preprocessing: Preprocessing, labels: Labels) -> _Labelled:
-    """The accuracies to choose by and those to report, the sha256 of the images behind both, and how many are reported
-    on. Raises BingoError.
-    """
-    bank_folder, test_folder = labels
-    classes, _ = image_list.labels_of(bank_folder)
+def sides_of(float_file: Path, preprocessing: Preprocessing, labels: Labels) -> scores.Sides:
+    """The labelled images with the features "float" of a file. Raises BingoError."""
     exact = onnx_runner(float_file)
     model = {"float": (preprocessing, lambda batch: exact(batch)[1])}
-    sides = scores.sides(model, bank_folder, test_folder, classes, parts=3)
+    return scores.sides(model, *labels, image_list.labels_of(labels[0])[0], parts=3)
+
+
+def _labelled(
+    float_file: Path, preprocessing: Preprocessing, labels: Labels, known: scores.Sides | None = None
+) -> _Labelled:
+    """The accuracies to choose by and those to report, the sha256 of the images behind both, and how many are reported
+    on. known: `sides_of` these, where it is there already. Raises BingoError.
+    """
+    bank_folder, test_folder = labels
+    sides = known or sides_of(float_file, preprocessing, labels)
+    classes = sides.classes
     bank, labelled_as, places = sides.bank["float"], sides.labels, torch.tensor(sides.places)
     contents = bank_folder.only(sides.places).digests
     groups = near_copies.same_bytes(contents)

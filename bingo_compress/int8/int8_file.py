@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from bingo_compress.errors import BingoError
-from bingo_compress.exporters.onnx import REFUSED, Making, publish
+from bingo_compress.exporters.onnx import REFUSED, Making
 from bingo_compress.features import neighbours
 from bingo_compress.int8.ladder import LadderEnds, quantise
 from bingo_compress.models import exported
@@ -56,7 +56,10 @@ def make(making: Making) -> Path:
         **{f"float_{key}": contract.pop(key) for key in ("sha256", "bytes", "parity")},
     }
     target = making.work / exported.name("onnx-int8")
-    contract = publish(file, target, contract, making.form)
+    classes = contract.get("head", {})
+    contract = making.put(file, target, contract, making.form)
+    if lost := making.gate.lost(classes, contract.get("head", {})):
+        raise BingoError(f"export refused, no int8 file written: {rung.name} misses {lost}; {WAYS}", REFUSED)
     console.say(
         f"{target.name}: {contract['bytes'] / float_file.stat().st_size:.2f} of the float file's size; rung:"
         f" {rung.name}"
@@ -71,6 +74,7 @@ def _table(tried: list[dict[str, Any]], float_file: Path) -> None:
         "int8",
         "mean cosine",
         neighbours.recall_title(tried[0]["images"] - 1),
+        *(["same class"] if "same_class" in tried[0] else []),
         *(f"{name} lost" for name in names),
         "of float's size",
         "",
@@ -85,6 +89,7 @@ def _table(tried: list[dict[str, Any]], float_file: Path) -> None:
                 row["rung"],
                 f"{row['mean_cosine']:.4f}",
                 recall,
+                *([f"{row['same_class']:.3f}"] if "same_class" in row else []),
                 *lost,
                 size,
                 "below the gate" if row["missed"] else "passes",

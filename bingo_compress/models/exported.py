@@ -27,7 +27,11 @@ from bingo_compress.runtime.made_of import file_digest
 from bingo_compress.runtime.run_dir import atomic, atomic_folder
 
 STEM = "student"
-ROWS = ("onnx", "onnx-int8")  # what is ours, the float file first: a user may keep others beside, student-old.onnx
+ROWS = (
+    "onnx",
+    "onnx-fp16",
+    "onnx-int8",
+)  # what is ours, the float file first: a user may keep others beside, student-old.onnx
 CONTRACT, GOLDEN = ".json", ".golden"
 LINEAR, BANK = ".linear.npz", ".bank.npz"
 TOOLCHAINS = ".toolchains.json"
@@ -44,14 +48,19 @@ def name(row: str) -> str:
     return f"{STEM}{row.removeprefix('onnx')}.onnx"
 
 
+def opened(file: Path) -> Embedder:
+    """An exported file as a device opens it. Raises BingoError."""
+    try:
+        return Embedder(file)
+    except EdgeError as error:
+        raise BingoError(f"{file}: {error}; or delete it") from None
+
+
 def contract(file: Path) -> dict[str, Any]:
     """What an exported file says of itself, as a device reads it, and "file", "bytes" and "sha256" as it is now. Raises
     BingoError.
     """
-    try:
-        held = Embedder(file)
-    except EdgeError as error:
-        raise BingoError(f"{file}: {error}; or delete it") from None
+    held = opened(file)
     return held.contract | {"file": file.name, "bytes": file.stat().st_size, "sha256": held.sha256}
 
 
@@ -80,8 +89,8 @@ def _made_for(path: Path) -> str:
 
 
 def put(made: Path, target: Path) -> Path:
-    """Move a file with its contract and golden pictures to `target`, after all that belonged to another file there.
-    Returns `target`.
+    """Move a file with its contract, golden pictures and head to `target`, after all that belonged to another file
+    there. Returns `target`.
 
     A kill in between leaves a file without some of what belongs to it, never one with what belongs to another.
     """
@@ -97,8 +106,10 @@ def put(made: Path, target: Path) -> Path:
     with atomic_folder(target.with_suffix(GOLDEN)) as folder:
         for path in made.with_suffix(GOLDEN).iterdir():
             os.replace(path, folder / path.name)
-    with atomic(target.with_suffix(CONTRACT)) as temporary:
-        os.replace(made.with_suffix(CONTRACT), temporary)
+    for end in (CONTRACT, LINEAR, BANK):
+        if made.with_suffix(end).is_file():
+            with atomic(target.with_suffix(end)) as temporary:
+                os.replace(made.with_suffix(end), temporary)
     return target
 
 
@@ -112,7 +123,7 @@ def keep_pair(newest: Path) -> None:
         return
     others = [file for row, file in found.items() if _made_from(row, file) != file_digest(exact)]
     for file in [exact] if newest in others else others:
-        drop(file, f"{newest.name} is of another export; --format all makes both")
+        drop(file, f"{newest.name} is of another export; --format all makes all")
 
 
 def _made_from(row: str, file: Path) -> str | None:

@@ -12,9 +12,9 @@ import timm
 from bingo_compress import __version__
 from bingo_compress.models import exported
 from bingo_compress.recipe import GIVEN, RESUME_MAY_CHANGE, Recipe, load_recipe
-from bingo_compress.report import timing_table, toolchain_table
-from bingo_compress.report.markdown import plain, table
-from bingo_compress.report.tables import figure, title
+from bingo_compress.report import classes_section, timing_table, toolchain_table
+from bingo_compress.report.markdown import CLASSES_SHOWN, name_of, plain, shown, table
+from bingo_compress.report.tables import title
 from bingo_compress.runtime import checkpoint, console
 from bingo_compress.runtime.run_dir import RunDir, made_by, read_json, write_text
 from bingo_compress.training.plan import loss_of
@@ -22,7 +22,6 @@ from bingo_compress.training.plan import loss_of
 ELSEWHERE = {"teacher", "student", "teacher_weights", "student_weights", "teacher_size", "image_size"}
 # What of a validation's protocol is shown; its other entries name folders.
 PROTOCOL = ("onnx", "intervals", "gap_closed", "literature")
-CLASSES_SHOWN = 50
 
 
 def renew(run: RunDir, folder: Path) -> Path:
@@ -57,17 +56,17 @@ def card(
     with made_by("distill", run.summary):
         known = [_data(run, summary), _recall(summary)]
     with made_by("export", run.export / exported.name("onnx")):
-        told = [_files(files), _use(files, heads)]
+        told = [_files(files), classes_section.section(files), _use(files, heads)]
     with made_by("export", run.export / exported.LATENCY):
         timed = _latency(latency, files)
     with made_by("verify", run.export / exported.name("onnx")):
-        run_in = toolchain_table.section({file["sha256"]: _name(file) for file in files}, toolchains)
+        run_in = toolchain_table.section({file["sha256"]: name_of(file) for file in files}, toolchains)
     when = f", {plain(date)}" if date else ""
     blocks = [
         f"# {plain(recipe.student)}, distilled from {plain(recipe.teacher)}",
         (
-            "An image encoder: pixels in, an embedding out. It knows no classes; a linear head or a bank of labelled"
-            f" images adds them. Made by bingo-compress {plain(summary.get('version', __version__))}, run"
+            f"An image encoder: pixels in, an embedding out. {classes_section.knows(files)} Made by"
+            f" bingo-compress {plain(summary.get('version', __version__))}, run"
             f" {plain(summary.get('run_id', 'unknown'))}{when}."
         ),
         *_models(recipe),
@@ -77,9 +76,10 @@ def card(
         *known[1],
         *_validation(run, files),
         *told[0],
+        *told[1],
         *timed,
         *run_in,
-        *told[1],
+        *told[2],
     ]
     return "\n\n".join(blocks) + "\n"
 
@@ -190,7 +190,7 @@ def _validation(run: RunDir, files: Sequence[Mapping[str, Any]]) -> list[str]:
         there = {file["sha256"] for file in files}
         rows = [row for row in result["rows"] if not row["name"].startswith("onnx") or row.get("sha256") in there]
         blocks = _proof(result["protocol"], rows)
-        unproven = [_name(file) for file in files if file["sha256"] not in {row.get("sha256") for row in rows}]
+        unproven = [name_of(file) for file in files if file["sha256"] not in {row.get("sha256") for row in rows}]
         return [*blocks, *([f"Not proven: {', '.join(unproven)}. Run validate:", command] if unproven else [])]
 
 
@@ -198,7 +198,7 @@ def _proof(protocol: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> li
     titles = protocol["figures"]
     keys = [key for key in titles if any(key in row for row in rows)]
     explained = {*keys, *(str(row["name"]).partition("-")[0] for row in rows), "intervals", "gap_closed"}
-    cells = [[plain(title(row["name"])), *(_figure(row, key) for key in keys)] for row in rows]
+    cells = [[plain(title(row["name"])), *(shown(row, key) for key in keys)] for row in rows]
     classes = protocol["classes"]
     more = f" and {len(classes) - CLASSES_SHOWN:,} more" if len(classes) > CLASSES_SHOWN else ""
     aside = str(protocol["test"]).startswith("a quarter of each class of ")
@@ -227,7 +227,7 @@ def _proof(protocol: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> li
         (entry for entry in student["per_class"] if entry["images"]), key=lambda entry: float(entry["accuracy"])
     )
     by_class = [
-        [plain(entry["class"]), f"{entry['images']:,}", _figure(entry, "accuracy")] for entry in known[:CLASSES_SHOWN]
+        [plain(entry["class"]), f"{entry['images']:,}", shown(entry, "accuracy")] for entry in known[:CLASSES_SHOWN]
     ]
     return [
         *blocks,
@@ -241,17 +241,8 @@ def _proof(protocol: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> li
     ]
 
 
-def _figure(row: Mapping[str, Any], key: str) -> str:
-    """0.683 [0.634, 0.731]; a dash where it was not measured."""
-    return figure(row, key) if key in row else "-"
-
-
-def _name(contract: Mapping[str, Any]) -> str:
-    return "student-int8.onnx" if "int8" in contract else "student.onnx"
-
-
 def _names(files: Sequence[Mapping[str, Any]]) -> list[str]:
-    return [_name(contract) for contract in files] or ["student.onnx"]
+    return [name_of(contract) for contract in files] or ["student.onnx"]
 
 
 def _files(files: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -268,7 +259,7 @@ def _files(files: Sequence[Mapping[str, Any]]) -> list[str]:
             )
         rows.append(
             [
-                _name(contract),
+                name_of(contract),
                 console.size(contract["bytes"]),
                 f"{contract['parameters']:,}",
                 f"{contract['embedding_dim']:,}",
@@ -294,7 +285,7 @@ def _files(files: Sequence[Mapping[str, Any]]) -> list[str]:
             else "-"
         )
         figures = [f"{gate['images']:,}", f"{gate['mean_cosine']:.4f}", recall]
-        rows.append([_name(contract), plain(contract["int8"]["rung"]), *figures, *probed])
+        rows.append([name_of(contract), plain(contract["int8"]["rung"]), *figures, *probed])
     return [
         *blocks,
         (
@@ -335,6 +326,7 @@ def _use(files: Sequence[Mapping[str, Any]], heads: Sequence[str]) -> list[str]:
     commands = [
         f"    bingo-edge embed    {names[0]} photos/ --out index.npz",
         f"    bingo-edge nearest  {names[0]} photo.jpg --index index.npz",
+        *(f"    bingo-edge classify {name_of(contract)} photo.jpg" for contract in files if "classes" in contract),
         *(f"    bingo-edge classify {head.partition('.')[0]}.onnx --head {head} photo.jpg" for head in heads),
     ]
     blocks = [

@@ -10,6 +10,7 @@ from bingo_compress.data.image_list import ImageList
 from bingo_compress.features import neighbours
 from bingo_compress.models import exported
 from bingo_compress.models.trained import Models
+from bingo_compress.report.markdown import figure
 from bingo_compress.runtime import console, run_dir
 from bingo_compress.training.plan import Plan
 from bingo_compress.unread import unread
@@ -60,12 +61,6 @@ def show(result: dict[str, Any], run: run_dir.RunDir, models: Models) -> None:
         )
     for file in made.values():
         console.say(f"next: bingo-edge classify {file} --head {file.with_suffix(exported.LINEAR)} PHOTOS")
-
-
-def figure(row: Mapping[str, Any], key: str) -> str:
-    """A figure with its interval: 0.683 [0.634, 0.731]."""
-    low, high = row[f"{key}_interval"]
-    return f"{row[key]:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def _main(protocol: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:

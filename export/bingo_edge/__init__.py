@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bingo_edge.errors import EdgeError
     from bingo_edge.golden import selftest
-    from bingo_edge.heads import classify, load_head
+    from bingo_edge.heads import classify, load_head, named
     from bingo_edge.image import ImageError, load_image, preprocess
     from bingo_edge.model import Embedder
 
@@ -25,11 +25,19 @@ __all__ = [
     "classify",
     "load_head",
     "load_image",
+    "named",
     "preprocess",
     "selftest",
 ]
 
-_HOME = {"EdgeError": "errors", "classify": "heads", "load_head": "heads", "Embedder": "model", "selftest": "golden"}
+_HOME = {
+    "EdgeError": "errors",
+    "classify": "heads",
+    "load_head": "heads",
+    "named": "heads",
+    "Embedder": "model",
+    "selftest": "golden",
+}
 _HOME |= dict.fromkeys(("ImageError", "load_image", "preprocess"), "image")
 
 

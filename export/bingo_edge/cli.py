@@ -58,9 +58,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("paths", nargs="+", metavar="PATH")
     command.add_argument(
         "--head",
-        required=True,
         metavar="HEAD.npz",
-        help="the model's linear.npz or bank.npz from bingo-compress validate",
+        help="the model's linear.npz or bank.npz from bingo-compress validate; default: the classes in the file",
     )
     command = add(
         "time", _time, "time of a picture, or of a batch fixed in the file, in the network; preprocessing not included"
@@ -167,19 +166,29 @@ def _nearest(args: argparse.Namespace) -> None:
 
 
 def _classify(args: argparse.Namespace) -> None:
-    from bingo_edge.heads import classify, load_head
+    from bingo_edge.heads import load_head, named
 
     embedder = _open(args)
-    head = load_head(args.head, embedder)
+    head = load_head(args.head, embedder) if args.head else None
+    if head is None and not embedder.classes:
+        stem = os.path.splitext(args.model)[0]
+        raise EdgeError(
+            "a model with classes in it, or --head",
+            f"neither of {args.model}",
+            f"give --head {stem}.linear.npz, or export it with bingo-compress export --head linear",
+        )
     result = _Collector()
     found: list[dict[str, Any]] = []
     for batch in _batches(embedder, args.paths, result):
-        classes, probabilities = classify(head, batch.embeddings, batch.features)
-        for name, label, probability in zip(batch.names, classes, probabilities.max(axis=1), strict=True):
+        for name, answer in zip(batch.names, named(embedder, batch, head), strict=True):
             if args.json:
-                found.append({"path": name, "class": str(label), "probability": float(probability)})
+                far = {} if answer.distance is None else {"known": answer.known, "distance": answer.distance}
+                found.append({"path": name, "class": answer.label, "probability": answer.probability, **far})
+            elif answer.known:
+                print(_shown(name), _shown(answer.label), f"{answer.probability:.4f}", sep="\t")
             else:
-                print(_shown(name), _shown(str(label)), f"{probability:.4f}", sep="\t")
+                nearest = f"nearest: {_shown(answer.label)}"
+                print(_shown(name), "none of these", f"{answer.probability:.4f}", nearest, sep="\t")
     if args.json:
         _report(args, {"pictures": found, "skipped": result.skipped}, "")
 

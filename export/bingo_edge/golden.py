@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from bingo_edge.errors import EdgeError
 from bingo_edge.image import ImageError, load_image, preprocess_from
-from bingo_edge.model import AGAIN, Embedder
+from bingo_edge.model import AGAIN, Embedder, both, network_input
 
 FAILED = 3
 TODO = {
@@ -23,12 +23,14 @@ TODO = {
     "pixels": "install the Pillow version of the machine that exported",
     "embedding": f"update onnxruntime or {AGAIN}",
     "features": f"update onnxruntime or {AGAIN}",
+    "scores": f"update onnxruntime or {AGAIN}",
 }
+MAX_SCORE_DIFFERENCE = 0.01  # of a probability, where embeddings differ by no more than `tolerance` allows
 
 
 class Check(NamedTuple):
-    """One golden picture. failed: which of "damaged", "pixels", "embedding", "features"; empty where all is well. None
-    where there is no such number.
+    """One golden picture. failed: which of "damaged", "pixels", "embedding", "features", "scores"; empty where all is
+    well. None where there is no such number.
 
     pixel_difference: largest difference of the network's input, in levels of 255; 0 is equal to the bit. cosine, and
     difference, the largest of a value: of the embedding here and the exported one.
@@ -48,6 +50,7 @@ class _Golden(NamedTuple):
     rgb_sha256: str
     embedding: NDArray[np.float64]
     features: NDArray[np.float64]  # (0,) where none are held
+    scores: NDArray[np.float64]  # the same
 
 
 def selftest(embedder: Embedder, folder: str | PathLike[str] | None = None) -> list[Check]:
@@ -62,8 +65,11 @@ def selftest(embedder: Embedder, folder: str | PathLike[str] | None = None) -> l
 
 def tolerance(contract: dict[str, Any]) -> tuple[float, float]:
     """(smallest cosine, largest difference of a value) at which two embeddings pass for the same."""
-    if contract.get("precision", "float32") == "float32":
+    precision = contract.get("precision", "float32")
+    if precision == "float32":
         return 0.9999, 1e-4
+    if precision == "float16":  # whose steps are a two-thousandth of a value
+        return 0.999, 0.02
     # Int8 kernels differ between processors; no value of two vectors of length one differs by more than 2.
     return (
         0.99,
@@ -92,7 +98,8 @@ def _check(embedder: Embedder, home: Path, golden: _Golden) -> Check:
         return Check(golden.file, ("damaged",), None, None, None)
     expected = np.frombuffer(raw, np.uint8).reshape(size, size, 3)
     pixel_difference = None if picture is None else _pixel_difference(embedder.contract, picture, expected)
-    embedding, features = (rows[0].astype(np.float64) for rows in embedder.infer(expected[None]))
+    found = embedder.run(network_input(embedder.contract, expected[None]))
+    embedding, features = (rows[0].astype(np.float64) for rows in both(found, 1))
     cosine, difference = _compared(embedding, golden.embedding)
     near = _near(embedder.contract, cosine, difference)
     same = True
@@ -101,6 +108,7 @@ def _check(embedder: Embedder, home: Path, golden: _Golden) -> Check:
         same = _near(embedder.contract, *_compared(features / largest, golden.features / largest))
     wrong = {"damaged": picture is None, "pixels": picture is not None and pixel_difference != 0}
     wrong |= {"embedding": not near, "features": not same}
+    wrong["scores"] = "scores" in found and not _same_scores(embedder.contract, found["scores"][0], golden.scores)
     return Check(golden.file, tuple(kind for kind in wrong if wrong[kind]), pixel_difference, cosine, difference)
 
 
@@ -110,6 +118,16 @@ def _compared(found: NDArray[np.float64], golden: NDArray[np.float64]) -> tuple[
         return None, None
     lengths = float(np.linalg.norm(found) * np.linalg.norm(golden))
     return float(found @ golden) / max(lengths, 1e-12), float(np.abs(found - golden).max())
+
+
+def _same_scores(contract: dict[str, Any], found: NDArray[Any], golden: NDArray[np.float64]) -> bool:
+    """Whether scores are probabilities, and of a float file those that were exported: of an int8 file they may be
+    others on another processor, as its embeddings may.
+    """
+    if found.shape != golden.shape or not (np.isfinite(found).all() and abs(float(found.sum()) - 1) < 1e-3):
+        return False
+    exact = contract.get("precision", "float32") == "float32"
+    return not exact or float(np.abs(found - golden).max()) <= MAX_SCORE_DIFFERENCE
 
 
 def _near(contract: dict[str, Any], cosine: float | None, difference: float | None) -> bool:
@@ -140,6 +158,7 @@ def _golden(entry: dict[str, Any]) -> _Golden:
         **words,
         embedding=np.array(entry["embedding"], np.float64),
         features=np.array(entry.get("features", []), np.float64),  # files of before 2026-11-27 held none
+        scores=np.array(entry.get("scores", []), np.float64),
     )
 
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from bingo_edge.errors import EdgeError
 from bingo_edge.files import read_npz, unit_rows
-from bingo_edge.model import Embedder
+from bingo_edge.model import Embedded, Embedder
 
 CHUNK = 4_000_000  # similarities held at once: 16 MB
 
@@ -98,6 +98,39 @@ def classify(
         np.add.at(shares, (np.arange(len(rows))[:, None], head.labels[places]), votes)
     probabilities = shares / shares.sum(axis=1, keepdims=True)
     return head.classes[probabilities.argmax(axis=1)], probabilities
+
+
+class Answer(NamedTuple):
+    """What a picture is taken for: the most likely class, its probability, and whether the picture is near enough to a
+    class to be of one; distance is None, and known true, where the file does not know how near that is.
+    """
+
+    label: str
+    probability: float
+    known: bool
+    distance: float | None
+
+
+def named(model: Embedder, found: Embedded, head: Head | None = None) -> list[Answer]:
+    """The class of each picture that was embedded, by a head, or without one by the classes in the file. Raises
+    EdgeError where there are none.
+    """
+    distances: NDArray[Any] | None = None
+    if head is not None:
+        labels, probabilities = classify(head, found.embeddings, found.features)
+    elif found.scores is not None:
+        probabilities = found.scores.astype(np.float64)
+        labels = np.array(model.classes)[probabilities.argmax(axis=1)]
+        distances = found.distances if model.threshold is not None else None
+    else:
+        raise EdgeError("a model with classes in it, or a head", model.path, "give a head")
+    answers = zip(labels.tolist(), probabilities.max(axis=1).tolist(), strict=True)
+    if distances is None or model.threshold is None:
+        return [Answer(label, probability, True, None) for label, probability in answers]
+    return [
+        Answer(label, probability, distance <= model.threshold, distance)
+        for (label, probability), distance in zip(answers, distances.tolist(), strict=True)
+    ]
 
 
 def nearest(queries: NDArray[Any], bank: NDArray[np.float32], k: int) -> tuple[NDArray[np.intp], NDArray[np.float64]]:

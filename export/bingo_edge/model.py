@@ -18,6 +18,7 @@ from bingo_edge.image import ImageError, Pixels, preprocess_from
 
 Floats = NDArray[np.float32]
 AGAIN = "export the model again with bingo-compress"
+OUTPUTS = ("embedding", "features", "scores", "distance")
 
 
 class Skipped(NamedTuple):
@@ -29,18 +30,22 @@ class Skipped(NamedTuple):
 
 class Embedded(NamedTuple):
     """n pictures that worked, in order: embeddings float32 (n, D) L2-normalised, features float32 (n, D) raw, n names;
-    and the rest.
+    and the rest. Of a file with classes (`Embedder.classes`) scores float32 (n, C), their probabilities, and where the
+    file knows it distances float32 (n,) to the nearest class, else None.
     """
 
     embeddings: Floats
     features: Floats
     names: list[str]
     skipped: list[Skipped]
+    scores: Floats | None = None
+    distances: Floats | None = None
 
 
 class Embedder:
     """An open student network: `path`, `sha256` of the file as it was opened, `contract` (what it says of itself),
-    `dim` (D), `outputs` (which of embedding and features it has), `load_seconds`.
+    `dim` (D), `outputs` (which of OUTPUTS it has), `load_seconds`; `classes` (names, in the order of scores) of a file
+    that has them, and `threshold`, the distance above which a picture is of none of these, or None.
 
     `batch`: how many pictures the graph takes at once where that is fixed in the file, else None. Callers need not
     care: any number may be given.
@@ -78,7 +83,9 @@ class Embedder:
         self.path = path
         self.contract = read_contract(self._session.get_modelmeta().custom_metadata_map.get("bingo_compress"), path)
         self.dim = int(self.contract["embedding_dim"])
-        self.outputs = tuple(name for name in ("embedding", "features") if name in self.contract["outputs"])
+        self.outputs = tuple(name for name in OUTPUTS if name in self.contract["outputs"])
+        self.classes: tuple[str, ...] = tuple(self.contract["classes"]) if "scores" in self.outputs else ()
+        self.threshold = self.contract.get("head", {}).get("threshold") if "distance" in self.outputs else None
         _check_graph(self._session, self.contract, path)
         first = self._session.get_inputs()[0].shape[0]
         self.batch = first if isinstance(first, int) and first > 0 else None
@@ -89,11 +96,7 @@ class Embedder:
 
         A file with features alone has their embeddings too; of one without features these are float32 (n, 0).
         """
-        found = self.run(network_input(self.contract, batch))
-        features = found.get("features", np.empty((len(batch), 0), np.float32))
-        if "embedding" in found:
-            return found["embedding"], features
-        return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12), features
+        return both(self.run(network_input(self.contract, batch)), len(batch))
 
     def run(self, batch: NDArray[Any]) -> dict[str, Floats]:
         """Run what `network_input` makes, any number of pictures: the file's outputs by name. Raises EdgeError."""
@@ -139,12 +142,27 @@ class Embedder:
 
     def _batch(self, rows: list[Pixels], names: list[str], skipped: list[Skipped]) -> Embedded:
         if not rows:
-            nothing = np.empty((0, self.dim), np.float32)
-            return Embedded(nothing, nothing, names, skipped)
-        embeddings, features = self.infer(np.stack(rows))
-        fine = np.isfinite(np.hstack([embeddings, features])).all(axis=1)
+            nothing, none = np.empty((0, self.dim), np.float32), np.empty((0, len(self.classes)), np.float32)
+            return self._embedded(nothing, nothing, names, skipped, {"scores": none, "distance": none[:, :1]})
+        found = self.run(network_input(self.contract, np.stack(rows)))
+        embeddings, features = both(found, len(rows))
+        fine = np.isfinite(np.hstack([embeddings, features, *found.values()])).all(axis=1)
         skipped += [Skipped(names[row], "the network's output is not finite") for row in np.flatnonzero(~fine)]
-        return Embedded(embeddings[fine], features[fine], [names[row] for row in np.flatnonzero(fine)], skipped)
+        found = {name: values[fine] for name, values in found.items()}
+        good = [names[row] for row in np.flatnonzero(fine)]
+        return self._embedded(embeddings[fine], features[fine], good, skipped, found)
+
+    def _embedded(
+        self,
+        embeddings: Floats,
+        features: Floats,
+        names: list[str],
+        skipped: list[Skipped],
+        found: dict[str, Floats],
+    ) -> Embedded:
+        scores = found["scores"] if "scores" in self.outputs else None
+        distances = found["distance"][:, 0] if "distance" in self.outputs else None
+        return Embedded(embeddings, features, names, skipped, scores, distances)
 
     def embed(self, sources: Source | Iterable[Source], batch_size: int = 16) -> Embedded:
         """Embed a path, a folder, a uint8 (height, width, 3) array, or an iterable of these.
@@ -153,10 +171,23 @@ class Embedder:
         the run: it is in `skipped` with its reason and has no row.
         """
         batches = list(self.stream(sources, batch_size)) or [self._batch([], [], [])]
-        embeddings, features, names, skipped = zip(*batches, strict=True)
+        embeddings, features, names, skipped, scores, distances = zip(*batches, strict=True)
         return Embedded(
-            np.concatenate(embeddings), np.concatenate(features), list(chain(*names)), list(chain(*skipped))
+            np.concatenate(embeddings),
+            np.concatenate(features),
+            list(chain(*names)),
+            list(chain(*skipped)),
+            np.concatenate(scores) if "scores" in self.outputs else None,
+            np.concatenate(distances) if "distance" in self.outputs else None,
         )
+
+
+def both(found: dict[str, Floats], count: int) -> tuple[Floats, Floats]:
+    """(embeddings, features) of `count` pictures, from those of the two that the file has."""
+    features = found.get("features", np.empty((count, 0), np.float32))
+    if "embedding" in found:
+        return found["embedding"], features
+    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12), features
 
 
 def latency_ms(embedder: Embedder, runs: int, warm_up: int = 20) -> NDArray[np.float64]:
@@ -208,6 +239,7 @@ def read_contract(text: str | None, path: str) -> dict[str, Any]:
         )
         sound = sound and 0 < crop <= 1 and mode in ("center", "squash")
         known = {"embedding", "features"} & set(contract.setdefault("outputs", {"embedding": "", "features": ""}))
+        sound = sound and _classes_sound(contract)
         bands = contract.get("bands", [1, 1, 1])
         sound = sound and len(bands) == 3 and all(isinstance(band, int) and band > 0 for band in bands)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -228,8 +260,17 @@ def read_contract(text: str | None, path: str) -> dict[str, Any]:
         sound = False
     if not sound:
         found = f"size {size!r}, embedding_dim {contract['embedding_dim']!r}, preprocess {json.dumps(rule)} in {path}"
-        raise EdgeError("sizes and a preprocessing rule that this version knows", found, "update bingo-edge")
+        raise EdgeError("sizes, classes and a preprocessing rule that this version knows", found, "update bingo-edge")
     return dict(contract)
+
+
+def _classes_sound(contract: dict[str, Any]) -> bool:
+    """Whether what stands beside outputs scores and distance is what they are read by. Raises KeyError, TypeError."""
+    classes, head = contract.get("classes", []), contract.get("head", {})
+    threshold = head.get("threshold")
+    named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    known = threshold is None or (isinstance(threshold, int | float) and 0 <= threshold <= 2)
+    return named and known and (len(classes) > 0 or not {"scores", "distance"} & set(contract.get("outputs", ())))
 
 
 def _check_graph(session: Any, contract: dict[str, Any], path: str) -> None:
@@ -239,9 +280,10 @@ def _check_graph(session: Any, contract: dict[str, Any], path: str) -> None:
     outputs = {node.name: (node.type, *node.shape[1:]) for node in session.get_outputs()}
     uint8 = contract["input"]["dtype"] == "uint8"
     given = (name, "tensor(uint8)", size, size, 3) if uint8 else (name, "tensor(float)", 3, size, size)
-    named = [key for key in ("embedding", "features") if key in contract["outputs"]]
-    fits = inputs == [given] and all(outputs.get(key) == ("tensor(float)", dim) for key in named)
+    widths = {"embedding": dim, "features": dim, "scores": len(contract.get("classes", ())), "distance": 1}
+    named = {key: width for key, width in widths.items() if key in contract["outputs"]}
+    fits = inputs == [given] and all(outputs.get(key) == ("tensor(float)", width) for key, width in named.items())
     if not fits:
         expected = f"input {name} {given[1]} (batch, {', '.join(map(str, given[2:]))}), outputs"
-        expected += f" {' and '.join(named)} float32 (batch, {dim})"
+        expected += f" {', '.join(f'{key} float32 (batch, {width})' for key, width in named.items())}"
         raise EdgeError(expected, f"inputs {inputs}, outputs {outputs} in {path}", AGAIN)

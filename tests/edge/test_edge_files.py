@@ -56,8 +56,8 @@ def test_an_index_is_of_the_file_that_made_it_whatever_is_put_in_its_place(tmp_p
 def test_the_time_of_a_fixed_batch_is_told_by_the_picture(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     fixed = make_model(tmp_path / "fixed.onnx", batch=4)
     seen, embedder = [], Embedder(fixed)
-    real = embedder.infer
-    embedder.infer = lambda batch: seen.append(batch) or real(batch)  # type: ignore[method-assign,func-returns-value]
+    real = embedder.run
+    embedder.run = lambda batch: seen.append(batch) or real(batch)  # type: ignore[method-assign,func-returns-value]
     latency_ms(embedder, 1, warm_up=0)
     assert seen[0].shape == (4, 8, 8, 3) and len(np.unique(seen[0])) > 100  # four pictures, not one and padding
     times = json.loads(run(capfd, "time", fixed, "--runs", 5, "--json")[1])

@@ -278,7 +278,9 @@ def test_an_embedding_must_be_as_near_as_the_precision_allows(
 def test_an_answer_that_is_not_finite_fails(sound: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     embedder = Embedder(sound[0])
     monkeypatch.setattr(
-        embedder, "infer", lambda batch: (np.full((1, 3), np.nan, np.float32), np.ones((1, 3), np.float32))
+        embedder,
+        "run",
+        lambda batch: {"embedding": np.full((1, 3), np.nan, np.float32), "features": np.ones((1, 3), np.float32)},
     )
     assert {check[1:] for check in selftest(embedder)} == {(("embedding", "features"), 0, None, None)}
 

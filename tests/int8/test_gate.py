@@ -201,7 +201,7 @@ def test_export_keeps_its_gate_and_its_calibration_out_of_fine_tuning(
 
     for owner, name, stand_in in (
         (exporting, "_export_float", export_float),
-        (exporting, "published", lambda whole, path, wanted: Path(shutil.copy(whole, path))),
+        (exporting, "published", lambda whole, path, wanted, put: Path(shutil.copy(whole, path))),
         (int8_file, "quantise", ladder),
         (quantization_aware, "finetune", finetune),
         (gate, "make_gate", make_gate),

@@ -332,26 +332,10 @@ def test_nothing_in_a_card_can_be_markup_of_someone_else(run: run_dir.RunDir) ->
     rows = [timed(NASTY, 2.0, 5_000_000), timed("b-int8.onnx", 2.0, 5_000_000)]
     for row in rows:
         row["machine"] = {**MACHINE, "processor": NASTY}
-    told = {"sha256": FLOAT["sha256"], "rows": [dict.fromkeys(("toolchain", "version", "verdict", "cause"), NASTY)]}
-    shown = html(card(run, [FLOAT, nasty], rows, (), NASTY, [told | {"not_run": [NASTY]}]))
+    shown = html(card(run, [FLOAT, nasty], rows, (), NASTY))
     assert not re.search(r"<(?!/?(table|thead|tbody|tr|th|td|p|ul|li|h1|h2|pre|code)>)", shown)
     assert "alert(1)" in shown and "# heading" in shown
     assert shown.count("<h1>") == 1 and shown.count("<h2>") == 8
-
-
-def test_toolchains_are_told_of_the_file_that_they_ran(run: run_dir.RunDir) -> None:
-    figures = {"min_cosine": 0.99999912, "max_difference": 2e-6, "max_of_spread": 1e-5}
-    rows = [
-        {"toolchain": "openvino", "version": "2026.4", "verdict": "right", "cause": "", **figures},
-        {"toolchain": "rknn", "version": "2.5", "verdict": "crashed", "cause": "signal 6"},
-    ]
-    told = {"sha256": FLOAT["sha256"], "rows": rows, "not_run": ["ncnn", "tflite"]}
-    shown = section(card(run, [FLOAT, INT8], None, toolchains=[told, {}]), "Toolchains")
-    assert "| openvino | 2026.4 | 0.9999991 | 2.0e-06 | 1.0e-05 | right |" in shown
-    assert "| rknn | 2.5 | - | - | - | crashed\\: signal 6 |" in shown and "Not run: ncnn, tflite." in shown
-    assert "    bingo-compress verify student-int8.onnx" in shown and "verify student.onnx" not in shown
-    shown = section(card(run, [FLOAT], None, toolchains=[told | {"sha256": "0" * 64}]), "Toolchains")
-    assert "openvino" not in shown and "    bingo-compress verify student.onnx" in shown
 
 
 def leaves(held: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

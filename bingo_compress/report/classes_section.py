@@ -1,0 +1,73 @@
+"""What the model card says of the classes in exported files."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bingo_compress.report.markdown import CLASSES_SHOWN, name_of, plain, shown, table
+
+Files = Sequence[Mapping[str, Any]]  # contracts
+
+
+def knows(files: Files) -> str:
+    """One sentence: whether there are classes."""
+    classes = max((len(contract.get("classes", ())) for contract in files), default=0)
+    if classes:
+        return f"It knows {classes:,} classes, by a head in the file."
+    return "It knows no classes; a linear head or a bank of labelled images adds them."
+
+
+def section(files: Files) -> list[str]:
+    """The class heads in the files."""
+    headed = [contract for contract in files if "head" in contract]
+    if not headed:
+        return []
+    header = (
+        "",
+        "head",
+        "temperature",
+        "accuracy",
+        "calibration error",
+        "before",
+        "none of these from",
+        "false alarms",
+    )
+    rows = []
+    for contract in headed:
+        head = contract["head"]
+        numbers = [f"{head[key]:.3f}" if key in head else "-" for key in ("ece", "ece_uncalibrated", "threshold")]
+        rows.append(
+            [
+                name_of(contract),
+                plain(head["kind"]),
+                f"{head['temperature']:.3g}",
+                shown(head, "accuracy"),
+                *numbers,
+                shown(head, "false_alarms"),
+            ]
+        )
+    head, names = headed[0]["head"], headed[0]["classes"]
+    more = f" and {len(names) - CLASSES_SHOWN:,} more" if len(names) > CLASSES_SHOWN else ""
+    tested = "per_class" in head
+    blocks = [
+        "## Classes",
+        f"In the file, output scores, in this order: {', '.join(map(plain, names[:CLASSES_SHOWN]))}{more}.",
+        table(header, rows),
+        (
+            "Scores are probabilities. Calibration error: expected, of 15 equal bins (Guo et al. 2017), with the"
+            " temperature and before it. None of these: an image whose distance, 1 - the largest cosine of its"
+            " embedding to the mean of a class, is larger; chosen so that 5% of held-out labelled images of the known"
+            " classes exceed it. False alarms: the share of test images, all of known classes, that do. How many images"
+            " of unknown classes are found so depends on how unlike they are: try it on some."
+        ),
+    ]
+    if not tested:
+        return [*blocks, "Not tested on labelled images."]
+    known = sorted(
+        (entry for entry in head["per_class"] if entry["images"]), key=lambda entry: float(entry["accuracy"])
+    )
+    cells = [[plain(entry["class"]), f"{entry['images']:,}", shown(entry, "accuracy")] for entry in known]
+    return [
+        *blocks,
+        f"{name_of(headed[0])} on {head['test_images']:,} test images, weakest class first:",
+        table(("class", "test images", "found"), cells[:CLASSES_SHOWN]),
+    ]
