@@ -244,8 +244,9 @@ def _ran(place: Place, folder: Path, seconds: float) -> int:
 
 
 def _last(path: Path) -> str:
-    """The last line that a process has said."""
-    lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    """The last line that a process has said, without the colours of a terminal."""
+    said = re.sub(r"\x1b\[[\d;]*m", "", path.read_text(encoding="utf-8", errors="replace"))
+    lines = said.strip().splitlines()
     return f"({lines[-1]})" if lines else ""
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from edge_models import contract, make_model
-from helpers import Ran
+from helpers import Ran, untrained_run
 from test_cli import one_error
 
 from bingo_compress import BingoError, verify
@@ -71,7 +71,10 @@ WRONG = {
     "twice as long": ("answer(embedding * 2, features)", "wrong"),
     "refused": ("(folder / 'error.txt').write_text('ValueError: no layer Foo\\nat 3')", "no layer Foo at 3"),
     "segmentation fault": ("os.kill(os.getpid(), 11)", "crashed: signal 11"),
-    "abort": ("print('Not Support Dtype: 2', flush=True); os.abort()", "crashed: signal 6 (Not Support Dtype: 2)"),
+    "abort": (
+        "print('\\33[1;31mNot Support Dtype: 2\\33[0m', flush=True); os.abort()",
+        "crashed: signal 6 (Not Support Dtype: 2)",
+    ),
     "silent end": ("sys.exit(0)", "crashed: exit status 0"),
     "for ever": ("time.sleep(600)", "too slow: no answer in 1 s"),
 }
@@ -172,3 +175,16 @@ def test_the_child_needs_nothing_of_ours(tmp_path: Path) -> None:
     code += "; assert not {'numpy', 'torch', 'bingo_compress'} & sys.modules.keys()"
     ran = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True)
     assert ran.returncode == 0 and "version" in json.loads(ran.stdout), ran.stderr
+
+
+@pytest.mark.slow
+def test_the_card_of_a_run_tells_it_until_the_file_is_exported_anew(tmp_path: Path, bingo: Any) -> None:
+    run = untrained_run(tmp_path, 14)
+    assert bingo("export", "--run", run.path, "--profile", "edge").status == 0
+    file, told = run.export / "student.onnx", run.export / "student.toolchains.json"
+    assert "    bingo-compress verify student.onnx" in (run.export / exported.CARD).read_text()
+    (row,) = verify(file=file, toolchains="onnxruntime", progress=False)
+    card = (run.export / exported.CARD).read_text()
+    assert f"| onnxruntime | {row.version} |" in card and "Not run: openvino" in card and told.is_file()
+    assert bingo("export", "--run", run.path, "--profile", "modern").status == 0
+    assert not told.exists() and "| onnxruntime |" not in (run.export / exported.CARD).read_text()
