@@ -30,17 +30,17 @@ from bingo_compress.models.encoder import Encoder, build
 from bingo_compress.models.exported import runner_by_name
 from bingo_compress.toolchains.bench import verify
 
-# NAME or NAME-VERSION: what pip is asked for. pnnx asks for torch, which it only uses to convert torch's own files.
+# NAME or NAME-VERSION: what pip is asked for, one call after another.
 PACKAGES = {
     "openvino": ["openvino"],
     "opencv": ["opencv-python-headless"],
     "opencv-4.10": ["opencv-python-headless==4.10.*"],
     "opencv-4.13": ["opencv-python-headless==4.13.*"],
-    "tract": ["tract", "numpy"],
-    "ncnn": ["ncnn", "--no-deps", "pnnx", "numpy", "tqdm", "requests", "portalocker"],
+    "tract": ["tract numpy"],
+    "ncnn": ["ncnn numpy", "--no-deps pnnx"],  # pnnx asks for torch, and uses it for torch's own files alone
     "mnn": ["mnn"],
-    "tflite": ["onnx2tf", "tensorflow"],
-    "rknn": ["rknn-toolkit2", "setuptools<81"],
+    "tflite": ["onnx2tf tensorflow"],
+    "rknn": ["rknn-toolkit2 setuptools<81"],
 }
 
 
@@ -75,7 +75,8 @@ def installed(name: str, environments: Path) -> str:
     if not python.is_file():
         print(f"installing {name} ...", flush=True)
         subprocess.run([sys.executable, "-m", "venv", python.parent.parent], check=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *PACKAGES[name]], check=True)
+        for words in PACKAGES[name]:
+            subprocess.run([python, "-m", "pip", "install", "--quiet", *words.split()], check=True)
     return str(python)
 
 
