@@ -315,7 +315,7 @@ class Latency:
 
 @dataclass(frozen=True, kw_only=True)
 class Verify:
-    """Run an exported file in other toolchains: do they give its answers?
+    """Run an exported file in other toolchains; are the answers its own?
 
     OpenVINO, OpenCV, tract, ncnn, MNN, TFLite and RKNN, each in a process of its own, on the golden pictures.
     """
