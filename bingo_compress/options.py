@@ -315,7 +315,7 @@ class Latency:
 
 @dataclass(frozen=True, kw_only=True)
 class Verify:
-    """Run an exported file in other toolchains; are the answers its own?
+    """Run an exported file in other toolchains: are the answers right?
 
     OpenVINO, OpenCV, tract, ncnn, MNN, TFLite and RKNN, each in a process of its own, on the golden pictures.
     """
