@@ -285,7 +285,7 @@ def export(words: options.Export) -> Exported:
         _asked(words.data, words, bands) if words.data else None,
         words.format,
         shape=Shape(words.profile, words.batch, words.opset, words.image_size, words.input, words.outputs),
-        int8=Int8(labels, test, words.max_loss, words.finetune),
+        int8=Int8(labels, test, words.max_loss, words.finetune, _maybe(words.calibration_set)),
         given=Given(**given),
         head=words.head,
     )

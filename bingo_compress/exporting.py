@@ -14,7 +14,7 @@ from torch import Tensor
 from bingo_compress import __version__
 from bingo_compress.data import image_list, listing
 from bingo_compress.errors import BingoError
-from bingo_compress.exporters import timing
+from bingo_compress.exporters import calibration_set, fp16, timing
 from bingo_compress.exporters.golden import write_golden
 from bingo_compress.exporters.head import Classes, publish_with_head
 from bingo_compress.exporters.onnx import IMAGES, OUTPUTS, REFUSED, Form, Making, export_onnx, form, publish, published
@@ -32,9 +32,8 @@ from bingo_compress.runtime import console, run_dir
 from bingo_compress.sources.opened import Data, numbers, of_recipe
 
 # What is made of the float file, "onnx", and judged against it: how, by its row in a proof.
-FORMATS: dict[str, Callable[[Making], Path]] = {"onnx-int8": int8_file.make}
+FORMATS: dict[str, Callable[[Making], Path]] = {"onnx-fp16": fp16.make, "onnx-int8": int8_file.make}
 GALLERY = 512  # images that an int8 file is judged on
-GALLERY_LEAST = 256
 LEAST_JUDGED = 12  # images, calibration and gallery together
 COPIES, COPIES_JUDGED = 4, 9  # of the weights that are on the disk at once, at most
 TIMED = 100  # runs of each file, for the model card
@@ -57,13 +56,15 @@ class Shape:
 @dataclass(frozen=True)
 class Int8:
     """How an int8 file is judged and mended. labels, test: labelled folders on which it may lose at most `max_loss`
-    points against float; finetune: train it where no way of quantising passes.
+    points against float; finetune: train it where no way of quantising passes; calibration_set: a folder for the
+    images that its ranges are found on.
     """
 
     labels: Data | None = None
     test: Data | None = None
     max_loss: float = gate.MAX_LOSS
     finetune: bool = False
+    calibration_set: Path | None = None
 
 
 MODERN, PLAIN_INT8 = Shape(), Int8()
@@ -92,7 +93,7 @@ def export(
     wanted = form(shape.profile, shape.batch, shape.opset, shape.taken, shape.outputs)
     complete = replace(wanted, outputs=OUTPUTS)
     rows = _rows(fmt, int8, head, wanted)
-    labelled = gate.open_labelled(int8.labels, int8.test, run_dir.RunDir(run_path).work) if int8.labels else None
+    labelled = _open_labelled(int8, run_path)
     run = run_dir.open_finished(run_path)
     held = _hold(run, out)
     recipe = _recipe(run, shape)
@@ -100,7 +101,10 @@ def export(
     folder = listing.list_images(data or of_recipe(recipe), work=run.work)
     if held:
         image_list.keep(run.work, folder, *(labelled or ()))
-    order, pixels = _pixels(student, folder, fmt, halved=int8.finetune)
+    judged = [row for row in rows if row != "onnx"]
+    most = CALIBRATION + GALLERY if judged or int8.calibration_set else IMAGES
+    order, pixels = _pixels(student, folder, fmt, most, halved=int8.finetune)
+    calibration, gallery = pixels.tensor_split([min(CALIBRATION, len(pixels) // 3)])
     target = (out or run.export) / exported.name("onnx")
     _need_folder(target.parent, student, COPIES if fmt == "onnx" else COPIES_JUDGED)
     facts = _facts(run, recipe)
@@ -113,15 +117,15 @@ def export(
         float_file = published(whole, work / target.name, wanted, put)
         if "onnx" in rows:
             float_file = _put(float_file, target)
-        if judged := [row for row in rows if row != "onnx"]:
-            calibration, gallery = _split(pixels)
+        if int8.calibration_set:
+            calibration_set.write(int8.calibration_set, calibration, exported.contract(float_file))
+        if judged:
             known = _known(float_file, classes)
             judges = gate.make_gate(whole, gallery, student.preprocessing, labelled, int8.max_loss, known)
 
             def tuned() -> Path:
                 apart = {*folder.only(order).digests, *judges.labelled}
-                (work / "finetune").mkdir()
-                better = quantization_aware.finetune(recipe, student, folder, work / "finetune", apart)
+                better = quantization_aware.finetune(recipe, student, folder, _made(work / "finetune"), apart)
                 export_onnx(better, pixels[:IMAGES], work / "tuned.onnx", facts, complete)
                 return work / "tuned.onnx"
 
@@ -129,6 +133,17 @@ def export(
             _put_judged(judged, making, run, target.parent)
     _close(run, target.parent)
     return _named([target.with_name(exported.name(row)) for row in rows], run, "classify" if head else "embed")
+
+
+def _open_labelled(int8: Int8, run_path: Path) -> gate.Labels | None:
+    if not int8.labels:
+        return None
+    return gate.open_labelled(int8.labels, int8.test, run_dir.RunDir(run_path).work)
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
 
 
 def _hold(run: run_dir.RunDir, out: Path | None) -> bool:
@@ -204,17 +219,20 @@ def _rows(fmt: str, int8: Int8, head: str, wanted: Form) -> list[str]:
         )
     if int8.test and not int8.labels:
         raise BingoError("--test: expected --labels beside it, found none")
+    if int8.calibration_set:
+        calibration_set.refuse_foreign(int8.calibration_set)
     return known if fmt == "all" else [fmt]
 
 
-def _pixels(student: Encoder, folder: image_list.ImageList, fmt: str, *, halved: bool) -> tuple[list[int], Tensor]:
-    """(which images of the folder may be looked at, those that are: uint8 (n, S, S, 3)). halved: at least half of the
-    images are left to train on. Raises BingoError where there are too few.
+def _pixels(
+    student: Encoder, folder: image_list.ImageList, fmt: str, most: int, *, halved: bool
+) -> tuple[list[int], Tensor]:
+    """(which images of the folder may be looked at, those that are, at most `most`: uint8 (n, S, S, 3)). halved: at
+    least half of the images are left to train on. Raises BingoError where there are too few.
     """
     order = torch.randperm(len(folder.files), generator=torch.Generator().manual_seed(0)).tolist()
     if halved:
         order = order[: min(CALIBRATION + GALLERY, len(order) // 2)]
-    most = IMAGES if fmt == "onnx" else CALIBRATION + GALLERY
     pixels = extract.pixels_of(student.preprocessing, folder, order, most)
     if fmt != "onnx" and len(pixels) < LEAST_JUDGED:
         more = " (half of the folder, the other is for --finetune)" if halved else ""
@@ -296,13 +314,3 @@ def _say_file(target: Path, contract: dict[str, Any]) -> None:
         f"{target}: {console.size(contract['bytes'])}, opset {onnx['opset']}, IR {onnx['ir_version']}, {batch},"
         f" {given['dtype']} {given['layout']} in; {target.with_suffix(exported.CONTRACT)} says the rest"
     )
-
-
-def _split(pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """(images that ranges are found on, the others, by which files are judged)."""
-    calibration, gallery = pixels.tensor_split([min(CALIBRATION, len(pixels) // 3)])
-    if len(gallery) < GALLERY_LEAST:
-        console.say(
-            f"int8 is judged on {len(gallery)} images (expected {GALLERY_LEAST} or more): there are no more to spare"
-        )
-    return calibration, gallery

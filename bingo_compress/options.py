@@ -233,7 +233,7 @@ class Export:
     run: RunFolder
     out: Annotated[Place | None, Word("run", "folder for the files; default: RUN/export", Path)] = None
     data: Annotated[Data | None, _places("where the run's images are now, if they moved")] = None
-    format: Annotated[str, Word("method", "onnx, onnx-int8 or all")] = "onnx"
+    format: Annotated[str, Word("method", "onnx, onnx-fp16, onnx-int8 or all")] = "onnx"
     profile: Annotated[
         str,
         Word(
@@ -282,6 +282,10 @@ class Export:
             bool,
         ),
     ] = False
+    calibration_set: Annotated[
+        Place | None,
+        Word("run", "a folder for the pictures that int8 is calibrated on: for a device maker's quantiser", Path),
+    ] = None
     image_column: Annotated[str, IMAGE_COLUMN] = ""
     label_column: Annotated[str, LABEL_COLUMN] = ""
     student: "Encoder | None" = None

@@ -21,7 +21,8 @@ from bingo_compress.models.exported import onnx_runner
 from bingo_compress.runtime import console
 from bingo_compress.sources.opened import Data
 
-LEAST_COSINE = 0.99
+LEAST_COSINE, LEAST_WORST = 0.99, 0.9  # mean of all images, and the worst: a mean of 0.9927 hid one of 0.826
+GALLERY_LEAST = 256
 LEAST_RECALL = 0.80
 LEAST_SAME_CLASS = 0.90
 MAX_LOSS = 0.5  # points of accuracy
@@ -55,9 +56,13 @@ def make_gate(
     share of the images that its head takes for the same class; with `labels`, kNN and linear accuracy on a part of each
     of its classes. Of `report`, with `labels`: the same two accuracies on the test images (without a folder of these: a
     quarter of each class, set aside from the start). Always with the float file's own bank and head, as the int8 file
-    is to take its place. They name those below the gate: LEAST_COSINE, LEAST_RECALL, LEAST_SAME_CLASS, `max_loss`
-    points of accuracy. Raises BingoError.
+    is to take its place. They name those below the gate: LEAST_COSINE, LEAST_WORST, LEAST_RECALL, LEAST_SAME_CLASS,
+    `max_loss` points of accuracy. Raises BingoError.
     """
+    if len(gallery) < GALLERY_LEAST:
+        console.say(
+            f"int8 is judged on {len(gallery)} images (expected {GALLERY_LEAST} or more): there are no more to spare"
+        )
     embedded, features = onnx_runner(float_file)(gallery)
     others = [_neighbour_judge(embedded), *([_class_judge(known.head, embedded, features)] if known else [])]
     sides = known.sides if known and known.sides else None
@@ -75,6 +80,8 @@ def make_gate(
         # "not >=" and not "<", so that a NaN is refused too.
         if not told["mean_cosine"] >= LEAST_COSINE:
             missed.append(f"mean cosine {told['mean_cosine']:.4f} (at least {LEAST_COSINE})")
+        if not told["min_cosine"] >= LEAST_WORST:
+            missed.append(f"smallest cosine {told['min_cosine']:.4f} (at least {LEAST_WORST})")
         for judge in others:
             figures, below = judge(found, features)
             told, missed = told | figures, missed + below

@@ -213,6 +213,34 @@ def _quantise(
             extra_options={"CalibPercentile": PERCENTILE, "CalibStridedMinMax": 1},
         )
     _result_in_float(target)
+    if rung.left:
+        _fence(target, set(rung.left))
+
+
+def _fence(file: Path, left: set[str]) -> None:
+    """A Clip that cuts nothing off before a layer that is left in float. onnxruntime quantises the weights of a layer
+    between a DequantizeLinear and a QuantizeLinear by itself, one scale a layer, when it opens the file
+    (WeightBiasQuantization, its pull requests 22969 and 25673): EfficientNet-Lite0 with one layer in float had a cosine
+    of 0.905 by it, 0.984 without.
+    """
+    model = onnx.load(file)
+    rounded = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    most = float(np.finfo(np.float32).max)
+    nodes: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        if node.name in left and node.op_type in LAYERS and node.input[0] in rounded:
+            free = f"{node.output[0]}_in"
+            nodes.append(onnx.helper.make_node("Clip", [node.input[0], "fence_least", "fence_most"], [free], free))
+            node.input[0] = free
+        nodes.append(node)
+    if len(nodes) > len(model.graph.node):
+        model.graph.initializer.extend(
+            onnx.numpy_helper.from_array(np.array(value, np.float32), name)
+            for name, value in (("fence_least", -most), ("fence_most", most))
+        )
+        del model.graph.node[:]
+        model.graph.node.extend(nodes)
+        onnx.save(model, file)
 
 
 def _outside(model: onnx.ModelProto) -> set[str]:

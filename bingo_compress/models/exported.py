@@ -27,7 +27,11 @@ from bingo_compress.runtime.made_of import file_digest
 from bingo_compress.runtime.run_dir import atomic, atomic_folder
 
 STEM = "student"
-ROWS = ("onnx", "onnx-int8")  # what is ours, the float file first: a user may keep others beside, student-old.onnx
+ROWS = (
+    "onnx",
+    "onnx-fp16",
+    "onnx-int8",
+)  # what is ours, the float file first: a user may keep others beside, student-old.onnx
 CONTRACT, GOLDEN = ".json", ".golden"
 LINEAR, BANK = ".linear.npz", ".bank.npz"
 LATENCY, CARD = "latency.json", "MODEL_CARD.md"  # of all files in a folder
@@ -118,7 +122,7 @@ def keep_pair(newest: Path) -> None:
         return
     others = [file for row, file in found.items() if _made_from(row, file) != file_digest(exact)]
     for file in [exact] if newest in others else others:
-        drop(file, f"{newest.name} is of another export; --format all makes both")
+        drop(file, f"{newest.name} is of another export; --format all makes all")
 
 
 def _made_from(row: str, file: Path) -> str | None:

@@ -313,6 +313,7 @@ def test_with_labels_lost_points_count(float_file: Path, tmp_path: Path, monkeyp
     )
     export_onnx(encoder("test_efficientnet", SIZE, seed=9), pictures(8), tmp_path / "other.onnx", FACTS)
     monkeypatch.setattr(gate, "LEAST_COSINE", -1.0)
+    monkeypatch.setattr(gate, "LEAST_WORST", -1.0)
     monkeypatch.setattr(gate, "LEAST_RECALL", 0.0)
     told, missed = judged(float_file, tmp_path / "other.onnx", pictures(24), labels=bank, test=test)
     lost = 100 * (told["linear"]["float"] - told["linear"]["int8"])
@@ -335,11 +336,11 @@ def test_all_formats_leave_files_that_the_device_kit_checks_itself_against(
 ) -> None:
     monkeypatch.setattr(gate, "LEAST_RECALL", 0.3)  # an untrained student's neighbours are close to ties
     files = exporting.export(finished.path, fmt="all", shape=Shape("edge"))
-    assert [file.name for file in files] == ["student.onnx", "student-int8.onnx"]
-    contract = json.loads(files[1].with_suffix(".json").read_text())
+    assert [file.name for file in files] == ["student.onnx", "student-fp16.onnx", "student-int8.onnx"]
+    contract = json.loads(files[2].with_suffix(".json").read_text())
     assert contract["precision"] == "int8" and contract["int8"]["gate"]["images"] == 24
-    assert contract["bytes"] == files[1].stat().st_size < 0.7 * files[0].stat().st_size
-    assert bingo_edge.Embedder(files[1]).contract["int8"] == contract["int8"]
+    assert contract["bytes"] == files[2].stat().st_size < 0.7 * files[0].stat().st_size
+    assert bingo_edge.Embedder(files[2]).contract["int8"] == contract["int8"]
     from bingo_edge.cli import main
 
     for file in files:
@@ -363,7 +364,7 @@ def test_an_int8_file_below_the_gate_is_not_published(
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"fmt": "tflite"}, "--format: expected onnx, onnx-int8, all"),
+        ({"fmt": "tflite"}, "--format: expected onnx, onnx-fp16, onnx-int8, all"),
         ({"int8": Int8(finetune=True)}, "--finetune: expected --format onnx-int8 or all"),
         ({"int8": Int8(Path("x"))}, "--labels: expected --format"),
         ({"fmt": "all", "int8": Int8(test=Path("x"))}, "--test: expected --labels"),

@@ -205,7 +205,8 @@ def test_a_refused_int8_file_leaves_no_older_one(
         "removed student-int8.onnx, student-int8.json, student-int8.golden: what was to take its place is refused"
         in printed.getvalue()
     )
-    assert left(run.export) == ["MODEL_CARD.md", "latency.json", "student.golden", "student.json", "student.onnx"]
+    belongings = ("student-fp16.golden", "student-fp16.json", "student-fp16.onnx", "student.golden", "student.json")
+    assert left(run.export) == ["MODEL_CARD.md", "latency.json", *belongings, "student.onnx"]
     for name in ("MODEL_CARD.md", "latency.json"):  # of what is there, and of nothing else
         assert (
             "student-int8" not in (run.export / name).read_text() and "student.onnx" in (run.export / name).read_text()
@@ -263,7 +264,7 @@ def test_every_exported_file_is_judged_with_its_own_head_and_asked_by_require(
     ran = bingo("validate", "--run", run.path, "--data", data, "--test", test)
     assert ran.status == 0, ran.err
     rows = {row["name"]: row for row in json.loads(run.validation.read_text())["rows"]}
-    assert list(rows) == ["teacher", "student", "random", "onnx", "onnx-int8"]
+    assert list(rows) == ["teacher", "student", "random", "onnx", "onnx-fp16", "onnx-int8"]
     belongs(run.export)
     for name, file in exported.files(run.export).items():
         assert (rows[name]["file"], rows[name]["sha256"]) == (file.name, file_digest(file))
