@@ -86,12 +86,10 @@ def export(
 
     out: folder, default RUN/export; data: where the images are now, default where they were; given: the module of the
     user's own that the run's student is; head: of fitting.KINDS, fitted on int8.labels, or a file of a head: classes
-    in every file. What is in the folder of another export is removed: a file with what belongs to it, and an int8 file
-    that was made of another float file than the one that is there, or is refused. Raises BingoError; with exit status 3
-    where a file is not the same model, and then it is not there.
+    in every file. What is there of another export is removed, and a file that is refused. Raises BingoError; with exit
+    status 3 where a file is not the same model, and then it is not there.
     """
     wanted = form(shape.profile, shape.batch, shape.opset, shape.taken, shape.outputs)
-    complete = replace(wanted, outputs=OUTPUTS)
     rows = _rows(fmt, int8, head, wanted)
     labelled = _open_labelled(int8, run_path)
     run = run_dir.open_finished(run_path)
@@ -106,12 +104,12 @@ def export(
     order, pixels = _pixels(student, folder, fmt, most, halved=int8.finetune)
     calibration, gallery = pixels.tensor_split([min(CALIBRATION, len(pixels) // 3)])
     target = (out or run.export) / exported.name("onnx")
-    _need_folder(target.parent, student, COPIES if fmt == "onnx" else COPIES_JUDGED)
+    _need_folder(target.parent, student, COPIES_JUDGED if judged else COPIES)
     facts = _facts(run, recipe)
     beside = _head_beside(head, facts, student)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as folder_name:
         work = Path(folder_name)
-        whole = _export_float(student, pixels[:IMAGES], work / "whole.onnx", facts, complete)
+        whole = _export_float(student, pixels[:IMAGES], work / "whole.onnx", facts, wanted)
         classes = _classes(head, beside, whole, labelled, int8, student, pixels) if head else None
         put = partial(publish_with_head, classes=classes) if classes else publish
         float_file = published(whole, work / target.name, wanted, put)
@@ -126,8 +124,7 @@ def export(
             def tuned() -> Path:
                 apart = {*folder.only(order).digests, *judges.labelled}
                 better = quantization_aware.finetune(recipe, student, folder, _made(work / "finetune"), apart)
-                export_onnx(better, pixels[:IMAGES], work / "tuned.onnx", facts, complete)
-                return work / "tuned.onnx"
+                return _export_float(better, pixels[:IMAGES], work / "tuned.onnx", facts, wanted)
 
             making = Making(whole, float_file, calibration, wanted, work, judges, tuned if int8.finetune else None, put)
             _put_judged(judged, making, run, target.parent)
@@ -287,10 +284,11 @@ def _close(run: run_dir.RunDir, folder: Path) -> None:
 
 
 def _export_float(student: Encoder, pixels: Tensor, target: Path, facts: dict[str, Any], wanted: Form) -> Path:
+    """With all outputs that a student has."""
     if len(pixels) < IMAGES:
         console.say(f"parity is checked on {len(pixels)} images: there are no more")
     console.say(f"exporting {facts['student']} ({student.preprocessing.size} px) to ONNX ...")
-    parity = export_onnx(student, pixels, target, facts, wanted)["parity"]
+    parity = export_onnx(student, pixels, target, facts, replace(wanted, outputs=OUTPUTS))["parity"]
     console.say(
         f"onnxruntime equals torch on {parity['images']} of your images: largest difference"
         f" {parity['max_difference']:.1g}, smallest cosine {parity['min_cosine']:.6f}"

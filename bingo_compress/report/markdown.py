@@ -38,4 +38,6 @@ def shown(row: Mapping[str, Any], key: str) -> str:
 
 def name_of(contract: Mapping[str, Any]) -> str:
     """What the exported file of a contract is called."""
-    return {"int8": "student-int8.onnx", "float16": "student-fp16.onnx"}.get(contract["precision"], "student.onnx")
+    return {"int8": "student-int8.onnx", "float16": "student-fp16.onnx"}.get(
+        str(contract.get("precision")), "student.onnx"
+    )

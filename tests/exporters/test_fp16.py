@@ -61,4 +61,4 @@ def test_export_writes_it_with_its_pictures_card_and_calibration_set(tmp_path: P
     assert [file.name for file in files] == ["student-fp16.onnx"]
     assert not any(check.failed for check in bingo_edge.selftest(bingo_edge.Embedder(files[0])))
     assert "student-fp16.onnx" in (run.export / exported.CARD).read_text()
-    assert len((tmp_path / "set" / "images.txt").read_text().split()) == 8
+    assert len((tmp_path / "set" / "images.txt").read_text().split()) == 24  # a third of the photos
