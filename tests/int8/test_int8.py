@@ -99,9 +99,7 @@ def test_a_form_that_cannot_be_is_refused(profile: str, batch: str | None, opset
 def test_an_input_or_an_output_that_is_not_known_is_refused() -> None:
     with pytest.raises(BingoError, match="--input: expected uint8-nhwc, float32-nchw, float32-nchw-normalised, found"):
         form("edge", None, None, "float16")
-    with pytest.raises(
-        BingoError, match="--outputs: expected some of embedding, features, scores, distance with"
-    ):
+    with pytest.raises(BingoError, match="--outputs: expected some of embedding, features, scores, distance with"):
         form("edge", None, None, None, "embedding,logits")
 
 
