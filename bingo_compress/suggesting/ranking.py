@@ -120,7 +120,10 @@ def ranked(rows: Sequence[Row], budget: Budget) -> list[Row]:
     within = sorted(filter(budget.holds, rows), key=_order)
     if not within:
         raise budget.refuse(rows)
-    return list({row.student: row for row in reversed(within)}.values())[::-1]
+    best: dict[str, Row] = {}
+    for row in within:
+        best.setdefault(row.student, row)
+    return list(best.values())
 
 
 def _order(row: Row) -> tuple[float, ...]:

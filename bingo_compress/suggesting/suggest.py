@@ -25,6 +25,7 @@ from bingo_compress.suggesting.students import SIZES, STUDENTS
 
 # Of (rows, the settings of all, passes of the first round, a folder): recall by passes of each, the best first.
 Halving = Callable[[Sequence[Row], Mapping[str, Any], float, Path], dict[Row, dict[float, float]]]
+OF_A_TRIAL = {"data", "teacher", "student", "image_size", "epochs", "time"}
 SHOWN = 15
 HEADER = ("", "px", "ms", "MB (float)", "parameters", "top-1 stated", "estimate here")
 
@@ -80,6 +81,8 @@ def _refused(words: options.Suggest, names: Sequence[str]) -> dict[str, Any]:
         return {}
     chosen = words.settings or ()
     settings = dict(chosen) if isinstance(chosen, Mapping) else dict(parse_setting(each, "--set") for each in chosen)
+    if own := sorted(OF_A_TRIAL & settings.keys()):
+        raise BingoError(f"--set: expected settings that all trials share, found {own[0]}; leave it out")
     named = settings | {"data": list(asked(words.data).places), "teacher": words.teacher or ""}
     recipe = make_recipe({**named, "student": names[0], "epochs": words.epochs}, "the command line")
     preflight.refuse_early(recipe, Path(words.out), {}, resume=True, overwrite=False)
