@@ -286,13 +286,14 @@ class Latency:
 
 @dataclass(frozen=True, kw_only=True)
 class Suggest:
-    """The student for a budget: timm's for the edge, timed, best first.
+    """Find the student for a budget: milliseconds and megabytes.
 
-    On this processor, or on the device by `bingo-edge measure`; with --data the best few are tried on your images.
+    timm's for the edge, timed on this processor, or on the device by `bingo-edge measure`, best first; with --data the
+    best few are tried on your images.
     """
 
     latency_ms: Annotated[
-        float | None, Word("models", "at most so many milliseconds a picture, one thread; default: any", float)
+        float | None, Word("models", "at most so many milliseconds a picture, the median; default: any", float)
     ] = None
     size_mb: Annotated[float | None, Word("models", "at most so many megabytes of float file; default: any", float)] = (
         None

@@ -4,6 +4,7 @@ type next. torch is imported where something is to be made or trained.
 
 import json
 import re
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from bingo_compress.suggesting.students import SIZES, STUDENTS
 Halving = Callable[[Sequence[Row], Mapping[str, Any], float, Path], dict[Row, dict[float, float]]]
 OF_A_TRIAL = {"data", "teacher", "student", "image_size", "epochs", "time"}
 SHOWN = 15
+BUSY = 1.5  # p90 as a multiple of the median; on a quiet machine it is about 1.1
 HEADER = ("", "px", "ms", "MB (float)", "parameters", "top-1 stated", "estimate here")
 
 
@@ -46,13 +48,14 @@ def suggest(
     if words.files:
         _hand_over(found, where, Path(words.files))
         return []
-    rows = measured(found, profile or _measured(found, where), str(words.on or where))
+    about = profile or _measured(found, where)
+    rows = measured(found, about, str(words.on or where))
     if left := len(found) - len(rows):
         console.say(f"{left} of {len(found)} files are not in {words.on}; they are left out")
     budget = Budget(words.latency_ms, words.size_mb)
     best = ranked(rows, budget)
-    about = profile or _profile(where)
     _show(best, budget, about)
+    _say_how(rows, where / "profile.json" if profile is None else None)
     tried = try_out(best[: words.top], named, words.epochs, Path(words.out)) if words.data else {}
     if tried:
         _show_tried(tried)
@@ -126,10 +129,6 @@ def _make(missing: Sequence[str], sizes: Sequence[int], where: Path) -> None:
         console.say(f"{name} ({place} of {len(missing)}), {console.duration(gone)} gone, about {left} left")
 
 
-def _profile(where: Path) -> dict[str, Any]:
-    return read_profile(where / "profile.json")
-
-
 def _measured(sizes: Sequence[Size], where: Path) -> dict[str, Any]:
     """The profile of this machine, with all of these files in it."""
     last = time.monotonic()
@@ -141,7 +140,7 @@ def _measured(sizes: Sequence[Size], where: Path) -> dict[str, Any]:
             console.say(f"measuring, one thread: {done} of {count} files, {name} {times['p50_ms']:.3g} ms")
 
     try:
-        return measure(where, where / "profile.json", 1, told, {size.file for size in sizes})
+        return measure(where, where / "profile.json", told=told, names={size.file for size in sizes})
     except EdgeError as error:
         raise BingoError(str(error)) from None
 
@@ -164,6 +163,15 @@ def _show(best: Sequence[Row], budget: Budget, about: Mapping[str, Any]) -> None
         console.say(f"the first {SHOWN} of {len(best)}; --json FILE has all")
     console.say(RULE)
     console.say(SOURCES)
+
+
+def _say_how(rows: Sequence[Row], here: Path | None) -> None:
+    """Whether the times can be trusted, and where those of this machine are."""
+    spread = statistics.median(row.p90_ms / row.p50_ms for row in rows)
+    if spread > BUSY:
+        console.say(f"warning: something else ran beside: one run in ten took {spread:.1f} times the median or more")
+    if here:
+        console.say(f"times: {here}; delete it to measure again")
 
 
 def _cells(row: Row) -> tuple[str, ...]:

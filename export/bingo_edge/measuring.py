@@ -7,7 +7,6 @@ import os
 import platform
 import time
 from collections.abc import Callable, Collection
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +43,12 @@ def measure(
         raise EdgeError("at least 1 thread", str(threads), "give a positive number")
     if not files:
         raise EdgeError(f"{' or '.join(ENDINGS)} files", f"none in {os.fspath(folder)}", "give another folder")
+    import onnxruntime  # its version by itself: wheels of other makers have other names
+
     profile: dict[str, Any] = {
         "format": FORMAT,
         "machine": machine(),
-        "runtime": f"onnxruntime {version('onnxruntime')}",
+        "runtime": f"onnxruntime {onnxruntime.__version__}",
         "threads": threads,
         "protocol": PROTOCOL,
     }
