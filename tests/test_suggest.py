@@ -133,6 +133,16 @@ def test_a_device_s_profile_ranks_and_the_next_command_is_said(
     one_error(bingo(*words[:6], 1), "the fastest is lcnet_050 at 96 px with 2 ms", "raise --latency-ms to 2")
 
 
+def test_a_machine_that_was_busy_is_told_of(bingo: Callable[..., Ran], profile: Path) -> None:
+    words = ("suggest", "--on", profile, "--students", PAIR)
+    assert "warning" not in bingo(*words).out
+    found = json.loads(profile.read_text())
+    for times in found["files"].values():
+        times["p90_ms"] = 2 * times["p50_ms"]
+    profile.write_text(json.dumps(found))
+    assert "warning: something else ran beside: one run in ten took 2.0 times the median" in bingo(*words).out
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

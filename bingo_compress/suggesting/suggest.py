@@ -28,7 +28,7 @@ from bingo_compress.suggesting.students import SIZES, STUDENTS
 Halving = Callable[[Sequence[Row], Mapping[str, Any], float, Path], dict[Row, dict[float, float]]]
 OF_A_TRIAL = {"data", "teacher", "student", "image_size", "epochs", "time"}
 SHOWN = 15
-BUSY = 1.5  # p90 as a multiple of the median; on a quiet machine it is about 1.1
+BUSY = 1.5  # p90 as a multiple of the median
 HEADER = ("", "px", "ms", "MB (float)", "parameters", "top-1 stated", "estimate here")
 
 
