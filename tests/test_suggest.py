@@ -292,7 +292,7 @@ def test_half_of_a_round_goes_on_to_three_times_the_passes(tmp_path: Path, monke
     asked = []
     worth = {"lcnet_050": 0.1, "lcnet_075": 0.4, "lcnet_100": 0.3, "tinynet_e": 0.2}
 
-    def recall(recipe: Any, out: Path, name: str) -> float:
+    def recall(recipe: Any, largest: int, out: Path, name: str) -> float:
         asked.append((recipe.student, recipe.image_size, recipe.epochs))
         return worth[recipe.student] if recipe.epochs == 1 else 1 - worth[recipe.student]
 
@@ -308,17 +308,26 @@ def test_half_of_a_round_goes_on_to_three_times_the_passes(tmp_path: Path, monke
     assert len(asked) == 1
 
 
+def teacher_passes(out: Path) -> dict[str, int]:
+    """Files below work/ of what is seen before training, with their times."""
+    found = {str(file.relative_to(out)): file.stat().st_mtime_ns for file in (out / "work").rglob("*teacher*")}
+    assert found
+    return found
+
+
 @pytest.mark.slow
 def test_trials_rank_by_recall_and_go_on_where_they_were_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     named: Mapping[str, Any] = {key: value for key, value in TINY.items() if key not in ("student", "image_size")}
     named = {**named, "data": [str(photos(tmp_path / "photos", 10))], "hold_out": 0.3}
-    rows = [row("test_resnet", 32, 1), row("test_efficientnet", 32, 1)]
+    rows = [row("test_resnet", 32, 1), row("test_efficientnet", 64, 1)]
     with interrupted_at(monkeypatch, trials, "train", 2), pytest.raises(KeyboardInterrupt):
         trials.halving(rows, named, 0.5, tmp_path / "out")
     first = (tmp_path / "out" / "test_resnet-32-0.5.json").read_bytes()
+    passes = teacher_passes(tmp_path / "out")
     found = trials.halving(rows, named, 0.5, tmp_path / "out")
+    assert passes == teacher_passes(tmp_path / "out")  # one, for students of two sizes
     assert (tmp_path / "out" / "test_resnet-32-0.5.json").read_bytes() == first
     (best, recalls), (_, less) = found.items()
     assert recalls[0.5] >= less[0.5] and all(0 <= value <= 1 for each in found.values() for value in each.values())

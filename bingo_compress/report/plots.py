@@ -8,7 +8,8 @@ from html import escape
 from typing import Any
 
 LINE, LEFT, WIDTH, GAP, TOP = 26, 250, 220, 40, 50
-ACROSS, DOWN, EDGE = 900, 560, 60  # of a scatter: its field, and the room around it
+ACROSS, DOWN, EDGE = 760, 560, 60  # of a scatter: its field, and the room around it
+BESIDE, APART = 180, 15  # for the names of marked dots, which stand one under the other
 NAMED, OTHER = "#c0392b", "#2c5f8a"
 
 
@@ -69,11 +70,11 @@ def dots(rows: Sequence[Mapping[str, Any]], figures: Sequence[str], titles: Mapp
 
 def scatter(dots: Sequence[Mapping[str, Any]], titles: tuple[str, str], note: str) -> str:
     """SVG text. dots: each with "name", "x" (above 0, on a logarithmic scale), "y", "size" (the area) and "marked": its
-    name is written beside it; titles: of the two axes.
+    name stands at the right; titles: of the two axes.
     """
     xs, ys = [math.log10(dot["x"]) for dot in dots], [dot["y"] for dot in dots]
     margin = 0.05 * (max(xs) - min(xs)) or 0.1
-    left, right = min(xs) - margin, max(xs) + 3 * margin  # names stand to the right
+    left, right = min(xs) - margin, max(xs) + margin
     low, high = math.floor(min(ys)) - 1, math.ceil(max(ys)) + 1
     largest = max(dot["size"] for dot in dots)
 
@@ -83,7 +84,7 @@ def scatter(dots: Sequence[Mapping[str, Any]], titles: tuple[str, str], note: st
     def down(y: float) -> float:
         return EDGE + DOWN * float((high - y) / (high - low))
 
-    width, height = ACROSS + 2 * EDGE, DOWN + 2 * EDGE
+    width, height = ACROSS + 2 * EDGE + BESIDE, DOWN + 2 * EDGE
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif"'
         ' font-size="12">',
@@ -109,6 +110,11 @@ def scatter(dots: Sequence[Mapping[str, Any]], titles: tuple[str, str], note: st
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}" fill="{colour}" fill-opacity="{solid}">'
             f"<title>{told}</title></circle>"
         )
-        if dot["marked"]:
-            parts.append(f'<text x="{x + radius + 3:.1f}" y="{y + 4:.1f}">{escape(dot["name"])}</text>')
+    beside = float(EDGE)
+    for dot in sorted((dot for dot in dots if dot["marked"]), key=lambda dot: -dot["y"]):
+        x, y = across(dot["x"]), down(dot["y"])
+        beside = max(beside + APART, y)
+        line = f'<line x1="{x:.1f}" y1="{y:.1f}" x2="{EDGE + ACROSS + 5}" y2="{beside:.1f}" stroke="{NAMED}"'
+        parts.append(f'{line} stroke-opacity="0.3"/>')
+        parts.append(f'<text x="{EDGE + ACROSS + 8}" y="{beside + 4:.1f}">{escape(dot["name"])}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"

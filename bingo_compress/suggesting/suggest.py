@@ -28,7 +28,7 @@ from bingo_compress.suggesting.students import SIZES, STUDENTS
 Halving = Callable[[Sequence[Row], Mapping[str, Any], float, Path], dict[Row, dict[float, float]]]
 OF_A_TRIAL = {"data", "teacher", "student", "image_size", "epochs", "time"}
 SHOWN = 15
-BUSY = 1.5  # p90 as a multiple of the median
+BUSY = 1.25  # p90 as a multiple of the median
 HEADER = ("", "px", "ms", "MB (float)", "parameters", "top-1 stated", "estimate here")
 
 
@@ -188,7 +188,7 @@ def _show_tried(tried: Mapping[Row, Mapping[float, float]]) -> None:
         + [f"{found[each]:.3f}" if each in found else "-" for each in passes]
         for row, found in tried.items()
     ]
-    heads = [f"recall, {each:g} passes" for each in passes]
+    heads = [f"recall, {each:g} pass{'es' if each != 1 else ''}" for each in passes]
     console.table("distilled briefly on your images: neighbour recall held out", ("", "px", "ms", *heads), cells)
 
 

@@ -4,6 +4,7 @@ held out, which needs no labels.
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,13 @@ def halving(rows: Sequence[Row], named: Mapping[str, Any], epochs: float, out: P
     (out / "work").mkdir(parents=True, exist_ok=True)
     run_dir.hold(out, "--out")
     found: dict[Row, dict[float, float]] = {row: {} for row in rows}
+    largest = max(row.px for row in rows)
     left = list(rows)
     while True:
         for place, row in enumerate(left, 1):
             console.say(f"== {row.student} at {row.px} px, {epochs:g} passes ({place} of {len(left)} in this round)")
-            found[row][epochs] = _recall(recipe_of(row, {**named, "epochs": epochs}), out, f"{row.name}-{epochs:g}")
+            recipe = recipe_of(row, {**named, "epochs": epochs})
+            found[row][epochs] = _recall(recipe, largest, out, f"{row.name}-{epochs:g}")
         left = sorted(left, key=lambda row: -found[row][epochs])[: -(-len(left) // 2)]
         if len(left) == 1:
             break
@@ -51,8 +54,12 @@ def halving(rows: Sequence[Row], named: Mapping[str, Any], epochs: float, out: P
     return dict(sorted(found.items(), key=lambda entry: [-len(entry[1]), -entry[1][max(entry[1])]]))
 
 
-def _recall(recipe: Recipe, out: Path, name: str) -> float:
-    """Neighbour recall of a student that is distilled by this recipe, or was: out/NAME.json."""
+def _recall(recipe: Recipe, largest: int, out: Path, name: str) -> float:
+    """Neighbour recall of a student that is distilled by this recipe, or was: out/NAME.json.
+
+    largest: pixels a side of the largest student, for which pictures are stored: so that they are the same for all, and
+    the teacher passes over them once.
+    """
     recipe, folder, device = begin(recipe)
     files = [getattr(recipe, f"{role}_weights") for role in ("teacher", "student")]
     made = made_of(
@@ -60,6 +67,7 @@ def _recall(recipe: Recipe, out: Path, name: str) -> float:
         settings=deciding(recipe),
         weights=[word if word in WORDS else file_digest(Path(word)) for word in files],
         images=folder.fingerprint(),
+        largest=largest,
         training=FORMATS["training"],
         program={"torch": torch.__version__, "timm": timm.__version__, "device": device.type},
     )
@@ -70,7 +78,8 @@ def _recall(recipe: Recipe, out: Path, name: str) -> float:
     image_list.keep(out / "work", folder)
     models = build_models(recipe)
     plan = plan_run(models, len(folder.files), device)
-    material = prepare(plan, models, folder, out / "work")
+    for_all = replace(plan, recipe=plan.recipe.model_copy(update={"image_size": largest}))
+    material = prepare(for_all, models, folder, out / "work")
     if not len(material.held):
         raise BingoError("--data: expected images to hold out, found too few; add images or --set hold_out=0.2")
     plan = plan.on(anchors_count(plan, material))
