@@ -242,10 +242,12 @@ def test_students_are_made_once_and_go_on_where_they_were_stopped(cache: Path, m
     assert not list(cache.glob(".making*")) and cached.sizes_of("test_vit", cache) is None
     kept = {size.file: size for size in cached.sizes_of("test_resnet", cache) or []}
     assert [size.made for size in kept.values()] == [making.EXPORTED, making.SAME_GRAPH]
+    (cache / ".making-dead").mkdir()  # what a process that is killed leaves
     stamps = {name: (cache / name).stat().st_mtime_ns for name in kept}
     rows = [row for row, _ in suggest(words, no_trials, (64, 160))]
     assert {name: (cache / name).stat().st_mtime_ns for name in kept} == stamps
     assert {row.student for row in rows} == {"test_resnet", "test_vit"}
+    assert not list(cache.glob(".making*"))
     rigid = cached.sizes_of("test_vit", cache) or []
     assert rigid and {size.made for size in rigid} == {making.EXPORTED}
     (cache / "test_resnet-64.onnx.xz").write_bytes(b"damaged")
@@ -278,7 +280,9 @@ def test_a_file_is_the_network_at_its_size_but_for_its_weights(cache: Path) -> N
 
 
 def test_a_name_that_means_no_model_is_one_line(bingo: Callable[..., Ran]) -> None:
-    one_error(bingo("suggest", "--students", "lcnet_05"), "--students: unknown model 'lcnet_05'", "lcnet_050")
+    ran = bingo("suggest", "--students", "resnet18,lcnet_05")
+    one_error(ran, "--students: unknown model 'lcnet_05'", "lcnet_050")
+    assert "resnet18 (1 of 2)" not in ran.out
 
 
 # ---------------------------------------------------------------- trials

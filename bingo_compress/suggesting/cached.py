@@ -16,6 +16,7 @@ from bingo_compress.runtime.made_of import file_digest
 
 FORMAT = 1  # of the files: raised where they are made otherwise
 PACKED = ".onnx.xz"
+MAKING = ".making-"  # what the folders begin with in which files are made
 
 
 class Size(NamedTuple):

@@ -21,7 +21,7 @@ from bingo_compress.models.exported import onnx_runner
 from bingo_compress.models.names import resolve_name
 from bingo_compress.runtime import run_dir
 from bingo_compress.runtime.made_of import file_digest
-from bingo_compress.suggesting.cached import PACKED, Size
+from bingo_compress.suggesting.cached import MAKING, PACKED, Size
 
 EXPORTED, SAME_GRAPH = "exported", "the graph of another size, equal to torch at this one"
 # Weights of so many values over and over pack to nothing, and onnxruntime takes as long with them: its kernels do not
@@ -40,7 +40,7 @@ def make(student: str, sizes: Sequence[int], where: Path) -> None:
     made: list[Size] = []
     refused: dict[str, str] = {}
     where.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".making-", dir=where) as name:
+    with tempfile.TemporaryDirectory(prefix=MAKING, dir=where) as name:
         traced: tuple[Path, int] | None = None
         for px in sorted(sizes, reverse=True):
             file = Path(name, f"{student}-{px}.onnx")

@@ -4,6 +4,7 @@ type next. torch is imported where something is to be made or trained.
 
 import json
 import re
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -117,16 +118,21 @@ def _make(missing: Sequence[str], sizes: Sequence[int], where: Path) -> None:
     where.mkdir(parents=True, exist_ok=True)
     run_dir.hold(where, "the cache")
     console.say(f"exporting {len(missing)} students with random weights, once; they are kept in {where}")
+    from bingo_compress.models.names import resolve_name
     from bingo_compress.suggesting.making import make
 
+    for name in missing:
+        resolve_name(name, "--students")  # a wrong one is said before minutes go into the others
+    for left in where.glob(f"{cached.MAKING}*"):  # by a process that was killed
+        shutil.rmtree(left)
     began = time.monotonic()
     for place, name in enumerate(missing, 1):
         make(name, sizes, where)
         gone = time.monotonic() - began
         for px, why in cached.refused(name, where).items():
             console.say(f"{name} is not measured at {px} px: {why}")
-        left = console.duration(gone / place * (len(missing) - place))
-        console.say(f"{name} ({place} of {len(missing)}), {console.duration(gone)} gone, about {left} left")
+        more = console.duration(gone / place * (len(missing) - place))
+        console.say(f"{name} ({place} of {len(missing)}), {console.duration(gone)} gone, about {more} left")
 
 
 def _measured(sizes: Sequence[Size], where: Path) -> dict[str, Any]:
