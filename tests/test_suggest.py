@@ -123,7 +123,7 @@ def test_a_device_s_profile_ranks_and_the_next_command_is_said(
     words = ("suggest", "--on", profile, "--students", PAIR, "--latency-ms", 7, "--json", files["json"])
     ran = bingo(*words, "--plot", files["plot"])
     assert ran.status == 0, ran.err
-    assert "2 students within 7 ms" in ran.out and "best first: the ImageNet top-1" in ran.out
+    assert "students within 7 ms: 2; " in ran.out and "best first: the ImageNet top-1" in ran.out
     assert "next: bingo-compress distill --teacher dinov2 --student lcnet_050 --image-size 128 --data PHOTOS" in ran.out
     told = json.loads(files["json"].read_text())
     order = [(each["student"], each["px"], each["p50_ms"]) for each in told["students"]]

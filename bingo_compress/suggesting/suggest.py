@@ -107,7 +107,7 @@ def _made(names: Sequence[str], sizes: Sequence[int], where: Path, *, make: bool
                 f"--on: expected the files that were measured in {where}, found none for these versions of timm, torch"
                 " and onnx; write them with suggest --files FOLDER and measure again"
             )
-        console.say(f"{len(missing)} students have no files in {where} and are left out")
+        console.say(f"students without files in {where}, left out: {', '.join(missing)}")
     elif missing:
         _make(missing, sizes, where)
         known |= {name: cached.sizes_of(name, where) or [] for name in missing}
@@ -117,7 +117,7 @@ def _made(names: Sequence[str], sizes: Sequence[int], where: Path, *, make: bool
 def _make(missing: Sequence[str], sizes: Sequence[int], where: Path) -> None:
     where.mkdir(parents=True, exist_ok=True)
     run_dir.hold(where, "the cache")
-    console.say(f"exporting {len(missing)} students with random weights, once; they are kept in {where}")
+    console.say(f"exporting students with random weights ({len(missing)}), once; they are kept in {where}")
     from bingo_compress.models.names import resolve_name
     from bingo_compress.suggesting.making import make
 
@@ -164,7 +164,7 @@ def _hand_over(sizes: Sequence[Size], where: Path, target: Path) -> None:
 def _show(best: Sequence[Row], budget: Budget, about: Mapping[str, Any]) -> None:
     threads = f"{about['threads']} thread{'s' if about['threads'] > 1 else ''}"
     where = f"{about['machine']['name']} ({about['machine']['architecture']}), {about['runtime']}, {threads}"
-    console.table(f"{len(best)} students {budget.describe()}; {where}", HEADER, [_cells(row) for row in best[:SHOWN]])
+    console.table(f"students {budget.describe()}: {len(best)}; {where}", HEADER, [_cells(row) for row in best[:SHOWN]])
     if len(best) > SHOWN:
         console.say(f"the first {SHOWN} of {len(best)}; --json FILE has all")
     console.say(RULE)
