@@ -44,7 +44,7 @@ def halving(rows: Sequence[Row], named: Mapping[str, Any], epochs: float, out: P
     left = list(rows)
     while True:
         for place, row in enumerate(left, 1):
-            console.say(f"== {row.student} at {row.px} px, {epochs:g} passes ({place} of {len(left)} in this round)")
+            console.say(f"== {row.student} at {row.px} px, passes: {epochs:g} ({place} of {len(left)} in this round)")
             recipe = recipe_of(row, {**named, "epochs": epochs})
             found[row][epochs] = _recall(recipe, largest, out, f"{row.name}-{epochs:g}")
         left = sorted(left, key=lambda row: -found[row][epochs])[: -(-len(left) // 2)]
