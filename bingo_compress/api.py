@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
@@ -75,6 +75,22 @@ class Comparison:
 
     out: Path
     table: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A student at an input size: milliseconds (median), bytes of its float file, parameters, ImageNet top-1 in percent
+    as it is stated (None: not) and estimated at this size, and, where it was tried, neighbour recall by passes.
+    """
+
+    student: str
+    image_size: int
+    p50_ms: float
+    bytes: int
+    parameters: int
+    stated: float | None
+    estimate: float | None
+    neighbour_recall: Mapping[float, float]
 
 
 @dataclass(frozen=True)
@@ -305,6 +321,24 @@ def latency(words: options.Latency) -> tuple[Timing, ...]:
     return tuple(
         Timing(**{key: row[key] for key in kept}, p50_ratio=Figure(row["p50_ratio"], *row["p50_ratio_range"]))
         for row in rows
+    )
+
+
+@_with_words(options.Suggest)
+def suggest(words: options.Suggest) -> tuple[Suggestion, ...]:
+    """The students within a budget, best first; nothing where `files` are written for a device. Raises BingoError."""
+    places: Any = {key: _maybe(getattr(words, key)) for key in ("files", "on", "out", "plot", "json")}
+
+    from bingo_compress.suggesting.suggest import suggest as find
+
+    def halving(*given: Any) -> Any:
+        from bingo_compress.suggesting import trials
+
+        return trials.halving(*given)
+
+    return tuple(
+        Suggestion(row.student, row.px, row.p50_ms, row.bytes, row.parameters, row.stated, row.estimate, dict(recall))
+        for row, recall in find(replace(words, **places), halving)
     )
 
 
