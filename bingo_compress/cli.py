@@ -29,6 +29,7 @@ AGAIN = {
     "distill": "the same command with --resume goes on",
     "compare": "the same command goes on",
     "validate": "the same command goes on",
+    "suggest": "the same command goes on",
     "export": "the same command begins the export anew; files that were finished before it stand",
     "demo": "demo --overwrite begins anew (stored pixels and embeddings that fit are used again)",
 }
@@ -119,6 +120,7 @@ _command("validate", options.Validate)
 _command("export", options.Export)
 _command("latency", options.Latency)
 _command("verify", options.Verify)
+_command("suggest", options.Suggest)
 _command("demo", options.Demo, _demo)
 _command("models", options.Models, _models)
 

@@ -335,6 +335,45 @@ class Verify:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Suggest:
+    """Find the student for a budget: milliseconds and megabytes.
+
+    timm's for the edge, timed on this processor, or on the device by `bingo-edge measure`, best first; with --data the
+    best few are tried on your images.
+    """
+
+    latency_ms: Annotated[
+        float | None, Word("models", "at most so many milliseconds a picture, the median; default: any", float)
+    ] = None
+    size_mb: Annotated[float | None, Word("models", "at most so many megabytes of float file; default: any", float)] = (
+        None
+    )
+    students: Annotated[str, Word("models", "timm models with commas between; default: a list of 40")] = ""
+    files: Annotated[
+        Place | None,
+        Word("machine", "only write the small files that `bingo-edge measure` times on a device, to this folder", Path),
+    ] = None
+    on: Annotated[
+        Place | None, Word("machine", "the profile.json that `bingo-edge measure` wrote there; default: here", Path)
+    ] = None
+    data: Annotated[Data | None, _places(f"{IMAGES}; {AGAIN}; the best are distilled on them briefly")] = None
+    teacher: Annotated[str | None, Word("models", "with --data: a timm model or family")] = None
+    top: Annotated[int, Word("schedule", "with --data: so many of the best are tried", int)] = 4
+    epochs: Annotated[
+        float,
+        Word("schedule", "with --data: passes of the first round; the better half goes on to three times those", float),
+    ] = 1.0
+    settings: Annotated[
+        Sequence[str] | Mapping[str, Any],
+        Word("run", "with --data: any setting of the recipe; may be repeated", list[str], "--set", "KEY=VALUE"),
+    ] = ()
+    out: Annotated[Place, Word("run", "with --data: folder for what the trials make", Path)] = Path("runs/suggest")
+    plot: Annotated[Place | None, Word("run", "draw latency against accuracy to this .svg file", Path)] = None
+    json: Json = None
+    progress: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
 class Demo:
     """The whole road on photos that the `demo` extra brings along.
 

@@ -301,11 +301,11 @@ def test_golden_pictures_reach_the_network_the_same_in_the_trainer_and_on_the_de
         "input": {**embedder.contract["input"], "size": size},
     }
 
-    def infer(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def run(batch: np.ndarray) -> dict[str, np.ndarray]:
         device.extend(batch)
-        return np.ones((len(batch), embedder.dim), np.float32), np.ones((len(batch), embedder.dim), np.float32)
+        return {name: np.ones((len(batch), embedder.dim), np.float32) for name in ("embedding", "features")}
 
-    monkeypatch.setattr(embedder, "infer", infer)
+    monkeypatch.setattr(embedder, "run", run)
     names = embedder.embed(str(tmp_path / "golden"), batch_size=4).names
     assert [Path(path).name for path in names] == [path.name for path in files]
     assert len(trained) == len(device) == 10

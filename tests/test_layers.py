@@ -25,9 +25,10 @@ ROOMS = (
     "exporters toolchains budget",
     "int8",
     "exporting",
-    "pipeline options",
+    "pipeline options results",
     "dry_run inventory comparison demo",
     "preflight",
+    "suggesting",
     "api",
     "cli",
     "__main__",
@@ -43,6 +44,7 @@ WITHOUT_TORCH = (
     "runtime.signals",
     "data.listing",
     "sources.opened",
+    "suggesting.suggest",
 )
 FLOORS, MODULES = 13, 8  # import floors with api and __main__, modules in a room
 PARAMETERS = 8  # of a function

@@ -76,7 +76,7 @@ def made(finished: Made, tmp_path: Path) -> Made:
 def test_the_package_is_imported_without_torch_and_its_names_without_a_model() -> None:
     code = (
         "import sys, bingo_compress; heavy = {'torch', 'timm', 'numpy', 'pydantic', 'typer'} & sys.modules.keys()\n"
-        "from bingo_compress import distill, validate, export, compare, check, latency, Recipe, load_student\n"
+        "from bingo_compress import distill, validate, export, compare, check, latency, suggest, Recipe, load_student\n"
         "print(sorted(heavy), 'torch' in sys.modules, sorted(set(bingo_compress.__all__) - set(dir(bingo_compress))))"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -86,7 +86,7 @@ def test_the_package_is_imported_without_torch_and_its_names_without_a_model() -
     assert (Path(bingo_compress.__file__).parent / "py.typed").is_file()
 
 
-@pytest.mark.parametrize("name", ["check", "distill", "compare", "validate", "export", "latency"])
+@pytest.mark.parametrize("name", ["check", "distill", "compare", "validate", "export", "latency", "suggest"])
 def test_the_words_are_those_of_the_command_line(name: str) -> None:
     command = typer.main.get_command(cli.app).commands[name]  # type: ignore[attr-defined]
     asked = {parameter.name for parameter in command.params}

@@ -67,6 +67,7 @@ def test_completion_is_installed_in_the_home_folder_and_completes(shell: str, tm
         (("compare",), "the same command goes on"),
         (("validate", "--run", "x"), "the same command goes on"),
         (("export", "--run", "x"), "the same command begins the export anew"),
+        (("suggest",), "the same command goes on"),
         (("demo",), "demo --overwrite begins anew"),
         (("check",), "the same command begins anew"),
     ],

@@ -126,6 +126,9 @@ def _neighbour_judge(embedded: Tensor) -> GalleryJudge:
 
 
 def _class_judge(head: Head, embedded: Tensor, features: Tensor) -> GalleryJudge:
+    """Coarse: the head may have been fitted on the gallery's images, which are easy then. What int8 costs on images
+    that it has not seen is `_lost_classes`.
+    """
     before = classify(head, embedded.numpy(), features.numpy())[0]
 
     def judge(found: Tensor, features: Tensor) -> tuple[dict[str, Any], list[str]]:

@@ -25,18 +25,19 @@ class _Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    shared = _Parser(add_help=False)
+    common = _Parser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print one JSON document")
+    common.add_argument("--threads", type=int, default=1, metavar="N", help="threads of the network (default 1)")
+    shared = _Parser(add_help=False, parents=[common])
     shared.add_argument("model", metavar="MODEL", help="the ONNX file made by bingo-compress")
-    shared.add_argument("--json", action="store_true", help="print one JSON document")
-    shared.add_argument("--threads", type=int, default=1, metavar="N", help="threads of the network (default 1)")
     top = _Parser(
         prog="bingo-edge", description="Picture embeddings, nearest pictures and classes from an ONNX student."
     )
     top.add_argument("--version", action="version", version=f"bingo-edge {__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, run: Any, about: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, parents=[shared], help=about, description=about)
+    def add(name: str, run: Any, about: str, parent: _Parser = shared) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, parents=[parent], help=about, description=about)
         command.set_defaults(run=run)
         return command
 
@@ -65,6 +66,11 @@ def parser() -> argparse.ArgumentParser:
         "time", _time, "time of a picture, or of a batch fixed in the file, in the network; preprocessing not included"
     )
     command.add_argument("--runs", type=int, default=200, metavar="N", help="timed runs after a warm-up (default 200)")
+    command = add("measure", _measure, "time of every ONNX file in a folder, for bingo-compress suggest --on", common)
+    command.add_argument("folder", metavar="FOLDER", help="what bingo-compress suggest --files wrote")
+    command.add_argument(
+        "--out", type=Path, metavar="FILE.json", help="the profile to bring back (default: FOLDER/profile.json)"
+    )
     add("info", _info, "the contract inside an ONNX file")
     command = add(
         "selftest",
@@ -216,6 +222,21 @@ def _time(args: argparse.Namespace) -> None:
     pictures = "one picture a run" if batch == 1 else f"{batch} pictures a run (the batch is fixed in the file)"
     text += f"{pictures}, {args.runs} runs after a warm-up, threads {args.threads}, preprocessing not included"
     _report(args, {**report, "preprocessing_included": False}, text)
+
+
+def _measure(args: argparse.Namespace) -> None:
+    from bingo_edge.files import check_out
+    from bingo_edge.measuring import measure
+
+    out = args.out or Path(args.folder, "profile.json")
+    check_out(out)
+
+    def told(done: int, count: int, name: str, times: dict[str, Any]) -> None:
+        print(f"{done} of {count}\t{_shown(name)}\t{times['p50_ms']:.3f} ms", file=sys.stderr, flush=True)
+
+    profile = measure(args.folder, out, args.threads, told)
+    text = f"{len(profile['files'])} files on {profile['machine']['name']}, threads {args.threads}: bring back {out}\n"
+    _report(args, profile | {"out": str(out)}, f"{text}then: bingo-compress suggest --on {out.name} --latency-ms 10")
 
 
 def _info(args: argparse.Namespace) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -134,10 +134,19 @@ def write_npz(path: Path, **arrays: NDArray[Any]) -> None:
     """Write arrays whole or not at all: a reader never sees half a file, and a failure leaves the old one. Raises
     EdgeError.
     """
+    _write(path, lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
+
+
+def write_text(path: Path, text: str) -> None:
+    """The same of text."""
+    _write(path, lambda file: file.write(text.encode()))
+
+
+def _write(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(beside, "wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
+            fill(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)

@@ -24,8 +24,8 @@ HEAD: dict[str, Any] = {
 
 
 def test_a_head_is_told_with_its_figures_weakest_class_first() -> None:
-    file = {"classes": ["good", "<b>|bad", "absent"], "head": HEAD}
-    said = "\n".join(classes_section.section([file, {"int8": {}, **file}, {"int8": {}}]))
+    file = {"precision": "float32", "classes": ["good", "<b>|bad", "absent"], "head": HEAD}
+    said = "\n".join(classes_section.section([file, {**file, "precision": "int8"}, {"precision": "int8"}]))
     assert (
         "| student.onnx | linear | 0.75 | 0.839 [0.800, 0.870] | 0.041 | 0.051 | 0.570 | 0.040 [0.020, 0.060] |" in said
     )
@@ -37,5 +37,5 @@ def test_a_head_is_told_with_its_figures_weakest_class_first() -> None:
 def test_without_classes_there_is_no_section_and_without_a_test_no_figures() -> None:
     assert classes_section.section([{}]) == [] and "no classes" in classes_section.knows([{}])
     head = {"kind": "knn", "temperature": 0.07}
-    said = classes_section.section([{"classes": ["a"], "head": head}])
+    said = classes_section.section([{"precision": "float32", "classes": ["a"], "head": head}])
     assert said[-1] == "Not tested on labelled images." and "| knn | 0.07 | - | - | - | - | - |" in said[2]
