@@ -9,7 +9,7 @@ PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --nu
 # Where it is set, as in many images, each start of the program would compile again what it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo demo-short test unit check lint bench gpu-pack soak kits constraints clean
+.PHONY: demo demo-short test unit check lint bench gpu-pack soak kits toolchains constraints clean
 
 demo: $(READY)
 	$(BIN)/bingo-compress demo --overwrite
@@ -46,6 +46,11 @@ kits: $(READY)
 	sh export/cpp/onnxruntime.sh .venv/onnxruntime $(BIN)/python
 	npm ci --prefix export/browser
 	ONNXRUNTIME_ROOT=$(CURDIR)/.venv/onnxruntime $(PYTEST) tests/edge/test_cpp.py tests/edge/test_browser.py
+
+# The students of benchmarks/export_models.py in every toolchain that pip installs, each in an environment of its own (15 GB, hours).
+toolchains: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/toolchains.py --environments .venv/toolchains --json runs/toolchains.json
+	TOOLCHAINS=$(CURDIR)/.venv/toolchains $(PYTEST) tests/toolchains
 
 bench: $(READY)
 	$(BIN)/python benchmarks/first_step.py

@@ -5,7 +5,17 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bingo_compress.api import check, compare, distill, export, latency, load_student, suggest, validate
+    from bingo_compress.api import (
+        check,
+        compare,
+        distill,
+        export,
+        latency,
+        load_student,
+        suggest,
+        validate,
+        verify,
+    )
     from bingo_compress.errors import BingoError
     from bingo_compress.models.encoder import Encoder, Preprocessing
     from bingo_compress.recipe import Recipe
@@ -27,6 +37,7 @@ __all__ = [
     "load_student",
     "suggest",
     "validate",
+    "verify",
 ]
 # Where a name that is no function of api.py comes from; all of them are imported when they are first asked for.
 _ELSEWHERE = {

@@ -8,11 +8,21 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from bingo_compress import options, preflight
+from bingo_compress.answers import (
+    Comparison,
+    Distilled,
+    Exported,
+    Figure,
+    Suggestion,
+    Timing,
+    Validation,
+    Verified,
+)
 from bingo_compress.errors import BingoError
 from bingo_compress.recipe import GIVEN, KEYS, Recipe, load_recipe, make_recipe, parse_setting, recipe_file
 from bingo_compress.runtime import console, run_dir
@@ -26,88 +36,6 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 Words = TypeVar("Words")
 Result = TypeVar("Result")
-
-
-class Figure(NamedTuple):
-    """A measured value with the ends of its 95% interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class Distilled:
-    """A finished run: its folder, the student's weights, `timm`: a folder that timm.create_model reads (None for a
-    student that timm does not know), and, without labels, how many of the teacher's neighbours models keep.
-    """
-
-    run: Path
-    student: Path
-    timm: Path | None
-    run_id: str
-    neighbour_recall: Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class Validation:
-    """A proof: `figures[model][name]` of teacher, student, start, random, onnx, onnx-int8 and against; `protocol`: how
-    each was measured; `rows`: all that is in `file`, RUN/validation.json.
-    """
-
-    file: Path
-    figures: Mapping[str, Mapping[str, Figure]]
-    protocol: Mapping[str, Any]
-    rows: tuple[Mapping[str, Any], ...]
-
-
-@dataclass(frozen=True)
-class Exported:
-    """The files of an export, and the card that says what they are."""
-
-    files: tuple[Path, ...]
-    card: Path
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A table of methods: its folder, with table.txt, .json, .csv and .svg, and what is in table.json."""
-
-    out: Path
-    table: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Suggestion:
-    """A student at an input size: milliseconds (median), bytes of its float file, parameters, ImageNet top-1 in percent
-    as it is stated (None: not) and estimated at this size, and, where it was tried, neighbour recall by passes.
-    """
-
-    student: str
-    image_size: int
-    p50_ms: float
-    bytes: int
-    parameters: int
-    stated: float | None
-    estimate: float | None
-    neighbour_recall: Mapping[float, float]
-
-
-@dataclass(frozen=True)
-class Timing:
-    """What a file takes with a count of threads: milliseconds, bytes, and its p50 as a multiple of the first file's,
-    with least and most over parts of the runs.
-    """
-
-    file: str
-    threads: int
-    p50_ms: float
-    p90_ms: float
-    p99_ms: float
-    p50_ratio: Figure
-    load_ms: float
-    peak_bytes: int
-    bytes: int
 
 
 def _with_words(make: Callable[P, Words]) -> Callable[[Callable[[Words], Result]], Callable[P, Result]]:
@@ -340,6 +268,17 @@ def suggest(words: options.Suggest) -> tuple[Suggestion, ...]:
         Suggestion(row.student, row.px, row.p50_ms, row.bytes, row.parameters, row.stated, row.estimate, dict(recall))
         for row, recall in find(replace(words, **places), halving)
     )
+
+
+@_with_words(options.Verify)
+def verify(words: options.Verify) -> tuple[Verified, ...]:
+    """Run an exported file in toolchains and compare their answers with its own. Raises BingoError; with exit_status 3
+    where one is wrong, and then all is written.
+    """
+    from bingo_compress.toolchains.bench import verify as run
+
+    rows = run(_place(words.file), words.toolchains, words.python or (), words.seconds, _maybe(words.json))
+    return tuple(Verified(**row) for row in rows)
 
 
 def load_student(run: str | Path, student: "Encoder | None" = None) -> "Encoder":

@@ -120,6 +120,7 @@ _command("validate", options.Validate)
 _command("export", options.Export)
 _command("latency", options.Latency)
 _command("suggest", options.Suggest)
+_command("verify", options.Verify)
 _command("demo", options.Demo, _demo)
 _command("models", options.Models, _models)
 

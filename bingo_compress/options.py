@@ -353,6 +353,27 @@ class Suggest:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Verify:
+    """Run an exported file in other toolchains: do they give its answers?
+
+    OpenVINO, OpenCV, tract, ncnn, MNN, TFLite and RKNN, each in a process of its own, on the golden pictures.
+    """
+
+    file: Annotated[Place, Word("models", "an exported ONNX file", Path, metavar="FILE", positional=True)]
+    toolchains: Annotated[
+        str,
+        Word("run", "with commas between, for example openvino,opencv; default: all that are installed", name="--with"),
+    ] = ""
+    python: Annotated[
+        Sequence[str],
+        Word("machine", f"where a toolchain is installed elsewhere; {AGAIN}", list[str], metavar="TOOLCHAIN=PYTHON"),
+    ] = ()
+    seconds: Annotated[float, Word("machine", "that a toolchain may take", float)] = 600.0
+    json: Json = None
+    progress: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
 class Demo:
     """The whole road on photos that the `demo` extra brings along.
 

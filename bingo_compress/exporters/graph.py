@@ -54,7 +54,7 @@ def to_plain(model: onnx.ModelProto) -> None:
             nodes.append(node)
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-    _drop_unread(model)
+    drop_unread(model)
 
 
 def _hard_sigmoid(model: onnx.ModelProto, node: onnx.NodeProto) -> list[onnx.NodeProto]:
@@ -104,10 +104,10 @@ def keep_outputs(model: onnx.ModelProto, names: Iterable[str]) -> None:
     kept = set(names)
     for output in [output for output in model.graph.output if output.name not in kept]:
         model.graph.output.remove(output)
-    _drop_unread(model)
+    drop_unread(model)
 
 
-def _drop_unread(model: onnx.ModelProto) -> None:
+def drop_unread(model: onnx.ModelProto) -> None:
     """In place, without nodes, weights and shapes from which no output is reached."""
     read = {output.name for output in model.graph.output}
     for node in reversed(model.graph.node):
@@ -141,7 +141,7 @@ def _to_opset_17(model: onnx.ModelProto) -> None:
         kept = [attribute for attribute in node.attribute if attribute.name not in gone]
         del node.attribute[:]
         node.attribute.extend(kept)
-    _drop_unread(model)
+    drop_unread(model)
     for entry in model.opset_import:
         if not entry.domain:
             entry.version = 17

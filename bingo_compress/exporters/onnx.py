@@ -25,6 +25,7 @@ from torch.nn.functional import cosine_similarity
 from bingo_compress.errors import BingoError, first_line
 from bingo_compress.exporters import graph
 from bingo_compress.exporters.graph import TORCH_LEAST
+from bingo_compress.exporters.portable import to_portable
 from bingo_compress.models.encoder import Encoder, Preprocessing
 from bingo_compress.models.exported import onnx_runner
 from bingo_compress.runtime.run_dir import atomic, is_full, write_text
@@ -47,7 +48,7 @@ Publish = Callable[[Path, Path, dict[str, Any], "Form"], dict[str, Any]]
 class Form:
     """What a file is to look like. opset: of the ONNX domain, the only one in it; ir: at most this IR version, 0:
     whatever torch writes; batch: 0 is dynamic; taken: one of INPUTS; plain: without the operators that some toolchain
-    gets wrong (`graph.to_plain`); outputs: those that the published file has.
+    gets wrong (`graph.to_plain`) or cannot read (`portable`); outputs: those that the published file has.
     """
 
     opset: int
@@ -285,6 +286,7 @@ def _write_graph(module: nn.Module, images: Tensor, path: Path, wanted: Form) ->
         model = _lowered(model, wanted)
     if wanted.plain:
         graph.to_plain(model)
+        to_portable(model)
     onnx.save(model, path)
 
 

@@ -1,5 +1,5 @@
-"""Exported files and what belongs to each: STEM.onnx has STEM.json, STEM.golden/, STEM.linear.npz and STEM.bank.npz
-beside it, which name its sha256.
+"""Exported files and what belongs to each: STEM.onnx has STEM.json, STEM.golden/, STEM.linear.npz, STEM.bank.npz and
+STEM.toolchains.json beside it, which name its sha256.
 
 Where student.onnx and student-int8.onnx are both in a folder, the second is the first in int8 and was judged against
 it.
@@ -34,6 +34,7 @@ ROWS = (
 )  # what is ours, the float file first: a user may keep others beside, student-old.onnx
 CONTRACT, GOLDEN = ".json", ".golden"
 LINEAR, BANK = ".linear.npz", ".bank.npz"
+TOOLCHAINS = ".toolchains.json"
 LATENCY, CARD = "latency.json", "MODEL_CARD.md"  # of all files in a folder
 
 
@@ -148,7 +149,7 @@ def _clear(file: Path) -> list[str]:
     for name in (LATENCY, CARD):
         (file.parent / name).unlink(missing_ok=True)
     gone = []
-    for path in map(file.with_suffix, (CONTRACT, GOLDEN, LINEAR, BANK)):
+    for path in map(file.with_suffix, (CONTRACT, GOLDEN, LINEAR, BANK, TOOLCHAINS)):
         if path.exists():
             gone.append(path.name)
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

@@ -1,0 +1,1 @@
+"""Whether an exported file gives the same answers where others run it."""
