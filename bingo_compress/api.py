@@ -13,18 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from bingo_compress import options, preflight
-from bingo_compress.answers import (
-    Comparison,
-    Distilled,
-    Exported,
-    Figure,
-    Suggestion,
-    Timing,
-    Validation,
-    Verified,
-)
 from bingo_compress.errors import BingoError
 from bingo_compress.recipe import GIVEN, KEYS, Recipe, load_recipe, make_recipe, parse_setting, recipe_file
+from bingo_compress.results import Comparison, Distilled, Exported, Figure, Suggestion, Timing, Validation, Verified
 from bingo_compress.runtime import console, run_dir
 from bingo_compress.sources.listed import Columns
 from bingo_compress.sources.opened import Asked, asked
@@ -252,6 +243,17 @@ def latency(words: options.Latency) -> tuple[Timing, ...]:
     )
 
 
+@_with_words(options.Verify)
+def verify(words: options.Verify) -> tuple[Verified, ...]:
+    """Run an exported file in toolchains and compare their answers with its own. Raises BingoError; with exit_status 3
+    where one is wrong, and then all is written.
+    """
+    from bingo_compress.toolchains.bench import verify as run
+
+    rows = run(_place(words.file), words.toolchains, words.python or (), words.seconds, _maybe(words.json))
+    return tuple(Verified(**row) for row in rows)
+
+
 @_with_words(options.Suggest)
 def suggest(words: options.Suggest) -> tuple[Suggestion, ...]:
     """The students within a budget, best first; nothing where `files` are written for a device. Raises BingoError."""
@@ -268,17 +270,6 @@ def suggest(words: options.Suggest) -> tuple[Suggestion, ...]:
         Suggestion(row.student, row.px, row.p50_ms, row.bytes, row.parameters, row.stated, row.estimate, dict(recall))
         for row, recall in find(replace(words, **places), halving)
     )
-
-
-@_with_words(options.Verify)
-def verify(words: options.Verify) -> tuple[Verified, ...]:
-    """Run an exported file in toolchains and compare their answers with its own. Raises BingoError; with exit_status 3
-    where one is wrong, and then all is written.
-    """
-    from bingo_compress.toolchains.bench import verify as run
-
-    rows = run(_place(words.file), words.toolchains, words.python or (), words.seconds, _maybe(words.json))
-    return tuple(Verified(**row) for row in rows)
 
 
 def load_student(run: str | Path, student: "Encoder | None" = None) -> "Encoder":

@@ -314,6 +314,27 @@ class Latency:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Verify:
+    """Run an exported file in other toolchains: are the answers right?
+
+    OpenVINO, OpenCV, tract, ncnn, MNN, TFLite and RKNN, each in a process of its own, on the golden pictures.
+    """
+
+    file: Annotated[Place, Word("models", "an exported ONNX file", Path, metavar="FILE", positional=True)]
+    toolchains: Annotated[
+        str,
+        Word("run", "with commas between, for example openvino,opencv; default: all that are installed", name="--with"),
+    ] = ""
+    python: Annotated[
+        Sequence[str],
+        Word("machine", f"where a toolchain is installed elsewhere; {AGAIN}", list[str], metavar="TOOLCHAIN=PYTHON"),
+    ] = ()
+    seconds: Annotated[float, Word("machine", "that a toolchain may take", float)] = 600.0
+    json: Json = None
+    progress: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
 class Suggest:
     """Find the student for a budget: milliseconds and megabytes.
 
@@ -348,27 +369,6 @@ class Suggest:
     ] = ()
     out: Annotated[Place, Word("run", "with --data: folder for what the trials make", Path)] = Path("runs/suggest")
     plot: Annotated[Place | None, Word("run", "draw latency against accuracy to this .svg file", Path)] = None
-    json: Json = None
-    progress: bool = True
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verify:
-    """Run an exported file in other toolchains: do they give its answers?
-
-    OpenVINO, OpenCV, tract, ncnn, MNN, TFLite and RKNN, each in a process of its own, on the golden pictures.
-    """
-
-    file: Annotated[Place, Word("models", "an exported ONNX file", Path, metavar="FILE", positional=True)]
-    toolchains: Annotated[
-        str,
-        Word("run", "with commas between, for example openvino,opencv; default: all that are installed", name="--with"),
-    ] = ""
-    python: Annotated[
-        Sequence[str],
-        Word("machine", f"where a toolchain is installed elsewhere; {AGAIN}", list[str], metavar="TOOLCHAIN=PYTHON"),
-    ] = ()
-    seconds: Annotated[float, Word("machine", "that a toolchain may take", float)] = 600.0
     json: Json = None
     progress: bool = True
 

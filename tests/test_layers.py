@@ -25,7 +25,7 @@ ROOMS = (
     "exporters toolchains budget",
     "int8",
     "exporting",
-    "pipeline options answers",
+    "pipeline options results",
     "dry_run inventory comparison demo",
     "preflight",
     "suggesting",
