@@ -197,7 +197,7 @@ def _quantise(
         quantize_static(
             prepared,
             target,
-            _Images(images, _said_by(prepared)),
+            _Images(images, prepared),
             quant_format=QuantFormat.QDQ,
             activation_type=QuantType.QUInt16 if rung.sixteen else QuantType.QUInt8,
             per_channel=True,
@@ -334,20 +334,16 @@ def _only_needed_domains(file: Path, wanted: Form) -> None:
     onnx.save(model, file)
 
 
-def _said_by(file: Path) -> dict[str, Any]:
-    """The contract in a file's metadata; of a graph of bytes without one, what can be meant alone."""
-    told = {one.key: one.value for one in onnx.load(file, load_external_data=False).metadata_props}
-    if "bingo_compress" in told:
-        return dict(json.loads(told["bingo_compress"]))
-    return {"input": {"dtype": "uint8"}}
-
-
 class _Images(CalibrationDataReader):  # type: ignore[misc]
     """Images one by one, as onnxruntime's calibrators ask for them."""
 
-    def __init__(self, images: Tensor, contract: dict[str, Any]) -> None:
+    def __init__(self, images: Tensor, file: Path) -> None:
+        model = onnx.load(file, load_external_data=False)
+        told = {one.key: one.value for one in model.metadata_props}
+        # Of a graph of bytes without a contract, what can be meant alone.
+        self._contract = json.loads(told.get("bingo_compress", '{"input": {"dtype": "uint8"}}'))
+        self._times = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value or 1
         self._images = np.ascontiguousarray(images.numpy())
-        self._contract = contract
         self.set_range(0, len(images))
 
     def __len__(self) -> int:
@@ -358,7 +354,10 @@ class _Images(CalibrationDataReader):  # type: ignore[misc]
 
     def get_next(self) -> dict[str, Any] | None:
         image = next(self._left, None)
-        return None if image is None else {"image": network_input(self._contract, self._images[image : image + 1])}
+        if image is None:
+            return None
+        # A fixed batch is filled with the one image: the ranges are its own.
+        return {"image": network_input(self._contract, self._images[[image] * self._times])}
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from bingo_compress.errors import BingoError
 from bingo_compress.runtime import run_dir
 from bingo_compress.runtime.made_of import file_digest
 
-FORMAT = 1  # of the files: raised where they are made otherwise
+FORMAT = 2  # of the files: raised where they are made otherwise
 PACKED = ".onnx.xz"
 MAKING = ".making-"  # what the folders begin with in which files are made
 

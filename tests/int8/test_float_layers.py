@@ -1,10 +1,11 @@
-"""Layers that a rung leaves in float."""
+"""Layers that a rung leaves in float, and what ranges are found on."""
 
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime
+import pytest
 import torch
 
 from bingo_compress.int8 import ladder
@@ -40,6 +41,22 @@ def three_layers(path: Path) -> None:
     model = onnx.parser.parse_model(text)
     model.graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in weights.items())
     onnx.save(model, path)
+
+
+@pytest.mark.parametrize(("batch", "shape"), [(1, (1, 16, 16, 3)), (3, (3, 16, 16, 3))])
+def test_ranges_are_found_on_one_image_at_a_time_whatever_the_batch(
+    batch: int, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    three_layers(tmp_path / "student.onnx")
+    model = onnx.load(tmp_path / "student.onnx")
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = batch
+    onnx.save(model, tmp_path / "student.onnx")
+    shown = torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    reader = ladder._Images(shown, tmp_path / "student.onnx")
+    for picture in shown:
+        given = reader.get_next()["image"]
+        assert given.shape == shape and all((one == picture.numpy()).all() for one in given)
+    assert reader.get_next() is None
 
 
 def test_a_layer_that_is_left_in_float_stays_so_when_onnxruntime_opens_the_file(tmp_path: Path) -> None:
