@@ -36,6 +36,7 @@ FORMATS: dict[str, Callable[[Making], Path]] = {"onnx-fp16": fp16.make, "onnx-in
 GALLERY = 512  # images that an int8 file is judged on
 LEAST_JUDGED = 12  # images, calibration and gallery together
 COPIES, COPIES_JUDGED = 4, 9  # of the weights that are on the disk at once, at most
+HALF_HOLDS = (1e-3, 256.0)  # lengths whose squares float16 can hold
 TIMED = 100  # runs of each file, for the model card
 
 
@@ -293,6 +294,13 @@ def _export_float(student: Encoder, pixels: Tensor, target: Path, facts: dict[st
         f"onnxruntime equals torch on {parity['images']} of your images: largest difference"
         f" {parity['max_difference']:.1g}, smallest cosine {parity['min_cosine']:.6f}"
     )
+    least, most = parity["feature_norms"]
+    if least < HALF_HOLDS[0] or most > HALF_HOLDS[1]:
+        console.say(
+            f"not for half precision: the features of your images have lengths of {least:.2g} to {most:.2g}, and their"
+            f" squares are lost outside {HALF_HOLDS[0]:g} to {HALF_HOLDS[1]:g}; on RKNN and GPUs of 16 bits take"
+            " --outputs features and normalise there"
+        )
     return target
 
 

@@ -346,3 +346,14 @@ def test_the_kit_classifies_as_the_probes_do(exported: tuple[Path, Any], tmp_pat
         assert len(set(named.tolist())) > 1
         if file == "student.linear.npz":
             assert shares == pytest.approx(head.logits(asked).softmax(1).numpy(), abs=1e-3)
+
+
+@pytest.mark.parametrize(("norms", "told"), [([0.5, 200.0], False), ([0.5, 300.0], True), ([1e-4, 2.0], True)])
+def test_lengths_that_half_precision_cannot_square_are_told(
+    norms: list[float], told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, printed: Any
+) -> None:
+    parity = {"images": 256, "max_difference": 0.0, "min_cosine": 1.0, "feature_norms": norms}
+    monkeypatch.setattr(exporting, "export_onnx", lambda *_: {"parity": parity})
+    wanted = exporter.form("edge", None, None)
+    exporting._export_float(encoder("test_resnet", 32), pictures(2, 32), tmp_path / "x.onnx", FACTS, wanted)
+    assert ("not for half precision: the features of your images have lengths of" in printed.getvalue()) == told

@@ -337,6 +337,7 @@ def _parity(path: Path, images: Tensor, embedding: Tensor, features: Tensor) -> 
         "max_difference": difference,
         "min_cosine": cosine,
         "features_max_relative_difference": relative,
+        "feature_norms": [float(norm) for norm in features.norm(dim=1).aminmax()],
     }
     # "not <=" and not ">", so that a NaN is refused too.
     if not (difference <= MAX_DIFFERENCE and cosine >= MIN_COSINE and relative <= MAX_DIFFERENCE):
