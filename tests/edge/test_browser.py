@@ -22,8 +22,8 @@ from helpers import RULES, SHAPES, encoder, photo
 from PIL import Image, PngImagePlugin
 
 from bingo_compress.exporters.golden import write_golden
-from bingo_compress.exporters.onnx import export_onnx
-from bingo_compress.models.exported import onnx_runner
+from bingo_compress.exporters.onnx import export_onnx, form
+from bingo_compress.models.exported import runner_by_name
 
 pytestmark = pytest.mark.slow
 
@@ -139,8 +139,10 @@ def visit(folder: Path, script: str) -> Any:
     return found
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Embedder, list[Path]]]:
+@pytest.fixture(scope="module", params=["uint8-nhwc", "float32-nchw-normalised"])
+def site(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Path, Embedder, list[Path]]]:
     """A folder as one would serve it: the page, the runtime, a model with its golden pictures, and PNGs of many shapes
     and kinds.
     """
@@ -152,11 +154,12 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Embed
     (folder / "node_modules").symlink_to(SOURCE / "node_modules")
     images = torch.randint(0, 256, (2, SIZE, SIZE, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     facts = {"version": "0", "run_id": "abc", "student": "mobilenetv3_small_050", "teacher": "t"}
-    export_onnx(encoder("mobilenetv3_small_050", SIZE), images, folder / "student.onnx", facts)
+    wanted = form("modern", None, None, request.param)
+    export_onnx(encoder("mobilenetv3_small_050", SIZE), images, folder / "student.onnx", facts, wanted)
     (folder / "pictures").mkdir()
     pictures = png_files(folder / "pictures")
     embedder = Embedder(folder / "student.onnx")
-    write_golden(folder / "student.onnx", embedder.contract, onnx_runner(folder / "student.onnx"))
+    write_golden(folder / "student.onnx", embedder.contract, runner_by_name(folder / "student.onnx"))
     yield folder, embedder, pictures
     shutil.rmtree(folder)  # a browser's profile is large
 

@@ -16,7 +16,7 @@ from bingo_edge.image import load_image, preprocess_from
 from helpers import RULES, SHAPES, encoder
 from PIL import Image
 
-from bingo_compress.exporters.onnx import export_onnx
+from bingo_compress.exporters.onnx import export_onnx, form
 
 pytestmark = pytest.mark.slow
 
@@ -44,11 +44,12 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build / "embed"
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["uint8-nhwc", "float32-nchw-normalised"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "student.onnx"
     images = torch.randint(0, 256, (2, SIZE, SIZE, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    export_onnx(encoder("mobilenetv3_small_050", SIZE), images, path, FACTS)
+    wanted = form("modern", None, None, request.param)
+    export_onnx(encoder("mobilenetv3_small_050", SIZE), images, path, FACTS, wanted)
     return path
 
 
