@@ -1,7 +1,7 @@
 """An int8 file on photos in other toolchains: is it as near to its float file there as in onnxruntime?
 
-python benchmarks/int8_elsewhere.py EXPORT_FOLDER ... --photos FOLDER [--with openvino,opencv] [--python NAME=PYTHON ...]
-[--images 64]
+python benchmarks/int8_elsewhere.py EXPORT_FOLDER ... --photos FOLDER [--with openvino,opencv] [--images 64]
+[--python NAME=PYTHON ...]
 
 EXPORT_FOLDER holds student.onnx and student-int8.onnx. `verify` judges by drawn pictures, which no student was
 calibrated on; here are photos. Cosines of embeddings, mean and smallest, to the float file in onnxruntime; and the
