@@ -259,10 +259,12 @@ def golden_target(home: Path) -> Callable[[np.random.Generator], None]:
     row = [1.0] + [0.0] * (DIM - 1)
     digests = [hashlib.sha256(part).hexdigest() for part in (b"model", picture, raw)]
     told = {"path": str(home / "x.onnx"), "sha256": digests[0], "dim": DIM, "contract": CONTRACT}
-    entry = {"file": "0.png", "sha256": digests[1], "rgb": "0.rgb", "rgb_sha256": digests[2], "embedding": row}
+    entry = {"file": "0.png", "sha256": digests[1], "rgb": "0.rgb", "rgb_sha256": digests[2]}
+    entry |= dict.fromkeys(("embedding", "features", "scores"), row)
     whole = {"format": 1, "sha256": digests[0], "images": [entry]}
     answer = np.array([row], np.float32)
-    embedder: Any = SimpleNamespace(**told, infer=lambda batch: (answer, answer))
+    outputs = dict.fromkeys(("embedding", "features", "scores"), answer)
+    embedder: Any = SimpleNamespace(**told, run=lambda batch: outputs)
     (home / "golden.json").write_text(json.dumps(whole))
     assert not selftest(embedder, home)[0].failed
 
