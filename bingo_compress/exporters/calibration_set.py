@@ -81,7 +81,7 @@ Export with `--profile edge --input float32-nchw-normalised` where the tool want
     rknn.build(do_quantization=True, dataset="{LIST}")
     rknn.export_rknn("student.rknn")
 
-## TFLite (onnx2tf)
+## TFLite (onnx2tf; it fetches sample pictures from the network unless their file lies here)
 
     numpy.save("nhwc.npy", numpy.load("{ARRAY}").transpose(0, 2, 3, 1))
     onnx2tf -i student.onnx -oiqt -cind {name} nhwc.npy "[[[[0,0,0]]]]" "[[[[1,1,1]]]]"
