@@ -72,6 +72,13 @@ def _hard_sigmoid(model: onnx.ModelProto, node: onnx.NodeProto) -> list[onnx.Nod
     ]
 
 
+def hard_sigmoids(model: onnx.ModelProto) -> set[str]:
+    """Names of the nodes that `to_plain` wrote for a HardSigmoid."""
+    ends = ("_slope", "_middle", "_least")
+    steps = {one.name for one in model.graph.initializer if not one.dims and one.name.endswith(ends)}
+    return {node.name for node in model.graph.node if steps & set(node.input[1:])}
+
+
 def _gelu(model: onnx.ModelProto, node: onnx.NodeProto, made: dict[str, onnx.NodeProto]) -> tuple[str, str, str] | None:
     """(x, the name of 0.5, the name of 1 + erf) where a node is the last product of x * (0.5 * (1 + erf(..)))."""
     numbers = constants(model)

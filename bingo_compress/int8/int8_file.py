@@ -11,6 +11,9 @@ from bingo_compress.int8.ladder import LadderEnds, quantise
 from bingo_compress.models import exported
 from bingo_compress.runtime import console
 
+OPENCV_5 = (
+    "in OpenCV 5 read it with cv2.dnn.ENGINE_CLASSIC; its new engine gives int8 files other answers without a word"
+)
 WAYS = (
     "try --finetune, a larger --image-size, or a student that quantises well (EfficientNet-Lite, MobileNetV4-conv,"
     " ResNet)"
@@ -64,6 +67,8 @@ def make(making: Making) -> Path:
         f"{target.name}: {contract['bytes'] / float_file.stat().st_size:.2f} of the float file's size; rung:"
         f" {rung.name}"
     )
+    if making.form.plain:
+        console.say(f"{target.name}: {OPENCV_5}")
     return target
 
 

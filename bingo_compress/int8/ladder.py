@@ -21,6 +21,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import Tensor
 
 from bingo_compress.errors import BingoError
+from bingo_compress.exporters import graph
 from bingo_compress.exporters.onnx import REFUSED, Form, Judge, described
 from bingo_compress.models.exported import onnx_runner
 from bingo_compress.runtime import console
@@ -245,11 +246,12 @@ def _fence(file: Path, left: set[str]) -> None:
 
 def _outside(model: onnx.ModelProto) -> set[str]:
     """Names of the nodes that stay float in every rung: the normalisation of pixels before the first layer, what
-    follows pooling and the last layer, and the normalisation of the embedding.
+    follows pooling and the last layer, the normalisation of the embedding, and the steps of a HardSigmoid.
     """
     nodes, before, after = model.graph.node, {"image"}, {"features"}
     flat, leading = _flat(model), _leading(model)
-    outside = set()
+    # Their constants would be rounded, too, and OpenCV 4 reads no scalar that was.
+    outside = graph.hard_sigmoids(model)
     for node in nodes:
         if node.op_type not in LAYERS and any(name in before for name in node.input):
             before |= set(node.output)

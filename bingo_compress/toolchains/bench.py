@@ -221,7 +221,15 @@ def _tried(place: Place, file: Path, contract: dict[str, Any], golden: Golden, s
     least = tolerance(contract)[0]
     if child.TOOLCHAINS[place.toolchain].half:
         least = min(least, HALF)
-    return judged(golden.outputs, found, least)
+    told = judged(golden.outputs, found, least)
+    return told | {"cause": told.get("cause", "") or _hint(place, contract, told["verdict"])}
+
+
+def _hint(place: Place, contract: dict[str, Any], verdict: str) -> str:
+    """What is known of a wrong answer."""
+    if verdict == "wrong" and place.toolchain == "opencv" and contract.get("precision") == "int8":
+        return "OpenCV 5's new engine has int8 wrong: read the file with cv2.dnn.ENGINE_CLASSIC"
+    return ""
 
 
 def _ran(place: Place, folder: Path, seconds: float) -> int:

@@ -8,6 +8,7 @@ import onnxruntime
 import pytest
 import torch
 
+from bingo_compress.exporters import graph
 from bingo_compress.int8 import ladder
 from bingo_compress.int8.ladder import Rung
 from bingo_compress.models.exported import onnx_runner
@@ -57,6 +58,39 @@ def test_ranges_are_found_on_one_image_at_a_time_whatever_the_batch(
         given = reader.get_next()["image"]
         assert given.shape == shape and all((one == picture.numpy()).all() for one in given)
     assert reader.get_next() is None
+
+
+def test_the_steps_of_a_hard_sigmoid_stay_in_float(tmp_path: Path) -> None:
+    text = """
+        <ir_version: 8, opset_import: ["" : 17]>
+        g (uint8[1, 8, 8, 3] image) => (float[1, 4] features, float[1, 4] embedding)
+        {
+            pixels = Transpose <perm = [0, 3, 1, 2]> (image)
+            real = Cast <to = 1> (pixels)
+            one = Conv (real, first)
+            gate = HardSigmoid <alpha = 0.1666> (one)
+            gated = Mul (one, gate)
+            two = Conv (gated, second)
+            features = ReduceMean <axes = [2, 3], keepdims = 0> (two)
+            embedding = Identity (features)
+        }
+    """
+    model = onnx.parser.parse_model(text)
+    random = np.random.default_rng(0)
+    for name, shape in (("first", (4, 3, 1, 1)), ("second", (4, 4, 1, 1))):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(random.normal(size=shape).astype("f4") / 99, name))
+    graph.to_plain(model)
+    onnx.save(model, tmp_path / "student.onnx")
+    shown = torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    prepared = ladder.prepare(tmp_path / "student.onnx", tmp_path / "prepared.onnx")
+    target = tmp_path / "int8.onnx"
+    ladder._quantise(tmp_path / "prepared.onnx", target, shown, tmp_path, Rung("first"), ladder._outside(prepared))
+    made = onnx.load(target).graph
+    kinds = {one.output[0]: one.op_type for one in made.node}
+    (clip,) = [node for node in made.node if node.op_type == "Clip"]
+    assert kinds[clip.input[0]] == "Add"
+    floats = {one.name for one in made.initializer if one.data_type == onnx.TensorProto.FLOAT}
+    assert {f"gate_{end}" for end in ("slope", "middle", "least", "most")} <= floats
 
 
 def test_a_layer_that_is_left_in_float_stays_so_when_onnxruntime_opens_the_file(tmp_path: Path) -> None:

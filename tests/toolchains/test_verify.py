@@ -189,3 +189,9 @@ def test_the_card_of_a_run_tells_it_until_the_file_is_exported_anew(tmp_path: Pa
     assert f"| onnxruntime | {row.version} |" in card and "Not run: openvino" in card and told.is_file()
     assert bingo("export", "--run", run.path, "--profile", "modern").status == 0
     assert not told.exists() and "| onnxruntime |" not in (run.export / exported.CARD).read_text()
+
+
+def test_a_wrong_answer_of_opencvs_new_engine_to_int8_says_the_way() -> None:
+    place = bench.Place("opencv", "python", asked=False)
+    assert "cv2.dnn.ENGINE_CLASSIC" in bench._hint(place, {"precision": "int8"}, "wrong")
+    assert bench._hint(place, {"precision": "int8"}, "right") == bench._hint(place, {}, "wrong") == ""
