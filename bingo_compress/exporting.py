@@ -87,8 +87,7 @@ def export(
 
     out: folder, default RUN/export; data: where the images are now, default where they were; given: the module of the
     user's own that the run's student is; head: of fitting.KINDS, fitted on int8.labels, or a file of a head: classes
-    in every file. What is there of another export is removed, and a file that is refused. Raises BingoError; with exit
-    status 3 where a file is not the same model, and then it is not there.
+    in every file. Of another export nothing is left. Raises BingoError; exit status 3: a file is refused, not there.
     """
     wanted = form(shape.profile, shape.batch, shape.opset, shape.taken, shape.outputs)
     rows = _rows(fmt, int8, head, wanted)
@@ -130,7 +129,8 @@ def export(
             making = Making(whole, float_file, calibration, wanted, work, judges, tuned if int8.finetune else None, put)
             _put_judged(judged, making, run, target.parent)
     _close(run, target.parent)
-    return _named([target.with_name(exported.name(row)) for row in rows], run, "classify" if head else "embed")
+    _say_next(target.with_name(exported.name(rows[-1])), run, "classify" if head else "embed")
+    return [target.with_name(exported.name(row)) for row in rows]
 
 
 def _open_labelled(int8: Int8, run_path: Path) -> gate.Labels | None:
@@ -157,12 +157,11 @@ def _recipe(run: run_dir.RunDir, shape: Shape) -> Recipe:
     return recipe.model_copy(update={"image_size": shape.image_size or recipe.image_size})
 
 
-def _named(files: list[Path], run: run_dir.RunDir, use: str) -> list[Path]:
+def _say_next(file: Path, run: run_dir.RunDir, use: str) -> None:
     console.say(
-        f"next: bingo-edge selftest {files[-1]}; bingo-edge {use} {files[-1]} PHOTOS   (or bingo-compress validate"
-        f" --run {run.path} --data LABELLED_FOLDER)"
+        f"next: bingo-edge selftest {file}; bingo-edge {use} {file} PHOTOS   (or bingo-compress validate --run"
+        f" {run.path} --data LABELLED_FOLDER)"
     )
-    return files
 
 
 def _head_beside(head: str, facts: dict[str, Any], student: Encoder) -> fitting.Made | None:

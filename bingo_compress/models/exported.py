@@ -27,11 +27,8 @@ from bingo_compress.runtime.made_of import file_digest
 from bingo_compress.runtime.run_dir import atomic, atomic_folder
 
 STEM = "student"
-ROWS = (
-    "onnx",
-    "onnx-fp16",
-    "onnx-int8",
-)  # what is ours, the float file first: a user may keep others beside, student-old.onnx
+# What is ours, the float file first: a user may keep others beside, student-old.onnx.
+ROWS = ("onnx", "onnx-fp16", "onnx-int8")
 CONTRACT, GOLDEN = ".json", ".golden"
 LINEAR, BANK = ".linear.npz", ".bank.npz"
 TOOLCHAINS = ".toolchains.json"
@@ -181,7 +178,13 @@ def runner_by_name(path: Path) -> Callable[[Tensor], dict[str, Tensor]]:
     """The file in onnxruntime on the CPU, as a function of uint8 (B, S, S, 3), whatever it takes itself -> its outputs
     by name; a fixed batch is filled up and cut again. Raises BingoError where it is not one of ours.
     """
-    session, given, names = _session(path)
+    return _runner(*_session(path))
+
+
+def _runner(
+    session: onnxruntime.InferenceSession, given: dict[str, Any], names: list[str]
+) -> Callable[[Tensor], dict[str, Tensor]]:
+    """`runner_by_name` of what `_session` gives."""
     fixed = session.get_inputs()[0].shape[0]
 
     def once(batch: Tensor) -> list[Tensor]:
@@ -200,12 +203,13 @@ def onnx_runner(path: Path) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """`runner_by_name` as a function of uint8 (B, S, S, 3) -> (embedding, features). Of a file with features alone the
     embedding is made of them. Raises BingoError, for a file without features too.
     """
-    run, (_, _, names) = runner_by_name(path), _session(path)
+    session, given, names = _session(path)
     if "features" not in names:
         raise BingoError(
             f"{path}: expected an output features, found {', '.join(names)}; export it with --outputs"
             " embedding,features"
         )
+    run = _runner(session, given, names)
 
     def both(batch: Tensor) -> tuple[Tensor, Tensor]:
         found = run(batch)
