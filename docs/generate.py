@@ -179,8 +179,11 @@ def _worded(said: ast.expr, functions: dict[str, ast.FunctionDef], calls: list[a
         for name, function in functions.items():
             taken = [each.arg for each in function.args.args]
             if said in ast.walk(function) and said.id in taken:
-                place = taken.index(said.id)
-                yield from (_text(call.args[place]) for call in calls if call.func.id == name)  # type: ignore[attr-defined]
+                for call in calls:
+                    if call.func.id == name:  # type: ignore[attr-defined]
+                        given = dict(zip(taken, call.args, strict=False))
+                        given |= {word.arg: word.value for word in call.keywords if word.arg}
+                        yield _text(given[said.id])
 
 
 def _text(node: ast.expr) -> str:
