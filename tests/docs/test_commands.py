@@ -31,8 +31,7 @@ LANGUAGES = ("", "sh", "bash")  # of blocks that have commands
 
 def blocks(text: str) -> Iterator[tuple[str, str]]:
     """(language, text) of each fenced and each indented block of a page."""
-    for language, inside in re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
-        yield language, inside
+    yield from re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     plain = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
     for block in re.findall(r"(?:^ {4}.*\n)+", plain, re.MULTILINE):
         yield "", re.sub(r"^ {4}", "", block, flags=re.MULTILINE)
@@ -84,7 +83,7 @@ def read(line: str) -> None:
             "optional-dependencies"
         ]
         for asked in re.findall(r"\[(.*?)\]", line):
-            assert set(asked.split(",")) <= set(extras)
+            assert set(asked.split(",")) <= set(project["optional-dependencies"])
     elif words[0] == "-c":
         compile(words[1], line, "exec")
     else:
