@@ -76,8 +76,9 @@ def _maybe(place: str | Path | None) -> Path | None:
 
 @_with_words(options.Check)
 def check(words: options.Check) -> "Inventory":
-    """Decode every image below `data`: counts, sizes, and each file that cannot be used with its reason; with a
-    `teacher`, which is what torch is imported for, near-copies too. Raises BingoError where none can be.
+    """Decode every image below `data`: counts, sizes in pixels, and each file that cannot be used with its reason; with
+    a `teacher`, which is what torch is imported for, near-copies too. Returns an Inventory. Raises BingoError where no
+    image can be used.
     """
     from bingo_compress.inventory import check as look
 
@@ -99,7 +100,9 @@ def check(words: options.Check) -> "Inventory":
 
 @_with_words(options.Distill)
 def distill(words: options.Distill) -> Distilled:
-    """Distil a teacher into a student on a folder of images. Raises BingoError.
+    """Distil a teacher into a student on a folder of images, by default with BINGO (arXiv 2107.01691). Images are
+    files of any size; both models see squares of image_size and teacher_size pixels. An epoch has each image once.
+    Raises BingoError.
 
     teacher, student: a timm model by name, or an `Encoder` around a module of your own, which is left as it is: a run
     with one is resumed, validated and exported with the same module given again. Any other setting of the recipe:
@@ -129,7 +132,9 @@ def distill(words: options.Distill) -> Distilled:
 
 @_with_words(options.Distill)
 def dry_run(words: options.Distill) -> None:
-    """Print what `distill` with the same words would do and cost, and write nothing. Raises BingoError."""
+    """Print what `distill` with the same words would do and cost, in bytes and seconds, and write nothing. Raises
+    BingoError.
+    """
     began = time.monotonic()
     recipe, out = _recipe(words), _place(words.out)
     given = _own(words.teacher, words.student)
@@ -144,7 +149,10 @@ def dry_run(words: options.Distill) -> None:
 
 @_with_words(options.Compare)
 def compare(words: options.Compare) -> Comparison:
-    """Several methods, or variants of one, side by side on one folder. Raises BingoError."""
+    """Several methods, or variants of one, side by side on one folder: accuracies in 0..1, mean and standard deviation
+    over seeds, each arm with as many student views. The sources of the methods are in training/losses.py. Raises
+    BingoError.
+    """
     recipe, out = _recipe(words), _place(words.out)
     numbers = [part.strip() for part in words.seeds.split(",")]
     if not all(number.isdecimal() for number in numbers):
@@ -165,8 +173,9 @@ def compare(words: options.Compare) -> Comparison:
 
 @_with_words(options.Validate)
 def validate(words: options.Validate) -> Validation:
-    """Probe every model of a run on labelled images. Raises BingoError; with `require`, also where a figure is below
-    what is asked for, and then all is written.
+    """Probe every model of a run on labelled images: weighted kNN (arXiv 1805.01978), a linear probe of the features,
+    and neighbour recall, each in 0..1 with its 95% interval over test images. Raises BingoError; with `require`, also
+    where a figure is below what is asked for (exit_status 3), and then all is written.
 
     teacher, student: the modules of a run that was distilled with your own.
     """
@@ -200,8 +209,9 @@ def validate(words: options.Validate) -> Validation:
 
 @_with_words(options.Export)
 def export(words: options.Export) -> Exported:
-    """Write the student of a run as ONNX files, proven on your own images. Raises BingoError; with exit_status 3 where
-    a file is not the same model, and then it is not there.
+    """Write the student of a run as ONNX files, proven on your own images: uint8 (B, S, S, 3) or, with profile edge,
+    float32 (1, 3, S, S) in 0..1 -> embedding (B, width) of length one and features (B, width). Raises BingoError; with
+    exit_status 3 where a file is not the same model, and then it is not there.
 
     student: the module of a run that was distilled into your own.
     """
@@ -229,7 +239,9 @@ def export(words: options.Export) -> Exported:
 
 @_with_words(options.Latency)
 def latency(words: options.Latency) -> tuple[Timing, ...]:
-    """Time ONNX files that take pictures, whoever made them, against each other. Raises BingoError."""
+    """Time ONNX files that take pictures, whoever made them, against each other, run by run in turn: milliseconds a
+    call and bytes. Raises BingoError.
+    """
     json_file = _maybe(words.json)
     run_dir.refuse_no_file(json_file, "--json")
 
@@ -245,8 +257,9 @@ def latency(words: options.Latency) -> tuple[Timing, ...]:
 
 @_with_words(options.Verify)
 def verify(words: options.Verify) -> tuple[Verified, ...]:
-    """Run an exported file in toolchains and compare their answers with its own. Raises BingoError; with exit_status 3
-    where one is wrong, and then all is written.
+    """Run an exported file in toolchains and compare their answers to its golden pictures with its own: the least
+    cosine, in -1..1, and the largest error. Raises BingoError; with exit_status 3 where one is wrong, and then all is
+    written.
     """
     from bingo_compress.toolchains.bench import verify as run
 
@@ -256,7 +269,9 @@ def verify(words: options.Verify) -> tuple[Verified, ...]:
 
 @_with_words(options.Suggest)
 def suggest(words: options.Suggest) -> tuple[Suggestion, ...]:
-    """The students within a budget, best first; nothing where `files` are written for a device. Raises BingoError."""
+    """The students within a budget of milliseconds a picture and megabytes, best first, by ImageNet top-1 in percent as
+    their authors or timm state it; nothing where `files` are written for a device. Raises BingoError.
+    """
     places: Any = {key: _maybe(getattr(words, key)) for key in ("files", "on", "out", "plot", "json")}
 
     from bingo_compress.suggesting.suggest import suggest as find

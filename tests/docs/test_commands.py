@@ -79,9 +79,7 @@ def read(line: str) -> None:
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
         assert set(words) <= set(targets)
     elif program == "pip":
-        extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
-            "optional-dependencies"
-        ]
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
         for asked in re.findall(r"\[(.*?)\]", line):
             assert set(asked.split(",")) <= set(project["optional-dependencies"])
     elif words[0] == "-c":
