@@ -28,7 +28,8 @@ HUB_SECONDS = 3.0
 @dataclass(frozen=True)
 class Preprocessing:
     """How a picture becomes a model's input: size in pixels a side, crop_pct in 0..1 of the short side kept,
-    interpolation (bicubic, bilinear, lanczos or nearest), crop_mode (center or squash), mean and std in 0..1, a channel each.
+    interpolation (bicubic, bilinear, lanczos or nearest), crop_mode (center or squash), mean and std in 0..1, one a
+    channel.
     """
 
     size: int
