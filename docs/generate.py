@@ -6,6 +6,7 @@ import argparse
 import ast
 import dataclasses
 import inspect
+import re
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -152,48 +153,64 @@ def messages() -> str:
 
 
 def templates(tree: ast.Module) -> Iterator[str]:
-    """The messages of the errors that a module makes."""
-    functions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
-    for call in calls:
+    """The messages of the errors that a module makes; none where it passes another error's on. Raises ValueError for a
+    message whose words cannot be found.
+    """
+    module = _Module(tree)
+    for call in module.calls:
         if call.func.id not in FAILURES:  # type: ignore[attr-defined]
             continue
-        texts = [_text(part) for part in call.args]
+        texts = [module.text(part) for part in call.args]
         if len(texts) == 3 and call.func.id == "EdgeError":  # type: ignore[attr-defined]
-            yield _tidy(f"expected {texts[0]}, found {texts[1]}; {texts[2]}")
-        elif texts[0] != GAP:
-            yield _tidy(texts[0])
+            found = [f"expected {texts[0]}, found {texts[1]}; {texts[2]}"]
         else:
-            yield from map(_tidy, _worded(call.args[0], functions, calls))
+            found = [texts[0]] if texts[0] != GAP else list(module.worded(call.args[0]))
+        if not found and ast.unparse(call.args[0]) != "str(error)":
+            raise ValueError(f"line {call.lineno}: where are the words of {ast.unparse(call)}?")
+        yield from (_tidy(text) for text in found if re.search(r"(?<!-)\b[a-z]{4}", text))
 
 
-def _worded(said: ast.expr, functions: dict[str, ast.FunctionDef], calls: list[ast.Call]) -> Iterator[str]:
-    """The texts of a message that a function of the module words, or that is given to one. Nothing for the message of
-    another error, passed on.
-    """
-    if isinstance(said, ast.Call) and isinstance(said.func, ast.Name) and said.func.id in functions:
-        for part in ast.walk(functions[said.func.id]):
-            if isinstance(part, ast.Return) and part.value:
-                yield _text(part.value)
-    if isinstance(said, ast.Name):
-        for name, function in functions.items():
-            taken = [each.arg for each in function.args.args]
-            if said in ast.walk(function) and said.id in taken:
-                for call in calls:
-                    if call.func.id == name:  # type: ignore[attr-defined]
-                        given = dict(zip(taken, call.args, strict=False))
-                        given |= {word.arg: word.value for word in call.keywords if word.arg}
-                        yield _text(given[said.id])
+class _Module:
+    """What a module says: its functions, its calls, and its constants that are texts."""
 
+    def __init__(self, tree: ast.Module) -> None:
+        nodes = list(ast.walk(tree))
+        self.functions = {node.name: node for node in nodes if isinstance(node, ast.FunctionDef)}
+        self.calls = [node for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+        self.constants = {
+            node.targets[0].id: node.value.value
+            for node in tree.body
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+            if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        }
 
-def _text(node: ast.expr) -> str:
-    if isinstance(node, ast.Constant):
-        return str(node.value)
-    if isinstance(node, ast.JoinedStr):
-        return "".join(map(_text, node.values))
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        return _text(node.left) + _text(node.right)
-    return GAP
+    def text(self, node: ast.expr) -> str:
+        """An expression as text, with a gap for each part that a run decides."""
+        if isinstance(node, ast.Constant):
+            return str(node.value)
+        if isinstance(node, ast.JoinedStr):
+            return "".join(map(self.text, node.values))
+        if isinstance(node, ast.FormattedValue):
+            return self.text(node.value) if isinstance(node.value, ast.Name) else GAP
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+            return self.text(node.left) + self.text(node.right)
+        return self.constants.get(node.id, GAP) if isinstance(node, ast.Name) else GAP
+
+    def worded(self, said: ast.expr) -> Iterator[str]:
+        """The texts of a message that a function of the module words, or that is given to one."""
+        if isinstance(said, ast.Call) and isinstance(said.func, ast.Name) and said.func.id in self.functions:
+            for part in ast.walk(self.functions[said.func.id]):
+                if isinstance(part, ast.Return) and part.value:
+                    yield self.text(part.value)
+        if isinstance(said, ast.Name):
+            for name, function in self.functions.items():
+                taken = [each.arg for each in function.args.args]
+                if said in ast.walk(function) and said.id in taken:
+                    for call in self.calls:
+                        if call.func.id == name:  # type: ignore[attr-defined]
+                            given = dict(zip(taken, call.args, strict=False))
+                            given |= {word.arg: word.value for word in call.keywords if word.arg}
+                            yield self.text(given[said.id])
 
 
 def _tidy(text: str) -> str:

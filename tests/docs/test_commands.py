@@ -4,6 +4,7 @@ commands.yaml with the reason why it is not.
 
 import ast
 import inspect
+import json
 import os
 import re
 import shlex
@@ -134,16 +135,19 @@ def test_the_commands_that_are_run_do_what_the_pages_say(
 
 
 def calls() -> Iterator[Any]:
-    """(page, function, names of the words) of each call of a public function in the pages' Python."""
-    for page in PAGES:
-        for language, block in blocks(page.read_text(encoding="utf-8")):
-            if language != "python" or re.search(r"->|\*\*|: str", block):  # a signature
-                continue
-            for node in ast.walk(ast.parse(block)):
-                if isinstance(node, ast.ImportFrom) and node.module == "bingo_compress":
-                    yield from ((page.name, alias.name, None) for alias in node.names)
-                if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-                    yield page.name, node.func.id, node
+    """(page, name, call or None) of what the pages and the notebook import of the package and call by name."""
+    found = [(page.name, *block) for page in PAGES for block in blocks(page.read_text(encoding="utf-8"))]
+    code = [(page, block) for page, language, block in found if language == "python"]
+    book = json.loads((ROOT / "docs/tutorial.ipynb").read_text(encoding="utf-8"))
+    code += [("tutorial.ipynb", "".join(cell["source"])) for cell in book["cells"] if cell["cell_type"] == "code"]
+    for page, block in code:
+        if page == "python.md" and "import" not in block:  # a signature
+            continue
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.module == "bingo_compress":
+                yield from ((page, alias.name, None) for alias in node.names)
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                yield page, node.func.id, node
 
 
 def test_the_python_of_the_pages_calls_what_there_is_with_words_that_there_are() -> None:
@@ -155,4 +159,4 @@ def test_the_python_of_the_pages_calls_what_there_is_with_words_that_there_are()
             signature = inspect.signature(getattr(bingo_compress, name))
             signature.bind(*node.args, **{word.arg: None for word in node.keywords})
             found += 1
-    assert found >= 6
+    assert found >= 12

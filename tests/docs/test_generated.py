@@ -34,15 +34,20 @@ def test_a_page_is_as_the_source_is(name: str) -> None:
     ("code", "found"),
     [
         ("raise BingoError('a: expected b')", ["a: expected b"]),
-        ("raise BingoError(f'{a}: found {b!r}' f'; {c}')", ["…: found …; …"]),
-        ("def f(x): return BingoError(g(x))\ndef g(x): return f'the {x}'", ["the …"]),
-        ("def f(x, said): raise BingoError(said)\nf(1, f'one {y}')\nf(1, said='two')", ["one …", "two"]),
+        ("WAY = 'turn back'\nraise BingoError(f'{a}: it found {b!r}' f'; {WAY}')", ["…: it found …; turn back"]),
+        ("def f(x): return BingoError(g(x))\ndef g(x): return f'this is {x}'", ["this is …"]),
+        ("def f(x, said): raise BingoError(said)\nf(1, f'here: {y}')\nf(1, said='there')", ["here: …", "there"]),
         ("raise EdgeError(f'{n} files', 'none', 'look')", ["expected … files, found none; look"]),
         ("raise BingoError(str(error))", []),
     ],
 )
 def test_a_message_is_found_however_it_is_worded(code: str, found: list[str]) -> None:
     assert sorted(generate.templates(ast.parse(code))) == found
+
+
+def test_a_message_without_words_is_noticed() -> None:
+    with pytest.raises(ValueError, match="line 1: where are the words of BingoError"):
+        list(generate.templates(ast.parse("raise BingoError(said)")))
 
 
 def test_the_words_of_a_message_above_the_list_are_in_the_list() -> None:
