@@ -47,6 +47,8 @@ TestFolder = Annotated[
 IMAGE_COLUMN = Word("data", "column of a list or Parquet file that has the images, where its name does not tell")
 LABEL_COLUMN = Word("data", "the same for labels; or the key of a JSON file")
 DEVICE = Word("machine", "auto, cpu or cuda")
+ELSEWHERE = f"where a toolchain is installed elsewhere; {AGAIN}"
+PYTHON = Word("machine", ELSEWHERE, list[str], metavar="TOOLCHAIN=PYTHON")
 OWN_SIZE = "pixels a side for the {}; default: its own"
 
 
@@ -233,7 +235,10 @@ class Export:
     run: RunFolder
     out: Annotated[Place | None, Word("run", "folder for the files; default: RUN/export", Path)] = None
     data: Annotated[Data | None, _places("where the run's images are now, if they moved")] = None
-    format: Annotated[str, Word("method", "onnx, onnx-fp16, onnx-int8 or all")] = "onnx"
+    format: Annotated[
+        str, Word("method", "onnx, onnx-fp16, onnx-int8, all of these, openvino, tflite; with commas between")
+    ] = "onnx"
+    python: Annotated[Sequence[str], PYTHON] = ()
     profile: Annotated[
         str,
         Word(
@@ -256,9 +261,7 @@ class Export:
         str | None,
         Word("method", "embedding, features, scores, distance with commas between; default: all that there are"),
     ] = None
-    image_size: Annotated[int | None, Word("models", "pixels a side of the file's input; default: the run's", int)] = (
-        None
-    )
+    image_size: Annotated[int | None, Word("models", "pixels a side of the file; default: the run's", int)] = None
     labels: Annotated[
         Data | None,
         _places("labelled images, one folder a class: for --head, and int8 may lose --max-loss points on them"),
@@ -325,10 +328,7 @@ class Verify:
         str,
         Word("run", "with commas between, for example openvino,opencv; default: all that are installed", name="--with"),
     ] = ""
-    python: Annotated[
-        Sequence[str],
-        Word("machine", f"where a toolchain is installed elsewhere; {AGAIN}", list[str], metavar="TOOLCHAIN=PYTHON"),
-    ] = ()
+    python: Annotated[Sequence[str], PYTHON] = ()
     seconds: Annotated[float, Word("machine", "that a toolchain may take", float)] = 600.0
     json: Json = None
     progress: bool = True
@@ -345,9 +345,7 @@ class Suggest:
     latency_ms: Annotated[
         float | None, Word("models", "at most so many milliseconds a picture, the median; default: any", float)
     ] = None
-    size_mb: Annotated[float | None, Word("models", "at most so many megabytes of float file; default: any", float)] = (
-        None
-    )
+    size_mb: Annotated[float | None, Word("models", "at most so many megabytes; default: any", float)] = None
     students: Annotated[str, Word("models", "timm models with commas between; default: a list of 40")] = ""
     files: Annotated[
         Place | None,

@@ -23,7 +23,7 @@ ROOMS = (
     "evaluation",
     "heads",
     "exporters toolchains budget",
-    "int8",
+    "int8 converting",
     "exporting",
     "pipeline options results",
     "dry_run inventory comparison demo",

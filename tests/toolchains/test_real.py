@@ -11,7 +11,8 @@ from bingo_compress import verify
 from bingo_compress.exporters.golden import write_golden
 from bingo_compress.exporters.onnx import PROFILES, export_onnx
 from bingo_compress.models.exported import runner_by_name
-from bingo_compress.toolchains import bench, child
+from bingo_compress.toolchains import child
+from bingo_compress.toolchains.place import way
 
 STUDENTS = ("test_efficientnet", "test_vit")
 
@@ -31,7 +32,7 @@ def file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def test_a_file_of_the_edge_profile_is_right(name: str, file: Path) -> None:
     elsewhere = Path(os.environ.get("TOOLCHAINS", "/none"), name, "bin", "python")
     if not elsewhere.is_file() and "absent" in child.find(name):
-        pytest.skip(f"{name} is not installed: {bench.way(name)}")
+        pytest.skip(f"{name} is not installed: {way(name)}")
     python = [f"{name}={elsewhere}"] if elsewhere.is_file() else []
     (row,) = verify(file=file, toolchains=name, python=python, progress=False)
     assert row.verdict == "right" and row.min_cosine > 0.999
