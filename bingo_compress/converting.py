@@ -96,11 +96,10 @@ def convert(float_file: Path, place: Place, what: str, images: Tensor) -> Path:
 
 
 def _take_over(contract: dict[str, Any], told: dict[str, Any]) -> None:
-    """What the toolchain calls its input and outputs, and where the channels are."""
-    if not told:
-        return
-    contract["input"] |= {"name": told["input"]["name"], "layout": "NHWC" if told["input"]["shape"][3] == 3 else "NCHW"}
-    contract["names"] = told["outputs"]
+    """By which signature the toolchain's file is called, and where it takes the channels."""
+    if told:
+        contract["signature"] = told["signature"]
+        contract["input"] |= {"layout": "NHWC" if told["shape"][3] == 3 else "NCHW"}
 
 
 def _files(folder: Path) -> dict[str, dict[str, Any]]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -147,18 +146,17 @@ def _tflite(job: Job) -> Outputs:
     onnx2tf.convert(job.file, output_folder_path="tflite")
     (made,) = Path("tflite").glob("*_float32.tflite")
     model = Interpreter(str(made.rename(Path(CONVERTED, "student.tflite"))))
-    model.allocate_tensors()
-    (given,) = model.get_input_details()
-    # It keeps the order of the outputs in their names alone: Identity, Identity_1 or PartitionedCall:0, :1.
-    outputs = sorted(model.get_output_details(), key=lambda one: int("0" + re.findall(r"\d*$", one["name"])[0]))
-    told = {"name": given["name"], "shape": given["shape"].tolist()}
-    names = {name: outputs[place]["name"] for place, name in enumerate(job.outputs)}
-    Path(TOLD).write_text(json.dumps({"input": told, "outputs": names}), encoding="utf-8")
+    # By its signature: the order of its tensors is that of the names, not the file's.
+    ((signature, names),) = model.get_signature_list().items()
+    if sorted(names["outputs"]) != sorted(job.outputs) or names["inputs"] != [job.input]:
+        raise ValueError(f"a signature of other names: {names}")
+    runner = model.get_signature_runner(signature)
+    shape = runner.get_input_details()[job.input]["shape"].tolist()
+    Path(TOLD).write_text(json.dumps({"signature": signature, "shape": shape}), encoding="utf-8")
     for batch in job.batches:
-        fits = list(batch.shape) == given["shape"].tolist()
-        model.set_tensor(given["index"], numpy.ascontiguousarray(batch if fits else batch.transpose(0, 2, 3, 1)))
-        model.invoke()
-        yield [model.get_tensor(one["index"]) for one in outputs]
+        given = batch if list(batch.shape) == shape else batch.transpose(0, 2, 3, 1)
+        found = runner(**{job.input: numpy.ascontiguousarray(given)})
+        yield [found[name].copy() for name in job.outputs]
 
 
 def _rknn(job: Job) -> Outputs:

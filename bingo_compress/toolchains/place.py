@@ -114,9 +114,11 @@ def answers(
     with tempfile.TemporaryDirectory(prefix="bingo-verify-") as name:
         folder = Path(name)
         (folder / "work").mkdir()
+        # A copy: onnx2tf writes its simplified graph over the file that it is given.
+        copy = shutil.copy(file, folder / file.name)
         np.save(folder / "batches.npy", filled.reshape(runs, batch, *given.shape[1:]))
         outputs = [output.name for output in graph.output]
-        job = {"file": str(file.resolve()), "input": graph.input[0].name, "outputs": outputs, "keep": bool(keep)}
+        job = {"file": str(copy), "input": graph.input[0].name, "outputs": outputs, "keep": bool(keep)}
         (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
         try:
             status = _ran(place, folder, seconds)

@@ -97,6 +97,13 @@ def test_whatever_a_toolchain_does_it_is_told_and_the_others_go_on(
     assert held["rows"][1]["verdict"] == "right" and "openvino" not in held["not_run"] and "ncnn" in held["not_run"]
 
 
+def test_a_toolchain_that_writes_over_its_file_does_not_reach_ours(file: Path, tmp_path: Path) -> None:
+    before = file.read_bytes()
+    python = fake(tmp_path / "python", f"Path(job['file']).write_bytes(b'another'); {RIGHT}")
+    (row,) = verify(file=file, toolchains="openvino", python=[python], progress=False)
+    assert row.verdict == "right" and file.read_bytes() == before
+
+
 def test_what_a_toolchain_started_does_not_outlive_it(file: Path, tmp_path: Path) -> None:
     does = "import subprocess; print(subprocess.Popen(['sleep', '600']).pid, file=open('PID', 'w')); time.sleep(600)"
     python = fake(tmp_path / "python", does.replace("PID", str(tmp_path / "pid")))
