@@ -188,18 +188,21 @@ def _write(
     sides: Sides,
     heads: Mapping[str, probes.LinearHead],
 ) -> None:
-    """The proof's file, a linear head and a bank beside each exported file, and the card that tells of both."""
+    """The proof's file, a linear head and a bank beside each exported file, and the card that tells of both. One with
+    classes in it keeps the head that it was exported with: that one is calibrated.
+    """
     paths = [sides.bank_folder.files[place] for place in sides.places]
     for name, contract in contracts.items():
-        save_heads(
-            run.export / contract["file"],
-            contract["sha256"],
-            heads[name],
-            sides.bank[name],
-            sides.labels,
-            sides.classes,
-            paths,
-        )
+        if "classes" not in contract:
+            save_heads(
+                run.export / contract["file"],
+                contract["sha256"],
+                heads[name],
+                sides.bank[name],
+                sides.labels,
+                sides.classes,
+                paths,
+            )
     for file in filter(None, (run.validation, json_file)):
         run_dir.write_text(file, _json(result))
     run_dir.drop_stale(run.work, "proof", set())
