@@ -3,7 +3,7 @@
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,14 +117,19 @@ def made(run: RunDir) -> MadeOf:
 
 def make(left: Left, encoders: dict[str, Encoder], seed: int, device: torch.device) -> Looks:
     """Look at a sample of a run's images. encoders: "start" and "student"; seed: of the draw."""
+
+    def see(name: str, images: Tensor) -> Tensor:
+        return extract.store_features(extract.on(encoders[name], device), left.store, images, device)
+
+    return look(left, see, seed)
+
+
+def look(left: Left, see: Callable[[str, Tensor], Tensor], seed: int) -> Looks:
+    """`make` with any way to see: of "start" or "student" and images (n,) to features (n, D)."""
     generator = torch.Generator().manual_seed(hash_seed(seed, "looks"))
     order = torch.randperm(len(left.store), generator=generator)
     images = order[:SAMPLE].sort().values
-    teacher = left.features[images].float()
-    seen = {"teacher": teacher} | {
-        name: extract.store_features(extract.on(encoder, device), left.store, images, device)
-        for name, encoder in encoders.items()
-    }
+    seen = {"teacher": left.features[images].float()} | {name: see(name, images) for name in ("start", "student")}
     facts: dict[str, Any] = {
         "images": images.tolist(),
         "of": len(left.store),
@@ -182,11 +187,12 @@ def _bags(left: Left, images: Tensor) -> dict[str, Any]:
 
 def _changed(seen: dict[str, Tensor], images: Tensor) -> dict[str, Any]:
     """How many of the teacher's k nearest of the other images each model has too: "k", the means of "start" and
-    "student", and the images that "gained" and that "lost" most, each {"image", "teacher", "start", "student": the
-    STRIP nearest, "shares": of start and student}. {} where there are too few images.
+    "student", and the images that "gained" and that "lost" most, each {"image", "near": all k of the teacher's,
+    "teacher", "start", "student": the STRIP nearest, "shares": of start and student}. {} where there are too few
+    images.
     """
     k = recall_k(len(images) - 1)
-    if not k or "start" not in seen:
+    if not k:
         return {}
     near = {name: _others(features, k) for name, features in seen.items()}
     shares = {
@@ -198,7 +204,13 @@ def _changed(seen: dict[str, Tensor], images: Tensor) -> dict[str, Any]:
 
     def told(row: int) -> dict[str, Any]:
         strips = {name: images[found[row, :STRIP]].tolist() for name, found in near.items()}
-        return {"image": int(images[row]), **strips, "shares": [float(shares[name][row]) for name in shares]}
+        near_teacher = images[near["teacher"][row]].tolist()
+        return {
+            "image": int(images[row]),
+            "near": near_teacher,
+            **strips,
+            "shares": [float(shares[name][row]) for name in shares],
+        }
 
     return {
         "k": k,
@@ -242,6 +254,8 @@ def _maps(seen: dict[str, Tensor], others: Rows, seed: int) -> dict[str, Tensor]
 
     first = embedding_map.first(seen["teacher"][drawn], seed)
     second = embedding_map.again(seen["student"][drawn], first, seed)
+    # t-SNE's scales mean nothing: both maps are given one.
+    first, second = (places / places.std() for places in (first - first.mean(0), second - second.mean(0)))
     return {
         "teacher": whole(seen["teacher"], first),
         "student": whole(seen["student"], second),

@@ -10,6 +10,7 @@ import jinja2
 import torch
 
 from bingo_compress import __version__
+from bingo_compress.errors import BingoError
 from bingo_compress.html_report import facts as known
 from bingo_compress.html_report import looks, picture_sections, sections, verdict
 from bingo_compress.html_report.facts import Facts
@@ -33,7 +34,14 @@ def write(runs: Sequence[RunDir], target: Path, view: View, device: torch.device
         seen = None if several else _looks(run, device, keep)
         named = f"Run {number}" if several else "This run"
         told.append(known.read(run, f"{named} ({run.path.name})" if several and view.paths else named, seen))
-    write_text(target, render(told, view))
+    try:
+        html = render(told, view)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, jinja2.UndefinedError) as error:
+        raise BingoError(
+            f"{runs[0].path}: no page can be made of what is in it ({type(error).__name__}: {error}); if all of it is"
+            " as bingo-compress wrote it, this is a bug of ours: please tell us"
+        ) from error
+    write_text(target, html)
     return target
 
 
@@ -73,8 +81,9 @@ def render(runs: Sequence[Facts], view: View) -> str:
     found = _sections(runs, view)
     shown = [section for section in found if isinstance(section, Section)]
     charts = _number_charts(shown)
-    heading = f"{len(runs)} runs side by side"
+    heading, tiles = f"{len(runs)} runs side by side", []
     if len(runs) == 1:
+        tiles = _tiles(runs[0])
         heading = f"{runs[0].recipe.student}, taught by {runs[0].recipe.teacher}"
     return _template().render(
         title=heading,
@@ -82,7 +91,7 @@ def render(runs: Sequence[Facts], view: View) -> str:
             {"name": facts.name, "sentence": verdict.sentence(facts), "aside": verdict.aside(facts)} for facts in runs
         ],
         several=len(runs) > 1,
-        tiles=_tiles(runs[0]) if len(runs) == 1 else [],
+        tiles=tiles if len(tiles) > 1 else [],
         sections=shown,
         missing=list(dict.fromkeys(section for section in found if isinstance(section, Missing))),
         charts=charts,

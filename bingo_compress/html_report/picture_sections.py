@@ -75,14 +75,14 @@ def changed(facts: Facts, view: View) -> Section | Missing:
     ]
     lead = (
         f"Each row is one image and its nearest others among {len(facts.looks.facts['images']):,}; framed are those"
-        f" that the teacher has too. Over all, of the teacher's {found['k']:,} nearest the student had"
+        f" that are among the teacher's {found['k']:,} nearest. Over all, of these the student had"
         f" {found['start']:.1%} before and has {found['student']:.1%} now."
     )
     return Section("neighbours", "What it sees differently", lead, [{"kind": "strips", "groups": groups}])
 
 
 def _strips(facts: Facts, one: Mapping[str, Any], k: int, view: View) -> dict[str, Any]:
-    teachers = set(one["teacher"])
+    teachers = set(one["near"])
     rows = []
     for name, words, share in (
         ("teacher", "teacher", None),
@@ -163,7 +163,9 @@ def unused(facts: Facts, view: View) -> Section:
     counts = facts.summary.get("images", {})
     copies = facts.looks.facts["scenes"] if facts.looks else {}
     if copies.get("images"):
-        blocks.append(text(f"{copies['images']:,} images are near-copies of others: {copies['scenes']:,} scenes."))
+        blocks.append(
+            text(f"{copies['images']:,} images are near-copies of others; scenes that they show: {copies['scenes']:,}.")
+        )
         scenes = [
             {"pictures": [_picture(facts, image, view) for image in scene["images"]], "more": scene["more"]}
             for scene in copies["shown"]

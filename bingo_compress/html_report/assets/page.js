@@ -77,9 +77,9 @@
       height: 250,
       color: hues,
       legend: several ? { bottom: 0, icon: "roundRect", itemWidth: 14, itemHeight: 3, textStyle: { color: c.muted } } : undefined,
-      grid: { left: 4, right: 14, top: 26, bottom: several ? 32 : 4, outerBoundsMode: "same", outerBoundsContain: "axisLabel" },
-      xAxis: axis(c, { type: "value", min: "dataMin", max: "dataMax", splitLine: { show: false }, axisLabel: { color: c.muted, formatter: (value) => `${short(value)}`, hideOverlap: true, showMaxLabel: true } }),
-      yAxis: axis(c, { type: "value", scale: true, splitNumber: 4, name: "by step", nameTextStyle: { color: c.muted, align: "left" }, nameGap: 10, axisLabel: { color: c.muted, formatter: short } }),
+      grid: { left: 4, right: 14, top: 12, bottom: several ? 54 : 24, outerBoundsMode: "same", outerBoundsContain: "axisLabel" },
+      xAxis: axis(c, { type: "value", min: "dataMin", max: "dataMax", splitLine: { show: false }, name: "step", nameLocation: "middle", nameGap: 24, axisLabel: { color: c.muted, formatter: short, hideOverlap: true, showMaxLabel: true } }),
+      yAxis: axis(c, { type: "value", scale: true, splitNumber: 4, axisLabel: { color: c.muted, formatter: short } }),
       series: data.series.map((each) => ({ type: "line", name: each.name, data: each.points, showSymbol: each.points.length < 3, symbolSize: 6, lineStyle: { width: 2 }, emphasis: { disabled: true } })),
       tooltip: { ...base(c).tooltip, trigger: "axis", axisPointer: { lineStyle: { color: c.muted } },
         formatter: (items) => tip([`step ${short(items[0].value[0])}`, ...items.map((item) => `${item.seriesName}: ${short(item.value[1])}`)]) },
@@ -183,11 +183,16 @@
     element.replaceChildren();
     const places = { teacher: unpacked(data.teacher), student: unpacked(data.student) };
     const others = unpacked(data.others), hue = hues(places.teacher);
-    const instances = Object.entries(places).map(([name, flat]) => {
+    // Both halves stand before one is drawn: only then is their width known.
+    const planes = Object.keys(places).map((name) => {
       const half = element.appendChild(document.createElement("div"));
-      half.append(Object.assign(document.createElement("h4"), { textContent: name }));
-      const plane = half.appendChild(Object.assign(document.createElement("div"), { className: "plane" }));
-      const instance = echarts.init(plane, null, { renderer: "canvas" });
+      half.append(Object.assign(document.createElement("p"), { textContent: name }));
+      const plane = half.appendChild(Object.assign(document.createElement("div"), { className: "plane", role: "img" }));
+      plane.ariaLabel = `The ${name}'s map of ${data.images.length} images`;
+      return plane;
+    });
+    const instances = Object.entries(places).map(([name, flat], which) => {
+      const instance = echarts.init(planes[which], null, { renderer: "canvas" });
       const points = Array.from({ length: flat.length / 2 }, (_, row) => [flat[2 * row], flat[2 * row + 1]]);
       const bare = { type: "value", min: 0, max: 65535, show: false };
       instance.setOption({
@@ -196,14 +201,14 @@
         xAxis: bare, yAxis: bare,
         dataZoom: [0, 1].map((which) => ({ type: "inside", [which ? "yAxisIndex" : "xAxisIndex"]: 0, filterMode: "none", zoomOnMouseWheel: "ctrl", moveOnMouseWheel: false, preventDefaultMouseMove: false })),
         series: [
-          { type: "scatter", large: true, largeThreshold: 0, silent: true, symbolSize: 2, data: name === "teacher" ? others : new Float32Array(0), itemStyle: { color: c.muted, opacity: 0.35 }, tooltip: { show: false } },
-          { type: "scatter", data: points, symbolSize: points.length > 1500 ? 5 : 7, itemStyle: { color: (item) => hue[item.dataIndex], opacity: 0.85 }, emphasis: { itemStyle: { borderColor: c.ink, borderWidth: 2, opacity: 1 }, scale: 2.4 } },
+          { type: "scatter", z: 2, data: points, symbolSize: points.length > 1500 ? 5 : 7, itemStyle: { color: (item) => hue[item.dataIndex], opacity: 0.85 }, emphasis: { itemStyle: { borderColor: c.ink, borderWidth: 2, opacity: 1 }, scale: 2.4 } },
+          ...(name === "teacher" && others.length ? [{ type: "scatter", z: 1, large: true, largeThreshold: 0, silent: true, symbolSize: 2, data: others, itemStyle: { color: c.muted, opacity: 0.35 }, tooltip: { show: false } }] : []),
         ],
         tooltip: { ...base(c).tooltip, formatter: (item) => {
           const image = data.images[item.dataIndex], picture = data.pictures[image];
           return tip([data.names[item.dataIndex] || `image ${(image + 1).toLocaleString("en")}`], picture && `data:image/webp;base64,${picture}`);
         } },
-        aria: { enabled: true, label: { description: `The ${name}'s map of ${points.length} images.` } },
+        aria: { enabled: true, label: { description: planes[which].ariaLabel } },
       });
       return instance;
     });
