@@ -2,8 +2,8 @@
 
     python benchmarks/report.py --images 100000 --out /tmp/page.html
 
-With --run RUN the page of a finished run is drawn instead. Prints seconds, bytes, peak memory, milliseconds until all is
-drawn, and what Chromium complained of; ends with status 1 where something is beyond --most-bytes or --most-ms.
+With --run RUN the page of a finished run is drawn instead. Prints seconds, bytes, peak memory, milliseconds until all
+is drawn, and what Chromium complained of; ends with status 1 where something is beyond --most-bytes or --most-ms.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def synthetic(images: int) -> looks.Looks:
     def read(image: int, top: int, bottom: int) -> Tensor:
         noise = torch.randint(256, (8, 8, 3), generator=torch.Generator().manual_seed(image), dtype=torch.uint8)
         large = noise.repeat_interleave(SIDE // 8, 0).repeat_interleave(SIDE // 8, 1)
-        return large[top:bottom]
+        return large.narrow(0, top, bottom - top)
 
     sizes = torch.full((images,), SIDE)
     store = PixelStore(Pictures(sizes, sizes, torch.ones(images), read), torch.device("cpu"))
