@@ -19,6 +19,7 @@ from bingo_compress.results import Comparison, Distilled, Exported, Figure, Sugg
 from bingo_compress.runtime import console, run_dir
 from bingo_compress.sources.listed import Columns
 from bingo_compress.sources.opened import Asked, asked
+from bingo_compress.words import Data
 
 if TYPE_CHECKING:
     from bingo_compress.inventory import Inventory
@@ -63,7 +64,7 @@ def _place(place: str | Path) -> Path:
     return Path(os.path.expanduser(place))
 
 
-def _asked(data: options.Data, words: options.Check | options.Validate | options.Export | Columns, bands: str) -> Asked:
+def _asked(data: Data, words: options.Check | options.Validate | options.Export | Columns, bands: str) -> Asked:
     """Images, with `~` as the home folder, the columns that the words name, and `Asked.bands`."""
     places = asked(data).places
     columns = words if isinstance(words, Columns) else Columns(words.image_column, words.label_column)
@@ -118,8 +119,16 @@ def distill(words: options.Distill) -> Distilled:
 
     _refuse_unread(words, recipe, [recipe])
     run = pipeline.run_distill(
-        recipe, out, resume=words.resume, overwrite=words.overwrite, given=Given(**given), began=began
+        recipe,
+        out,
+        resume=words.resume,
+        overwrite=words.overwrite,
+        given=Given(**given),
+        began=began,
+        look=words.report,
     )
+    if words.report:
+        _renew_report(run)
     summary = run_dir.read_json("distill", run.summary)
     return Distilled(
         run.path,
@@ -193,10 +202,12 @@ def validate(words: options.Validate) -> Validation:
         _asked(words.test, words, bands) if words.test else None,
         json_file,
         words.device,
-        extras=Extras(words.shots, words.fine_tune, words.literature, _maybe(words.against)),
+        extras=Extras(words.shots, words.fine_tune, words.literature, _maybe(words.against), words.report),
         require=words.require or (),
         given=Given(**given),
     )
+    if words.report:
+        _renew_report(run_dir.RunDir(run))
     rows = {row["name"]: row for row in found["rows"]}
     figures = {
         name: {
@@ -229,12 +240,48 @@ def export(words: options.Export) -> Exported:
         _maybe(words.out),
         _asked(words.data, words, bands) if words.data else None,
         words.format,
-        shape=Shape(words.profile, words.batch, words.opset, words.image_size, words.input, words.outputs),
+        shape=Shape(
+            words.profile,
+            words.batch,
+            words.opset,
+            words.image_size,
+            words.input,
+            words.outputs,
+            tuple(words.python or ()),
+        ),
         int8=Int8(labels, test, words.max_loss, words.finetune, _maybe(words.calibration_set)),
         given=Given(**given),
         head=words.head,
     )
+    opened = run_dir.RunDir(_place(words.run))
+    if words.report and files[0].parent.resolve() == opened.export.resolve():
+        _renew_report(opened)
     return Exported(tuple(files), files[0].with_name(exported.CARD))
+
+
+@_with_words(options.Report)
+def report(words: options.Report) -> Path:
+    """Write the page on one finished run, or on several side by side: one HTML file that needs no network. Returns it.
+    What it shows of a run's images is taken from the run's work folder, or made anew there where `out` is not given.
+    Raises BingoError.
+    """
+    places, out = list(map(_place, words.runs)), _maybe(words.out)
+    for place in places:
+        run_dir.open_finished(place)
+    if len(places) != 1 and out is None:
+        raise BingoError(f"--out: expected a file for the page on {len(places)} runs, found none; give --out runs.html")
+    run_dir.refuse_no_file(out, "--out")
+
+    from bingo_compress.html_report import page
+    from bingo_compress.html_report.sections import View
+    from bingo_compress.runtime.devices import choose_device
+
+    if out is None:
+        run_dir.hold(places[0], "--run")
+    runs, view = list(map(run_dir.RunDir, places)), View(words.images, words.paths)
+    written = page.write(runs, out or runs[0].report, view, choose_device(words.device), keep=out is None)
+    console.say(f"report: {written}")
+    return written
 
 
 @_with_words(options.Latency)
@@ -300,6 +347,21 @@ def load_student(run: str | Path, student: "Encoder | None" = None) -> "Encoder"
 
     opened = run_dir.open_finished(_place(run))
     return trained.load_student(load_recipe(opened.as_run), opened.student, student).eval()
+
+
+def _renew_report(run: run_dir.RunDir) -> None:
+    """Write the run's page with what the run has now; a failure is said, and the command's work stands."""
+    from bingo_compress.html_report import page
+    from bingo_compress.html_report.sections import View
+    from bingo_compress.runtime import distributed
+    from bingo_compress.runtime.devices import choose_device
+
+    def write() -> None:
+        with page.spared(run):
+            page.write([run], run.report, View(), choose_device("auto"))
+            console.say(f"report: {run.report}")
+
+    distributed.from_first(write)
 
 
 def _own(teacher: "str | Encoder | None", student: "str | Encoder | None") -> "dict[str, Encoder]":

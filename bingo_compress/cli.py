@@ -16,8 +16,8 @@ from typer.core import TyperCommand
 
 from bingo_compress import __version__, options
 from bingo_compress.errors import BingoError
-from bingo_compress.options import GROUPS, Word
 from bingo_compress.runtime import machine, signals
+from bingo_compress.words import GROUPS, Word
 
 INTERRUPTED = 130
 CLOSED_PIPE = 1  # as typer and rich end where they notice it
@@ -118,6 +118,7 @@ _command("distill", options.DistillOrTry, _distill)
 _command("compare", options.Compare)
 _command("validate", options.Validate)
 _command("export", options.Export)
+_command("report", options.Report)
 _command("latency", options.Latency)
 _command("verify", options.Verify)
 _command("suggest", options.Suggest)

@@ -18,6 +18,7 @@ from bingo_compress.data.quarantine import report
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation.held_out import held_out_recall, train
 from bingo_compress.features import extract, near_copies
+from bingo_compress.html_report import looks, page
 from bingo_compress.models import trained
 from bingo_compress.models.encoder import Encoder, weights_digest
 from bingo_compress.models.trained import NOTHING_GIVEN, Given, Models, build_models
@@ -51,11 +52,12 @@ def run_distill(
     overwrite: bool = False,
     given: Given = NOTHING_GIVEN,
     began: float | None = None,
+    look: bool = False,
 ) -> run_dir.RunDir:
     """Distil recipe.teacher into recipe.student on recipe.data; everything lands in `out`. Raises BingoError.
 
     given: the modules of the user's own that the recipe names. began: when recipe.time began, by the monotonic clock;
-    None: now.
+    None: now. look: what the page on the run shows of its images is made and kept.
     """
     began = time.monotonic() if began is None else began
     asked = absolute_recipe(recipe)
@@ -100,6 +102,8 @@ def run_distill(
     recall = held_out_recall(run, plan, models.student, material)
     distributed.from_first(lambda: _close(run, plan, models, material, facts, recall))
     distributed.from_first(lambda: run_dir.drop_stale(run.work, "closing", set()))
+    if look:
+        distributed.from_first(lambda: _look(run, plan, models.student, material, bags))
     return run
 
 
@@ -173,13 +177,23 @@ def _other_settings(difference: str) -> BingoError:
     )
 
 
+def _look(run: run_dir.RunDir, plan: Plan, student: Encoder, material: Material, bags: Tensor) -> None:
+    """Keep what the page on the run shows of its images; whatever goes wrong is said and loses nothing."""
+    with page.spared(run):
+        left = looks.Left(
+            material.store, material.seen.features, material.scenes, material.training, bags, material.folder.files
+        )
+        encoders = {"start": trained.load_start(plan.recipe, run, student), "student": student}
+        looks.save(looks.make(left, encoders, plan.recipe.seed, plan.device), run)
+
+
 def _close(
     run: run_dir.RunDir,
     plan: Plan,
     models: Models,
     material: Material,
     facts: dict[str, float],
-    recall: dict[str, float],
+    recall: dict[str, Any],
 ) -> None:
     """summary.json and the closing table. recall: of `held_out_recall`."""
     summary: dict[str, Any] = {
@@ -192,6 +206,10 @@ def _close(
             "unusable": len(material.folder.bad),
         },
         "bags": facts,
+        "parameters": {
+            "teacher": models.teacher.parameters_count(),
+            "student": models.student.parameters_count(),
+        },
         "machine": {
             "processor": platform.processor() or platform.machine(),
             "torch": torch.__version__,
@@ -203,7 +221,8 @@ def _close(
     if recall:
         summary["neighbour_recall"] = recall
     run_dir.write_text(run.summary, json.dumps(summary, indent=2) + "\n")
-    rows = {name: {"neighbour_recall": value} for name, value in ({"teacher": 1.0} | recall).items()} if recall else {}
+    found = {"teacher": 1.0} | {name: recall[name] for name in ("start", "student")} if recall else {}
+    rows = {name: {"neighbour_recall": value} for name, value in found.items()}
     closing_table(models, rows, int(recall.get("gallery", 0)))
     say_agreement(recall)
     console.say(f"weights: {run.student}   metrics: {run.metrics}   settings: {run.recipe}, as run: {run.resolved}")

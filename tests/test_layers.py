@@ -12,7 +12,7 @@ PACKAGE = ROOT / "bingo_compress"
 # A module imports from its own room and from lines above; rooms in one line do not know each other.
 ROOMS = (
     "errors",
-    "recipe",
+    "recipe words",
     "runtime",
     "sources",
     "data models",
@@ -20,10 +20,11 @@ ROOMS = (
     "training",
     "unread",
     "report",
+    "html_report",
     "evaluation",
     "heads",
     "exporters toolchains budget",
-    "int8",
+    "int8 converting",
     "exporting",
     "pipeline options results",
     "dry_run inventory comparison demo",
@@ -36,6 +37,7 @@ ROOMS = (
 RANK = {name: rank for rank, line in enumerate(ROOMS) for name in line.split()}
 WITHOUT_TORCH = (
     "recipe",
+    "words",
     "options",
     "preflight",
     "api",

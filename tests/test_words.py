@@ -15,8 +15,8 @@ from test_cli import one_error
 import bingo_compress
 from bingo_compress import cli
 from bingo_compress.errors import BingoError
-from bingo_compress.options import GROUPS
 from bingo_compress.recipe import load_recipe
+from bingo_compress.words import GROUPS
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from bingo_compress.evaluation import finetune, probes, scores
 from bingo_compress.evaluation.protocol import FIGURES, NO_EXTRAS, Extras, figures_of, protocol
 from bingo_compress.evaluation.scores import Sides
 from bingo_compress.features import extract, neighbours
+from bingo_compress.html_report import mistakes
 from bingo_compress.models import exported, trained
 from bingo_compress.models.encoder import Encoder, Preprocessing, weights_digest
 from bingo_compress.models.exported import onnx_runner
@@ -82,12 +83,20 @@ def validate(
             result["paired"] = {
                 key: scores.compared(right["student"][key], right["against"][key]) for key in ("knn", "linear")
             }
+        if "start" in right:
+            result["gain"] = {
+                key: scores.compared(right["student"][key], right["start"][key]) for key in ("knn", "linear")
+            }
         if run.bags.exists():
             result |= scores.bag_purity(run.bags, bank_folder)
             result["protocol"]["test_images_trained_on"] = scores.trained_on(
                 run.bags, sides.query_folder.only(sides.query_places)
             )
         _write(result, run, json_file, subjects.contracts, sides, heads)
+        if extras.mistakes:
+            logits = heads["student"].logits(sides.queries["student"])
+            tested = sides.query_folder.only(sides.query_places)
+            mistakes.save(run, by_name["student"], tested, logits, sides.query_labels, sides.classes)
         show(result, run, Models(subjects.recipe, subjects.encoders["teacher"], subjects.encoders["student"]))
         _refuse_under(least, [by_name[name] for name in subjects.contracts or ("student",)], len(sides.labels))
         return result
@@ -188,18 +197,21 @@ def _write(
     sides: Sides,
     heads: Mapping[str, probes.LinearHead],
 ) -> None:
-    """The proof's file, a linear head and a bank beside each exported file, and the card that tells of both."""
+    """The proof's file, a linear head and a bank beside each exported file, and the card that tells of both. One with
+    classes in it keeps the head that it was exported with: that one is calibrated.
+    """
     paths = [sides.bank_folder.files[place] for place in sides.places]
     for name, contract in contracts.items():
-        save_heads(
-            run.export / contract["file"],
-            contract["sha256"],
-            heads[name],
-            sides.bank[name],
-            sides.labels,
-            sides.classes,
-            paths,
-        )
+        if "classes" not in contract:
+            save_heads(
+                run.export / contract["file"],
+                contract["sha256"],
+                heads[name],
+                sides.bank[name],
+                sides.labels,
+                sides.classes,
+                paths,
+            )
     for file in filter(None, (run.validation, json_file)):
         run_dir.write_text(file, _json(result))
     run_dir.drop_stale(run.work, "proof", set())
