@@ -77,9 +77,8 @@ def _maybe(place: str | Path | None) -> Path | None:
 
 @_with_words(options.Check)
 def check(words: options.Check) -> "Inventory":
-    """Decode every image below `data`: counts, sizes in pixels, and each file that cannot be used with its reason; with
-    a `teacher`, which is what torch is imported for, near-copies too. Returns an Inventory. Raises BingoError where no
-    image can be used.
+    """Decode every image below `data`: counts, sizes in pixels, each unusable file with its reason; with a `teacher`,
+    which is what torch is imported for, near-copies too. Raises BingoError where no image can be used.
     """
     from bingo_compress.inventory import check as look
 
@@ -101,9 +100,8 @@ def check(words: options.Check) -> "Inventory":
 
 @_with_words(options.Distill)
 def distill(words: options.Distill) -> Distilled:
-    """Distil a teacher into a student on a folder of images, by default with BINGO (arXiv 2107.01691). Images are
-    files of any size; both models see squares of image_size and teacher_size pixels. An epoch has each image once.
-    Raises BingoError.
+    """Distil a teacher into a student on a folder of images, by BINGO (arXiv 2107.01691) unless told otherwise; they
+    see squares of teacher_size and image_size pixels. Raises BingoError.
 
     teacher, student: a timm model by name, or an `Encoder` around a module of your own, which is left as it is: a run
     with one is resumed, validated and exported with the same module given again. Any other setting of the recipe:
@@ -141,9 +139,7 @@ def distill(words: options.Distill) -> Distilled:
 
 @_with_words(options.Distill)
 def dry_run(words: options.Distill) -> None:
-    """Print what `distill` with the same words would do and cost, in bytes and seconds, and write nothing. Raises
-    BingoError.
-    """
+    """Print what `distill` would do and cost in bytes and seconds, and write nothing. Raises BingoError."""
     began = time.monotonic()
     recipe, out = _recipe(words), _place(words.out)
     given = _own(words.teacher, words.student)
@@ -158,9 +154,8 @@ def dry_run(words: options.Distill) -> None:
 
 @_with_words(options.Compare)
 def compare(words: options.Compare) -> Comparison:
-    """Several methods, or variants of one, side by side on one folder: accuracies in 0..1, mean and standard deviation
-    over seeds, each arm with as many student views. The sources of the methods are in training/losses.py. Raises
-    BingoError.
+    """Several methods (sources: training/losses.py), or variants of one, side by side on one folder: accuracies in 0..1,
+    mean and standard deviation over seeds, each with as many student views. Raises BingoError.
     """
     recipe, out = _recipe(words), _place(words.out)
     numbers = [part.strip() for part in words.seeds.split(",")]
@@ -286,9 +281,7 @@ def report(words: options.Report) -> Path:
 
 @_with_words(options.Latency)
 def latency(words: options.Latency) -> tuple[Timing, ...]:
-    """Time ONNX files that take pictures, whoever made them, against each other, run by run in turn: milliseconds a
-    call and bytes. Raises BingoError.
-    """
+    """Time ONNX files that take pictures against each other, in milliseconds, and their bytes. Raises BingoError."""
     json_file = _maybe(words.json)
     run_dir.refuse_no_file(json_file, "--json")
 
@@ -304,9 +297,8 @@ def latency(words: options.Latency) -> tuple[Timing, ...]:
 
 @_with_words(options.Verify)
 def verify(words: options.Verify) -> tuple[Verified, ...]:
-    """Run an exported file in toolchains and compare their answers to its golden pictures with its own: the least
-    cosine, in -1..1, and the largest error. Raises BingoError; with exit_status 3 where one is wrong, and then all is
-    written.
+    """Run an exported file in toolchains and compare their answers with its own: the least cosine, in -1..1, and the
+    largest error. Raises BingoError; with exit_status 3 where one is wrong, and then all is written.
     """
     from bingo_compress.toolchains.bench import verify as run
 

@@ -13,7 +13,7 @@ PUBLIC = [
 ]
 FUNCTIONS = [name for name in PUBLIC if not name.startswith("_")]
 UNITS = re.compile(r"pixels|bytes|seconds|percent|in -?\d\.\.\d|\(B, ")
-NO_UNITS = {"BingoError", "Recipe"}  # a sentence; settings, each with its unit in its description
+NO_UNITS = {"BingoError", "Recipe", "report"}  # a sentence; settings, each with its unit in its description; a page
 # Whose work a function repeats: a reader must be able to look it up.
 SOURCES = {"distill": "arXiv 2107.01691", "compare": "losses.py", "validate": "arXiv 1805.01978", "suggest": "state"}
 
