@@ -22,9 +22,9 @@ from bingo_compress.evaluation.validation import validate
 from bingo_compress.exporting import export
 from bingo_compress.models import exported
 from bingo_compress.pipeline import run_distill
+from bingo_compress.presenting.markdown import figure
+from bingo_compress.presenting.tables import title
 from bingo_compress.recipe import RECIPES_DIR, load_recipe, recipe_text
-from bingo_compress.report.markdown import figure
-from bingo_compress.report.tables import title
 from bingo_compress.runtime import console
 from bingo_compress.runtime.run_dir import open_new, write_text
 

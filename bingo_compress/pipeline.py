@@ -22,8 +22,8 @@ from bingo_compress.html_report import looks, page
 from bingo_compress.models import trained
 from bingo_compress.models.encoder import Encoder, weights_digest
 from bingo_compress.models.trained import NOTHING_GIVEN, Given, Models, build_models
+from bingo_compress.presenting.tables import closing_table, describe_bags, header, say_agreement, say_smaller
 from bingo_compress.recipe import RESUME_MAY_CHANGE, Recipe, deciding, load_recipe, recipe_text
-from bingo_compress.report.tables import closing_table, describe_bags, header, say_agreement, say_smaller
 from bingo_compress.runtime import checkpoint, console, distributed, run_dir
 from bingo_compress.sources.opened import absolute_recipe
 from bingo_compress.training.material import (

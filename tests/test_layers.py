@@ -19,7 +19,7 @@ ROOMS = (
     "features",
     "training",
     "unread",
-    "report",
+    "presenting",
     "html_report",
     "evaluation",
     "heads",

@@ -24,9 +24,9 @@ from bingo_compress.models import exported, trained
 from bingo_compress.models.encoder import Encoder, Preprocessing, weights_digest
 from bingo_compress.models.exported import onnx_runner
 from bingo_compress.models.trained import NOTHING_GIVEN, Given, Models, build_student, load_student
+from bingo_compress.presenting import model_card
+from bingo_compress.presenting.tables import show
 from bingo_compress.recipe import Recipe, load_recipe
-from bingo_compress.report import model_card
-from bingo_compress.report.tables import show
 from bingo_compress.runtime import console, distributed, run_dir
 from bingo_compress.runtime.devices import choose_device
 from bingo_compress.sources.opened import Data

@@ -16,8 +16,8 @@ from bingo_compress.html_report import looks, picture_sections, sections, verdic
 from bingo_compress.html_report.facts import Facts
 from bingo_compress.html_report.sections import Missing, Section, View
 from bingo_compress.models import trained
+from bingo_compress.presenting.markdown import name_of
 from bingo_compress.recipe import GIVEN, load_recipe
-from bingo_compress.report.markdown import name_of
 from bingo_compress.runtime import console
 from bingo_compress.runtime.run_dir import RunDir, write_text
 

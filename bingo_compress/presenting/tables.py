@@ -10,7 +10,7 @@ from bingo_compress.data.image_list import ImageList
 from bingo_compress.features import neighbours
 from bingo_compress.models import exported
 from bingo_compress.models.trained import Models
-from bingo_compress.report.markdown import figure
+from bingo_compress.presenting.markdown import figure
 from bingo_compress.runtime import console, run_dir
 from bingo_compress.training.plan import Plan
 from bingo_compress.unread import unread
