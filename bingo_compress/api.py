@@ -12,7 +12,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from bingo_compress import options, preflight
+from bingo_compress import loggers, options, preflight
 from bingo_compress.errors import BingoError
 from bingo_compress.recipe import GIVEN, KEYS, Recipe, load_recipe, make_recipe, parse_setting, recipe_file
 from bingo_compress.results import Comparison, Distilled, Exported, Figure, Suggestion, Timing, Validation, Verified
@@ -110,6 +110,7 @@ def distill(words: options.Distill) -> Distilled:
     recipe, out = _recipe(words), _place(words.out)
     given = _own(words.teacher, words.student)
     preflight.refuse_early(recipe, out, given, resume=words.resume, overwrite=words.overwrite)
+    loggers.refuse_absent(words.logger)
 
     from bingo_compress import pipeline
     from bingo_compress.models.trained import Given
@@ -123,6 +124,7 @@ def distill(words: options.Distill) -> Distilled:
         given=Given(**given),
         began=began,
         look=words.report,
+        logger=words.logger,
     )
     if words.report:
         _renew_report(run)

@@ -107,6 +107,12 @@ def _demo(**given: Any) -> None:
     demo(options.Demo(**given))
 
 
+def _runs(folder: Path, json: Path | None) -> None:
+    from bingo_compress.run_table import runs
+
+    runs(folder, json)
+
+
 def _models(pattern: str) -> None:
     from bingo_compress.models.catalogue import show
 
@@ -122,6 +128,7 @@ _command("report", options.Report)
 _command("latency", options.Latency)
 _command("verify", options.Verify)
 _command("suggest", options.Suggest)
+_command("runs", options.Runs, _runs)
 _command("demo", options.Demo, _demo)
 _command("models", options.Models, _models)
 

@@ -102,6 +102,7 @@ class Distill(_Training):
     ] = None
     resume: Annotated[bool, Word("run", "go on with the run in --out", bool)] = False
     report: Page = True
+    logger: Annotated[str, Word("run", "also tell a tracker: tensorboard, wandb or mlflow")] = ""
     overwrite: Annotated[
         bool,
         Word("run", "start the run in --out anew (stored pixels and embeddings that fit are used again)", bool),
@@ -358,6 +359,14 @@ class Suggest:
     plot: Annotated[Place | None, Word("run", "draw latency against accuracy to this .svg file", Path)] = None
     json: Json = None
     progress: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runs:
+    """List the runs in a folder with their figures, best first."""
+
+    folder: Annotated[Place, Word("run", "where runs are, at most three folders down", Path, "", "DIR", True)]
+    json: Json = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,13 +3,14 @@
 """
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
@@ -334,3 +335,12 @@ def load(run: RunDir) -> Looks | None:
         assert all(tuple(places[name].shape) == (count, 2) for name in places if name != "others")
         assert facts["changed"].get("k", 0) <= RECALL_K  # type: ignore[attr-defined]
         return Looks(dict(facts), places, pictures)
+
+
+def sheets(seen: Looks) -> Iterator[tuple[str, NDArray[np.uint8]]]:
+    """(title, pixels (LARGE, LARGE x (1 + K), 3)) of the bags that are shown: the anchor, then its mates."""
+    for kind in ("best", "typical", "doubtful"):
+        for number, bag in enumerate(seen.facts["bags"].get(kind, ()), 1):
+            row = [Image.open(io.BytesIO(seen.pictures[LARGE][at])) for at in (bag["anchor"], *bag["mates"])]
+            squares = [np.asarray(one.convert("RGB").resize((LARGE, LARGE)), np.uint8) for one in row]
+            yield f"bags/{kind}-{number}", np.concatenate(squares, axis=1)
