@@ -112,6 +112,7 @@ def distill(words: options.Distill) -> Distilled:
     preflight.refuse_early(recipe, out, given, resume=words.resume, overwrite=words.overwrite)
 
     from bingo_compress import pipeline
+    from bingo_compress.html_report import page
     from bingo_compress.models.trained import Given
 
     _refuse_unread(words, recipe, [recipe])
@@ -125,7 +126,7 @@ def distill(words: options.Distill) -> Distilled:
         look=words.report,
     )
     if words.report:
-        _renew_report(run)
+        page.renew(run)
     summary = run_dir.read_json("distill", run.summary)
     return Distilled(
         run.path,
@@ -185,6 +186,7 @@ def validate(words: options.Validate) -> Validation:
 
     from bingo_compress.evaluation.protocol import Extras
     from bingo_compress.evaluation.validation import validate as prove
+    from bingo_compress.html_report import page
     from bingo_compress.models.trained import Given
 
     found = prove(
@@ -198,7 +200,7 @@ def validate(words: options.Validate) -> Validation:
         given=Given(**given),
     )
     if words.report:
-        _renew_report(run_dir.RunDir(run))
+        page.renew(run_dir.RunDir(run))
     rows = {row["name"]: row for row in found["rows"]}
     figures = {
         name: {
@@ -221,6 +223,7 @@ def export(words: options.Export) -> Exported:
 
     from bingo_compress.exporting import Int8, Shape
     from bingo_compress.exporting import export as write
+    from bingo_compress.html_report import page
     from bingo_compress.models import exported
     from bingo_compress.models.trained import Given
 
@@ -237,7 +240,7 @@ def export(words: options.Export) -> Exported:
     )
     opened = run_dir.RunDir(_place(words.run))
     if words.report and files[0].parent.resolve() == opened.export.resolve():
-        _renew_report(opened)
+        page.renew(opened)
     return Exported(tuple(files), files[0].with_name(exported.CARD))
 
 
@@ -324,21 +327,6 @@ def load_student(run: str | Path, student: "Encoder | None" = None) -> "Encoder"
 
     opened = run_dir.open_finished(_place(run))
     return trained.load_student(load_recipe(opened.as_run), opened.student, student).eval()
-
-
-def _renew_report(run: run_dir.RunDir) -> None:
-    """Write the run's page with what the run has now; a failure is said, and the command's work stands."""
-    from bingo_compress.html_report import page
-    from bingo_compress.html_report.sections import View
-    from bingo_compress.runtime import distributed
-    from bingo_compress.runtime.devices import choose_device
-
-    def write() -> None:
-        with page.spared(run):
-            page.write([run], run.report, View(), choose_device("auto"))
-            console.say(f"report: {run.report}")
-
-    distributed.from_first(write)
 
 
 def _own(teacher: "str | Encoder | None", student: "str | Encoder | None") -> "dict[str, Encoder]":

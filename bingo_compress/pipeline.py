@@ -18,7 +18,7 @@ from bingo_compress.data.quarantine import report
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation.held_out import held_out_recall, train
 from bingo_compress.features import extract, near_copies
-from bingo_compress.html_report import looks, page
+from bingo_compress.html_report import looking, looks
 from bingo_compress.models import trained
 from bingo_compress.models.encoder import Encoder, weights_digest
 from bingo_compress.models.trained import NOTHING_GIVEN, Given, Models, build_models
@@ -56,8 +56,8 @@ def run_distill(
 ) -> run_dir.RunDir:
     """Distil recipe.teacher into recipe.student on recipe.data; everything lands in `out`. Raises BingoError.
 
-    given: the modules of the user's own that the recipe names. began: when recipe.time began, by the monotonic clock;
-    None: now. look: what the page on the run shows of its images is made and kept.
+    given: the modules of the user's own that the recipe names. began: when recipe.time began, by the monotonic clock
+    (None: now). look: keep what the page on the run shows of its images.
     """
     began = time.monotonic() if began is None else began
     asked = absolute_recipe(recipe)
@@ -101,7 +101,6 @@ def run_distill(
     distributed.from_first(lambda: trained.save_student(models.student, run, plan.recipe, made))
     recall = held_out_recall(run, plan, models.student, material)
     distributed.from_first(lambda: _close(run, plan, models, material, facts, recall))
-    distributed.from_first(lambda: run_dir.drop_stale(run.work, "closing", set()))
     if look:
         distributed.from_first(lambda: _look(run, plan, models.student, material, bags))
     return run
@@ -179,12 +178,12 @@ def _other_settings(difference: str) -> BingoError:
 
 def _look(run: run_dir.RunDir, plan: Plan, student: Encoder, material: Material, bags: Tensor) -> None:
     """Keep what the page on the run shows of its images; whatever goes wrong is said and loses nothing."""
-    with page.spared(run):
-        left = looks.Left(
+    with looking.spared(run):
+        left = looking.Left(
             material.store, material.seen.features, material.scenes, material.training, bags, material.folder.files
         )
         encoders = {"start": trained.load_start(plan.recipe, run, student), "student": student}
-        looks.save(looks.make(left, encoders, plan.recipe.seed, plan.device), run)
+        looks.save(looking.make(left, encoders, plan.recipe.seed, plan.device), run)
 
 
 def _close(
@@ -225,6 +224,7 @@ def _close(
     rows = {name: {"neighbour_recall": value} for name, value in found.items()}
     closing_table(models, rows, int(recall.get("gallery", 0)))
     say_agreement(recall)
+    run_dir.drop_stale(run.work, "closing", set())
     console.say(f"weights: {run.student}   metrics: {run.metrics}   settings: {run.recipe}, as run: {run.resolved}")
     console.say(f"next: bingo-compress export --run {run.path}")
     console.say(
