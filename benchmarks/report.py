@@ -52,7 +52,8 @@ def synthetic(images: int) -> looks.Looks:
 
     def see(name: str, which: Tensor) -> Tensor:
         spread = {"start": 1.2, "student": 0.6}[name] / WIDTH**0.5
-        return features[which].float() + spread * torch.randn(len(which), WIDTH, generator=generator)
+        seen: Tensor = features[which].float() + spread * torch.randn(len(which), WIDTH, generator=generator)
+        return seen
 
     return looking.look(left, see, 0)
 

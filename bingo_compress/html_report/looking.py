@@ -1,5 +1,5 @@
-"""Looks at a run's images for its page: small pictures, bags, changed neighbours, maps. At the end of `distill`, or when
-the page is first asked for.
+"""Looking at a run's images for its page: small pictures, bags, changed neighbours, maps. At the end of `distill`, or
+when the page is first asked for.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -71,5 +71,4 @@ def load(run: RunDir) -> Looks | None:
                 start += length
         count = len(facts["images"])  # type: ignore[arg-type]
         assert all(tuple(places[name].shape) == (count, 2) for name in places if name != "others")
-        assert facts["changed"].get("k", 0) <= RECALL_K  # type: ignore[attr-defined]
         return Looks(dict(facts), places, pictures)
