@@ -113,6 +113,7 @@ def distill(words: options.Distill) -> Distilled:
     loggers.refuse_absent(words.logger)
 
     from bingo_compress import pipeline
+    from bingo_compress.html_report import page
     from bingo_compress.models.trained import Given
 
     _refuse_unread(words, recipe, [recipe])
@@ -127,7 +128,7 @@ def distill(words: options.Distill) -> Distilled:
         logger=words.logger,
     )
     if words.report:
-        _renew_report(run)
+        page.renew(run)
     summary = run_dir.read_json("distill", run.summary)
     return Distilled(
         run.path,
@@ -187,6 +188,7 @@ def validate(words: options.Validate) -> Validation:
 
     from bingo_compress.evaluation.protocol import Extras
     from bingo_compress.evaluation.validation import validate as prove
+    from bingo_compress.html_report import page
     from bingo_compress.models.trained import Given
 
     found = prove(
@@ -200,7 +202,7 @@ def validate(words: options.Validate) -> Validation:
         given=Given(**given),
     )
     if words.report:
-        _renew_report(run_dir.RunDir(run))
+        page.renew(run_dir.RunDir(run))
     rows = {row["name"]: row for row in found["rows"]}
     figures = {
         name: {
@@ -223,6 +225,7 @@ def export(words: options.Export) -> Exported:
 
     from bingo_compress.exporting import Int8, Shape
     from bingo_compress.exporting import export as write
+    from bingo_compress.html_report import page
     from bingo_compress.models import exported
     from bingo_compress.models.trained import Given
 
@@ -247,7 +250,7 @@ def export(words: options.Export) -> Exported:
     )
     opened = run_dir.RunDir(_place(words.run))
     if words.report and files[0].parent.resolve() == opened.export.resolve():
-        _renew_report(opened)
+        page.renew(opened)
     return Exported(tuple(files), files[0].with_name(exported.CARD))
 
 
@@ -334,21 +337,6 @@ def load_student(run: str | Path, student: "Encoder | None" = None) -> "Encoder"
 
     opened = run_dir.open_finished(_place(run))
     return trained.load_student(load_recipe(opened.as_run), opened.student, student).eval()
-
-
-def _renew_report(run: run_dir.RunDir) -> None:
-    """Write the run's page with what the run has now; a failure is said, and the command's work stands."""
-    from bingo_compress.html_report import page
-    from bingo_compress.html_report.sections import View
-    from bingo_compress.runtime import distributed
-    from bingo_compress.runtime.devices import choose_device
-
-    def write() -> None:
-        with page.spared(run):
-            page.write([run], run.report, View(), choose_device("auto"))
-            console.say(f"report: {run.report}")
-
-    distributed.from_first(write)
 
 
 def _own(teacher: "str | Encoder | None", student: "str | Encoder | None") -> "dict[str, Encoder]":

@@ -383,6 +383,7 @@ class Demo:
     seed: Annotated[int | None, Word("schedule", "source of all random numbers", int)] = None
     device: Annotated[str | None, words.DEVICE] = None
     overwrite: Annotated[bool, Word("run", "replace an earlier demo in --out", bool)] = False
+    report: Page = True
 
 
 @dataclass(frozen=True, kw_only=True)

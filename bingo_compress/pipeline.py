@@ -18,7 +18,7 @@ from bingo_compress.data.quarantine import report
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation.held_out import held_out_recall, train
 from bingo_compress.features import extract, near_copies
-from bingo_compress.html_report import looks, page
+from bingo_compress.html_report import looking, looks
 from bingo_compress.models import trained
 from bingo_compress.models.encoder import Encoder, weights_digest
 from bingo_compress.models.trained import NOTHING_GIVEN, Given, Models, build_models
@@ -190,12 +190,12 @@ def _look(
     """Keep what the page on the run shows of its images; whatever goes wrong is said and loses nothing. picture: what
     shows a bag elsewhere.
     """
-    with page.spared(run):
-        left = looks.Left(
+    with looking.spared(run):
+        left = looking.Left(
             material.store, material.seen.features, material.scenes, material.training, bags, material.folder.files
         )
         encoders = {"start": trained.load_start(plan.recipe, run, student), "student": student}
-        seen = looks.make(left, encoders, plan.recipe.seed, plan.device)
+        seen = looking.make(left, encoders, plan.recipe.seed, plan.device)
         looks.save(seen, run)
         for title, pixels in looks.sheets(seen):
             picture(title, pixels)
@@ -239,6 +239,7 @@ def _close(
     rows = {name: {"neighbour_recall": value} for name, value in found.items()}
     closing_table(models, rows, int(recall.get("gallery", 0)))
     say_agreement(recall)
+    run_dir.drop_stale(run.work, "closing", set())
     console.say(f"weights: {run.student}   metrics: {run.metrics}   settings: {run.recipe}, as run: {run.resolved}")
     console.say(f"next: bingo-compress export --run {run.path}")
     console.say(
