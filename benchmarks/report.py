@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from bingo_compress.data.pixel_store import Pictures, PixelStore
-from bingo_compress.html_report import looks, page
+from bingo_compress.html_report import looking, looks, page
 from bingo_compress.html_report.facts import Facts
 from bingo_compress.html_report.sections import View
 from bingo_compress.recipe import make_recipe
@@ -41,22 +41,21 @@ def synthetic(images: int) -> looks.Looks:
 
     def read(image: int, top: int, bottom: int) -> Tensor:
         noise = torch.randint(256, (8, 8, 3), generator=torch.Generator().manual_seed(image), dtype=torch.uint8)
-        large = noise.repeat_interleave(SIDE // 8, 0).repeat_interleave(SIDE // 8, 1)
-        return large.narrow(0, top, bottom - top)
+        large: Tensor = noise.repeat_interleave(SIDE // 8, 0)[top:bottom].repeat_interleave(SIDE // 8, 1)
+        return large
 
     sizes = torch.full((images,), SIDE)
     store = PixelStore(Pictures(sizes, sizes, torch.ones(images), read), torch.device("cpu"))
     bags = torch.randint(images, (images, MATES), generator=generator)
     every = torch.arange(images)
-    left = looks.Left(store, features, every, every, bags, [""] * images)
+    left = looking.Left(store, features, every, every, bags, [""] * images)
 
     def see(name: str, which: Tensor) -> Tensor:
         spread = {"start": 1.2, "student": 0.6}[name] / WIDTH**0.5
-        noise = torch.randn(len(which), WIDTH, generator=generator)
-        seen: Tensor = features[which].float() + spread * noise
+        seen: Tensor = features[which].float() + spread * torch.randn(len(which), WIDTH, generator=generator)
         return seen
 
-    return looks.look(left, see, 0)
+    return looking.look(left, see, 0)
 
 
 def made(images: int, target: Path) -> dict[str, float]:

@@ -12,7 +12,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from bingo_compress import options, preflight
+from bingo_compress import loggers, options, preflight
 from bingo_compress.errors import BingoError
 from bingo_compress.recipe import GIVEN, KEYS, Recipe, load_recipe, make_recipe, parse_setting, recipe_file
 from bingo_compress.results import Comparison, Distilled, Exported, Figure, Suggestion, Timing, Validation, Verified
@@ -111,8 +111,10 @@ def distill(words: options.Distill) -> Distilled:
     recipe, out = _recipe(words), _place(words.out)
     given = _own(words.teacher, words.student)
     preflight.refuse_early(recipe, out, given, resume=words.resume, overwrite=words.overwrite)
+    loggers.refuse_absent(words.logger)
 
     from bingo_compress import pipeline
+    from bingo_compress.html_report import page
     from bingo_compress.models.trained import Given
 
     _refuse_unread(words, recipe, [recipe])
@@ -124,9 +126,10 @@ def distill(words: options.Distill) -> Distilled:
         given=Given(**given),
         began=began,
         look=words.report,
+        logger=words.logger,
     )
     if words.report:
-        _renew_report(run)
+        page.renew(run)
     summary = run_dir.read_json("distill", run.summary)
     return Distilled(
         run.path,
@@ -189,6 +192,7 @@ def validate(words: options.Validate) -> Validation:
 
     from bingo_compress.evaluation.protocol import Extras
     from bingo_compress.evaluation.validation import validate as prove
+    from bingo_compress.html_report import page
     from bingo_compress.models.trained import Given
 
     found = prove(
@@ -202,7 +206,7 @@ def validate(words: options.Validate) -> Validation:
         given=Given(**given),
     )
     if words.report:
-        _renew_report(run_dir.RunDir(run))
+        page.renew(run_dir.RunDir(run))
     rows = {row["name"]: row for row in found["rows"]}
     figures = {
         name: {
@@ -226,6 +230,7 @@ def export(words: options.Export) -> Exported:
 
     from bingo_compress.exporting import Int8, Shape
     from bingo_compress.exporting import export as write
+    from bingo_compress.html_report import page
     from bingo_compress.models import exported
     from bingo_compress.models.trained import Given
 
@@ -250,7 +255,7 @@ def export(words: options.Export) -> Exported:
     )
     opened = run_dir.RunDir(_place(words.run))
     if words.report and files[0].parent.resolve() == opened.export.resolve():
-        _renew_report(opened)
+        page.renew(opened)
     return Exported(tuple(files), files[0].with_name(exported.CARD))
 
 
@@ -339,21 +344,6 @@ def load_student(run: str | Path, student: "Encoder | None" = None) -> "Encoder"
 
     opened = run_dir.open_finished(_place(run))
     return trained.load_student(load_recipe(opened.as_run), opened.student, student).eval()
-
-
-def _renew_report(run: run_dir.RunDir) -> None:
-    """Write the run's page with what the run has now; a failure is said, and the command's work stands."""
-    from bingo_compress.html_report import page
-    from bingo_compress.html_report.sections import View
-    from bingo_compress.runtime import distributed
-    from bingo_compress.runtime.devices import choose_device
-
-    def write() -> None:
-        with page.spared(run):
-            page.write([run], run.report, View(), choose_device("auto"))
-            console.say(f"report: {run.report}")
-
-    distributed.from_first(write)
 
 
 def _own(teacher: "str | Encoder | None", student: "str | Encoder | None") -> "dict[str, Encoder]":

@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -107,6 +108,12 @@ def _demo(**given: Any) -> None:
     demo(options.Demo(**given))
 
 
+def _runs(folder: Path, json: Path | None) -> None:
+    from bingo_compress.run_table import runs
+
+    runs(folder, json)
+
+
 def _models(pattern: str) -> None:
     from bingo_compress.models.catalogue import show
 
@@ -122,6 +129,7 @@ _command("report", options.Report)
 _command("latency", options.Latency)
 _command("verify", options.Verify)
 _command("suggest", options.Suggest)
+_command("runs", options.Runs, _runs)
 _command("demo", options.Demo, _demo)
 _command("models", options.Models, _models)
 

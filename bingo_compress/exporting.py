@@ -26,8 +26,8 @@ from bingo_compress.models import exported
 from bingo_compress.models.encoder import Encoder
 from bingo_compress.models.exported import runner_by_name
 from bingo_compress.models.trained import NOTHING_GIVEN, Given, load_student
+from bingo_compress.presenting import model_card
 from bingo_compress.recipe import Recipe, load_recipe
-from bingo_compress.report import model_card
 from bingo_compress.runtime import console, run_dir
 from bingo_compress.sources.opened import Data, numbers, of_recipe
 

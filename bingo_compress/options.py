@@ -102,6 +102,7 @@ class Distill(_Training):
     ] = None
     resume: Annotated[bool, Word("run", "go on with the run in --out", bool)] = False
     report: Page = True
+    logger: Annotated[str, Word("run", "also tell a tracker: tensorboard, wandb or mlflow")] = ""
     overwrite: Annotated[
         bool,
         Word("run", "start the run in --out anew (stored pixels and embeddings that fit are used again)", bool),
@@ -361,6 +362,14 @@ class Suggest:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Runs:
+    """List the runs in a folder with their figures, best first."""
+
+    folder: Annotated[Place, Word("run", "where runs are, at most three folders down", Path, "", "DIR", True)]
+    json: Json = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Demo:
     """The whole road on photos that the `demo` extra brings along.
 
@@ -374,6 +383,7 @@ class Demo:
     seed: Annotated[int | None, Word("schedule", "source of all random numbers", int)] = None
     device: Annotated[str | None, words.DEVICE] = None
     overwrite: Annotated[bool, Word("run", "replace an earlier demo in --out", bool)] = False
+    report: Page = True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,19 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bingo_compress import __version__, budget
+from bingo_compress import __version__, budget, loggers
 from bingo_compress.data import image_list, pixel_store
 from bingo_compress.data.image_list import ImageList
 from bingo_compress.data.quarantine import report
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation.held_out import held_out_recall, train
 from bingo_compress.features import extract, near_copies
-from bingo_compress.html_report import looks, page
+from bingo_compress.html_report import looking, looks
 from bingo_compress.models import trained
 from bingo_compress.models.encoder import Encoder, weights_digest
 from bingo_compress.models.trained import NOTHING_GIVEN, Given, Models, build_models
+from bingo_compress.presenting.tables import closing_table, describe_bags, header, say_agreement, say_smaller
 from bingo_compress.recipe import RESUME_MAY_CHANGE, Recipe, deciding, load_recipe, recipe_text
-from bingo_compress.report.tables import closing_table, describe_bags, header, say_agreement, say_smaller
 from bingo_compress.runtime import checkpoint, console, distributed, run_dir
 from bingo_compress.sources.opened import absolute_recipe
 from bingo_compress.training.material import (
@@ -53,11 +53,12 @@ def run_distill(
     given: Given = NOTHING_GIVEN,
     began: float | None = None,
     look: bool = False,
+    logger: str = "",
 ) -> run_dir.RunDir:
     """Distil recipe.teacher into recipe.student on recipe.data; everything lands in `out`. Raises BingoError.
 
     given: the modules of the user's own that the recipe names. began: when recipe.time began, by the monotonic clock;
-    None: now. look: what the page on the run shows of its images is made and kept.
+    None: now. look: what the page on the run shows of its images is made and kept. logger: of loggers.LOGGERS.
     """
     began = time.monotonic() if began is None else began
     asked = absolute_recipe(recipe)
@@ -97,13 +98,14 @@ def run_distill(
         plan = budget.settled(plan, rates, models.student, lessons, len(material.held), began)
         console.say(plan.describe())
         _keep(run, plan)
-    made = train(plan, models.student, material, lessons, run.metrics, run.checkpoint)
-    distributed.from_first(lambda: trained.save_student(models.student, run, plan.recipe, made))
-    recall = held_out_recall(run, plan, models.student, material)
-    distributed.from_first(lambda: _close(run, plan, models, material, facts, recall))
-    distributed.from_first(lambda: run_dir.drop_stale(run.work, "closing", set()))
-    if look:
-        distributed.from_first(lambda: _look(run, plan, models.student, material, bags))
+    with loggers.following(logger if distributed.rank() == 0 else "", run) as picture:
+        made = train(plan, models.student, material, lessons, run.metrics, run.checkpoint)
+        distributed.from_first(lambda: trained.save_student(models.student, run, plan.recipe, made))
+        recall = held_out_recall(run, plan, models.student, material)
+        distributed.from_first(lambda: _close(run, plan, models, material, facts, recall))
+        distributed.from_first(lambda: run_dir.drop_stale(run.work, "closing", set()))
+        if look:
+            distributed.from_first(lambda: _look(run, plan, models.student, material, bags, picture))
     return run
 
 
@@ -177,14 +179,26 @@ def _other_settings(difference: str) -> BingoError:
     )
 
 
-def _look(run: run_dir.RunDir, plan: Plan, student: Encoder, material: Material, bags: Tensor) -> None:
-    """Keep what the page on the run shows of its images; whatever goes wrong is said and loses nothing."""
-    with page.spared(run):
-        left = looks.Left(
+def _look(
+    run: run_dir.RunDir,
+    plan: Plan,
+    student: Encoder,
+    material: Material,
+    bags: Tensor,
+    picture: loggers.Picture,
+) -> None:
+    """Keep what the page on the run shows of its images; whatever goes wrong is said and loses nothing. picture: what
+    shows a bag elsewhere.
+    """
+    with looking.spared(run):
+        left = looking.Left(
             material.store, material.seen.features, material.scenes, material.training, bags, material.folder.files
         )
         encoders = {"start": trained.load_start(plan.recipe, run, student), "student": student}
-        looks.save(looks.make(left, encoders, plan.recipe.seed, plan.device), run)
+        seen = looking.make(left, encoders, plan.recipe.seed, plan.device)
+        looks.save(seen, run)
+        for title, pixels in looks.sheets(seen):
+            picture(title, pixels)
 
 
 def _close(
@@ -225,6 +239,7 @@ def _close(
     rows = {name: {"neighbour_recall": value} for name, value in found.items()}
     closing_table(models, rows, int(recall.get("gallery", 0)))
     say_agreement(recall)
+    run_dir.drop_stale(run.work, "closing", set())
     console.say(f"weights: {run.student}   metrics: {run.metrics}   settings: {run.recipe}, as run: {run.resolved}")
     console.say(f"next: bingo-compress export --run {run.path}")
     console.say(

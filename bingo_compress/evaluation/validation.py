@@ -24,9 +24,9 @@ from bingo_compress.models import exported, trained
 from bingo_compress.models.encoder import Encoder, Preprocessing, weights_digest
 from bingo_compress.models.exported import onnx_runner
 from bingo_compress.models.trained import NOTHING_GIVEN, Given, Models, build_student, load_student
+from bingo_compress.presenting import model_card
+from bingo_compress.presenting.tables import show
 from bingo_compress.recipe import Recipe, load_recipe
-from bingo_compress.report import model_card
-from bingo_compress.report.tables import show
 from bingo_compress.runtime import console, distributed, run_dir
 from bingo_compress.runtime.devices import choose_device
 from bingo_compress.sources.opened import Data
@@ -79,14 +79,7 @@ def validate(
             tuned = specs if extras.fine_tune else []
             _train_with_labels(by_name, subjects.trainable, sides, tuned, extras.literature, run, where)
         result: dict[str, Any] = {"protocol": protocol(sides, test_folder, specs, extras), "rows": rows}
-        if other:
-            result["paired"] = {
-                key: scores.compared(right["student"][key], right["against"][key]) for key in ("knn", "linear")
-            }
-        if "start" in right:
-            result["gain"] = {
-                key: scores.compared(right["student"][key], right["start"][key]) for key in ("knn", "linear")
-            }
+        result |= _differences(right)
         if run.bags.exists():
             result |= scores.bag_purity(run.bags, bank_folder)
             result["protocol"]["test_images_trained_on"] = scores.trained_on(
@@ -94,9 +87,7 @@ def validate(
             )
         _write(result, run, json_file, subjects.contracts, sides, heads)
         if extras.mistakes:
-            logits = heads["student"].logits(sides.queries["student"])
-            tested = sides.query_folder.only(sides.query_places)
-            mistakes.save(run, by_name["student"], tested, logits, sides.query_labels, sides.classes)
+            _keep_mistakes(run, by_name["student"], sides, heads["student"])
         show(result, run, Models(subjects.recipe, subjects.encoders["teacher"], subjects.encoders["student"]))
         _refuse_under(least, [by_name[name] for name in subjects.contracts or ("student",)], len(sides.labels))
         return result
@@ -187,6 +178,21 @@ def _rows(
     student = next(row for row in rows if row["name"] == "student")
     student |= scores.gap_closed(*(right[name]["linear"] for name in ("random", "student", "teacher")))
     return rows, heads, right
+
+
+def _differences(right: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
+    """The student against another run's ("paired") and against itself before ("gain"), where those were judged."""
+    others = {"paired": "against", "gain": "start"}
+    return {
+        name: {key: scores.compared(right["student"][key], right[other][key]) for key in ("knn", "linear")}
+        for name, other in others.items()
+        if other in right
+    }
+
+
+def _keep_mistakes(run: run_dir.RunDir, row: dict[str, Any], sides: Sides, head: probes.LinearHead) -> None:
+    tested = sides.query_folder.only(sides.query_places)
+    mistakes.save(run, row, tested, head.logits(sides.queries["student"]), sides.query_labels, sides.classes)
 
 
 def _write(

@@ -1,7 +1,6 @@
 """The page itself: sections of what is known, in one file with everything in it that shows them."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,14 @@ import torch
 from bingo_compress import __version__
 from bingo_compress.errors import BingoError
 from bingo_compress.html_report import facts as known
-from bingo_compress.html_report import looks, picture_sections, sections, verdict
+from bingo_compress.html_report import looking, looks, picture_sections, sections, verdict
 from bingo_compress.html_report.facts import Facts
 from bingo_compress.html_report.sections import Missing, Section, View
 from bingo_compress.models import trained
+from bingo_compress.presenting.markdown import name_of
 from bingo_compress.recipe import GIVEN, load_recipe
-from bingo_compress.report.markdown import name_of
-from bingo_compress.runtime import console
+from bingo_compress.runtime import console, distributed
+from bingo_compress.runtime.devices import choose_device
 from bingo_compress.runtime.run_dir import RunDir, write_text
 
 ASSETS = Path(__file__).with_name("assets")
@@ -50,30 +50,27 @@ def _looks(run: RunDir, device: torch.device, keep: bool) -> looks.Looks | None:
     if found := looks.load(run):
         return found
     recipe = load_recipe(run.as_run)
-    left = looks.find(run, recipe)
+    left = looking.find(run, recipe)
     if left is None or not run.start.is_file() or recipe.student_weights == GIVEN:
         return None
     encoders = {
         "start": trained.load_start(recipe, run),
         "student": trained.load_student(recipe, run.student).eval(),
     }
-    found = looks.make(left, encoders, recipe.seed, device)
+    found = looking.make(left, encoders, recipe.seed, device)
     if keep:
         looks.save(found, run)
     return found
 
 
-@contextmanager
-def spared(run: RunDir) -> Iterator[None]:
-    """Whatever goes wrong in the block is said in one line, and is not the end of a command whose work is done."""
-    try:
-        yield
-    except Exception as error:
-        said = " ".join(str(error).split()) or "no more is known"
-        console.complain(
-            f"the report was not written ({type(error).__name__}: {said}); all else of {run.path} is whole. To try"
-            f" again, and see more: bingo-compress report {run.path}"
-        )
+def renew(run: RunDir) -> None:
+    """Write a run's own page with what the run has now; a failure is said, and the command's work stands."""
+
+    def again() -> None:
+        with looking.spared(run):
+            console.say(f"report: {write([run], run.report, View(), choose_device('auto'))}")
+
+    distributed.from_first(again)
 
 
 def render(runs: Sequence[Facts], view: View) -> str:

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from bingo_compress.html_report.facts import Facts, Row
+from bingo_compress.presenting import timing_table
+from bingo_compress.presenting.markdown import name_of, shown, title
 from bingo_compress.recipe import FILES, WORDS, Recipe, make_recipe, recipe_text
-from bingo_compress.report import timing_table
-from bingo_compress.report.markdown import name_of, shown
-from bingo_compress.report.tables import title
 from bingo_compress.runtime import console
 from bingo_compress.training.metrics import PARTS
 

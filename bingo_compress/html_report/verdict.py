@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bingo_compress.html_report.facts import Facts
-from bingo_compress.report.markdown import name_of
+from bingo_compress.presenting.markdown import name_of
 from bingo_compress.runtime import console
 
 ALONE = (

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from bingo_compress.errors import BingoError
 from bingo_compress.models import exported
-from bingo_compress.report import model_card
-from bingo_compress.report.toolchain_table import HEADER, cells
+from bingo_compress.presenting import model_card
+from bingo_compress.presenting.toolchain_table import HEADER, cells
 from bingo_compress.runtime import console
 from bingo_compress.runtime.run_dir import RunDir, made_by, read_json, refuse_no_file, write_text
 from bingo_compress.toolchains import child

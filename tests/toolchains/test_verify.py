@@ -15,7 +15,7 @@ from test_cli import one_error
 from bingo_compress import BingoError, verify
 from bingo_compress.exporters.golden import write_golden
 from bingo_compress.models import exported
-from bingo_compress.report import toolchain_table
+from bingo_compress.presenting import toolchain_table
 from bingo_compress.toolchains import bench, child
 from bingo_compress.toolchains.judging import judged
 from bingo_compress.toolchains.place import Place

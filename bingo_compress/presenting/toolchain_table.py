@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bingo_compress.report.markdown import plain, table
+from bingo_compress.presenting.markdown import plain, table
 from bingo_compress.runtime.console import size
 
 HEADER = ("toolchain", "version", "smallest cosine", "largest difference", "error of spread", "verdict")

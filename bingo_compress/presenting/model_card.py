@@ -11,10 +11,9 @@ import timm
 
 from bingo_compress import __version__
 from bingo_compress.models import exported
+from bingo_compress.presenting import classes_section, timing_table, toolchain_table
+from bingo_compress.presenting.markdown import CLASSES_SHOWN, name_of, plain, shown, table, title
 from bingo_compress.recipe import GIVEN, RESUME_MAY_CHANGE, Recipe, load_recipe
-from bingo_compress.report import classes_section, timing_table, toolchain_table
-from bingo_compress.report.markdown import CLASSES_SHOWN, name_of, plain, shown, table
-from bingo_compress.report.tables import title
 from bingo_compress.runtime import checkpoint, console
 from bingo_compress.runtime.run_dir import RunDir, made_by, read_json, write_text
 from bingo_compress.training.plan import loss_of
