@@ -157,8 +157,8 @@ def dry_run(words: options.Distill) -> None:
 
 @_with_words(options.Compare)
 def compare(words: options.Compare) -> Comparison:
-    """Several methods (sources: training/losses.py), or variants of one, side by side on one folder: accuracies in 0..1,
-    mean and standard deviation over seeds, each with as many student views. Raises BingoError.
+    """Several methods (sources: training/losses.py), or variants of one, side by side on one folder: accuracies in
+    0..1, mean and standard deviation over seeds, each with as many student views. Raises BingoError.
     """
     recipe, out = _recipe(words), _place(words.out)
     numbers = [part.strip() for part in words.seeds.split(",")]

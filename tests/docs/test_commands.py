@@ -64,6 +64,13 @@ def test_every_command_is_in_the_table_once_and_nothing_else_is() -> None:
     assert set(known) <= commands().keys(), "no page has these any more"
 
 
+def test_the_tests_that_a_reason_names_are_there() -> None:
+    named = [name for reason in TABLE["read"] for name in re.findall(r"(?:tests|containers)/[\w./]*\w", reason)]
+    assert len(named) > 10
+    for name in named:
+        assert (ROOT / name).exists(), name
+
+
 def read(line: str) -> None:
     """A command goes through the parser of its program. Raises where it has an option or a name that is none."""
     program, *words = shlex.split(line)

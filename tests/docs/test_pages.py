@@ -2,6 +2,7 @@
 
 import json
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,13 @@ def test_there_are_enough_pages_and_all_are_in_the_site() -> None:
     listed = re.findall(r"[\w]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
     assert len(DOCS) >= 14
     assert sorted(listed) == [page.name for page in DOCS]
+
+
+def test_every_extra_is_in_the_table_of_extras() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = (ROOT / "docs/index.md").read_text(encoding="utf-8").splitlines()
+    named = {name for line in lines if line.startswith("| `") for name in re.findall(r"`([\w-]+)`", line.split("|")[1])}
+    assert set(project["optional-dependencies"]) - {"dev"} <= named
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
