@@ -77,8 +77,8 @@ def _maybe(place: str | Path | None) -> Path | None:
 
 @_with_words(options.Check)
 def check(words: options.Check) -> "Inventory":
-    """Decode every image below `data`: counts, sizes, and each file that cannot be used with its reason; with a
-    `teacher`, which is what torch is imported for, near-copies too. Raises BingoError where none can be.
+    """Decode every image below `data`: counts, sizes in pixels, each unusable file with its reason; with a `teacher`,
+    which is what torch is imported for, near-copies too. Raises BingoError where no image can be used.
     """
     from bingo_compress.inventory import check as look
 
@@ -100,7 +100,8 @@ def check(words: options.Check) -> "Inventory":
 
 @_with_words(options.Distill)
 def distill(words: options.Distill) -> Distilled:
-    """Distil a teacher into a student on a folder of images. Raises BingoError.
+    """Distil a teacher into a student on a folder of images, by BINGO (arXiv 2107.01691) unless told otherwise; they
+    see squares of teacher_size and image_size pixels. Raises BingoError.
 
     teacher, student: a timm model by name, or an `Encoder` around a module of your own, which is left as it is: a run
     with one is resumed, validated and exported with the same module given again. Any other setting of the recipe:
@@ -141,7 +142,7 @@ def distill(words: options.Distill) -> Distilled:
 
 @_with_words(options.Distill)
 def dry_run(words: options.Distill) -> None:
-    """Print what `distill` with the same words would do and cost, and write nothing. Raises BingoError."""
+    """Print what `distill` would do and cost in bytes and seconds, and write nothing. Raises BingoError."""
     began = time.monotonic()
     recipe, out = _recipe(words), _place(words.out)
     given = _own(words.teacher, words.student)
@@ -156,7 +157,9 @@ def dry_run(words: options.Distill) -> None:
 
 @_with_words(options.Compare)
 def compare(words: options.Compare) -> Comparison:
-    """Several methods, or variants of one, side by side on one folder. Raises BingoError."""
+    """Several methods (sources: training/losses.py), or variants of one, side by side on one folder: accuracies in 0..1,
+    mean and standard deviation over seeds, each with as many student views. Raises BingoError.
+    """
     recipe, out = _recipe(words), _place(words.out)
     numbers = [part.strip() for part in words.seeds.split(",")]
     if not all(number.isdecimal() for number in numbers):
@@ -177,8 +180,9 @@ def compare(words: options.Compare) -> Comparison:
 
 @_with_words(options.Validate)
 def validate(words: options.Validate) -> Validation:
-    """Probe every model of a run on labelled images. Raises BingoError; with `require`, also where a figure is below
-    what is asked for, and then all is written.
+    """Probe every model of a run on labelled images: weighted kNN (arXiv 1805.01978), a linear probe of the features,
+    and neighbour recall, each in 0..1 with its 95% interval over test images. Raises BingoError; with `require`, also
+    where a figure is below what is asked for (exit_status 3), and then all is written.
 
     teacher, student: the modules of a run that was distilled with your own.
     """
@@ -214,8 +218,9 @@ def validate(words: options.Validate) -> Validation:
 
 @_with_words(options.Export)
 def export(words: options.Export) -> Exported:
-    """Write the student of a run as ONNX files, proven on your own images. Raises BingoError; with exit_status 3 where
-    a file is not the same model, and then it is not there.
+    """Write the student of a run as ONNX files, proven on your own images: uint8 (B, S, S, 3) or, with profile edge,
+    float32 (1, 3, S, S) in 0..1 -> embedding (B, width) of length one and features (B, width). Raises BingoError; with
+    exit_status 3 where a file is not the same model, and then it is not there.
 
     student: the module of a run that was distilled into your own.
     """
@@ -274,7 +279,7 @@ def report(words: options.Report) -> Path:
 
 @_with_words(options.Latency)
 def latency(words: options.Latency) -> tuple[Timing, ...]:
-    """Time ONNX files that take pictures, whoever made them, against each other. Raises BingoError."""
+    """Time ONNX files that take pictures against each other, in milliseconds, and their bytes. Raises BingoError."""
     json_file = _maybe(words.json)
     run_dir.refuse_no_file(json_file, "--json")
 
@@ -290,8 +295,8 @@ def latency(words: options.Latency) -> tuple[Timing, ...]:
 
 @_with_words(options.Verify)
 def verify(words: options.Verify) -> tuple[Verified, ...]:
-    """Run an exported file in toolchains and compare their answers with its own. Raises BingoError; with exit_status 3
-    where one is wrong, and then all is written.
+    """Run an exported file in toolchains and compare their answers with its own: the least cosine, in -1..1, and the
+    largest error. Raises BingoError; with exit_status 3 where one is wrong, and then all is written.
     """
     from bingo_compress.toolchains.bench import verify as run
 
@@ -301,7 +306,9 @@ def verify(words: options.Verify) -> tuple[Verified, ...]:
 
 @_with_words(options.Suggest)
 def suggest(words: options.Suggest) -> tuple[Suggestion, ...]:
-    """The students within a budget, best first; nothing where `files` are written for a device. Raises BingoError."""
+    """The students within a budget of milliseconds a picture and megabytes, best first, by ImageNet top-1 in percent as
+    their authors or timm state it; nothing where `files` are written for a device. Raises BingoError.
+    """
     places: Any = {key: _maybe(getattr(words, key)) for key in ("files", "on", "out", "plot", "json")}
 
     from bingo_compress.suggesting.suggest import suggest as find
