@@ -195,18 +195,17 @@ def validate(words: options.Validate) -> Validation:
     from bingo_compress.html_report import page
     from bingo_compress.models.trained import Given
 
-    found = prove(
-        run,
-        _asked(words.data, words, bands),
-        _asked(words.test, words, bands) if words.test else None,
-        json_file,
-        words.device,
-        extras=Extras(words.shots, words.fine_tune, words.literature, _maybe(words.against), words.report),
-        require=words.require or (),
-        given=Given(**given),
-    )
-    if words.report:
-        page.renew(run_dir.RunDir(run))
+    with page.renewed(run_dir.RunDir(run) if words.report else None):
+        found = prove(
+            run,
+            _asked(words.data, words, bands),
+            _asked(words.test, words, bands) if words.test else None,
+            json_file,
+            words.device,
+            extras=Extras(words.shots, words.fine_tune, words.literature, _maybe(words.against), words.report),
+            require=words.require or (),
+            given=Given(**given),
+        )
     rows = {row["name"]: row for row in found["rows"]}
     figures = {
         name: {
@@ -235,27 +234,21 @@ def export(words: options.Export) -> Exported:
     from bingo_compress.models.trained import Given
 
     labels, test = (_asked(data, words, bands) if data else None for data in (words.labels, words.test))
-    files = write(
-        _place(words.run),
-        _maybe(words.out),
-        _asked(words.data, words, bands) if words.data else None,
-        words.format,
-        shape=Shape(
-            words.profile,
-            words.batch,
-            words.opset,
-            words.image_size,
-            words.input,
-            words.outputs,
-            tuple(words.python or ()),
-        ),
-        int8=Int8(labels, test, words.max_loss, words.finetune, _maybe(words.calibration_set)),
-        given=Given(**given),
-        head=words.head,
-    )
     opened = run_dir.RunDir(_place(words.run))
-    if words.report and files[0].parent.resolve() == opened.export.resolve():
-        page.renew(opened)
+    own = words.out is None or _place(words.out).resolve() == opened.export.resolve()
+    form = (words.profile, words.batch, words.opset, words.image_size, words.input, words.outputs)
+    shape = Shape(*form, pythons=tuple(words.python or ()))
+    with page.renewed(opened if words.report and own else None):
+        files = write(
+            _place(words.run),
+            _maybe(words.out),
+            _asked(words.data, words, bands) if words.data else None,
+            words.format,
+            shape=shape,
+            int8=Int8(labels, test, words.max_loss, words.finetune, _maybe(words.calibration_set)),
+            given=Given(**given),
+            head=words.head,
+        )
     return Exported(tuple(files), files[0].with_name(exported.CARD))
 
 

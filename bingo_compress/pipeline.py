@@ -73,8 +73,7 @@ def run_distill(
     plan = plan_run(models, len(folder.files), device, before.threads if before else 0)
     any_views = before is None and "views" not in asked.model_fields_set
     plan, rates = _expected(plan, models, folder, any_views, began, new=not (out / "work").exists())
-    if not out.exists():
-        _refuse_too_little_space(plan, models.student, folder, out)
+    _refuse_too_little_space(plan, models.student, folder, out)
     distributed.barrier()  # no process looks at --out after the first has made it
     run = distributed.from_first(lambda: run_dir.open_new(out, resume=resume, overwrite=overwrite))
     _keep(run, plan)
@@ -87,8 +86,7 @@ def run_distill(
     plan = plan.on(anchors_count(plan, material))
     distributed.from_first(lambda: report(material.folder, run.quarantine))
     console.say(f"{len(material.training):,} images to train on, {len(material.held):,} held out; {plan.describe()}")
-    if copies := near_copies.describe(material.scenes, material.folder.files):
-        console.say(f"{copies}; {NEAR[plan.recipe.duplicates == 'near']}")
+    _say_copies(plan, material)
     say_smaller(plan)
     bags = make_bags(plan, models.teacher, material)
     distributed.from_first(lambda: _save_beginning(run, plan, models.student, material, bags))
@@ -103,7 +101,6 @@ def run_distill(
         distributed.from_first(lambda: trained.save_student(models.student, run, plan.recipe, made))
         recall = held_out_recall(run, plan, models.student, material)
         distributed.from_first(lambda: _close(run, plan, models, material, facts, recall))
-        distributed.from_first(lambda: run_dir.drop_stale(run.work, "closing", set()))
         if look:
             distributed.from_first(lambda: _look(run, plan, models.student, material, bags, picture))
     return run
@@ -131,6 +128,11 @@ def _expected(
     return budget.expected(plan, rates, len(folder.files), gone, any_views=any_views, refuse=new), rates
 
 
+def _say_copies(plan: Plan, material: Material) -> None:
+    if copies := near_copies.describe(material.scenes, material.folder.files):
+        console.say(f"{copies}; {NEAR[plan.recipe.duplicates == 'near']}")
+
+
 def _keep(run: run_dir.RunDir, plan: Plan) -> None:
     """resolved.yaml; epochs are not chosen yet while there is a time."""
     epochs = 0 if plan.recipe.time else plan.recipe.epochs
@@ -146,6 +148,8 @@ def _refuse_other_inputs(models: Models, folder: ImageList, out: Path) -> None:
 
 def _refuse_too_little_space(plan: Plan, student: Encoder, folder: ImageList, out: Path) -> None:
     """Before anything is written: one image at least can be decoded, and the disk is large enough."""
+    if out.exists():
+        return
     count = len(folder.files)
     extract.pixels_of(student.preprocessing, folder, range(count), 1)
     above = next(parent for parent in out.resolve().parents if parent.is_dir())
@@ -209,7 +213,9 @@ def _close(
     facts: dict[str, float],
     recall: dict[str, Any],
 ) -> None:
-    """summary.json and the closing table. recall: of `held_out_recall`."""
+    """summary.json and the closing table; what was kept to make it is not needed any more. recall: of
+    `held_out_recall`.
+    """
     summary: dict[str, Any] = {
         "version": __version__,
         "run_id": run_dir.stage_key(recipe=deciding(plan.recipe), student=weights_digest(models.student)),

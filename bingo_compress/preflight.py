@@ -81,12 +81,15 @@ def _refuse_unknown(word: str, option: str) -> None:
     if on_hub(word) or spec is None or not spec.submodule_search_locations:
         return
     name = word.removeprefix("timm/").partition(".")[0]
-    source = "".join(
-        file.read_text(encoding="utf-8") for file in Path(spec.submodule_search_locations[0], "models").glob("*.py")
-    )
-    if name in FAMILIES or name in OWN or re.search(rf"\b{re.escape(name)}\b", source):
+    if name in FAMILIES or name in OWN:
         return
-    known = [*re.findall(r"^@register_model\s+def (\w+)", source, re.MULTILINE), *OWN, *FAMILIES]
+    files = Path(spec.submodule_search_locations[0], "models").glob("*.py")
+    sources = [file.read_text(encoding="utf-8") for file in files]
+    # A plain search takes a hundredth of the time of one for a whole word.
+    if any(name in source and re.search(rf"\b{re.escape(name)}\b", source) for source in sources):
+        return
+    named = [name for source in sources for name in re.findall(r"^@register_model\s+def (\w+)", source, re.MULTILINE)]
+    known = [*named, *OWN, *FAMILIES]
     raise unknown(word, option, known)
 
 

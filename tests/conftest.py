@@ -7,6 +7,7 @@ torch and the program are imported within, by the processes that run tests and n
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,7 +34,12 @@ def traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     import torch
     import traced
 
-    with mock.patch.object(torch.onnx, "export", traced.once(tmp_path_factory.mktemp("graphs"))):
+    home = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        home = home.parent  # of all processes of this session
+    kept = home / "graphs"
+    kept.mkdir(exist_ok=True)
+    with mock.patch.object(torch.onnx, "export", traced.once(kept)), traced.one_registry():
         yield
 
 

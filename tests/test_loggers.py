@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import TINY, photos
+from helpers import photos
 
 from bingo_compress import distill, loggers
 from bingo_compress.errors import BingoError
@@ -82,9 +82,9 @@ def test_what_is_not_there_is_refused_before_the_run(
     name: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    words: dict[str, Any] = {**TINY, "data": photos(tmp_path / "photos", 1), "out": tmp_path / "run", "logger": name}
+    data, weights = photos(tmp_path / "photos", 1), {"teacher_weights": "random", "student_weights": "random"}
     with pytest.raises(BingoError, match=said):
-        distill(**words, progress=False)
+        distill(data=data, teacher="test_resnet", student="test_vit", out=tmp_path / "run", logger=name, **weights)
     assert not (tmp_path / "run").exists()
 
 

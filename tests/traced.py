@@ -2,6 +2,7 @@
 without coverage's eyes, which double the time and see nothing of ours.
 """
 
+import functools
 import hashlib
 import os
 import shutil
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -23,6 +25,18 @@ def unwatched() -> Iterator[None]:
         yield
     finally:
         sys.settrace(watching)
+
+
+@contextmanager
+def one_registry() -> Iterator[None]:
+    """torch reads its translations to ONNX, the same 500 functions, anew for every file, which is a fifth of the time:
+    here once a process.
+    """
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    read = functools.cache(ONNXRegistry.from_torchlib)
+    with mock.patch.object(ONNXRegistry, "from_torchlib", staticmethod(read)):
+        yield
 
 
 def once(kept: Path) -> Callable[..., None]:

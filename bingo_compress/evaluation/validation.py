@@ -19,7 +19,7 @@ from bingo_compress.evaluation import finetune, probes, scores
 from bingo_compress.evaluation.protocol import FIGURES, NO_EXTRAS, Extras, figures_of, protocol
 from bingo_compress.evaluation.scores import Sides
 from bingo_compress.features import extract, neighbours
-from bingo_compress.html_report import mistakes
+from bingo_compress.html_report import looking, mistakes
 from bingo_compress.models import exported, trained
 from bingo_compress.models.encoder import Encoder, Preprocessing, weights_digest
 from bingo_compress.models.exported import onnx_runner
@@ -191,8 +191,9 @@ def _differences(right: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
 
 
 def _keep_mistakes(run: run_dir.RunDir, row: dict[str, Any], sides: Sides, head: probes.LinearHead) -> None:
-    tested = sides.query_folder.only(sides.query_places)
-    mistakes.save(run, row, tested, head.logits(sides.queries["student"]), sides.query_labels, sides.classes)
+    tested, logits = sides.query_folder.only(sides.query_places), head.logits(sides.queries["student"])
+    with looking.spared(run):
+        mistakes.save(run, row, tested, logits, sides.query_labels, sides.classes)
 
 
 def _write(

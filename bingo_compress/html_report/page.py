@@ -1,6 +1,7 @@
 """The page itself: sections of what is known, in one file with everything in it that shows them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from bingo_compress.runtime.devices import choose_device
 from bingo_compress.runtime.run_dir import RunDir, write_text
 
 ASSETS = Path(__file__).with_name("assets")
+JUDGED = 3  # the exit status of a file, or a student, that is not as good as asked for
 
 
 def write(runs: Sequence[RunDir], target: Path, view: View, device: torch.device, *, keep: bool = True) -> Path:
@@ -71,6 +73,21 @@ def renew(run: RunDir) -> None:
             console.say(f"report: {write([run], run.report, View(), choose_device('auto'))}")
 
     distributed.from_first(again)
+
+
+@contextmanager
+def renewed(run: RunDir | None) -> Iterator[None]:
+    """After the block `renew` the page of a run; also where the block ends with a judgement, whose figures stand then.
+    None: nothing.
+    """
+    try:
+        yield
+    except BingoError as error:
+        if run and error.exit_status == JUDGED:
+            renew(run)
+        raise
+    if run:
+        renew(run)
 
 
 def render(runs: Sequence[Facts], view: View) -> str:

@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import Ran, command, flags, photo
+from helpers import Ran, command, photo
 from PIL import Image
 
 import bingo_compress
+from bingo_compress import exporting
+from bingo_compress.errors import BingoError
 from bingo_compress.html_report import looks, page, sections, verdict
 from bingo_compress.html_report.facts import Facts
 from bingo_compress.html_report.sections import View
@@ -221,8 +223,9 @@ def test_a_page_that_cannot_be_written_is_said_and_loses_nothing(
         raise ZeroDivisionError("of a\nbug")
 
     monkeypatch.setattr(page, "render", broken)
+    monkeypatch.setattr(exporting, "export", lambda *_, **__: [run.export / "student.onnx"])
     ran = command(monkeypatch, capsys, "export", "--run", run.path, "--report")
-    assert ran.status == 0 and (run.export / "student.onnx").is_file()
+    assert ran.status == 0
     (line,) = ran.err.splitlines()
     assert (
         "report was not written (ZeroDivisionError: of a bug)" in line and f"bingo-compress report {run.path}" in line
@@ -231,10 +234,27 @@ def test_a_page_that_cannot_be_written_is_said_and_loses_nothing(
         bingo_compress.report(runs=[run.path], progress=False)
 
 
-def test_no_report_is_none(world: Path, tmp_path: Path, bingo: Callable[..., Ran]) -> None:
-    ran = bingo("distill", *flags(data=world / HUSH, epochs=1, views=1), "--out", tmp_path / "run")
-    assert ran.status == 0 and "report" not in ran.out
-    assert not list((tmp_path / "run").rglob("report.html")) and not list((tmp_path / "run").rglob("looks*"))
+def test_no_report_is_none(run: RunDir, monkeypatch: pytest.MonkeyPatch, bingo: Callable[..., Ran]) -> None:
+    run.report.unlink()
+    monkeypatch.setattr(exporting, "export", lambda *_, **__: [run.export / "student.onnx"])
+    assert bingo("export", "--run", run.path).status == 0 and not run.report.exists()
+    ran = bingo("export", "--run", run.path, "--report")
+    assert ran.status == 0 and ran.out == f"report: {run.report}\n" and run.report.exists()
+
+
+def test_a_judgement_ends_the_command_and_is_on_the_page(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, bingo: Callable[..., Ran]
+) -> None:
+    status = 3
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise BingoError("not good enough", status)
+
+    monkeypatch.setattr(exporting, "export", refused)
+    for status, there in ((3, True), (2, False)):
+        run.report.unlink(missing_ok=True)
+        ran = bingo("export", "--run", run.path, "--report")
+        assert ran.status == status and "not good enough" in ran.err and run.report.exists() == there
 
 
 def test_a_place_on_the_map_is_packed_within_a_level() -> None:
