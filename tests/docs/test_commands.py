@@ -137,7 +137,8 @@ def test_the_commands_that_are_run_do_what_the_pages_say(
         else:
             assert program == "python" and words[0] == "-c"
             exec(words[1], {})
-    assert (tmp_path / "proof.json").is_file() and (tmp_path / "index.npz").is_file()
+    for name in ("runs/first/report.html", "proof.json", "index.npz"):
+        assert (tmp_path / name).is_file(), name
     assert int(capsys.readouterr().out.split()[-1]) > 0  # the width of the student in timm
 
 
