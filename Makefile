@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+DOCS := .venv/docs
 # A process a core, of one thread each: threads of their own would only wait for each other.
 # A test that has two all the same lets them sleep, not spin, while they wait for a core.
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
@@ -9,7 +10,7 @@ PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --nu
 # Where it is set, as in many images, each start of the program would compile again what it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo demo-short test unit check lint bench gpu-pack soak kits toolchains constraints clean
+.PHONY: demo demo-short test unit check lint docs bench gpu-pack soak kits toolchains constraints docs-constraints clean
 
 demo: $(READY)
 	$(BIN)/bingo-compress demo --overwrite
@@ -29,6 +30,12 @@ lint: $(READY)
 	$(BIN)/mypy
 
 check: lint test
+
+# Pages made of the source, the notebook from top to bottom, then the site in build/site; a link that leads nowhere ends it.
+docs: $(DOCS)/.ready
+	$(DOCS)/bin/python docs/generate.py
+	$(DOCS)/bin/jupyter-execute docs/tutorial.ipynb
+	$(DOCS)/bin/mkdocs build --quiet --strict
 
 # The long part. Kills, stops, full disks, a lost worker; then stale state: an hour at most for each. The last results are in docs/reliability.md.
 soak: $(READY)
@@ -68,10 +75,21 @@ $(READY): constraints.txt pyproject.toml export/pyproject.toml
 	$(BIN)/uv pip install --python $(BIN)/python --quiet --no-deps --no-build-isolation -e .
 	touch $(READY)
 
+# The tools of the docs in an environment of their own, which sees the program's packages too.
+$(DOCS)/.ready: $(READY) docs/requirements.txt
+	$(BIN)/python -m venv --without-pip $(DOCS)
+	$(BIN)/uv pip install --python $(DOCS)/bin/python --quiet --require-hashes -r docs/requirements.txt
+	cd $(DOCS)/lib/python3*/site-packages && $(CURDIR)/$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' > program.pth
+	touch $@
+
 # Versions and hashes of everything CI and the demo install, for Linux and macOS, Python 3.11 and newer.
 constraints: $(READY)
 	$(BIN)/uv pip compile pyproject.toml --extra cpu --extra demo --extra dev --universal --python-version 3.11 \
 		--generate-hashes --no-annotate --no-header --no-emit-index-url --quiet --upgrade -o constraints.txt
+
+docs-constraints: $(READY)
+	$(BIN)/uv pip compile docs/requirements.in --universal --python-version 3.11 \
+		--generate-hashes --no-annotate --no-header --no-emit-index-url --quiet --upgrade -o docs/requirements.txt
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .coverage

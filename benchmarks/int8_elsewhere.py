@@ -9,9 +9,6 @@ share of an image's five nearest others that stay.
 """
 
 import argparse
-import json
-import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +18,7 @@ from bingo_edge.model import network_input
 from numpy.typing import NDArray
 
 from bingo_compress.models import exported
-from bingo_compress.toolchains.bench import Place, _places, _ran, _version
+from bingo_compress.toolchains.place import NoAnswer, answers, places, version
 
 NEAR = 5
 
@@ -35,7 +32,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=600.0)
     chosen = parser.parse_args()
-    places = [place for place in _places(f"onnxruntime,{chosen.names}", chosen.python) if _version(place)]
+    tried = [place for place in places(f"onnxruntime,{chosen.names}", chosen.python) if version(place)]
     photos = sorted(path for path in chosen.photos.rglob("*") if path.is_file())
     photos = photos[:: max(1, len(photos) // chosen.images)][: chosen.images]
     for folder in chosen.folders:
@@ -43,15 +40,16 @@ def main() -> None:
         pixels = np.stack([pixels_of(exact, photo) for photo in photos])
         expected = exact.infer(pixels)[0]
         print(f"{file} on {len(photos)} photos: {Embedder(file).contract['int8']['rung']}")
-        for place in places:
+        for place in tried:
             try:
-                found = embeddings(place, file, pixels, chosen.seconds)
-            except (OSError, subprocess.SubprocessError) as error:
-                print(f"  {place.toolchain} {_version(place)}: no answer ({type(error).__name__})")
+                outputs, _ = answers(place, file, network_input(Embedder(file).contract, pixels), chosen.seconds)
+            except NoAnswer as nothing:
+                print(f"  {place.toolchain} {version(place)}: {nothing}")
                 continue
+            found = outputs["embedding"]
             cosines = (found * expected).sum(1) / np.linalg.norm(found, axis=1)
             print(
-                f"  {place.toolchain} {_version(place)}: mean {cosines.mean():.4f}, smallest {cosines.min():.4f},"
+                f"  {place.toolchain} {version(place)}: mean {cosines.mean():.4f}, smallest {cosines.min():.4f},"
                 f" {NEAR} nearest that stay {stay(found, expected):.3f}",
                 flush=True,
             )
@@ -61,20 +59,6 @@ def pixels_of(embedder: Embedder, photo: Path) -> NDArray[np.uint8]:
     from bingo_edge.image import load_image, preprocess_from
 
     return preprocess_from(embedder.contract, load_image(photo))
-
-
-def embeddings(place: Place, file: Path, pixels: NDArray[np.uint8], seconds: float) -> NDArray[np.float64]:
-    """(n, D), one picture at a time. Raises OSError where none come out."""
-    given: Any = network_input(Embedder(file).contract, pixels)[:, None]
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "work").mkdir()
-        np.save(folder / "batches.npy", given)
-        job = {"file": str(file.resolve()), "input": "image", "outputs": list(Embedder(file).contract["outputs"])}
-        (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
-        _ran(place, folder, seconds)
-        with np.load(folder / "outputs.npz", allow_pickle=False) as held:
-            return np.asarray(held["embedding"].reshape(len(pixels), -1), np.float64)
 
 
 def stay(found: NDArray[np.float64], expected: NDArray[Any]) -> float:

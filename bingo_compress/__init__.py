@@ -5,7 +5,18 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bingo_compress.api import check, compare, distill, export, latency, load_student, suggest, validate, verify
+    from bingo_compress.api import (
+        check,
+        compare,
+        distill,
+        export,
+        latency,
+        load_student,
+        report,
+        suggest,
+        validate,
+        verify,
+    )
     from bingo_compress.errors import BingoError
     from bingo_compress.models.encoder import Encoder, Preprocessing
     from bingo_compress.recipe import Recipe
@@ -25,6 +36,7 @@ __all__ = [
     "export",
     "latency",
     "load_student",
+    "report",
     "suggest",
     "validate",
     "verify",

@@ -12,13 +12,14 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from bingo_compress import options, preflight
+from bingo_compress import loggers, options, preflight
 from bingo_compress.errors import BingoError
 from bingo_compress.recipe import GIVEN, KEYS, Recipe, load_recipe, make_recipe, parse_setting, recipe_file
 from bingo_compress.results import Comparison, Distilled, Exported, Figure, Suggestion, Timing, Validation, Verified
 from bingo_compress.runtime import console, run_dir
 from bingo_compress.sources.listed import Columns
 from bingo_compress.sources.opened import Asked, asked
+from bingo_compress.words import Data
 
 if TYPE_CHECKING:
     from bingo_compress.inventory import Inventory
@@ -63,7 +64,7 @@ def _place(place: str | Path) -> Path:
     return Path(os.path.expanduser(place))
 
 
-def _asked(data: options.Data, words: options.Check | options.Validate | options.Export | Columns, bands: str) -> Asked:
+def _asked(data: Data, words: options.Check | options.Validate | options.Export | Columns, bands: str) -> Asked:
     """Images, with `~` as the home folder, the columns that the words name, and `Asked.bands`."""
     places = asked(data).places
     columns = words if isinstance(words, Columns) else Columns(words.image_column, words.label_column)
@@ -76,8 +77,8 @@ def _maybe(place: str | Path | None) -> Path | None:
 
 @_with_words(options.Check)
 def check(words: options.Check) -> "Inventory":
-    """Decode every image below `data`: counts, sizes, and each file that cannot be used with its reason; with a
-    `teacher`, which is what torch is imported for, near-copies too. Raises BingoError where none can be.
+    """Decode every image below `data`: counts, sizes in pixels, each unusable file with its reason; with a `teacher`,
+    which is what torch is imported for, near-copies too. Raises BingoError where no image can be used.
     """
     from bingo_compress.inventory import check as look
 
@@ -99,7 +100,8 @@ def check(words: options.Check) -> "Inventory":
 
 @_with_words(options.Distill)
 def distill(words: options.Distill) -> Distilled:
-    """Distil a teacher into a student on a folder of images. Raises BingoError.
+    """Distil a teacher into a student on a folder of images, by BINGO (arXiv 2107.01691) unless told otherwise; they
+    see squares of teacher_size and image_size pixels. Raises BingoError.
 
     teacher, student: a timm model by name, or an `Encoder` around a module of your own, which is left as it is: a run
     with one is resumed, validated and exported with the same module given again. Any other setting of the recipe:
@@ -109,14 +111,25 @@ def distill(words: options.Distill) -> Distilled:
     recipe, out = _recipe(words), _place(words.out)
     given = _own(words.teacher, words.student)
     preflight.refuse_early(recipe, out, given, resume=words.resume, overwrite=words.overwrite)
+    loggers.refuse_absent(words.logger)
 
     from bingo_compress import pipeline
+    from bingo_compress.html_report import page
     from bingo_compress.models.trained import Given
 
     _refuse_unread(words, recipe, [recipe])
     run = pipeline.run_distill(
-        recipe, out, resume=words.resume, overwrite=words.overwrite, given=Given(**given), began=began
+        recipe,
+        out,
+        resume=words.resume,
+        overwrite=words.overwrite,
+        given=Given(**given),
+        began=began,
+        look=words.report,
+        logger=words.logger,
     )
+    if words.report:
+        page.renew(run)
     summary = run_dir.read_json("distill", run.summary)
     return Distilled(
         run.path,
@@ -129,7 +142,7 @@ def distill(words: options.Distill) -> Distilled:
 
 @_with_words(options.Distill)
 def dry_run(words: options.Distill) -> None:
-    """Print what `distill` with the same words would do and cost, and write nothing. Raises BingoError."""
+    """Print what `distill` would do and cost in bytes and seconds, and write nothing. Raises BingoError."""
     began = time.monotonic()
     recipe, out = _recipe(words), _place(words.out)
     given = _own(words.teacher, words.student)
@@ -144,7 +157,9 @@ def dry_run(words: options.Distill) -> None:
 
 @_with_words(options.Compare)
 def compare(words: options.Compare) -> Comparison:
-    """Several methods, or variants of one, side by side on one folder. Raises BingoError."""
+    """Several methods (sources: training/losses.py), or variants of one, side by side on one folder: accuracies in 0..1,
+    mean and standard deviation over seeds, each with as many student views. Raises BingoError.
+    """
     recipe, out = _recipe(words), _place(words.out)
     numbers = [part.strip() for part in words.seeds.split(",")]
     if not all(number.isdecimal() for number in numbers):
@@ -165,8 +180,9 @@ def compare(words: options.Compare) -> Comparison:
 
 @_with_words(options.Validate)
 def validate(words: options.Validate) -> Validation:
-    """Probe every model of a run on labelled images. Raises BingoError; with `require`, also where a figure is below
-    what is asked for, and then all is written.
+    """Probe every model of a run on labelled images: weighted kNN (arXiv 1805.01978), a linear probe of the features,
+    and neighbour recall, each in 0..1 with its 95% interval over test images. Raises BingoError; with `require`, also
+    where a figure is below what is asked for (exit_status 3), and then all is written.
 
     teacher, student: the modules of a run that was distilled with your own.
     """
@@ -176,18 +192,20 @@ def validate(words: options.Validate) -> Validation:
 
     from bingo_compress.evaluation.protocol import Extras
     from bingo_compress.evaluation.validation import validate as prove
+    from bingo_compress.html_report import page
     from bingo_compress.models.trained import Given
 
-    found = prove(
-        run,
-        _asked(words.data, words, bands),
-        _asked(words.test, words, bands) if words.test else None,
-        json_file,
-        words.device,
-        extras=Extras(words.shots, words.fine_tune, words.literature, _maybe(words.against)),
-        require=words.require or (),
-        given=Given(**given),
-    )
+    with page.renewed(run_dir.RunDir(run) if words.report else None):
+        found = prove(
+            run,
+            _asked(words.data, words, bands),
+            _asked(words.test, words, bands) if words.test else None,
+            json_file,
+            words.device,
+            extras=Extras(words.shots, words.fine_tune, words.literature, _maybe(words.against), words.report),
+            require=words.require or (),
+            given=Given(**given),
+        )
     rows = {row["name"]: row for row in found["rows"]}
     figures = {
         name: {
@@ -200,8 +218,9 @@ def validate(words: options.Validate) -> Validation:
 
 @_with_words(options.Export)
 def export(words: options.Export) -> Exported:
-    """Write the student of a run as ONNX files, proven on your own images. Raises BingoError; with exit_status 3 where
-    a file is not the same model, and then it is not there.
+    """Write the student of a run as ONNX files, proven on your own images: uint8 (B, S, S, 3) or, with profile edge,
+    float32 (1, 3, S, S) in 0..1 -> embedding (B, width) of length one and features (B, width). Raises BingoError; with
+    exit_status 3 where a file is not the same model, and then it is not there.
 
     student: the module of a run that was distilled into your own.
     """
@@ -210,26 +229,57 @@ def export(words: options.Export) -> Exported:
 
     from bingo_compress.exporting import Int8, Shape
     from bingo_compress.exporting import export as write
+    from bingo_compress.html_report import page
     from bingo_compress.models import exported
     from bingo_compress.models.trained import Given
 
     labels, test = (_asked(data, words, bands) if data else None for data in (words.labels, words.test))
-    files = write(
-        _place(words.run),
-        _maybe(words.out),
-        _asked(words.data, words, bands) if words.data else None,
-        words.format,
-        shape=Shape(words.profile, words.batch, words.opset, words.image_size, words.input, words.outputs),
-        int8=Int8(labels, test, words.max_loss, words.finetune, _maybe(words.calibration_set)),
-        given=Given(**given),
-        head=words.head,
-    )
+    opened = run_dir.RunDir(_place(words.run))
+    own = words.out is None or _place(words.out).resolve() == opened.export.resolve()
+    form = (words.profile, words.batch, words.opset, words.image_size, words.input, words.outputs)
+    shape = Shape(*form, pythons=tuple(words.python or ()))
+    with page.renewed(opened if words.report and own else None):
+        files = write(
+            _place(words.run),
+            _maybe(words.out),
+            _asked(words.data, words, bands) if words.data else None,
+            words.format,
+            shape=shape,
+            int8=Int8(labels, test, words.max_loss, words.finetune, _maybe(words.calibration_set)),
+            given=Given(**given),
+            head=words.head,
+        )
     return Exported(tuple(files), files[0].with_name(exported.CARD))
+
+
+@_with_words(options.Report)
+def report(words: options.Report) -> Path:
+    """Write the page on one finished run, or on several side by side: one HTML file that needs no network. Returns it.
+    What it shows of a run's images is taken from the run's work folder, or made anew there where `out` is not given.
+    Raises BingoError.
+    """
+    places, out = list(map(_place, words.runs)), _maybe(words.out)
+    for place in places:
+        run_dir.open_finished(place)
+    if len(places) != 1 and out is None:
+        raise BingoError(f"--out: expected a file for the page on {len(places)} runs, found none; give --out runs.html")
+    run_dir.refuse_no_file(out, "--out")
+
+    from bingo_compress.html_report import page
+    from bingo_compress.html_report.sections import View
+    from bingo_compress.runtime.devices import choose_device
+
+    if out is None:
+        run_dir.hold(places[0], "--run")
+    runs, view = list(map(run_dir.RunDir, places)), View(words.images, words.paths)
+    written = page.write(runs, out or runs[0].report, view, choose_device(words.device), keep=out is None)
+    console.say(f"report: {written}")
+    return written
 
 
 @_with_words(options.Latency)
 def latency(words: options.Latency) -> tuple[Timing, ...]:
-    """Time ONNX files that take pictures, whoever made them, against each other. Raises BingoError."""
+    """Time ONNX files that take pictures against each other, in milliseconds, and their bytes. Raises BingoError."""
     json_file = _maybe(words.json)
     run_dir.refuse_no_file(json_file, "--json")
 
@@ -245,8 +295,8 @@ def latency(words: options.Latency) -> tuple[Timing, ...]:
 
 @_with_words(options.Verify)
 def verify(words: options.Verify) -> tuple[Verified, ...]:
-    """Run an exported file in toolchains and compare their answers with its own. Raises BingoError; with exit_status 3
-    where one is wrong, and then all is written.
+    """Run an exported file in toolchains and compare their answers with its own: the least cosine, in -1..1, and the
+    largest error. Raises BingoError; with exit_status 3 where one is wrong, and then all is written.
     """
     from bingo_compress.toolchains.bench import verify as run
 
@@ -256,7 +306,9 @@ def verify(words: options.Verify) -> tuple[Verified, ...]:
 
 @_with_words(options.Suggest)
 def suggest(words: options.Suggest) -> tuple[Suggestion, ...]:
-    """The students within a budget, best first; nothing where `files` are written for a device. Raises BingoError."""
+    """The students within a budget of milliseconds a picture and megabytes, best first, by ImageNet top-1 in percent as
+    their authors or timm state it; nothing where `files` are written for a device. Raises BingoError.
+    """
     places: Any = {key: _maybe(getattr(words, key)) for key in ("files", "on", "out", "plot", "json")}
 
     from bingo_compress.suggesting.suggest import suggest as find

@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,8 +17,8 @@ from typer.core import TyperCommand
 
 from bingo_compress import __version__, options
 from bingo_compress.errors import BingoError
-from bingo_compress.options import GROUPS, Word
 from bingo_compress.runtime import machine, signals
+from bingo_compress.words import GROUPS, Word
 
 INTERRUPTED = 130
 CLOSED_PIPE = 1  # as typer and rich end where they notice it
@@ -107,6 +108,12 @@ def _demo(**given: Any) -> None:
     demo(options.Demo(**given))
 
 
+def _runs(folder: Path, json: Path | None) -> None:
+    from bingo_compress.run_table import runs
+
+    runs(folder, json)
+
+
 def _models(pattern: str) -> None:
     from bingo_compress.models.catalogue import show
 
@@ -118,9 +125,11 @@ _command("distill", options.DistillOrTry, _distill)
 _command("compare", options.Compare)
 _command("validate", options.Validate)
 _command("export", options.Export)
+_command("report", options.Report)
 _command("latency", options.Latency)
 _command("verify", options.Verify)
 _command("suggest", options.Suggest)
+_command("runs", options.Runs, _runs)
 _command("demo", options.Demo, _demo)
 _command("models", options.Models, _models)
 

@@ -18,13 +18,14 @@ from bingo_edge.model import Embedder, latency_ms
 
 from bingo_compress import options
 from bingo_compress.errors import BingoError
+from bingo_compress.evaluation.protocol import Extras
 from bingo_compress.evaluation.validation import validate
 from bingo_compress.exporting import export
+from bingo_compress.html_report import page
 from bingo_compress.models import exported
 from bingo_compress.pipeline import run_distill
+from bingo_compress.presenting.markdown import figure, title
 from bingo_compress.recipe import RECIPES_DIR, load_recipe, recipe_text
-from bingo_compress.report.markdown import figure
-from bingo_compress.report.tables import title
 from bingo_compress.runtime import console
 from bingo_compress.runtime.run_dir import open_new, write_text
 
@@ -67,9 +68,10 @@ def demo(words: options.Demo) -> None:
         },
     )
     write_text(run.recipe, recipe_text(recipe))  # --overwrite clears only what it knows for a run
-    run_distill(recipe, out, overwrite=True)
+    run_distill(recipe, out, overwrite=True, look=words.report)
     export(out)
-    result = validate(out, train, test, out / "validation.json", device=recipe.device)
+    extras = Extras(mistakes=words.report)
+    result = validate(out, train, test, out / "validation.json", device=recipe.device, extras=extras)
     file = exported.files(run.export)["onnx"]
     _closing(result, file, time.monotonic() - began)
     photo = min((test / "defective").iterdir())
@@ -78,6 +80,8 @@ def demo(words: options.Demo) -> None:
         f"the file on a device, without torch; a photo of a defective cell: bingo-edge {shlex.join(words_of_edge)}"
     )
     edge(words_of_edge)
+    if words.report:
+        page.renew(run)
     console.say(
         "your own photos: bingo-compress distill --data PHOTOS --teacher resnet50 --student mobilenetv3 --out"
         " runs/mine; then bingo-compress export --run runs/mine"

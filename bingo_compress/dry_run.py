@@ -8,8 +8,8 @@ import torch
 from bingo_compress import budget
 from bingo_compress.data.pixel_store import guess
 from bingo_compress.models.trained import NOTHING_GIVEN, Given, Models, build_models
+from bingo_compress.presenting.tables import header
 from bingo_compress.recipe import Recipe, recipe_text
-from bingo_compress.report.tables import header
 from bingo_compress.runtime import console, machine
 from bingo_compress.sources.opened import absolute_recipe
 from bingo_compress.training.material import split

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bingo_compress import __version__
+from bingo_compress import __version__, converting
 from bingo_compress.data import image_list, listing
 from bingo_compress.errors import BingoError
 from bingo_compress.exporters import calibration_set, fp16, timing
@@ -26,8 +26,8 @@ from bingo_compress.models import exported
 from bingo_compress.models.encoder import Encoder
 from bingo_compress.models.exported import runner_by_name
 from bingo_compress.models.trained import NOTHING_GIVEN, Given, load_student
+from bingo_compress.presenting import model_card
 from bingo_compress.recipe import Recipe, load_recipe
-from bingo_compress.report import model_card
 from bingo_compress.runtime import console, run_dir
 from bingo_compress.sources.opened import Data, numbers, of_recipe
 
@@ -52,6 +52,7 @@ class Shape:
     image_size: int | None = None
     taken: str | None = None
     outputs: str | None = None
+    pythons: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -83,14 +84,15 @@ def export(
     head: str = "",
 ) -> list[Path]:
     """Export the student of a run: student.onnx, proven on IMAGES of the user's own images, and what FORMATS makes of
-    it, judged on GALLERY others. Returns the files.
+    it, judged on GALLERY others. Returns the files. Raises BingoError; exit status 3: a file is refused, not there.
 
-    out: folder, default RUN/export; data: where the images are now, default where they were; given: the module of the
-    user's own that the run's student is; head: of fitting.KINDS, fitted on int8.labels, or a file of a head: classes
-    in every file. Of another export nothing is left. Raises BingoError; exit status 3: a file is refused, not there.
+    fmt: "all" (of ONNX), or some of "onnx", FORMATS and, made of student.onnx, exported.CONVERTED with commas between;
+    out: default RUN/export; data: where the images are now, default where they were; given: the user's own module that
+    the student is; head: of fitting.KINDS, fitted on int8.labels, or a file of a head. Of another export nothing stays.
     """
     wanted = form(shape.profile, shape.batch, shape.opset, shape.taken, shape.outputs)
     rows = _rows(fmt, int8, head, wanted)
+    toolchains = converting.opened(rows, shape.pythons, wanted)
     labelled = _open_labelled(int8, run_path)
     run = run_dir.open_finished(run_path)
     held = _hold(run, out)
@@ -99,12 +101,11 @@ def export(
     folder = listing.list_images(data or of_recipe(recipe), work=run.work)
     if held:
         image_list.keep(run.work, folder, *(labelled or ()))
-    judged = [row for row in rows if row != "onnx"]
+    judged = [row for row in rows if row in FORMATS]
     most = CALIBRATION + GALLERY if judged or int8.calibration_set else IMAGES
-    order, pixels = _pixels(student, folder, fmt, most, halved=int8.finetune)
+    order, pixels = _pixels(student, folder, judged, most, halved=int8.finetune)
     calibration, gallery = pixels.tensor_split([min(CALIBRATION, len(pixels) // 3)])
-    target = (out or run.export) / exported.name("onnx")
-    _need_folder(target.parent, student, COPIES_JUDGED if judged else COPIES)
+    target = _target(out or run.export, student, COPIES_JUDGED if judged or toolchains else COPIES)
     facts = _facts(run, recipe)
     beside = _head_beside(head, facts, student)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as folder_name:
@@ -128,9 +129,9 @@ def export(
 
             making = Making(whole, float_file, calibration, wanted, work, judges, tuned if int8.finetune else None, put)
             _put_judged(judged, making, run, target.parent)
-    _close(run, target.parent)
-    _say_next(target.with_name(exported.name(rows[-1])), run, "classify" if head else "embed")
-    return [target.with_name(exported.name(row)) for row in rows]
+        for place, version in toolchains:
+            converting.convert(target, place, version, pixels[:IMAGES])
+    return _finish(rows, target.parent, run, "classify" if head else "embed")
 
 
 def _open_labelled(int8: Int8, run_path: Path) -> gate.Labels | None:
@@ -157,11 +158,15 @@ def _recipe(run: run_dir.RunDir, shape: Shape) -> Recipe:
     return recipe.model_copy(update={"image_size": shape.image_size or recipe.image_size})
 
 
-def _say_next(file: Path, run: run_dir.RunDir, use: str) -> None:
+def _finish(rows: list[str], folder: Path, run: run_dir.RunDir, use: str) -> list[Path]:
+    """The files of an export, timed and with their card; says what to do with the last of ONNX."""
+    _close(run, folder)
+    last = folder / [exported.name(row) for row in rows if row in exported.ROWS][-1]
     console.say(
-        f"next: bingo-edge selftest {file}; bingo-edge {use} {file} PHOTOS   (or bingo-compress validate --run"
+        f"next: bingo-edge selftest {last}; bingo-edge {use} {last} PHOTOS   (or bingo-compress validate --run"
         f" {run.path} --data LABELLED_FOLDER)"
     )
+    return [folder / exported.name(row) for row in rows]
 
 
 def _head_beside(head: str, facts: dict[str, Any], student: Encoder) -> fitting.Made | None:
@@ -202,12 +207,16 @@ def _known(float_file: Path, classes: Classes | None) -> gate.Known | None:
 def _rows(fmt: str, int8: Int8, head: str, wanted: Form) -> list[str]:
     """The files that `fmt` names, by their rows in a proof. Raises BingoError for words that do not go together."""
     known = ["onnx", *FORMATS]
-    if fmt not in (*known, "all"):
-        raise BingoError(f"--format: expected {', '.join((*known, 'all'))}, found {fmt!r}")
-    if fmt == "onnx" and int8.finetune:
-        raise BingoError("--finetune: expected --format onnx-int8 or all beside it, found onnx")
-    if fmt == "onnx" and int8.labels and not head:
-        raise BingoError("--labels: expected --format onnx-int8 or all, or --head, beside it, found onnx")
+    words = [word.strip() for word in fmt.split(",")]
+    if not set(words) <= {*known, "all", *exported.CONVERTED}:
+        every = ", ".join((*known, "all", *exported.CONVERTED))
+        raise BingoError(f"--format: expected {every}, or some with commas between, found {fmt!r}")
+    converted = [row for row in exported.CONVERTED if row in words]
+    rows = [row for row in known if {row, "all"} & set(words) or (row == "onnx" and converted)]
+    if "onnx-int8" not in rows and int8.finetune:
+        raise BingoError(f"--finetune: expected --format onnx-int8 or all beside it, found {fmt}")
+    if "onnx-int8" not in rows and int8.labels and not head:
+        raise BingoError(f"--labels: expected --format onnx-int8 or all, or --head, beside it, found {fmt}")
     if head in fitting.KINDS and not int8.labels:
         raise BingoError(f"--head {head}: expected --labels beside it, images to fit it on, found none")
     if not {"embedding", "features"} & set(wanted.outputs) or ("scores" in wanted.outputs) < bool(head):
@@ -218,11 +227,11 @@ def _rows(fmt: str, int8: Int8, head: str, wanted: Form) -> list[str]:
         raise BingoError("--test: expected --labels beside it, found none")
     if int8.calibration_set:
         calibration_set.refuse_foreign(int8.calibration_set)
-    return known if fmt == "all" else [fmt]
+    return rows + converted
 
 
 def _pixels(
-    student: Encoder, folder: image_list.ImageList, fmt: str, most: int, *, halved: bool
+    student: Encoder, folder: image_list.ImageList, judged: list[str], most: int, *, halved: bool
 ) -> tuple[list[int], Tensor]:
     """(which images of the folder may be looked at, those that are, at most `most`: uint8 (n, S, S, 3)). halved: at
     least half of the images are left to train on. Raises BingoError where there are too few.
@@ -231,23 +240,26 @@ def _pixels(
     if halved:
         order = order[: min(CALIBRATION + GALLERY, len(order) // 2)]
     pixels = extract.pixels_of(student.preprocessing, folder, order, most)
-    if fmt != "onnx" and len(pixels) < LEAST_JUDGED:
+    if judged and len(pixels) < LEAST_JUDGED:
         more = " (half of the folder, the other is for --finetune)" if halved else ""
         raise BingoError(
-            f"--format {fmt}: expected at least {LEAST_JUDGED} images to quantise and judge by, found"
+            f"--format {','.join(judged)}: expected at least {LEAST_JUDGED} images to quantise and judge by, found"
             f" {len(pixels)}{more}; add images"
         )
     return order, pixels
 
 
-def _need_folder(folder: Path, student: Encoder, copies: int) -> None:
-    """Raise BingoError where the folder cannot be made, or cannot hold so many copies of the weights."""
+def _target(folder: Path, student: Encoder, copies: int) -> Path:
+    """The float file's place. Raises BingoError where the folder cannot be made, or cannot hold so many copies of the
+    weights.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BingoError(f"--out: {folder} cannot be made ({error.strerror}); name a folder you may write to") from None
     weights = sum(value.nbytes for value in student.backbone.state_dict().values())
     run_dir.need_space(folder, copies * weights, "the export with its working files")
+    return folder / exported.name("onnx")
 
 
 def _facts(run: run_dir.RunDir, recipe: Recipe) -> dict[str, Any]:

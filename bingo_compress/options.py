@@ -6,64 +6,30 @@ A field with a `Word` is an option of the command line; one without is Python's 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
+
+from bingo_compress import words
+from bingo_compress.words import Data, Json, Page, Place, RunFolder, TestFolder, Word, places
 
 if TYPE_CHECKING:
     from bingo_compress.models.encoder import Encoder
     from bingo_compress.recipe import Recipe
-
-GROUPS = ("models", "data", "method", "schedule", "machine", "run")
-Place = str | Path
-
-
-class Word(NamedTuple):
-    """How a field is asked for: under which heading of --help, with what words, as what type, under which name."""
-
-    group: str
-    help: str
-    kind: Any = str
-    name: str = ""  # default: the field's own, with dashes
-    metavar: str | None = None
-    positional: bool = False
-
-
-Data = str | Path | Sequence[str | Path]
-
-
-def _places(help_text: str) -> Word:
-    """Images: one place or several."""
-    return Word("data", help_text, list[str], metavar="PLACE")
-
-
-RunFolder = Annotated[Place, Word("run", "the --out folder of a finished distill", Path)]
-Json = Annotated[Place | None, Word("run", "write protocol and figures to this file", Path)]
-IMAGES = "images: a folder, searched to any depth, a list (.txt, .csv), tar shards, a .zip or .parquet"
-AGAIN = "may be repeated"
-LABELLED = "labelled images: one folder a class, or a list, tar shards, a .zip or .parquet with labels"
-TestFolder = Annotated[
-    Data | None,
-    _places("labelled images to test on; default: a quarter of the others is set aside"),
-]
-IMAGE_COLUMN = Word("data", "column of a list or Parquet file that has the images, where its name does not tell")
-LABEL_COLUMN = Word("data", "the same for labels; or the key of a JSON file")
-DEVICE = Word("machine", "auto, cpu or cuda")
-OWN_SIZE = "pixels a side for the {}; default: its own"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
     """Say what is in a folder, what cannot be used and why."""
 
-    data: Annotated[Data, _places(f"{IMAGES}; {AGAIN}")]
-    image_column: Annotated[str, IMAGE_COLUMN] = ""
-    label_column: Annotated[str, LABEL_COLUMN] = ""
+    data: Annotated[Data, places(f"{words.IMAGES}; {words.AGAIN}")]
+    image_column: Annotated[str, words.IMAGE_COLUMN] = ""
+    label_column: Annotated[str, words.LABEL_COLUMN] = ""
     bands: Annotated[str, Word("data", "red, green and blue of TIFF files of many bands, for example 3,2,1")] = ""
     teacher: Annotated[
         str | None, Word("models", "a timm model or family that looks for near-copies: bursts, video frames")
     ] = None
     teacher_weights: Annotated[str, Word("models", "pretrained, a file, or random")] = "pretrained"
-    teacher_size: Annotated[int, Word("models", OWN_SIZE.format("teacher"), int)] = 0
-    device: Annotated[str, DEVICE] = "auto"
+    teacher_size: Annotated[int, Word("models", words.OWN_SIZE.format("teacher"), int)] = 0
+    device: Annotated[str, words.DEVICE] = "auto"
     progress: bool = True
 
 
@@ -71,7 +37,7 @@ class Check:
 class _Training:
     """What a run and a comparison of runs are both asked for."""
 
-    data: Annotated[Data | None, _places(f"{IMAGES}; {AGAIN}")]
+    data: Annotated[Data | None, places(f"{words.IMAGES}; {words.AGAIN}")]
     teacher: Annotated["str | Encoder | None", Word("models", "a timm model or family")]
     student: Annotated["str | Encoder | None", Word("models", "a timm model or family")]
     recipe: Annotated[
@@ -87,20 +53,20 @@ class _Training:
         str | None,
         Word("models", "auto (pretrained where timm has weights, else random), pretrained, random, or a file"),
     ] = None
-    teacher_size: Annotated[int | None, Word("models", OWN_SIZE.format("teacher"), int)] = None
-    image_size: Annotated[int | None, Word("models", OWN_SIZE.format("student"), int)] = None
+    teacher_size: Annotated[int | None, Word("models", words.OWN_SIZE.format("teacher"), int)] = None
+    image_size: Annotated[int | None, Word("models", words.OWN_SIZE.format("student"), int)] = None
     bag_size: Annotated[int | None, Word("method", "nearest neighbours that make an image's bag", int)] = None
     views: Annotated[str | int | None, Word("method", "teacher views stored an image, or online")] = None
     epochs: Annotated[float | None, Word("schedule", "passes over the folder", float)] = None
     batch_size: Annotated[int | None, Word("schedule", "anchors a step", int)] = None
-    device: Annotated[str | None, DEVICE] = None
+    device: Annotated[str | None, words.DEVICE] = None
     threads: Annotated[int | None, Word("machine", "CPU threads; default: a short calibration picks", int)] = None
     pixels: Annotated[
         str | None, Word("machine", "where decoded images are kept: auto, gpu, memory, disk or stream")
     ] = None
     memory: Annotated[str | None, Word("machine", "memory the run may hold at most, for example 4GB")] = None
-    image_column: Annotated[str | None, IMAGE_COLUMN] = None
-    label_column: Annotated[str | None, LABEL_COLUMN] = None
+    image_column: Annotated[str | None, words.IMAGE_COLUMN] = None
+    label_column: Annotated[str | None, words.LABEL_COLUMN] = None
     progress: bool = True
 
 
@@ -108,7 +74,7 @@ class _Training:
 class Distill(_Training):
     """Distil a teacher into a student on a folder of images."""
 
-    data: Annotated[Data | None, _places(f"{IMAGES}; {AGAIN}; no labels are needed")] = None
+    data: Annotated[Data | None, places(f"{words.IMAGES}; {words.AGAIN}; no labels are needed")] = None
     teacher: Annotated["str | Encoder | None", Word("models", "a timm model or family, for example resnet152")] = None
     student: Annotated["str | Encoder | None", Word("models", "a timm model or family, for example mobilenetv3")] = None
     out: Annotated[Place, Word("run", "folder for all that the run makes", Path)] = Path("runs/first")
@@ -135,6 +101,8 @@ class Distill(_Training):
         Word("schedule", "leave the student with the best neighbour recall on held-out images", bool),
     ] = None
     resume: Annotated[bool, Word("run", "go on with the run in --out", bool)] = False
+    report: Page = True
+    logger: Annotated[str, Word("run", "also tell a tracker: tensorboard, wandb or mlflow")] = ""
     overwrite: Annotated[
         bool,
         Word("run", "start the run in --out anew (stored pixels and embeddings that fit are used again)", bool),
@@ -155,10 +123,10 @@ class Compare(_Training):
     A method with settings after colons is a variant; every arm's student sees as many views.
     """
 
-    labels: Annotated[Data, _places("labelled images, one folder a class: the bank of the probes")]
+    labels: Annotated[Data, places("labelled images, one folder a class: the bank of the probes")]
     test: Annotated[
         Data | None,
-        _places("labelled images to judge on; default: --labels, cross-validated"),
+        places("labelled images to judge on; default: --labels, cross-validated"),
     ] = None
     methods: Annotated[
         str,
@@ -186,7 +154,7 @@ class Validate:
     """
 
     run: RunFolder
-    data: Annotated[Data, _places(LABELLED)]
+    data: Annotated[Data, places(words.LABELLED)]
     test: TestFolder = None
     json: Json = None
     shots: Annotated[
@@ -215,9 +183,10 @@ class Validate:
             metavar="KEY=VALUE",
         ),
     ] = ()
-    image_column: Annotated[str, IMAGE_COLUMN] = ""
-    label_column: Annotated[str, LABEL_COLUMN] = ""
-    device: Annotated[str, DEVICE] = "auto"
+    image_column: Annotated[str, words.IMAGE_COLUMN] = ""
+    label_column: Annotated[str, words.LABEL_COLUMN] = ""
+    device: Annotated[str, words.DEVICE] = "auto"
+    report: Page = True
     teacher: "Encoder | None" = None
     student: "Encoder | None" = None
     progress: bool = True
@@ -232,8 +201,11 @@ class Export:
 
     run: RunFolder
     out: Annotated[Place | None, Word("run", "folder for the files; default: RUN/export", Path)] = None
-    data: Annotated[Data | None, _places("where the run's images are now, if they moved")] = None
-    format: Annotated[str, Word("method", "onnx, onnx-fp16, onnx-int8 or all")] = "onnx"
+    data: Annotated[Data | None, places("where the run's images are now, if they moved")] = None
+    format: Annotated[
+        str, Word("method", "onnx, onnx-fp16, onnx-int8, all of these, openvino, tflite; with commas between")
+    ] = "onnx"
+    python: Annotated[Sequence[str], words.PYTHON] = ()
     profile: Annotated[
         str,
         Word(
@@ -256,12 +228,10 @@ class Export:
         str | None,
         Word("method", "embedding, features, scores, distance with commas between; default: all that there are"),
     ] = None
-    image_size: Annotated[int | None, Word("models", "pixels a side of the file's input; default: the run's", int)] = (
-        None
-    )
+    image_size: Annotated[int | None, Word("models", "pixels a side of the file; default: the run's", int)] = None
     labels: Annotated[
         Data | None,
-        _places("labelled images, one folder a class: for --head, and int8 may lose --max-loss points on them"),
+        places("labelled images, one folder a class: for --head, and int8 may lose --max-loss points on them"),
     ] = None
     test: TestFolder = None
     head: Annotated[
@@ -286,9 +256,30 @@ class Export:
         Place | None,
         Word("run", "a folder for the pictures that int8 is calibrated on: for a device maker's quantiser", Path),
     ] = None
-    image_column: Annotated[str, IMAGE_COLUMN] = ""
-    label_column: Annotated[str, LABEL_COLUMN] = ""
+    image_column: Annotated[str, words.IMAGE_COLUMN] = ""
+    label_column: Annotated[str, words.LABEL_COLUMN] = ""
+    report: Page = True
     student: "Encoder | None" = None
+    progress: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Write the page on a run again, or one on several runs.
+
+    One file that needs no network; without --paths it holds no path and no file name of yours.
+    """
+
+    runs: Annotated[
+        Sequence[Place],
+        Word("run", "--out folders of finished runs", list[Path], metavar="RUN...", positional=True),
+    ]
+    out: Annotated[
+        Place | None, Word("run", "the page, an .html file; default: report.html in RUN, which is one", Path)
+    ] = None
+    images: Annotated[bool, Word("data", "small pictures of your images in it", bool, "--images/--no-images")] = True
+    paths: Annotated[bool, Word("data", "names of your files and folders in it", bool)] = False
+    device: Annotated[str, words.DEVICE] = "auto"
     progress: bool = True
 
 
@@ -325,10 +316,7 @@ class Verify:
         str,
         Word("run", "with commas between, for example openvino,opencv; default: all that are installed", name="--with"),
     ] = ""
-    python: Annotated[
-        Sequence[str],
-        Word("machine", f"where a toolchain is installed elsewhere; {AGAIN}", list[str], metavar="TOOLCHAIN=PYTHON"),
-    ] = ()
+    python: Annotated[Sequence[str], words.PYTHON] = ()
     seconds: Annotated[float, Word("machine", "that a toolchain may take", float)] = 600.0
     json: Json = None
     progress: bool = True
@@ -345,9 +333,7 @@ class Suggest:
     latency_ms: Annotated[
         float | None, Word("models", "at most so many milliseconds a picture, the median; default: any", float)
     ] = None
-    size_mb: Annotated[float | None, Word("models", "at most so many megabytes of float file; default: any", float)] = (
-        None
-    )
+    size_mb: Annotated[float | None, Word("models", "at most so many megabytes; default: any", float)] = None
     students: Annotated[str, Word("models", "timm models with commas between; default: a list of 40")] = ""
     files: Annotated[
         Place | None,
@@ -356,7 +342,9 @@ class Suggest:
     on: Annotated[
         Place | None, Word("machine", "the profile.json that `bingo-edge measure` wrote there; default: here", Path)
     ] = None
-    data: Annotated[Data | None, _places(f"{IMAGES}; {AGAIN}; the best are distilled on them briefly")] = None
+    data: Annotated[Data | None, places(f"{words.IMAGES}; {words.AGAIN}; the best are distilled on them briefly")] = (
+        None
+    )
     teacher: Annotated[str | None, Word("models", "with --data: a timm model or family")] = None
     top: Annotated[int, Word("schedule", "with --data: so many of the best are tried", int)] = 4
     epochs: Annotated[
@@ -374,6 +362,14 @@ class Suggest:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Runs:
+    """List the runs in a folder with their figures, best first."""
+
+    folder: Annotated[Place, Word("run", "where runs are, at most three folders down", Path, "", "DIR", True)]
+    json: Json = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Demo:
     """The whole road on photos that the `demo` extra brings along.
 
@@ -385,8 +381,9 @@ class Demo:
         None
     )
     seed: Annotated[int | None, Word("schedule", "source of all random numbers", int)] = None
-    device: Annotated[str | None, DEVICE] = None
+    device: Annotated[str | None, words.DEVICE] = None
     overwrite: Annotated[bool, Word("run", "replace an earlier demo in --out", bool)] = False
+    report: Page = True
 
 
 @dataclass(frozen=True, kw_only=True)

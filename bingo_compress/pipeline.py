@@ -11,18 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bingo_compress import __version__, budget
+from bingo_compress import __version__, budget, loggers
 from bingo_compress.data import image_list, pixel_store
 from bingo_compress.data.image_list import ImageList
 from bingo_compress.data.quarantine import report
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation.held_out import held_out_recall, train
 from bingo_compress.features import extract, near_copies
+from bingo_compress.html_report import looking, looks
 from bingo_compress.models import trained
 from bingo_compress.models.encoder import Encoder, weights_digest
 from bingo_compress.models.trained import NOTHING_GIVEN, Given, Models, build_models
+from bingo_compress.presenting.tables import closing_table, describe_bags, header, say_agreement, say_smaller
 from bingo_compress.recipe import RESUME_MAY_CHANGE, Recipe, deciding, load_recipe, recipe_text
-from bingo_compress.report.tables import closing_table, describe_bags, header, say_agreement, say_smaller
 from bingo_compress.runtime import checkpoint, console, distributed, run_dir
 from bingo_compress.sources.opened import absolute_recipe
 from bingo_compress.training.material import (
@@ -51,11 +52,13 @@ def run_distill(
     overwrite: bool = False,
     given: Given = NOTHING_GIVEN,
     began: float | None = None,
+    look: bool = False,
+    logger: str = "",
 ) -> run_dir.RunDir:
     """Distil recipe.teacher into recipe.student on recipe.data; everything lands in `out`. Raises BingoError.
 
     given: the modules of the user's own that the recipe names. began: when recipe.time began, by the monotonic clock;
-    None: now.
+    None: now. look: what the page on the run shows of its images is made and kept. logger: of loggers.LOGGERS.
     """
     began = time.monotonic() if began is None else began
     asked = absolute_recipe(recipe)
@@ -70,8 +73,7 @@ def run_distill(
     plan = plan_run(models, len(folder.files), device, before.threads if before else 0)
     any_views = before is None and "views" not in asked.model_fields_set
     plan, rates = _expected(plan, models, folder, any_views, began, new=not (out / "work").exists())
-    if not out.exists():
-        _refuse_too_little_space(plan, models.student, folder, out)
+    _refuse_too_little_space(plan, models.student, folder, out)
     distributed.barrier()  # no process looks at --out after the first has made it
     run = distributed.from_first(lambda: run_dir.open_new(out, resume=resume, overwrite=overwrite))
     _keep(run, plan)
@@ -84,8 +86,7 @@ def run_distill(
     plan = plan.on(anchors_count(plan, material))
     distributed.from_first(lambda: report(material.folder, run.quarantine))
     console.say(f"{len(material.training):,} images to train on, {len(material.held):,} held out; {plan.describe()}")
-    if copies := near_copies.describe(material.scenes, material.folder.files):
-        console.say(f"{copies}; {NEAR[plan.recipe.duplicates == 'near']}")
+    _say_copies(plan, material)
     say_smaller(plan)
     bags = make_bags(plan, models.teacher, material)
     distributed.from_first(lambda: _save_beginning(run, plan, models.student, material, bags))
@@ -95,11 +96,13 @@ def run_distill(
         plan = budget.settled(plan, rates, models.student, lessons, len(material.held), began)
         console.say(plan.describe())
         _keep(run, plan)
-    made = train(plan, models.student, material, lessons, run.metrics, run.checkpoint)
-    distributed.from_first(lambda: trained.save_student(models.student, run, plan.recipe, made))
-    recall = held_out_recall(run, plan, models.student, material)
-    distributed.from_first(lambda: _close(run, plan, models, material, facts, recall))
-    distributed.from_first(lambda: run_dir.drop_stale(run.work, "closing", set()))
+    with loggers.following(logger if distributed.rank() == 0 else "", run) as picture:
+        made = train(plan, models.student, material, lessons, run.metrics, run.checkpoint)
+        distributed.from_first(lambda: trained.save_student(models.student, run, plan.recipe, made))
+        recall = held_out_recall(run, plan, models.student, material)
+        distributed.from_first(lambda: _close(run, plan, models, material, facts, recall))
+        if look:
+            distributed.from_first(lambda: _look(run, plan, models.student, material, bags, picture))
     return run
 
 
@@ -125,6 +128,11 @@ def _expected(
     return budget.expected(plan, rates, len(folder.files), gone, any_views=any_views, refuse=new), rates
 
 
+def _say_copies(plan: Plan, material: Material) -> None:
+    if copies := near_copies.describe(material.scenes, material.folder.files):
+        console.say(f"{copies}; {NEAR[plan.recipe.duplicates == 'near']}")
+
+
 def _keep(run: run_dir.RunDir, plan: Plan) -> None:
     """resolved.yaml; epochs are not chosen yet while there is a time."""
     epochs = 0 if plan.recipe.time else plan.recipe.epochs
@@ -140,6 +148,8 @@ def _refuse_other_inputs(models: Models, folder: ImageList, out: Path) -> None:
 
 def _refuse_too_little_space(plan: Plan, student: Encoder, folder: ImageList, out: Path) -> None:
     """Before anything is written: one image at least can be decoded, and the disk is large enough."""
+    if out.exists():
+        return
     count = len(folder.files)
     extract.pixels_of(student.preprocessing, folder, range(count), 1)
     above = next(parent for parent in out.resolve().parents if parent.is_dir())
@@ -173,15 +183,39 @@ def _other_settings(difference: str) -> BingoError:
     )
 
 
+def _look(
+    run: run_dir.RunDir,
+    plan: Plan,
+    student: Encoder,
+    material: Material,
+    bags: Tensor,
+    picture: loggers.Picture,
+) -> None:
+    """Keep what the page on the run shows of its images; whatever goes wrong is said and loses nothing. picture: what
+    shows a bag elsewhere.
+    """
+    with looking.spared(run):
+        left = looking.Left(
+            material.store, material.seen.features, material.scenes, material.training, bags, material.folder.files
+        )
+        encoders = {"start": trained.load_start(plan.recipe, run, student), "student": student}
+        seen = looking.make(left, encoders, plan.recipe.seed, plan.device)
+        looks.save(seen, run)
+        for title, pixels in looks.sheets(seen):
+            picture(title, pixels)
+
+
 def _close(
     run: run_dir.RunDir,
     plan: Plan,
     models: Models,
     material: Material,
     facts: dict[str, float],
-    recall: dict[str, float],
+    recall: dict[str, Any],
 ) -> None:
-    """summary.json and the closing table. recall: of `held_out_recall`."""
+    """summary.json and the closing table; what was kept to make it is not needed any more. recall: of
+    `held_out_recall`.
+    """
     summary: dict[str, Any] = {
         "version": __version__,
         "run_id": run_dir.stage_key(recipe=deciding(plan.recipe), student=weights_digest(models.student)),
@@ -192,6 +226,10 @@ def _close(
             "unusable": len(material.folder.bad),
         },
         "bags": facts,
+        "parameters": {
+            "teacher": models.teacher.parameters_count(),
+            "student": models.student.parameters_count(),
+        },
         "machine": {
             "processor": platform.processor() or platform.machine(),
             "torch": torch.__version__,
@@ -203,9 +241,11 @@ def _close(
     if recall:
         summary["neighbour_recall"] = recall
     run_dir.write_text(run.summary, json.dumps(summary, indent=2) + "\n")
-    rows = {name: {"neighbour_recall": value} for name, value in ({"teacher": 1.0} | recall).items()} if recall else {}
+    found = {"teacher": 1.0} | {name: recall[name] for name in ("start", "student")} if recall else {}
+    rows = {name: {"neighbour_recall": value} for name, value in found.items()}
     closing_table(models, rows, int(recall.get("gallery", 0)))
     say_agreement(recall)
+    run_dir.drop_stale(run.work, "closing", set())
     console.say(f"weights: {run.student}   metrics: {run.metrics}   settings: {run.recipe}, as run: {run.resolved}")
     console.say(f"next: bingo-compress export --run {run.path}")
     console.say(

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 
 class Figure(NamedTuple):
-    """A measured value with the ends of its 95% interval."""
+    """A measured value with the ends of its 95% interval; shares in 0..1, not percent."""
 
     value: float
     low: float

@@ -6,9 +6,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from bingo_edge import Embedder
 from bingo_edge.cli import main
+from bingo_edge.heads import LinearHead
 from onnx import TensorProto, helper
 from PIL import Image
+
+from bingo_compress.exporters.head import with_head
 
 RED, GREEN = (255, 0, 0), (0, 255, 0)
 
@@ -91,3 +95,22 @@ def run(capfd: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, str
     capfd.readouterr()
     code = main([str(arg) for arg in argv])
     return code, *capfd.readouterr()
+
+
+def headed(model: Path, copy: Path, pictures: list[str], *, between: bool) -> tuple[Path, Embedder]:
+    """`model` with four classes in it, and open. between: it knows a distance above which a picture is of none of them,
+    one that some of the pictures pass.
+    """
+    held = Embedder(model)
+    random = np.random.default_rng(3)
+    means = units(held.embed(pictures[:4]).embeddings + random.normal(size=(4, held.dim)) * 0.01).astype(np.float32)
+    head = LinearHead(means * 20, np.zeros(4, np.float32), np.array(["ant", "bee", "cow", "dog"]))
+    made = with_head(onnx.load(model), head, means)
+    told = held.contract | {"classes": head.classes.tolist(), "head": {}}
+    told["outputs"] = dict.fromkeys(("embedding", "features", "scores", "distance"), "float32")
+    if between:
+        far = 1 - (held.embed(pictures).embeddings @ means.T).max(axis=1)
+        told["head"]["threshold"] = float(np.median(far))
+    helper.set_model_props(made, {"bingo_compress": json.dumps(told)})
+    onnx.save(made, copy)
+    return copy, Embedder(copy)

@@ -29,6 +29,7 @@ from bingo_compress.training.plan import Plan, TeacherShape, make_plan
 from bingo_compress.unread import unread
 
 CPU = torch.device("cpu")
+REPORTED = ("distill", "validate", "export")  # commands that write a page on the run
 TINY = {
     "teacher": "test_resnet",
     "student": "test_efficientnet",
@@ -242,8 +243,9 @@ class Ran:
 
 
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object) -> Ran:
-    """bingo-compress with `words`, in this process."""
-    monkeypatch.setattr(sys, "argv", ["bingo-compress", *map(str, words)])
+    """bingo-compress with `words`, in this process; without a page on the run unless they ask for one."""
+    plain = bool(words) and words[0] in REPORTED and "--report" not in words and "--help" not in words
+    monkeypatch.setattr(sys, "argv", ["bingo-compress", *map(str, words), *(["--no-report"] if plain else [])])
     capsys.readouterr()
     status = 0
     try:

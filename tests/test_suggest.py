@@ -20,7 +20,7 @@ from test_cli import one_error
 
 from bingo_compress import options
 from bingo_compress.errors import BingoError
-from bingo_compress.report.plots import scatter
+from bingo_compress.presenting.plots import scatter
 from bingo_compress.runtime.made_of import file_digest
 from bingo_compress.suggesting import cached, trials
 from bingo_compress.suggesting.cached import PACKED, Size

@@ -16,8 +16,8 @@ import torch
 
 from bingo_compress.evaluation import intervals, probes
 from bingo_compress.features import neighbours
+from bingo_compress.presenting import plots
 from bingo_compress.recipe import Recipe
-from bingo_compress.report import plots
 from bingo_compress.runtime import console, run_dir
 
 

@@ -3,11 +3,9 @@ or decoded anew each time.
 """
 
 import json
-import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from bingo_compress.data import augment, decode, quarantine
 from bingo_compress.data import shards as shard_files
 from bingo_compress.data.decode import decode_all
 from bingo_compress.data.image_list import ImageList
+from bingo_compress.data.shards import Read
 from bingo_compress.errors import BingoError
 from bingo_compress.runtime import console, distributed, machine
 from bingo_compress.runtime.machine import in_threads, sent
@@ -36,7 +35,6 @@ WORK = 1 << 30  # bytes for the models and a step, where nobody has measured the
 # alike, to one level; Pillow's shortcut for much larger pictures (reducing_gap) is a few levels off on noise.
 VECTORS = torch.backends.cpu.get_cpu_capability().startswith("AVX")
 PLACES = ("gpu", "memory", "disk", "stream")
-Read = Callable[[int, int, int], Tensor]  # (image, top, bottom) to its rows, uint8 (bottom - top, width, 3)
 
 
 @dataclass(frozen=True)
@@ -188,7 +186,7 @@ def build(
             why += f", {sum(map(bool, jpegs)):,} of them by nvJPEG"
     else:
         where, why = place(total, device, wanted, memory, step)
-        read = _from_shards(shards, ranges, found, mapped=where != "disk")
+        read = shard_files.reader(shards, ranges, found, mapped=where != "disk")
     console.say(
         f"pixels: {console.size(total)} of {len(good):,} images, {where} ({why}); views are cut from pictures shrunk to"
         f" a short side of {side} px"
@@ -335,40 +333,6 @@ def _jpeg(folder: ImageList, index: int, side: int) -> int:
         return decode.plain_jpeg(folder.read_raw(index), side)
     except OSError:
         return 0
-
-
-def _from_shards(shards: Path, ranges: list[range], found: list[dict[str, Any]], *, mapped: bool) -> Read:
-    """Rows of images out of the shards: mapped into memory, or (not mapped) read from the file, so that they never
-    count as this process's memory.
-    """
-    files: list[int] = []
-    starts: list[int] = []
-    widths: list[int] = []
-    maps: list[Any] = []
-    for number, (rows, facts) in enumerate(zip(ranges, found, strict=True)):
-        sizes = [high * wide * 3 for high, wide in zip(facts["height"], facts["width"], strict=True)]
-        starts += [0, *accumulate(sizes)][: len(sizes)]
-        files += [number] * len(sizes)
-        widths += facts["width"]
-        maps.append(_open(shard_files.data_file(shards, rows), sum(sizes), mapped))
-
-    def read(image: int, top: int, bottom: int) -> Tensor:
-        width, source = widths[image], maps[files[image]]
-        start, end = (starts[image] + row * width * 3 for row in (top, bottom))
-        if mapped:
-            raw = torch.from_numpy(source[start:end])
-        else:
-            raw = torch.frombuffer(bytearray(os.pread(source.fileno(), end - start, start)), dtype=torch.uint8)
-        return raw.view(bottom - top, width, 3)
-
-    return read
-
-
-def _open(path: Path, size: int, mapped: bool) -> Any:
-    if not mapped:
-        return path.open("rb", buffering=0)
-    # "c": torch wants writable memory.
-    return np.memmap(path, np.uint8, "c", shape=(size,)) if size else np.empty(0, np.uint8)
 
 
 def _from_files(folder: ImageList, side: int, sizes: list[tuple[int, int]]) -> Read:

@@ -1,12 +1,21 @@
 """The files of a pixel store: shards of pixels and their facts, found again only where they are whole."""
 
 import json
+import os
 import zlib
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from bingo_compress.data.image_list import ImageList
 from bingo_compress.runtime import console
+
+Read = Callable[[int, int, int], Tensor]  # (image, top, bottom) to its rows, uint8 (bottom - top, width, 3)
 
 
 def data_file(shards: Path, rows: range) -> Path:
@@ -63,3 +72,37 @@ def _fits(facts: dict[str, Any], rows: range, streamed: bool) -> bool:
         and all(isinstance(size, int) and size > 0 for size in sizes)
         and all(isinstance(aspect, float) and aspect > 0 for aspect in facts["aspect"])
     )
+
+
+def reader(shards: Path, ranges: Sequence[range], found: Sequence[dict[str, Any]], *, mapped: bool) -> Read:
+    """Rows of images out of the shards: mapped into memory, or (not mapped) read from the file, so that they never
+    count as this process's memory.
+    """
+    files: list[int] = []
+    starts: list[int] = []
+    widths: list[int] = []
+    maps: list[Any] = []
+    for number, (rows, facts) in enumerate(zip(ranges, found, strict=True)):
+        sizes = [high * wide * 3 for high, wide in zip(facts["height"], facts["width"], strict=True)]
+        starts += [0, *accumulate(sizes)][: len(sizes)]
+        files += [number] * len(sizes)
+        widths += facts["width"]
+        maps.append(_open(data_file(shards, rows), sum(sizes), mapped))
+
+    def read(image: int, top: int, bottom: int) -> Tensor:
+        width, source = widths[image], maps[files[image]]
+        start, end = (starts[image] + row * width * 3 for row in (top, bottom))
+        if mapped:
+            raw = torch.from_numpy(source[start:end])
+        else:
+            raw = torch.frombuffer(bytearray(os.pread(source.fileno(), end - start, start)), dtype=torch.uint8)
+        return raw.view(bottom - top, width, 3)
+
+    return read
+
+
+def _open(path: Path, size: int, mapped: bool) -> Any:
+    if not mapped:
+        return path.open("rb", buffering=0)
+    # "c": torch wants writable memory.
+    return np.memmap(path, np.uint8, "c", shape=(size,)) if size else np.empty(0, np.uint8)

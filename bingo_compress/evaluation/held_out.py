@@ -4,12 +4,13 @@ trains, and at the end.
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bingo_compress.errors import BingoError
-from bingo_compress.evaluation import probes
+from bingo_compress.evaluation import intervals, probes
 from bingo_compress.features import extract, neighbours
 from bingo_compress.models import trained
 from bingo_compress.models.encoder import Encoder, weights_digest
@@ -69,9 +70,9 @@ def recall_check(material: Material, held: Tensor, device: torch.device) -> Call
     return check
 
 
-def held_out_recall(run: run_dir.RunDir, plan: Plan, student: Encoder, material: Material) -> dict[str, float]:
-    """Neighbour recall on the held-out images before and after ("start", "student"), its k and counts; nothing without
-    such. Several processes share them.
+def held_out_recall(run: run_dir.RunDir, plan: Plan, student: Encoder, material: Material) -> dict[str, Any]:
+    """Neighbour recall on the held-out images before and after ("start", "student") and what was gained, with 95%
+    intervals, its k and counts; nothing without such. Several processes share them.
     """
     held, training, truth = halves(material, plan.recipe)[1], material.training, material.seen.features
     gallery = training[:: -(-len(training) // GALLERY_AT_MOST)]
@@ -92,9 +93,11 @@ def held_out_recall(run: run_dir.RunDir, plan: Plan, student: Encoder, material:
         )
     sides = {name: features.split((len(held), len(gallery))) for name, features in found.items()}
     counts = neighbours.recall_facts(len(gallery)) | {"queries": len(held)}
-    return distributed.from_first(
-        lambda: (
-            counts
-            | {name: probes.neighbour_recall((truth[held], truth[gallery]), side) for name, side in sides.items()}
-        )
-    )
+
+    def measure() -> dict[str, Any]:
+        each = {name: probes.neighbour_recalls((truth[held], truth[gallery]), side) for name, side in sides.items()}
+        found: dict[str, Any] = {name: float(values.mean()) for name, values in each.items()}
+        found |= {f"{name}_interval": intervals.mean_interval(values) for name, values in each.items()}
+        return counts | found | {"gain_interval": intervals.mean_interval(each["student"] - each["start"])}
+
+    return distributed.from_first(measure)

@@ -17,13 +17,15 @@ from bingo_compress.features import neighbours
 class Extras:
     """What a proof may have beside its plain probes. shots: parts of the labels, such as "1%,10%,5", to probe with as
     well and, with fine_tune, to fine-tune on; literature: the linear probe with augmentation too; against: another
-    finished run, whose student is compared on the same images.
+    finished run, whose student is compared on the same images; mistakes: small pictures of test images that the student
+    got wrong are kept in the run's work folder.
     """
 
     shots: str = ""
     fine_tune: bool = False
     literature: bool = False
     against: Path | None = None
+    mistakes: bool = False
 
 
 NO_EXTRAS = Extras()

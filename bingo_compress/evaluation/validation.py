@@ -19,13 +19,14 @@ from bingo_compress.evaluation import finetune, probes, scores
 from bingo_compress.evaluation.protocol import FIGURES, NO_EXTRAS, Extras, figures_of, protocol
 from bingo_compress.evaluation.scores import Sides
 from bingo_compress.features import extract, neighbours
+from bingo_compress.html_report import looking, mistakes
 from bingo_compress.models import exported, trained
 from bingo_compress.models.encoder import Encoder, Preprocessing, weights_digest
 from bingo_compress.models.exported import onnx_runner
 from bingo_compress.models.trained import NOTHING_GIVEN, Given, Models, build_student, load_student
+from bingo_compress.presenting import model_card
+from bingo_compress.presenting.tables import show
 from bingo_compress.recipe import Recipe, load_recipe
-from bingo_compress.report import model_card
-from bingo_compress.report.tables import show
 from bingo_compress.runtime import console, distributed, run_dir
 from bingo_compress.runtime.devices import choose_device
 from bingo_compress.sources.opened import Data
@@ -78,16 +79,15 @@ def validate(
             tuned = specs if extras.fine_tune else []
             _train_with_labels(by_name, subjects.trainable, sides, tuned, extras.literature, run, where)
         result: dict[str, Any] = {"protocol": protocol(sides, test_folder, specs, extras), "rows": rows}
-        if other:
-            result["paired"] = {
-                key: scores.compared(right["student"][key], right["against"][key]) for key in ("knn", "linear")
-            }
+        result |= _differences(right)
         if run.bags.exists():
             result |= scores.bag_purity(run.bags, bank_folder)
             result["protocol"]["test_images_trained_on"] = scores.trained_on(
                 run.bags, sides.query_folder.only(sides.query_places)
             )
         _write(result, run, json_file, subjects.contracts, sides, heads)
+        if extras.mistakes:
+            _keep_mistakes(run, by_name["student"], sides, heads["student"])
         show(result, run, Models(subjects.recipe, subjects.encoders["teacher"], subjects.encoders["student"]))
         _refuse_under(least, [by_name[name] for name in subjects.contracts or ("student",)], len(sides.labels))
         return result
@@ -180,6 +180,22 @@ def _rows(
     return rows, heads, right
 
 
+def _differences(right: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
+    """The student against another run's ("paired") and against itself before ("gain"), where those were judged."""
+    others = {"paired": "against", "gain": "start"}
+    return {
+        name: {key: scores.compared(right["student"][key], right[other][key]) for key in ("knn", "linear")}
+        for name, other in others.items()
+        if other in right
+    }
+
+
+def _keep_mistakes(run: run_dir.RunDir, row: dict[str, Any], sides: Sides, head: probes.LinearHead) -> None:
+    tested, logits = sides.query_folder.only(sides.query_places), head.logits(sides.queries["student"])
+    with looking.spared(run):
+        mistakes.save(run, row, tested, logits, sides.query_labels, sides.classes)
+
+
 def _write(
     result: dict[str, Any],
     run: run_dir.RunDir,
@@ -188,18 +204,21 @@ def _write(
     sides: Sides,
     heads: Mapping[str, probes.LinearHead],
 ) -> None:
-    """The proof's file, a linear head and a bank beside each exported file, and the card that tells of both."""
+    """The proof's file, a linear head and a bank beside each exported file, and the card that tells of both. One with
+    classes in it keeps the head that it was exported with: that one is calibrated.
+    """
     paths = [sides.bank_folder.files[place] for place in sides.places]
     for name, contract in contracts.items():
-        save_heads(
-            run.export / contract["file"],
-            contract["sha256"],
-            heads[name],
-            sides.bank[name],
-            sides.labels,
-            sides.classes,
-            paths,
-        )
+        if "classes" not in contract:
+            save_heads(
+                run.export / contract["file"],
+                contract["sha256"],
+                heads[name],
+                sides.bank[name],
+                sides.labels,
+                sides.classes,
+                paths,
+            )
     for file in filter(None, (run.validation, json_file)):
         run_dir.write_text(file, _json(result))
     run_dir.drop_stale(run.work, "proof", set())

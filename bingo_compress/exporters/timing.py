@@ -20,7 +20,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from bingo_compress.errors import BingoError, first_line
-from bingo_compress.report.timing_table import HEADER, PARTS, caption, cells, describe, said
+from bingo_compress.presenting.timing_table import HEADER, PARTS, caption, cells, describe, said
 from bingo_compress.runtime import console
 from bingo_compress.runtime.machine import processor
 from bingo_compress.runtime.made_of import file_digest

@@ -26,9 +26,15 @@ PART = 8  # batches of plain embeddings in a file
 Embed = Callable[[Tensor], Tensor]
 
 
+def on(encoder: Encoder, device: torch.device) -> Encoder:
+    """The encoder, on `device`, channels last in memory."""
+    moved: Encoder = encoder.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return moved
+
+
 def as_embed(encoder: Encoder, device: torch.device) -> tuple[Preprocessing, Embed]:
     """An encoder as a function of uint8 batches, in inference mode on `device`."""
-    encoder.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    on(encoder, device)
 
     def run(batch: Tensor) -> Tensor:
         with torch.inference_mode(), evaluating(encoder), exact(device):

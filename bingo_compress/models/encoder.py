@@ -27,8 +27,9 @@ HUB_SECONDS = 3.0
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How a picture becomes a model's input: pixels a side, share of the short side kept, interpolation, mean and std
-    in 0..1.
+    """How a picture becomes a model's input: size in pixels a side, crop_pct in 0..1 of the short side kept,
+    interpolation (bicubic, bilinear, lanczos or nearest), crop_mode (center or squash), mean and std in 0..1, one a
+    channel.
     """
 
     size: int
@@ -63,7 +64,7 @@ class Encoder(nn.Module):
     pools.
 
     `projection`, where a checkpoint brought one (MoCo, SwAV, DINO), maps features to the embedding that the method's
-    targets use.
+    targets use. Raises BingoError where features are not (B, width).
     """
 
     mean: Tensor

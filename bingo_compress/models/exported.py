@@ -5,6 +5,7 @@ Where student.onnx and student-int8.onnx are both in a folder, the second is the
 it.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -29,6 +30,8 @@ from bingo_compress.runtime.run_dir import atomic, atomic_folder
 STEM = "student"
 # What is ours, the float file first: a user may keep others beside, student-old.onnx.
 ROWS = ("onnx", "onnx-fp16", "onnx-int8")
+# What a toolchain made of the float file, for its own runtime: each in a folder with its contract and golden pictures.
+CONVERTED = {"openvino": "student.xml", "tflite": "student.tflite"}
 CONTRACT, GOLDEN = ".json", ".golden"
 LINEAR, BANK = ".linear.npz", ".bank.npz"
 TOOLCHAINS = ".toolchains.json"
@@ -41,8 +44,21 @@ def files(folder: Path) -> dict[str, Path]:
 
 
 def name(row: str) -> str:
-    """The file of a row in a proof: student.onnx of "onnx", student-int8.onnx of "onnx-int8"."""
-    return f"{STEM}{row.removeprefix('onnx')}.onnx"
+    """The file of a row in a proof: student.onnx of "onnx", student-int8.onnx of "onnx-int8"; openvino/student.xml."""
+    return f"{row}/{CONVERTED[row]}" if row in CONVERTED else f"{STEM}{row.removeprefix('onnx')}.onnx"
+
+
+def converted(folder: Path) -> dict[str, dict[str, Any]]:
+    """The contracts of what toolchains made of the float file in a folder, by their rows. A folder of another's that is
+    only called so is not among them.
+    """
+    found = {}
+    for row in CONVERTED:
+        with contextlib.suppress(OSError, ValueError):
+            told = json.loads((folder / name(row)).with_suffix(CONTRACT).read_text(encoding="utf-8"))
+            if isinstance(told, dict) and "float_sha256" in told.get("converted", {}):
+                found[row] = told
+    return found
 
 
 def opened(file: Path) -> Embedder:
@@ -143,13 +159,16 @@ def drop(file: Path, why: str) -> None:
 
 def _clear(file: Path) -> list[str]:
     """Delete what belongs to a file, and what tells of all files in its folder. Returns the names of the former."""
-    for name in (LATENCY, CARD):
-        (file.parent / name).unlink(missing_ok=True)
+    for told in (LATENCY, CARD):
+        (file.parent / told).unlink(missing_ok=True)
     gone = []
     for path in map(file.with_suffix, (CONTRACT, GOLDEN, LINEAR, BANK, TOOLCHAINS)):
         if path.exists():
             gone.append(path.name)
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    for row in converted(file.parent) if file.name == name("onnx") else ():
+        gone.append(f"{row}/")
+        shutil.rmtree(file.parent / row)
     return gone
 
 

@@ -3,10 +3,10 @@
 import sys
 import time
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -16,6 +16,8 @@ from rich.text import Text
 console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 PLAIN_SECONDS = 10.0
+BARS = "▁▂▃▄▅▆▇█"
+NARROW = 90  # signs a line, below which a bar leaves its picture out
 
 Advance = Callable[..., None]
 
@@ -25,32 +27,37 @@ class _Rate(ProgressColumn):
         return Text(f"{task.speed:,.0f} images/s" if task.speed else "")
 
 
+class _Noted(Progress):
+    """The note of a stage stands below its bar, cut to the width: no line wraps."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            if task.fields["note"]:
+                yield Text(task.fields["note"], no_wrap=True, overflow="ellipsis", style="dim")
+
+
 @contextmanager
 def bar(what: str, total: int, before: int = 0) -> Iterator[Advance]:
     """Show the progress of one stage; call the yielded function as `advance(images, note="")`.
 
     total: images; before: those of them that an earlier run has done, which tell nothing of this one's rate. On a
-    terminal: bar, images/s, time left, note. Otherwise a line every PLAIN_SECONDS and one at the end.
+    terminal: bar, images/s, time left, and the note below. Otherwise a line every PLAIN_SECONDS and one at the end.
     """
     if not console.is_terminal:
         with _plain_bar(what, total, before) as advance:
             yield advance
         return
-    columns = (
-        TextColumn("{task.description:<24}"),
-        BarColumn(bar_width=30),
-        TaskProgressColumn(),
-        _Rate(),
-        TimeRemainingColumn(compact=True),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=console, speed_estimate_period=20) as progress:
+    columns = [TextColumn("{task.description}"), TaskProgressColumn(), _Rate(), TimeRemainingColumn(compact=True)]
+    if console.width >= NARROW:
+        columns.insert(1, BarColumn(bar_width=30))
+    with _Noted(*columns, console=console, speed_estimate_period=20) as progress:
         task = progress.add_task(escape(what), total=total, completed=before, note="")
 
         def advance(images: int, note: str | None = None) -> None:
             progress.update(task, advance=images)
             if note is not None:
-                progress.update(task, note=escape(visible(note)))
+                progress.update(task, note=visible(note))
 
         yield advance
 
@@ -129,6 +136,23 @@ def table_text(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         ).rstrip()
         for line in lines
     )
+
+
+def sparkline(values: Sequence[float], width: int = 8) -> str:
+    """A curve of at most `width` signs, each the mean of its share of the values, the lowest as low as can be; "" where
+    the output has no such signs, or where there is no curve yet.
+    """
+    try:
+        BARS.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return ""
+    count = min(width, len(values))
+    if count < 2:
+        return ""
+    parts = [values[len(values) * place // count : len(values) * (place + 1) // count] for place in range(count)]
+    means = [sum(part) / len(part) for part in parts]
+    low, high = min(means), max(means)
+    return "".join(BARS[round((mean - low) / max(high - low, 1e-12) * (len(BARS) - 1))] for mean in means)
 
 
 def duration(seconds: float) -> str:

@@ -24,6 +24,8 @@ FORMATS = {
     "training": 6,  # the state of the loop
     "student": 1,  # a trained student
     "start": 1,  # the student before training
+    "looks": 1,  # what the report shows of a run's images
+    "mistakes": 1,  # the test images that its student got wrong
     "arm": 3,  # a trained student of a comparison
     "figures": 5,  # probes of a comparison's student
 }

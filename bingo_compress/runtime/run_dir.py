@@ -32,10 +32,13 @@ class RunDir:
         self.summary = path / "summary.json"
         self.validation = path / "validation.json"
         self.timm = path / "timm"  # the student as timm.create_model reads it
+        self.report = path / "report.html"
         self.export = path / "export"
         self.work = path / "work"
         self.start = self.work / "start.safetensors"
         self.bags = self.work / "bags.safetensors"
+        self.looks = self.work / "looks.safetensors"
+        self.mistakes = self.work / "mistakes.safetensors"
         self.checkpoint = self.work / "checkpoint.safetensors"
         self.before = self.work / "checkpoint-before.safetensors"
 
@@ -205,6 +208,9 @@ def _clear(run: RunDir) -> None:
         run.validation,
         run.start,
         run.bags,
+        run.report,
+        run.looks,
+        run.mistakes,
         run.checkpoint,
         run.before,
         run.metrics.with_name("not_finite.json"),

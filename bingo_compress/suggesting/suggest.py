@@ -16,8 +16,8 @@ from bingo_edge.measuring import measure
 
 from bingo_compress import options, preflight
 from bingo_compress.errors import BingoError
+from bingo_compress.presenting.plots import scatter
 from bingo_compress.recipe import make_recipe, parse_setting
-from bingo_compress.report.plots import scatter
 from bingo_compress.runtime import console, run_dir
 from bingo_compress.sources.opened import asked
 from bingo_compress.suggesting import cached

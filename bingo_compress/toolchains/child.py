@@ -3,22 +3,24 @@
     python child.py TOOLCHAIN           says, as JSON, its version, or what of it is not installed
     python child.py TOOLCHAIN FOLDER    runs job.json on batches.npy, both in FOLDER; writes outputs.npz or error.txt
 
-job.json: the file, the names of its input and of its outputs in the file's order. batches.npy: (runs, *what the file
-takes). outputs.npz: of each output (runs, ...). What a toolchain converts lies in the working directory. Imports
-nothing of ours, so that any Python with numpy and the toolchain runs it.
+job.json: the file, the names of its input and of its outputs in the file's order, and whether the toolchain's own file
+is wanted, which then answers and lies in CONVERTED with what there is to say of it in TOLD. batches.npy: (runs, *what
+the file takes). outputs.npz: of each output (runs, ...). Both lie in the working directory, with all that a toolchain
+writes. Imports nothing of ours, so that any Python with numpy and the toolchain runs it.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any, NamedTuple
+
+CONVERTED, TOLD = "converted", "told.json"
 
 
 class Job(NamedTuple):
@@ -35,11 +37,14 @@ Outputs = Iterator[list[Any]]
 
 
 class Toolchain(NamedTuple):
-    """parts: modules it needs, each with the packages that may bring it; half: it computes in half precision."""
+    """parts: modules it needs, each with the packages that may bring it; half: it computes in half precision; convert:
+    as run, by a file of its own that is left in CONVERTED.
+    """
 
     run: Callable[[Job], Outputs]
     parts: dict[str, tuple[str, ...]]
     half: bool = False
+    convert: Callable[[Job], Outputs] | None = None
 
 
 def _onnxruntime(job: Job) -> Outputs:
@@ -51,6 +56,8 @@ def _onnxruntime(job: Job) -> Outputs:
 
 
 def _openvino(job: Job) -> Outputs:
+    # `import openvino` sends word of itself over the network, unless the package that does so is not there.
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
     import openvino
 
     # Processors with half-precision units would compute in it by default.
@@ -58,6 +65,15 @@ def _openvino(job: Job) -> Outputs:
     for batch in job.batches:
         found = model({job.input: batch})
         yield [found[name] for name in job.outputs]
+
+
+def _openvino_file(job: Job) -> Outputs:
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+    import openvino
+
+    file = os.path.join(CONVERTED, "student.xml")
+    openvino.save_model(openvino.Core().read_model(job.file), file, compress_to_fp16=False)
+    return _openvino(job._replace(file=file))
 
 
 def _opencv(job: Job) -> Outputs:
@@ -128,17 +144,19 @@ def _tflite(job: Job) -> Outputs:
     from ai_edge_litert.interpreter import Interpreter
 
     onnx2tf.convert(job.file, output_folder_path="tflite")
-    (converted,) = Path("tflite").glob("*_float32.tflite")
-    model = Interpreter(str(converted))
-    model.allocate_tensors()
-    (given,) = model.get_input_details()
-    # It keeps the order of the outputs in their names alone: Identity, Identity_1 or PartitionedCall:0, :1.
-    outputs = sorted(model.get_output_details(), key=lambda one: int("0" + re.findall(r"\d*$", one["name"])[0]))
+    (made,) = Path("tflite").glob("*_float32.tflite")
+    model = Interpreter(str(made.rename(Path(CONVERTED, "student.tflite"))))
+    # By its signature: the order of its tensors is that of the names, not the file's.
+    ((signature, names),) = model.get_signature_list().items()
+    if sorted(names["outputs"]) != sorted(job.outputs) or names["inputs"] != [job.input]:
+        raise ValueError(f"a signature of other names: {names}")
+    runner = model.get_signature_runner(signature)
+    shape = runner.get_input_details()[job.input]["shape"].tolist()
+    Path(TOLD).write_text(json.dumps({"signature": signature, "shape": shape}), encoding="utf-8")
     for batch in job.batches:
-        fits = list(batch.shape) == given["shape"].tolist()
-        model.set_tensor(given["index"], numpy.ascontiguousarray(batch if fits else batch.transpose(0, 2, 3, 1)))
-        model.invoke()
-        yield [model.get_tensor(one["index"]) for one in outputs]
+        given = batch if list(batch.shape) == shape else batch.transpose(0, 2, 3, 1)
+        found = runner(**{job.input: numpy.ascontiguousarray(given)})
+        yield [found[name].copy() for name in job.outputs]
 
 
 def _rknn(job: Job) -> Outputs:
@@ -162,7 +180,7 @@ def _rknn(job: Job) -> Outputs:
 
 TOOLCHAINS = {
     "onnxruntime": Toolchain(_onnxruntime, {"onnxruntime": ("onnxruntime", "onnxruntime-gpu")}),
-    "openvino": Toolchain(_openvino, {"openvino": ("openvino",)}),
+    "openvino": Toolchain(_openvino, {"openvino": ("openvino",)}, convert=_openvino_file),
     "opencv": Toolchain(
         _opencv,
         {
@@ -177,7 +195,7 @@ TOOLCHAINS = {
     "tract": Toolchain(_tract, {"tract": ("tract",)}),
     "ncnn": Toolchain(_ncnn, {"ncnn": ("ncnn",), "pnnx": ("pnnx",)}),
     "mnn": Toolchain(_mnn, {"MNN": ("mnn",)}),
-    "tflite": Toolchain(_tflite, {"onnx2tf": ("onnx2tf",), "ai_edge_litert": ("ai-edge-litert",)}),
+    "tflite": Toolchain(_tflite, {"onnx2tf": ("onnx2tf",), "ai_edge_litert": ("ai-edge-litert",)}, convert=_tflite),
     "rknn": Toolchain(_rknn, {"rknn": ("rknn-toolkit2",)}, half=True),
 }
 
@@ -204,9 +222,11 @@ def run(name: str, folder: Path) -> None:
     import numpy
 
     asked = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    answer = TOOLCHAINS[name].convert if asked.pop("keep") else TOOLCHAINS[name].run
     job = Job(**asked, batches=numpy.load(folder / "batches.npy", allow_pickle=False))
+    os.makedirs(CONVERTED)
     try:
-        rows = list(TOOLCHAINS[name].run(job))
+        rows = list(answer(job))  # type: ignore[misc]
         if any(len(row) != len(job.outputs) for row in rows):
             raise ValueError(f"outputs: {len(rows[0])} instead of {len(job.outputs)}")
         outputs: dict[str, Any] = {key: numpy.stack([row[at] for row in rows]) for at, key in enumerate(job.outputs)}

@@ -71,7 +71,8 @@ def distill(
     make = Maker(plan, lessons, student.preprocessing.size, meter)
     set_learning(plan, state)
     frugal = _frugal(plan, state, make)
-    log = Log(metrics if first else None, plan.device, meter, state.step)
+    fills = 0 if recipe.queue_start == "targets" else schedule.queue_size // schedule.batch_size
+    log = Log(metrics if first else None, plan.device, meter, state.step, fills)
     last = schedule.steps if stop_after is None else min(stop_after, schedule.steps)
     shown = schedule.batch_size * schedule.student_views
     last_save = time.monotonic()
@@ -102,9 +103,8 @@ def distill(
             saving = saving or _save_due(recipe, state.step, time.monotonic() - last_save, ended)
             if log.due() or ended or saving:
                 rate = state.optimizer.param_groups[-1]["lr"]
-                mean, shares = log.write(step=state.step, epoch=epoch, lr=rate, **scored)
-                note = ", ".join(f"{part} {shares[part]:.0%}" for part in ("student", "loss", "wait"))
-                advance(0, note=f"epoch {epoch + 1}/{math.ceil(recipe.epochs)}, loss {mean:.3f}; time: {note}")
+                mean, said = log.write(step=state.step, epoch=epoch, lr=rate, **scored)
+                advance(0, note=f"epoch {epoch + 1}/{math.ceil(recipe.epochs)}, {said}")
                 if not math.isfinite(mean):
                     raise BingoError(_not_finite(int(log.poisoned), plan, lessons, metrics, saved))
             if saving:

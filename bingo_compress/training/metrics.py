@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +19,7 @@ WARM, TRACED = 5, 10
 
 LOG_SECONDS = 5.0
 PARTS = ("pixels", "augment", "teacher", "student", "loss", "wait")
+SAID = ("student", "loss", "wait")
 
 
 class Meter:
@@ -65,13 +66,15 @@ class Meter:
 class Log:
     """Losses summed on the device and read only when a line is due, so that the GPU is not waited for in every step.
 
-    begun: steps taken before. steps: taken since; poisoned: the first step (from 1) whose loss was not finite, -1 for
-    none, a tensor on the device.
+    begun: steps taken before. settled: steps until the queue is full, before which a loss compares with no other.
+    steps: taken since; poisoned: the first step (from 1) whose loss was not finite, a tensor on the device, -1: none.
     """
 
-    def __init__(self, path: Path | None, device: torch.device, meter: Meter, begun: int) -> None:
+    def __init__(self, path: Path | None, device: torch.device, meter: Meter, begun: int, settled: int) -> None:
         self._path = path
         self._begun = begun
+        self._settled = settled
+        self._means = _means(path, settled) if path is not None and path.exists() else []
         self.poisoned = torch.full((), -1, device=device)
         self._device = device
         self._meter = meter
@@ -99,11 +102,11 @@ class Log:
         """Whether the last line is LOG_SECONDS old."""
         return time.monotonic() - self._since >= LOG_SECONDS
 
-    def write(self, step: int, epoch: int, lr: float, **scored: float) -> tuple[float, dict[str, float]]:
+    def write(self, step: int, epoch: int, lr: float, **scored: float) -> tuple[float, str]:
         """Append one line of means since the last one, and what was scored; images_per_s counts student views of all
         processes.
 
-        Returns the mean loss, and the share of the wall time by part.
+        Returns the mean loss, and what to say of it and of the time.
         """
         means = {name: float(value) / self._steps for name, value in self._sums.items()}
         now = time.monotonic()
@@ -128,7 +131,10 @@ class Log:
             with self._path.open("a", encoding="utf-8") as handle:
                 handle.write(json.dumps(rounded) + "\n")
         self._clear()
-        return means["loss"], shares
+        if step > self._settled:
+            self._means.append(means["loss"])
+        parts = ", ".join(f"{part} {shares[part]:.0%}" for part in SAID)
+        return means["loss"], f"{_said(means['loss'], self._means)}; time: {parts}"
 
     def describe(self) -> str:
         """One line: the share of the wall time by part, of the whole loop."""
@@ -137,6 +143,21 @@ class Log:
         return (
             f"share of the time: {parts} (parts run side by side); peak memory {peak_memory(self._device) / 1e9:.2f} GB"
         )
+
+
+def _means(metrics: Path, settled: int) -> list[float]:
+    """The losses that `metrics` has of steps after `settled`."""
+    lines = (json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines())
+    return [line["loss"] for line in lines if line["step"] > settled and line["loss"] is not None]
+
+
+def _said(loss: float, means: Sequence[float]) -> str:
+    """The loss as a share of the first that it compares with, and its curve since."""
+    if not means:
+        return f"loss {loss:.3f} while the queue fills"
+    if len(means) < 2 or not means[0]:
+        return f"loss {loss:.3f}"
+    return f"loss {console.sparkline(means)} {loss / means[0]:.0%} of its first".replace("  ", " ")
 
 
 def _short(value: float) -> float | None:

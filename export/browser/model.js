@@ -30,23 +30,33 @@ export async function openModel(url) {
   if (!sha256 || hashed !== sha256 || bytes.byteLength !== contract.bytes) {
     throw new Error(`student.json belongs to another file than ${url}`);
   }
+  // Classes are in the file where it has a head; above the threshold a picture is of none of them.
+  const classes = "scores" in (contract.outputs ?? {}) ? contract.classes : undefined;
+  const threshold = "distance" in (contract.outputs ?? {}) ? contract.head?.threshold : undefined;
+  const wanted = ["embedding", ...(classes ? ["scores"] : []), ...(threshold === undefined || threshold === null ? [] : ["distance"])];
   const session = await ort.InferenceSession.create(bytes, { executionProviders: ["wasm"] });
 
-  /** size x size x 3 bytes to a Float32Array of unit length. */
-  async function embedPixels(pixels) {
+  /** size x size x 3 bytes to {embedding, answer}: a Float32Array of unit length and, of a file with classes, {label, probability, known}. */
+  async function answerPixels(pixels) {
     // One at a time: a model may have its batch fixed at 1.
-    const { embedding } = await session.run({ [input.name]: networkInput(input, pixels) }, ["embedding"]);
+    const { embedding, scores, distance } = await session.run({ [input.name]: networkInput(input, pixels) }, wanted);
     if (embedding.data.length !== dim) throw new Error(`expected ${dim} values, found ${embedding.data.length}`);
-    return embedding.data;
+    if (!scores) return { embedding: embedding.data };
+    const best = scores.data.indexOf(Math.max(...scores.data));
+    const known = !distance || distance.data[0] <= threshold;
+    return { embedding: embedding.data, answer: { label: classes[best], probability: scores.data[best], known } };
   }
 
-  /** A file or blob to {embedding, prepare, network}, the last two in milliseconds: decode and resize, and the network. */
+  /** size x size x 3 bytes to a Float32Array of unit length. */
+  const embedPixels = async (pixels) => (await answerPixels(pixels)).embedding;
+
+  /** A file or blob to {embedding, answer, prepare, network}, the last two in milliseconds: decode and resize, and the network. */
   async function embed(blob) {
     const start = performance.now();
     const pixels = preprocess(await decode(blob), rule);
     const ready = performance.now();
-    const embedding = await embedPixels(pixels);
-    return { embedding, prepare: ready - start, network: performance.now() - ready };
+    const found = await answerPixels(pixels);
+    return { ...found, prepare: ready - start, network: performance.now() - ready };
   }
 
   return { contract, rule, embed, embedPixels };

@@ -39,9 +39,14 @@ async function fillIndex(files) {
 }
 
 async function ask(file) {
-  const { embedding, prepare, network } = await model.embed(file);
+  const { embedding, answer, prepare, network } = await model.embed(file);
   query = { file, embedding };
   at("query-picture").replaceChildren(figure(file, file.name));
+  at("query-answer").textContent = answer
+    ? answer.known
+      ? `${answer.label}, ${(100 * answer.probability).toFixed(0)}%`
+      : `none of these (nearest: ${answer.label})`
+    : "";
   at("query-state").textContent = `${ms(prepare)} to decode and resize, ${ms(network)} in the network`;
 }
 

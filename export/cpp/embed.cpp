@@ -1,4 +1,5 @@
-// embed MODEL PICTURE ..: a line a picture on stdout, its path and the values of its embedding, tab-separated.
+// embed MODEL PICTURE ..: a line a picture on stdout, its path and the values of its embedding, tab-separated; with
+// --classes, of a file that has them, path, class, probability and, where it knows one, distance to the nearest class.
 // A PICTURE is a binary PPM (P6), preprocessed as bingo-edge does, or NAME.rgb: size x size x 3 bytes that are preprocessed already.
 
 #include <onnxruntime_cxx_api.h>
@@ -18,8 +19,10 @@
 namespace {
 
 const char* const USAGE =
-    "usage: embed [--pixels] MODEL.onnx PICTURE.ppm|NAME.rgb ..\n"
-    "Prints path and embedding; with --pixels, writes the network's input instead, size x size x 3 bytes a picture.\n";
+    "usage: embed [--pixels|--classes] MODEL.onnx PICTURE.ppm|NAME.rgb ..\n"
+    "Prints path and embedding; with --classes, path, class, probability and distance to the nearest class, where the file knows it;\n"
+    "with --pixels, writes the network's input instead, size x size x 3 bytes a picture.\n";
+const char* const NONE = "none of these";
 
 struct Refused : std::runtime_error {
     Refused(const std::string& expected, const std::string& found, const std::string& todo)
@@ -32,6 +35,10 @@ struct Contract {
     Rule rule;
     bool floats;                   // float32 by channels, less mean and by std; else bytes as they are
     std::vector<float> mean, std;  // on the scale of 0 to 255
+    bool embedding;
+    std::vector<std::string> classes;  // in the order of scores; empty where the file has none
+    bool distance;
+    double threshold;  // the distance above which a picture is of no class
 };
 
 Contract contract_of(const Ort::Session& session, const std::string& path) {
@@ -42,7 +49,7 @@ Contract contract_of(const Ort::Session& session, const std::string& path) {
     try {
         const auto whole = nlohmann::json::parse(text.get());
         const auto &given = whole.at("input"), &rule = whole.at("preprocess");
-        Contract contract{given.at("name").get<std::string>(), whole.at("embedding_dim").get<std::size_t>(), {}, false, {}, {}};
+        Contract contract{given.at("name").get<std::string>(), whole.at("embedding_dim").get<std::size_t>(), {}, false, {}, {}, true, {}, false, 0};
         contract.rule = {given.at("size").get<int>(), rule.at("crop_pct").get<double>(), rule.at("interpolation").get<std::string>(),
                          rule.value("crop_mode", "center")};
         contract.floats = given.at("layout") == "NCHW" && given.at("dtype") == "float32";
@@ -55,8 +62,12 @@ Contract contract_of(const Ort::Session& session, const std::string& path) {
             contract.std = given.at("std").get<std::vector<float>>();
             if (contract.mean.size() != 3 || contract.std.size() != 3) throw Refused("mean and std of three channels", given.dump(), again);
         }
-        if (whole.contains("outputs") && !whole["outputs"].contains("embedding"))
-            throw Refused("a file with an output embedding", whole["outputs"].dump(), "export with --outputs embedding,features");
+        const auto outputs = whole.value("outputs", nlohmann::json{{"embedding", ""}});
+        contract.embedding = outputs.contains("embedding");
+        if (outputs.contains("scores")) contract.classes = whole.at("classes").get<std::vector<std::string>>();
+        const auto threshold = whole.value("head", nlohmann::json::object()).value("threshold", nlohmann::json());
+        contract.distance = outputs.contains("distance") && threshold.is_number();
+        if (contract.distance) contract.threshold = threshold.get<double>();
         return contract;
     } catch (const nlohmann::json::exception& error) {
         throw Refused("a whole contract in the metadata", path + " (" + error.what() + ")", again);
@@ -114,26 +125,48 @@ std::vector<float> by_channels(const std::vector<std::uint8_t>& pixels, const Co
     return floats;
 }
 
-void print_embedding(Ort::Session& session, const Contract& contract, std::vector<std::uint8_t>& pixels, const std::string& path) {
-    // One at a time: a model may have its batch fixed at 1.
+// The outputs of these names, one picture at a time: a model may have its batch fixed at 1.
+std::vector<Ort::Value> outputs_of(Ort::Session& session, const Contract& contract, std::vector<std::uint8_t>& pixels,
+                                   const std::vector<const char*>& names) {
     const std::int64_t size = contract.rule.size, rows[] = {1, size, size, 3}, planes[] = {1, 3, size, size};
     const auto memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
     auto floats = contract.floats ? by_channels(pixels, contract) : std::vector<float>{};
     const auto input = contract.floats ? Ort::Value::CreateTensor<float>(memory, floats.data(), floats.size(), planes, 4)
                                        : Ort::Value::CreateTensor<std::uint8_t>(memory, pixels.data(), pixels.size(), rows, 4);
-    const char *in = contract.input.c_str(), *out = "embedding";
-    const auto outputs = session.Run(Ort::RunOptions{nullptr}, &in, &input, 1, &out, 1);
-    if (outputs[0].GetTensorTypeAndShapeInfo().GetElementCount() != contract.dim)
-        throw Refused(std::to_string(contract.dim) + " values", "another number", "export the model again with bingo-compress");
+    const char* in = contract.input.c_str();
+    return session.Run(Ort::RunOptions{nullptr}, &in, &input, 1, names.data(), names.size());
+}
+
+const float* values_of(const Ort::Value& output, std::size_t count) {
+    if (output.GetTensorTypeAndShapeInfo().GetElementCount() != count)
+        throw Refused(std::to_string(count) + " values", "another number", "export the model again with bingo-compress");
+    return output.GetTensorData<float>();
+}
+
+void print_embedding(Ort::Session& session, const Contract& contract, std::vector<std::uint8_t>& pixels, const std::string& path) {
+    const auto outputs = outputs_of(session, contract, pixels, {"embedding"});
+    const float* values = values_of(outputs[0], contract.dim);
     std::fputs(path.c_str(), stdout);
-    const float* values = outputs[0].GetTensorData<float>();
     for (std::size_t place = 0; place < contract.dim; ++place) std::printf("\t%.9g", static_cast<double>(values[place]));
     std::putchar('\n');
 }
 
+void print_class(Ort::Session& session, const Contract& contract, std::vector<std::uint8_t>& pixels, const std::string& path) {
+    std::vector<const char*> names{"scores"};
+    if (contract.distance) names.push_back("distance");
+    const auto outputs = outputs_of(session, contract, pixels, names);
+    const float* scores = values_of(outputs[0], contract.classes.size());
+    const std::size_t best = std::max_element(scores, scores + contract.classes.size()) - scores;
+    const float distance = contract.distance ? *values_of(outputs[1], 1) : 0;
+    const bool none = contract.distance && distance > contract.threshold;
+    std::printf("%s\t%s\t%.9g", path.c_str(), none ? NONE : contract.classes[best].c_str(), static_cast<double>(scores[best]));
+    if (contract.distance) std::printf("\t%.9g", static_cast<double>(distance));
+    std::putchar('\n');
+}
+
 int run(std::vector<std::string> words) {
-    const bool pixels_only = !words.empty() && words[0] == "--pixels";
-    if (pixels_only) words.erase(words.begin());
+    const bool pixels_only = !words.empty() && words[0] == "--pixels", classes = !words.empty() && words[0] == "--classes";
+    if (pixels_only || classes) words.erase(words.begin());
     if (words.size() < 2) {
         std::fputs(USAGE, stderr);
         return 2;
@@ -144,10 +177,16 @@ int run(std::vector<std::string> words) {
     options.SetIntraOpNumThreads(1);
     Ort::Session session(env, std::filesystem::path(words[0]).c_str(), options);
     const Contract contract = contract_of(session, words[0]);
+    if (classes && contract.classes.empty())
+        throw Refused("a file with classes", words[0] + " without", "export with --head linear --labels LABELS");
+    if (!classes && !pixels_only && !contract.embedding)
+        throw Refused("a file with an output embedding", words[0] + " without", "export with --outputs embedding,features");
     for (std::size_t place = 1; place < words.size(); ++place) {
         auto pixels = pixels_of(words[place], contract.rule);
         if (pixels_only)
             std::fwrite(pixels.data(), 1, pixels.size(), stdout);
+        else if (classes)
+            print_class(session, contract, pixels, words[place]);
         else
             print_embedding(session, contract, pixels, words[place]);
     }

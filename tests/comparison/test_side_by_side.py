@@ -19,7 +19,7 @@ from bingo_compress.comparison import side_by_side, tables
 from bingo_compress.data import listing
 from bingo_compress.evaluation import intervals
 from bingo_compress.features import extract
-from bingo_compress.report.plots import dots
+from bingo_compress.presenting.plots import dots
 from bingo_compress.runtime import checkpoint
 from bingo_compress.training import material
 from bingo_compress.training.plan import schedule

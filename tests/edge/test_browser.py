@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 import torch
 from bingo_edge import Embedder, preprocess
-from bingo_edge.heads import nearest
+from bingo_edge.heads import named, nearest
 from bingo_edge.image import load_image, preprocess_from
+from edge_models import headed
 from helpers import RULES, SHAPES, encoder, photo
 from PIL import Image, PngImagePlugin
 
@@ -254,6 +255,38 @@ def test_the_page_finds_the_nearest_and_checks_itself(site: tuple[Path, Embedder
     )
     assert [name for _, name in found["captions"]] == [kept[place].name for place in places[0]]
     assert np.abs(np.array([float(cosine) for cosine, _ in found["captions"]]) - cosines[0]).max() <= 2e-4
+
+
+def test_the_page_says_what_a_picture_is(site: tuple[Path, Embedder, list[Path]]) -> None:
+    folder, _, pictures = site
+    shown = [str(one) for one in pictures]
+    path, embedder = headed(folder / "student.onnx", folder / "headed.onnx", shown, between=True)
+    told = embedder.contract | {"sha256": embedder.sha256, "bytes": path.stat().st_size}
+    (folder / "headed.json").write_text(json.dumps(told))
+    names = json.dumps([picture.name for picture in pictures])
+    found = visit(
+        folder,
+        f"""const {{ openModel }} = await import("./model.js");
+        const model = await openModel("headed.onnx");
+        const found = [];
+        for (const name of {names}) found.push((await model.embed(await bytes(`pictures/${{name}}`))).answer);
+        report(found);""",
+    )
+    expected = named(embedder, embedder.embed(shown))
+    assert {one.known for one in expected} == {True, False}
+    assert [(one["label"], one["known"]) for one in found] == [(one.label, one.known) for one in expected]
+    assert np.allclose([one["probability"] for one in found], [one.probability for one in expected], atol=1e-4)
+    said = visit(
+        folder,
+        DRIVE.replace("MODEL", "headed.onnx")
+        + f"""await give("query", [{json.dumps(pictures[0].name)}]);
+        await until(() => text("query-answer"));
+        report({{ answer: text("query-answer") }});""",
+    )
+    first = expected[0]
+    assert said["answer"] == (
+        f"{first.label}, {100 * first.probability:.0f}%" if first.known else f"none of these (nearest: {first.label})"
+    )
 
 
 def test_a_device_that_computes_otherwise_fails_its_self_check(site: tuple[Path, Embedder, list[Path]]) -> None:

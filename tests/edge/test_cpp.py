@@ -12,7 +12,9 @@ import onnx
 import pytest
 import torch
 from bingo_edge import Embedder
+from bingo_edge.heads import named
 from bingo_edge.image import load_image, preprocess_from
+from edge_models import headed
 from helpers import RULES, SHAPES, encoder
 from PIL import Image
 
@@ -103,6 +105,23 @@ def test_the_embeddings_are_those_of_the_python_kit(
     found = np.array([row[1:] for row in rows], np.float32)
     assert np.abs(found - np.vstack([expected, expected[:1]])).max() <= 1e-5
     assert np.abs(expected[0] - expected[-1]).max() > 1e-3  # the pictures do differ
+
+
+@pytest.mark.parametrize("threshold", [None, "between"])
+def test_the_classes_are_those_of_the_python_kit(
+    threshold: str | None, program: Path, model: Path, pictures: list[str], tmp_path: Path
+) -> None:
+    path, embedder = headed(model, tmp_path / "headed.onnx", pictures, between=threshold is not None)
+    expected = named(embedder, embedder.embed(pictures))
+    done = run(program, "--classes", path, *pictures)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("\t") for line in done.stdout.decode().splitlines()]
+    assert [row[0] for row in rows] == pictures
+    assert [row[1] for row in rows] == [one.label if one.known else "none of these" for one in expected]
+    assert np.allclose([float(row[2]) for row in rows], [one.probability for one in expected], atol=1e-5)
+    assert {one.known for one in expected} == ({True} if threshold is None else {True, False})
+    assert {len(row) for row in rows} == {3 if threshold is None else 4}
+    assert run(program, "--classes", model, pictures[0]).returncode == 2  # no classes in it
 
 
 def test_what_cannot_be_used_is_one_line(program: Path, model: Path, pictures: list[str], tmp_path: Path) -> None:

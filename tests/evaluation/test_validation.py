@@ -18,8 +18,8 @@ from bingo_compress.data.image_list import ImageList
 from bingo_compress.evaluation import finetune, intervals, probes, protocol, scores, validation
 from bingo_compress.evaluation.scores import Sides
 from bingo_compress.features import bagging, extract
+from bingo_compress.presenting import tables
 from bingo_compress.recipe import recipe_text
-from bingo_compress.report import tables
 from bingo_compress.runtime import checkpoint, run_dir
 
 FIGURES = ("knn", "linear", "linear_balanced", "neighbour_recall")

@@ -6,6 +6,7 @@ import json
 import pickle
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from helpers import Ran, command, photos, untrained_run
 
 from bingo_compress import exporting
 from bingo_compress.errors import BingoError
-from bingo_compress.evaluation import probes
+from bingo_compress.evaluation import probes, validation
 from bingo_compress.exporters import head as heads
 from bingo_compress.exporters.onnx import OUTPUTS, PROFILES, REFUSED, publish
 from bingo_compress.exporting import Int8, Shape
@@ -292,3 +293,18 @@ def test_publishing_keeps_the_outputs_that_are_asked_for(tmp_path: Path) -> None
 
 def test_a_head_is_one_of_the_kits_own_kinds() -> None:
     assert all(isinstance(each, Head) for each in HEADS.values())
+
+
+def test_validate_leaves_the_head_of_a_file_that_has_its_classes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[Path] = []
+    monkeypatch.setattr(validation, "save_heads", lambda file, *rest: saved.append(file))
+    monkeypatch.setattr(validation.model_card, "renew", lambda run, folder: folder)
+    run = run_dir.RunDir(tmp_path)
+    sides: Any = SimpleNamespace(bank_folder=SimpleNamespace(files=[]), places=[], bank={"onnx": 0, "onnx-int8": 0})
+    sides.labels, sides.classes = None, []
+    files = {"onnx": {"file": "student.onnx", "sha256": "1", "classes": ["ant"]}}
+    files["onnx-int8"] = {"file": "student-int8.onnx", "sha256": "2"}
+    validation._write({}, run, None, files, sides, {"onnx": linear(), "onnx-int8": linear()})
+    assert saved == [run.export / "student-int8.onnx"]

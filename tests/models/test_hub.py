@@ -20,8 +20,8 @@ from bingo_compress.models import catalogue
 from bingo_compress.models.encoder import build
 from bingo_compress.models.names import FAMILIES, resolve_name, resolve_names
 from bingo_compress.preflight import _refuse_unknown
+from bingo_compress.presenting.model_card import licence
 from bingo_compress.recipe import make_recipe
-from bingo_compress.report.model_card import licence
 
 OPTION = "--teacher-weights"
 PAGE = "someone/small-net"

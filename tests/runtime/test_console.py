@@ -256,3 +256,23 @@ def test_models_that_are_none_name_the_nearest() -> None:
 
 def test_the_short_list_is_of_models_that_exist() -> None:
     assert [name for name in catalogue.SHORT_LIST if not timm.is_model(name)] == []
+
+
+def test_a_curve_is_as_wide_as_it_may_be_and_shows_the_way() -> None:
+    assert console.sparkline([8, 7, 6, 5, 4, 3, 2, 1]) == "█▇▆▅▄▃▂▁"
+    assert console.sparkline([1.0] * 100) == "▁" * 8 and console.sparkline([2, 1]) == "█▁"
+    assert console.sparkline([3.0]) == console.sparkline([]) == ""
+
+
+@pytest.mark.parametrize("width", [40, 60, 100])
+def test_no_line_of_a_bar_wraps(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    printed = io.StringIO()
+    narrow = Console(file=printed, force_terminal=True, width=width, color_system=None)
+    monkeypatch.setattr(console, "console", narrow)
+    note = "epoch 12/100, loss ▇▅▃▁ 71% of its first; time: student 95%, loss 4%, wait 0%"
+    with console.bar("distil", 647_936) as advance:
+        advance(120_000, note=note)
+    last = printed.getvalue().replace("\r", "\n").splitlines()
+    shown = [re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", line) for line in last]
+    assert max(map(len, shown)) <= width and any("distil" in line and "19%" in line for line in shown)
+    assert any("epoch 12/100, loss" in line for line in shown)

@@ -15,8 +15,10 @@ from test_cli import one_error
 from bingo_compress import BingoError, verify
 from bingo_compress.exporters.golden import write_golden
 from bingo_compress.models import exported
-from bingo_compress.report import toolchain_table
+from bingo_compress.presenting import toolchain_table
 from bingo_compress.toolchains import bench, child
+from bingo_compress.toolchains.judging import judged
+from bingo_compress.toolchains.place import Place
 
 # A Python that has just this toolchain: what `child.py NAME` says, then what becomes of `child.py NAME FOLDER`.
 FAKE = """#!{python}
@@ -95,6 +97,13 @@ def test_whatever_a_toolchain_does_it_is_told_and_the_others_go_on(
     assert held["rows"][1]["verdict"] == "right" and "openvino" not in held["not_run"] and "ncnn" in held["not_run"]
 
 
+def test_a_toolchain_that_writes_over_its_file_does_not_reach_ours(file: Path, tmp_path: Path) -> None:
+    before = file.read_bytes()
+    python = fake(tmp_path / "python", f"Path(job['file']).write_bytes(b'another'); {RIGHT}")
+    (row,) = verify(file=file, toolchains="openvino", python=[python], progress=False)
+    assert row.verdict == "right" and file.read_bytes() == before
+
+
 def test_what_a_toolchain_started_does_not_outlive_it(file: Path, tmp_path: Path) -> None:
     does = "import subprocess; print(subprocess.Popen(['sleep', '600']).pid, file=open('PID', 'w')); time.sleep(600)"
     python = fake(tmp_path / "python", does.replace("PID", str(tmp_path / "pid")))
@@ -107,21 +116,21 @@ def test_what_a_toolchain_started_does_not_outlive_it(file: Path, tmp_path: Path
 
 def test_a_scale_is_an_error_that_a_cosine_does_not_see() -> None:
     values = {"features": np.random.default_rng(0).normal(size=(8, 16))}
-    assert bench.judged(values, values, 0.9999)["verdict"] == "right"
-    double = bench.judged(values, {"features": values["features"] * 2}, 0.9999)
+    assert judged(values, values, 0.9999)["verdict"] == "right"
+    double = judged(values, {"features": values["features"] * 2}, 0.9999)
     assert double["verdict"] == "wrong" and double["min_cosine"] == pytest.approx(1)
     near = {"features": values["features"] * 1.01}
-    assert bench.judged(values, near, 0.9999)["verdict"] == "right"
-    assert bench.judged(values, near, 0.99999)["verdict"] == "wrong"
+    assert judged(values, near, 0.9999)["verdict"] == "right"
+    assert judged(values, near, 0.99999)["verdict"] == "wrong"
 
 
 def test_an_error_as_large_as_what_tells_pictures_apart_is_wrong_at_any_cosine() -> None:
     random = np.random.default_rng(0)
     alike = {"embedding": 1 + random.normal(size=(8, 64)) / 1000}
     near = {"embedding": alike["embedding"] + random.normal(size=(8, 64)) / 2000}
-    found = bench.judged(alike, near, 0.9999)
+    found = judged(alike, near, 0.9999)
     assert found["min_cosine"] > 0.99999 and found["verdict"] == "wrong" and found["max_of_spread"] > 0.3
-    assert bench.judged(alike, alike, 0.9999)["max_of_spread"] == 0
+    assert judged(alike, alike, 0.9999)["max_of_spread"] == 0
 
 
 def test_an_absent_toolchain_is_told_or_refused_where_it_was_named(file: Path, tmp_path: Path, bingo: Any) -> None:
@@ -192,6 +201,6 @@ def test_the_card_of_a_run_tells_it_until_the_file_is_exported_anew(tmp_path: Pa
 
 
 def test_a_wrong_answer_of_opencvs_new_engine_to_int8_says_the_way() -> None:
-    place = bench.Place("opencv", "python", asked=False)
+    place = Place("opencv", "python", asked=False)
     assert "cv2.dnn.ENGINE_CLASSIC" in bench._hint(place, {"precision": "int8"}, "wrong")
     assert bench._hint(place, {"precision": "int8"}, "right") == bench._hint(place, {}, "wrong") == ""

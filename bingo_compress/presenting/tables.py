@@ -10,26 +10,13 @@ from bingo_compress.data.image_list import ImageList
 from bingo_compress.features import neighbours
 from bingo_compress.models import exported
 from bingo_compress.models.trained import Models
-from bingo_compress.report.markdown import figure
+from bingo_compress.presenting.markdown import figure, title
 from bingo_compress.runtime import console, run_dir
 from bingo_compress.training.plan import Plan
 from bingo_compress.unread import unread
 
-NAMES = {
-    "teacher": "teacher",
-    "student": "student (distilled)",
-    "start": "student before",
-    "random": "student, random weights",
-    "onnx": "exported ONNX file",
-    "against": "student of --against",
-}
 CLASSES_SHOWN = 20
 PLAIN = ("linear_balanced", "linear_auc", "neighbour_recall")  # without their intervals: a screen is narrow
-
-
-def title(row: str) -> str:
-    """A row of a proof in words: "onnx-int8" is the exported int8 file."""
-    return NAMES.get(row) or f"exported {row.removeprefix('onnx-')} file"
 
 
 def show(result: dict[str, Any], run: run_dir.RunDir, models: Models) -> None:
@@ -141,11 +128,11 @@ def _gap(rows: Mapping[str, Mapping[str, Any]]) -> None:
 
 def _paired(found: Mapping[str, Any], other: str) -> None:
     console.say(f"against {other}:")
-    for key, title in (("knn", "kNN"), ("linear", "linear")):
+    for key, name in (("knn", "kNN"), ("linear", "linear")):
         test = found[key]
         low, high = test["difference_interval"]
         console.say(
-            f"  {title}: {test['difference']:+.3f} [{low:+.3f}, {high:+.3f}] for this student; right alone on"
+            f"  {name}: {test['difference']:+.3f} [{low:+.3f}, {high:+.3f}] for this student; right alone on"
             f" {test['only_this']:,} images, the other on {test['only_other']:,}; McNemar p = {test['p_value']:.2g}"
         )
 

@@ -1,7 +1,7 @@
 """The card's section on toolchains: what ran which file, and what did not run."""
 
-from bingo_compress.report.markdown import plain
-from bingo_compress.report.toolchain_table import section
+from bingo_compress.presenting.markdown import plain
+from bingo_compress.presenting.toolchain_table import section
 
 
 def test_toolchains_are_told_of_the_file_that_they_ran() -> None:

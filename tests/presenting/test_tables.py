@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from bingo_compress.report import tables
+from bingo_compress.presenting import tables
 
 
 def test_a_student_that_agrees_less_than_before_is_not_called_worse(printed: Any) -> None:

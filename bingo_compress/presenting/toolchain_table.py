@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bingo_compress.report.markdown import plain, table
+from bingo_compress.presenting.markdown import plain, table
+from bingo_compress.runtime.console import size
 
 HEADER = ("toolchain", "version", "smallest cosine", "largest difference", "error of spread", "verdict")
 
@@ -23,11 +24,13 @@ def cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     ]
 
 
-def section(names: Mapping[str, str], told: Sequence[Mapping[str, Any]]) -> list[str]:
+def section(
+    names: Mapping[str, str], told: Sequence[Mapping[str, Any]], converted: Sequence[Mapping[str, Any]] = ()
+) -> list[str]:
     """The model card's section: where the exported files were run. names: of the files by their sha256; told: what
-    `verify` wrote beside each, empty where nobody has verified it.
+    `verify` wrote beside each, empty where nobody has verified it; converted: contracts of what was made of them.
     """
-    blocks, waiting = ["## Toolchains"], dict(names)
+    blocks, waiting = ["## Toolchains", *_made_of(names, converted)], dict(names)
     for each in told:
         if each.get("sha256") in waiting and each["rows"]:
             not_run = f" Not run: {plain(', '.join(each['not_run']))}." if each["not_run"] else ""
@@ -39,3 +42,18 @@ def section(names: Mapping[str, str], told: Sequence[Mapping[str, Any]]) -> list
         commands = [f"    bingo-compress verify {name}" for name in waiting.values() or ["student.onnx"]]
         blocks += ["Not run in any but onnxruntime yet:", "\n".join(commands)]
     return blocks
+
+
+def _made_of(names: Mapping[str, str], converted: Sequence[Mapping[str, Any]]) -> list[str]:
+    rows = [
+        [
+            plain(f"{each['converted']['by'].split()[0]}/{each['file']}"),
+            size(sum(file["bytes"] for file in each["files"].values())),
+            plain(each["converted"]["by"]),
+            names[each["converted"]["float_sha256"]],
+            f"{each['parity']['images']:,} images: smallest cosine {each['parity']['min_cosine']:.6f}",
+        ]
+        for each in converted
+        if each["converted"]["float_sha256"] in names
+    ]
+    return [table(("", "size", "made by", "of", "against it"), rows)] if rows else []

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from bingo_compress.report import classes_section
+from bingo_compress.presenting import classes_section
 
 HEAD: dict[str, Any] = {
     "kind": "linear",

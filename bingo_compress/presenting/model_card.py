@@ -11,10 +11,9 @@ import timm
 
 from bingo_compress import __version__
 from bingo_compress.models import exported
+from bingo_compress.presenting import classes_section, timing_table, toolchain_table
+from bingo_compress.presenting.markdown import CLASSES_SHOWN, name_of, plain, shown, table, title
 from bingo_compress.recipe import GIVEN, RESUME_MAY_CHANGE, Recipe, load_recipe
-from bingo_compress.report import classes_section, timing_table, toolchain_table
-from bingo_compress.report.markdown import CLASSES_SHOWN, name_of, plain, shown, table
-from bingo_compress.report.tables import title
 from bingo_compress.runtime import checkpoint, console
 from bingo_compress.runtime.run_dir import RunDir, made_by, read_json, write_text
 from bingo_compress.training.plan import loss_of
@@ -32,7 +31,8 @@ def renew(run: RunDir, folder: Path) -> Path:
     heads = [head.name for file in files for head in exported.heads(folder / file["file"], file["sha256"])]
     latency = read_json("export", folder / exported.LATENCY).get("rows")
     toolchains = [read_json("verify", (folder / file["file"]).with_suffix(exported.TOOLCHAINS)) for file in files]
-    write_text(folder / exported.CARD, card(run, files, latency, heads, toolchains=toolchains))
+    converted = list(exported.converted(folder).values())
+    write_text(folder / exported.CARD, card(run, files, latency, heads, toolchains=toolchains, converted=converted))
     return folder / exported.CARD
 
 
@@ -43,13 +43,15 @@ def card(
     heads: Sequence[str] = (),
     date: str = "",
     toolchains: Sequence[Mapping[str, Any]] = (),
+    converted: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """The model card of a finished run as Markdown; the same for the same run and arguments.
 
     files: of what was exported, as `exported.contract` tells it; latency: the rows of `latency.latency`; heads: the
-    names of the files' heads; date: printed as it is given; toolchains: what `verify` told of each file. A validation's
-    figures are those of RUN/validation.json. Of it, of `latency` and of `toolchains` only what is of the run's student
-    and of `files` is shown, told by their sha256. Raises BingoError where one of these is not what we write.
+    names of the files' heads; date: printed as it is given; toolchains: what `verify` told of each file; converted: the
+    contracts of what toolchains made of them. A validation's figures are those of RUN/validation.json. Of it, of
+    `latency`, `toolchains` and `converted` only what is of the run's student and of `files` is shown, told by their
+    sha256. Raises BingoError where one of these is not what we write.
     """
     recipe = load_recipe(run.as_run)
     summary = read_json("distill", run.summary)
@@ -60,7 +62,7 @@ def card(
     with made_by("export", run.export / exported.LATENCY):
         timed = _latency(latency, files)
     with made_by("verify", run.export / exported.name("onnx")):
-        run_in = toolchain_table.section({file["sha256"]: name_of(file) for file in files}, toolchains)
+        run_in = toolchain_table.section({file["sha256"]: name_of(file) for file in files}, toolchains, converted)
     when = f", {plain(date)}" if date else ""
     blocks = [
         f"# {plain(recipe.student)}, distilled from {plain(recipe.teacher)}",

@@ -4,6 +4,14 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+NAMES = {
+    "teacher": "teacher",
+    "student": "student (distilled)",
+    "start": "student before",
+    "random": "student, random weights",
+    "onnx": "exported ONNX file",
+    "against": "student of --against",
+}
 CLASSES_SHOWN = 50
 # All that can begin or end something inside a line, of CommonMark and of GitHub's tables, formulas and links that need
 # no brackets.
@@ -41,3 +49,8 @@ def name_of(contract: Mapping[str, Any]) -> str:
     return {"int8": "student-int8.onnx", "float16": "student-fp16.onnx"}.get(
         str(contract.get("precision")), "student.onnx"
     )
+
+
+def title(row: str) -> str:
+    """A row of a proof in words: "onnx-int8" is the exported int8 file."""
+    return NAMES.get(row) or f"exported {row.removeprefix('onnx-')} file"

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bingo_compress.report.markdown import CLASSES_SHOWN, name_of, plain, shown, table
+from bingo_compress.presenting.markdown import CLASSES_SHOWN, name_of, plain, shown, table
 
 Files = Sequence[Mapping[str, Any]]  # contracts
 

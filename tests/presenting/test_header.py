@@ -10,7 +10,7 @@ from helpers import CPU, photos, recipe
 
 from bingo_compress.data import listing
 from bingo_compress.models import trained
-from bingo_compress.report.tables import header
+from bingo_compress.presenting.tables import header
 from bingo_compress.training.plan import plan_run
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

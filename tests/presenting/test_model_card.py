@@ -21,8 +21,8 @@ from bingo_compress.errors import BingoError
 from bingo_compress.evaluation import probes, protocol, scores
 from bingo_compress.evaluation.scores import Sides
 from bingo_compress.models import exported
+from bingo_compress.presenting.model_card import card, licence, plain, renew
 from bingo_compress.recipe import recipe_text
-from bingo_compress.report.model_card import card, licence, plain, renew
 from bingo_compress.runtime import checkpoint, run_dir
 
 NASTY = (
