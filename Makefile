@@ -16,7 +16,7 @@ demo: $(READY)
 	$(BIN)/bingo-compress demo --overwrite
 
 demo-short: $(READY)
-	$(BIN)/bingo-compress demo --overwrite --out runs/demo-short --epochs 0.25
+	$(BIN)/bingo-compress demo --overwrite --out runs/demo-short --epochs 0.25 --photos 600
 
 test: $(READY)
 	$(PYTEST) --cov --cov-report=term:skip-covered --cov-fail-under=85

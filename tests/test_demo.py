@@ -47,3 +47,28 @@ def test_the_demo_without_its_packages_says_how_to_get_them(
     ran = bingo("demo", "--out", tmp_path / "demo")
     assert ran.status == 2 and "pip install" in ran.err and len(ran.err.splitlines()) == 1
     assert not (tmp_path / "demo").exists()
+
+
+def test_fewer_photos_are_the_first_of_all_and_leave_none_of_an_earlier_demo(tmp_path: Path) -> None:
+    cells = tmp_path / "cells"
+    cells.mkdir()
+    rows = [f"images/{number}.png {float(number % 3 == 0)} mono" for number in range(120)]
+    (cells / "labels.csv").write_text("\n".join(rows) + "\n")
+    made = [
+        {str(link.relative_to(tmp_path / "arranged")) for link in (tmp_path / "arranged").glob("*/*/*")}
+        for share in (1, 0.3)
+        if demo.arrange(cells, tmp_path / "arranged", share)
+    ]
+    names = [{Path(link).name for link in links} for links in made]
+    assert [len(links) for links in made] == [120, 36] and names[1] < names[0]
+    assert [sum(link.startswith("test/") for link in links) for links in made] == [30, 9]
+    assert {str(Path(link).parent) for link in made[1]} == {
+        f"{part}/{label}" for part in ("train", "test") for label in ("defective", "functional")
+    }
+
+
+@pytest.mark.parametrize("photos", ["0", "299", "2625"])
+def test_a_number_of_photos_that_cannot_be_is_refused(photos: str, bingo: Any, tmp_path: Path) -> None:
+    ran = bingo("demo", "--out", tmp_path / "demo", "--photos", photos)
+    assert ran.status == 2 and f"--photos: expected 300 to 2624, found {photos}" in ran.err
+    assert not (tmp_path / "demo").exists()
