@@ -123,7 +123,7 @@
       ...base(c),
       height: Math.min(side, width - room) + room,
       grid: { left: room, width: side, top: 6, height: side },
-      xAxis: axis(c, { type: "category", data: data.classes, splitLine: { show: false }, name: "taken for", nameLocation: "end", nameGap: 8, axisLabel: { color: c.muted, rotate: 50, width: room, overflow: "truncate", interval: 0, fontSize: few ? 12 : 10 } }),
+      xAxis: axis(c, { type: "category", data: data.classes, splitLine: { show: false }, name: "taken for", nameLocation: "end", nameGap: 8, axisLabel: { color: c.muted, rotate: 50, width: room - 20, overflow: "truncate", interval: 0, fontSize: few ? 12 : 10 } }),
       yAxis: axis(c, { type: "category", data: data.classes, inverse: true, splitLine: { show: false }, axisLabel: { color: c.ink, width: room - 12, overflow: "truncate", interval: 0, fontSize: few ? 13 : 10 } }),
       visualMap: { show: false, min: 0, max: 1, dimension: 2, inRange: { color: [c.soft, c.accent] } },
       series: [{ type: "heatmap", data: cells, itemStyle: { borderColor: c.surface, borderWidth: 2, borderRadius: 3 }, emphasis: { disabled: true },
