@@ -200,8 +200,8 @@
         xAxis: bare, yAxis: bare,
         dataZoom: [0, 1].map((which) => ({ type: "inside", [which ? "yAxisIndex" : "xAxisIndex"]: 0, filterMode: "none", zoomOnMouseWheel: "ctrl", moveOnMouseWheel: false, preventDefaultMouseMove: false })),
         series: [
-          { type: "scatter", z: 2, data: points, symbolSize: points.length > 1500 ? 5 : 7, itemStyle: { color: (item) => hue[item.dataIndex], opacity: 0.85 }, emphasis: { itemStyle: { borderColor: c.ink, borderWidth: 2, opacity: 1 }, scale: 2.4 } },
-          ...(name === "teacher" && others.length ? [{ type: "scatter", z: 1, large: true, largeThreshold: 0, silent: true, symbolSize: 2, data: others, itemStyle: { color: c.muted, opacity: 0.35 }, tooltip: { show: false } }] : []),
+          { type: "scatter", z: 2, progressive: 0, data: points, symbolSize: points.length > 1500 ? 5 : 7, itemStyle: { color: (item) => hue[item.dataIndex], opacity: 0.85 }, emphasis: { itemStyle: { borderColor: c.ink, borderWidth: 2, opacity: 1 }, scale: 2.4 } },
+          ...(name === "teacher" && others.length ? [{ type: "scatter", z: 1, progressive: 0, large: true, largeThreshold: 0, silent: true, symbolSize: 2, data: others, itemStyle: { color: c.muted, opacity: 0.35 }, tooltip: { show: false } }] : []),
         ],
         tooltip: { ...base(c).tooltip, formatter: (item) => {
           const image = data.images[item.dataIndex], picture = data.pictures[image];
