@@ -77,7 +77,7 @@ class Distill(_Training):
     data: Annotated[Data | None, places(f"{words.IMAGES}; {words.AGAIN}; no labels are needed")] = None
     teacher: Annotated["str | Encoder | None", Word("models", "a timm model or family, for example resnet152")] = None
     student: Annotated["str | Encoder | None", Word("models", "a timm model or family, for example mobilenetv3")] = None
-    out: Annotated[Place, Word("run", "folder for all that the run makes", Path)] = Path("runs/first")
+    out: Annotated[Place, Word("run", "folder for all that it makes", Path)] = Path("runs/first")
     time: Annotated[
         str | None,
         Word("schedule", "instead of --epochs: as many as fit, with all else, for example into 45m, 2h or 1h30m"),

@@ -78,6 +78,7 @@ def test_a_run_leaves_the_files_that_it_promises(world: dict[str, Any]) -> None:
         "metrics.jsonl",
         "quarantine.csv",
         "summary.json",
+        "report.html",
         "work",
     }
     assert not list(run.rglob("*.tmp"))
@@ -163,7 +164,7 @@ def test_export_then_validate_with_a_test_folder(bingo: Any, world: dict[str, An
     assert ran.status == (3 if missed else 0) and ("linear" in ran.err and "(at least 1)" in ran.err) == missed
     assert bingo("validate", "--run", run, "--data", labelled, "--require", "colour=0.5").status == 2
     # The labelled photos are the run's own, in another folder: their contents tell.
-    assert set(result) == {"protocol", "rows", "bag_purity", "bag_purity_interval", "bag_purity_chance"}
+    assert set(result) == {"protocol", "rows", "gain", "bag_purity", "bag_purity_interval", "bag_purity_chance"}
     assert (result["protocol"]["bank_images"], result["protocol"]["test_images"]) == (66, 18)
     assert result["protocol"]["classes"] == ["kind0", "kind1", "kind2"]
     rows = {row["name"]: row for row in result["rows"]}

@@ -50,13 +50,20 @@ STOP_AT = 8  # of 18 steps, 6 an epoch
 
 def distill(data: Path, out: Path, **settings: Any) -> list[str]:
     """The words of a command."""
-    return ["distill", "--out", str(out), *flags(**{"data": data, "optimizer": "sgd", "lr": 0.05, **settings})]
+    return [
+        "distill",
+        "--no-report",
+        "--out",
+        str(out),
+        *flags(**{"data": data, "optimizer": "sgd", "lr": 0.05, **settings}),
+    ]
 
 
 def validate(run: Path, data: Path, test: Path, file: Path) -> list[str]:
     """The words of a command."""
     return [
         "validate",
+        "--no-report",
         "--run",
         str(run),
         "--data",

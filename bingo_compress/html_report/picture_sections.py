@@ -154,7 +154,7 @@ def wrong(facts: Facts, view: View) -> Section | Missing:
         for each in facts.wrong
     ]
     lead = "Test images that the student's linear probe was surest of and wrong: of the student, or of the label?"
-    return Section("mistakes", "Where it is wrong", lead, [{"kind": "mistakes", "items": items}])
+    return Section("mistakes", "Where it is wrong", lead, [{"kind": "mistakes", "mistakes": items}])
 
 
 def unused(facts: Facts, view: View) -> Section:

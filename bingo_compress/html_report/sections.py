@@ -73,18 +73,18 @@ def proof(runs: Sequence[Facts]) -> Section | Missing:
     labelled = [facts for facts in runs if facts.proof]
     if not labelled:
         return _recall(runs)
-    protocol = labelled[0].proof["protocol"]
-    figures = {key: name for key, name in protocol["figures"].items() if any(key in row for _, row in _rows(labelled))}
+    protocol, rows = labelled[0].proof["protocol"], _rows(labelled, alone=len(runs) == 1)
+    figures = {key: name for key, name in protocol["figures"].items() if any(key in row for _, row in rows)}
     charts = []
     for key, name in figures.items():
         points = [
             {"name": label, "value": row[key], "interval": row[f"{key}_interval"], "role": _role(row["name"])}
-            for label, row in _rows(labelled)
+            for label, row in rows
             if key in row
         ]
-        cells = [[label, shown(row, key)] for label, row in _rows(labelled) if key in row]
+        cells = [[label, shown(row, key)] for label, row in rows if key in row]
         charts.append(chart("intervals", _figure(key, name), {"points": points}, (("model", name), cells)))
-    blocks: list[Block] = [{"kind": "charts", "charts": charts}, *map(text, _gaps(labelled))]
+    blocks: list[Block] = [{"kind": "charts", "charts": charts}, *map(text, _gaps(labelled, alone=len(runs) == 1))]
     measured = [[_figure(key, figures[key]), protocol[key]] for key in figures] + [["intervals", protocol["intervals"]]]
     blocks.append(
         {"kind": "details", "summary": "How each figure is measured", "header": ("figure", "how"), "rows": measured}
@@ -106,12 +106,12 @@ def _figure(key: str, name: str) -> str:
     return names.get(key, name)
 
 
-def _rows(runs: Sequence[Facts]) -> list[tuple[str, Row]]:
+def _rows(runs: Sequence[Facts], *, alone: bool) -> list[tuple[str, Row]]:
     """(label, row) of the models that are shown: of several runs those that differ."""
     found = []
     for facts in runs:
         for row in facts.proof["rows"]:
-            if len(runs) == 1:
+            if alone:
                 found.append((title(row["name"]), row))
             elif row["name"] != "random":
                 found.append((f"{facts.name}: {title(row['name'])}", row))
@@ -122,12 +122,12 @@ def _role(name: str) -> str:
     return name if name in ("teacher", "student", "start", "random") else "file"
 
 
-def _gaps(runs: Sequence[Facts]) -> Iterable[str]:
+def _gaps(runs: Sequence[Facts], *, alone: bool) -> Iterable[str]:
     for facts in runs:
         row = facts.row("student")
         if "gap_closed" in row:
             low, high = row["gap_closed_interval"]
-            whose = f"{facts.name}: the" if len(runs) > 1 else "The"
+            whose = "The" if alone else f"{facts.name}: the"
             yield (
                 f"{whose} student closed {row['gap_closed']:.0%} [{low:.0%}, {high:.0%}] of the gap between random"
                 " weights and the teacher (linear probe)."

@@ -143,7 +143,7 @@ def sparkline(values: Sequence[float], width: int = 8) -> str:
     the output has no such signs, or where there is no curve yet.
     """
     try:
-        BARS.encode(sys.stdout.encoding or "ascii")
+        BARS.encode(console.encoding)  # of what it writes to: under a bar sys.stdout is another, which tells none
     except UnicodeEncodeError:
         return ""
     count = min(width, len(values))

@@ -164,7 +164,7 @@ def prove(bingo: Any, world: dict[str, Path], tmp_path: Path) -> Any:
 
 def test_every_figure_has_an_interval_and_the_student_its_classes(prove: Any, tmp_path: Path) -> None:
     out, result = prove()
-    assert set(result) == {"protocol", "rows"}
+    assert set(result) == {"protocol", "rows", "gain"}
     assert [row["name"] for row in result["rows"]] == ["teacher", "student", "start", "random"]
     for row in result["rows"]:
         for key in FIGURES:

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -294,6 +295,16 @@ def _facts(recall: dict[str, Any], proof: dict[str, Any]) -> Facts:
 
     summary = {"neighbour_recall": recall} if recall else {}
     return Facts("This run", "", recipe(), summary, [], 0.0, proof, [], [], [], [], None)
+
+
+def test_what_it_took_for_something_else_is_shown_with_a_picture() -> None:
+    wrong = {"image": 4, "name": "whisper.jpg", "is": NASTY, "taken_for": "plain", "sure": 0.875, "picture": b"abc"}
+    facts = replace(_facts({}, {}), wrong=[wrong])
+    html = page.render([facts], View())
+    assert 'id="mistakes"' in html and "data:image/webp;base64,YWJj" in html and "88% sure" in html
+    assert "whisper" not in html and "<b>" not in html and "taken for plain" in html
+    assert "whisper.jpg" in page.render([facts], View(paths=True))
+    assert "YWJj" not in page.render([facts], View(images=False))
 
 
 @pytest.mark.parametrize(

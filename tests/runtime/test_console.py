@@ -269,10 +269,10 @@ def test_no_line_of_a_bar_wraps(width: int, monkeypatch: pytest.MonkeyPatch) -> 
     printed = io.StringIO()
     narrow = Console(file=printed, force_terminal=True, width=width, color_system=None)
     monkeypatch.setattr(console, "console", narrow)
-    note = "epoch 12/100, loss ▇▅▃▁ 71% of its first; time: student 95%, loss 4%, wait 0%"
     with console.bar("distil", 647_936) as advance:
-        advance(120_000, note=note)
+        curve = console.sparkline([4, 3, 2, 1])
+        advance(120_000, note=f"epoch 12/100, loss {curve} 71% of its first; time: student 95%, loss 4%, wait 0%")
     last = printed.getvalue().replace("\r", "\n").splitlines()
     shown = [re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", line) for line in last]
     assert max(map(len, shown)) <= width and any("distil" in line and "19%" in line for line in shown)
-    assert any("epoch 12/100, loss" in line for line in shown)
+    assert any("epoch 12/100, loss █" in line for line in shown)

@@ -45,16 +45,14 @@
   function intervals(data, c, width) {
     const hue = { student: c.accent, teacher: c.ink, start: c.muted, random: c.line, file: c.third };
     const fill = (point) => point.role === "random" ? c.muted : hue[point.role];
-    const ends = data.points.flatMap((point) => point.interval || [point.value]).concat(data.points.map((point) => point.value));
-    const low = Math.max(0, Math.min(...ends)), high = Math.min(1, Math.max(...ends)), gap = Math.max(0.02, (high - low) * 0.12);
     return {
       ...base(c),
       height: 46 + 40 * data.points.length,
       grid: { left: 4, right: 20, top: 12, bottom: 4, outerBoundsMode: "same", outerBoundsContain: "axisLabel" },
-      xAxis: axis(c, { type: "value", min: Math.max(0, Math.floor((low - gap) * 50) / 50), max: Math.min(1, Math.ceil((high + gap) * 50) / 50), axisLabel: { color: c.muted, formatter: (value) => `${Math.round(100 * value)}%`, hideOverlap: true } }),
+      xAxis: axis(c, { type: "value", scale: true, splitNumber: 4, axisLabel: { color: c.muted, formatter: (value) => `${Math.round(100 * value)}%`, hideOverlap: true } }),
       yAxis: names(c, data.points.map((point) => point.name), width),
       series: [
-        { type: "custom", silent: true, data: data.points.map((point, row) => point.interval ? [point.interval[0], point.interval[1], row] : [point.value, point.value, row]),
+        { type: "custom", silent: true, encode: { x: [0, 1], y: 2 }, data: data.points.map((point, row) => point.interval ? [point.interval[0], point.interval[1], row] : [point.value, point.value, row]),
           renderItem: (_, api) => {
             const [from, to] = [0, 1].map((end) => api.coord([api.value(end), api.value(2)]));
             return { type: "line", shape: { x1: from[0], y1: from[1], x2: to[0], y2: to[1] }, style: { stroke: fill(data.points[api.value(2)]), lineWidth: 3, opacity: 0.4, lineCap: "round" } };
@@ -125,7 +123,7 @@
       ...base(c),
       height: Math.min(side, width - room) + room,
       grid: { left: room, width: side, top: 6, height: side },
-      xAxis: axis(c, { type: "category", data: data.classes, splitLine: { show: false }, name: "taken for", nameLocation: "end", nameGap: 8, axisLabel: { color: c.muted, rotate: 50, width: room, overflow: "truncate", interval: 0, fontSize: few ? 12 : 10 } }),
+      xAxis: axis(c, { type: "category", data: data.classes, splitLine: { show: false }, name: "taken for", nameLocation: "end", nameGap: 8, axisLabel: { color: c.muted, rotate: 50, width: room - 20, overflow: "truncate", interval: 0, fontSize: few ? 12 : 10 } }),
       yAxis: axis(c, { type: "category", data: data.classes, inverse: true, splitLine: { show: false }, axisLabel: { color: c.ink, width: room - 12, overflow: "truncate", interval: 0, fontSize: few ? 13 : 10 } }),
       visualMap: { show: false, min: 0, max: 1, dimension: 2, inRange: { color: [c.soft, c.accent] } },
       series: [{ type: "heatmap", data: cells, itemStyle: { borderColor: c.surface, borderWidth: 2, borderRadius: 3 }, emphasis: { disabled: true },
@@ -134,30 +132,31 @@
     };
   }
 
-  function files(data, c, width) {
+  function files(data, c) {
+    const hues = [c.accent, c.second, c.third, c.fourth, c.muted];
     const judged = data.points.every((point) => point.value !== null && point.value !== undefined);
     const most = Math.max(...data.points.map((point) => point.mb));
-    const height = (point) => judged ? point.value : point.mb;
+    const ends = (point) => judged && point.interval ? point.interval : [judged ? point.value : point.mb, judged ? point.value : point.mb];
     const told = (point) => [point.name, `${point.ms.toFixed(2)} ms, ${short(point.mb)} MB`, ...(judged ? [`linear probe ${percent(point.value)}`] : [])];
     return {
       ...base(c),
-      height: 300,
-      grid: { left: 8, right: 24, top: 32, bottom: 30, outerBoundsMode: "same", outerBoundsContain: "axisLabel" },
-      xAxis: axis(c, { type: "value", scale: true, min: 0, max: (range) => +(range.max * 1.25).toPrecision(2), name: "milliseconds a picture, one thread", nameLocation: "middle", nameGap: 28 }),
-      yAxis: axis(c, { type: "value", scale: true, name: judged ? "linear probe" : "MB", nameTextStyle: { color: c.muted, align: "left" }, nameGap: 12, splitNumber: 4,
-        min: judged ? (range) => Math.max(0, Math.floor((range.min - 0.03) * 50) / 50) : 0, max: judged ? (range) => Math.min(1, Math.ceil((range.max + 0.03) * 50) / 50) : undefined,
+      height: 320,
+      color: hues,
+      legend: { bottom: 0, icon: "circle", itemWidth: 10, itemHeight: 10, textStyle: { color: c.ink }, data: data.points.map((point) => point.name) },
+      grid: { left: 8, right: 24, top: 32, bottom: 62, outerBoundsMode: "same", outerBoundsContain: "axisLabel" },
+      xAxis: axis(c, { type: "value", min: 0, name: "milliseconds a picture, one thread", nameLocation: "middle", nameGap: 28, max: (range) => Math.ceil(range.max * 1.15) }),
+      yAxis: axis(c, { type: "value", scale: judged, name: judged ? "linear probe; larger dots are larger files" : "MB", nameTextStyle: { color: c.muted, align: "left" }, nameGap: 12, splitNumber: 4,
         axisLabel: { color: c.muted, formatter: judged ? (value) => `${Math.round(100 * value)}%` : short } }),
       series: [
-        { type: "custom", silent: true, data: judged ? data.points.filter((point) => point.interval).map((point) => [point.ms, ...point.interval]) : [],
-          renderItem: (_, api) => {
+        { type: "custom", silent: true, encode: { x: 0, y: [1, 2] }, data: data.points.map((point) => [point.ms, ...ends(point)]),
+          renderItem: (item, api) => {
             const [from, to] = [1, 2].map((end) => api.coord([api.value(0), api.value(end)]));
-            return { type: "line", shape: { x1: from[0], y1: from[1], x2: to[0], y2: to[1] }, style: { stroke: c.accent, lineWidth: 2, opacity: 0.35 } };
+            return { type: "line", shape: { x1: from[0], y1: from[1], x2: to[0], y2: to[1] }, style: { stroke: hues[item.dataIndex % hues.length], lineWidth: 2, opacity: 0.4 } };
           } },
-        { type: "scatter", data: data.points.map((point) => ({ name: point.name, value: [point.ms, height(point)], symbolSize: 10 + 26 * Math.sqrt(point.mb / most) })), itemStyle: { color: c.accent, opacity: 0.8 },
-          labelLayout: { moveOverlap: "shiftY" },
-          label: { show: true, position: "right", color: c.ink, fontSize: 12, formatter: (item) => `${item.name}\n${short(data.points[item.dataIndex].mb)} MB`, width: Math.round(width * 0.3), overflow: "break" } },
+        ...data.points.map((point, which) => ({ type: "scatter", name: point.name, symbolSize: 10 + 22 * Math.sqrt(point.mb / most),
+          data: [[point.ms, judged ? point.value : point.mb]], itemStyle: { color: hues[which % hues.length], opacity: 0.85 } })),
       ],
-      tooltip: { ...base(c).tooltip, formatter: (item) => tip(told(data.points[item.dataIndex])) },
+      tooltip: { ...base(c).tooltip, formatter: (item) => tip(told(data.points[item.seriesIndex - 1])) },
     };
   }
 
@@ -201,8 +200,8 @@
         xAxis: bare, yAxis: bare,
         dataZoom: [0, 1].map((which) => ({ type: "inside", [which ? "yAxisIndex" : "xAxisIndex"]: 0, filterMode: "none", zoomOnMouseWheel: "ctrl", moveOnMouseWheel: false, preventDefaultMouseMove: false })),
         series: [
-          { type: "scatter", z: 2, data: points, symbolSize: points.length > 1500 ? 5 : 7, itemStyle: { color: (item) => hue[item.dataIndex], opacity: 0.85 }, emphasis: { itemStyle: { borderColor: c.ink, borderWidth: 2, opacity: 1 }, scale: 2.4 } },
-          ...(name === "teacher" && others.length ? [{ type: "scatter", z: 1, large: true, largeThreshold: 0, silent: true, symbolSize: 2, data: others, itemStyle: { color: c.muted, opacity: 0.35 }, tooltip: { show: false } }] : []),
+          { type: "scatter", z: 2, progressive: 0, data: points, symbolSize: points.length > 1500 ? 5 : 7, itemStyle: { color: (item) => hue[item.dataIndex], opacity: 0.85 }, emphasis: { itemStyle: { borderColor: c.ink, borderWidth: 2, opacity: 1 }, scale: 2.4 } },
+          ...(name === "teacher" && others.length ? [{ type: "scatter", z: 1, progressive: 0, large: true, largeThreshold: 0, silent: true, symbolSize: 2, data: others, itemStyle: { color: c.muted, opacity: 0.35 }, tooltip: { show: false } }] : []),
         ],
         tooltip: { ...base(c).tooltip, formatter: (item) => {
           const image = data.images[item.dataIndex], picture = data.pictures[image];
