@@ -1,5 +1,6 @@
 """The page on a run: what it shows of what the run has, and what of the user's own is never in it."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -335,3 +336,11 @@ def test_settings_show_no_place_on_the_disk() -> None:
 
     mine = recipe(data="/home/me/photos", teacher_weights="/home/me/w.pth")
     assert "/home" not in str(sections.masked(mine, View())) and sections.masked(mine, View(paths=True)) == mine
+
+
+def test_the_drawing_code_is_the_one_that_its_note_names() -> None:
+    note = (page.ASSETS / "echarts.txt").read_text()
+    assert hashlib.sha256((page.ASSETS / "echarts.min.js").read_bytes()).hexdigest() in note
+    version = re.search(r"version ([0-9.]+),", note)
+    assert version and f'version="{version[1]}"' in (page.ASSETS / "echarts.min.js").read_text()
+    assert "Apache License" in (page.ASSETS / "echarts.LICENSE").read_text()
