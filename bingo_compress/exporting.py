@@ -103,7 +103,7 @@ def export(
         image_list.keep(run.work, folder, *(labelled or ()))
     judged = [row for row in rows if row in FORMATS]
     most = CALIBRATION + GALLERY if judged or int8.calibration_set else IMAGES
-    order, pixels = _pixels(student, folder, judged, most, halved=int8.finetune)
+    order, pixels = _pixels(student, folder, fmt if judged else "", most, halved=int8.finetune)
     calibration, gallery = pixels.tensor_split([min(CALIBRATION, len(pixels) // 3)])
     target = _target(out or run.export, student, COPIES_JUDGED if judged or toolchains else COPIES)
     facts = _facts(run, recipe)
@@ -231,10 +231,11 @@ def _rows(fmt: str, int8: Int8, head: str, wanted: Form) -> list[str]:
 
 
 def _pixels(
-    student: Encoder, folder: image_list.ImageList, judged: list[str], most: int, *, halved: bool
+    student: Encoder, folder: image_list.ImageList, judged: str, most: int, *, halved: bool
 ) -> tuple[list[int], Tensor]:
-    """(which images of the folder may be looked at, those that are, at most `most`: uint8 (n, S, S, 3)). halved: at
-    least half of the images are left to train on. Raises BingoError where there are too few.
+    """(which images of the folder may be looked at, those that are, at most `most`: uint8 (n, S, S, 3)). judged: the
+    formats that are judged by them, "" for none; halved: at least half of the images are left to train on. Raises
+    BingoError where there are too few.
     """
     order = torch.randperm(len(folder.files), generator=torch.Generator().manual_seed(0)).tolist()
     if halved:
@@ -243,7 +244,7 @@ def _pixels(
     if judged and len(pixels) < LEAST_JUDGED:
         more = " (half of the folder, the other is for --finetune)" if halved else ""
         raise BingoError(
-            f"--format {','.join(judged)}: expected at least {LEAST_JUDGED} images to quantise and judge by, found"
+            f"--format {judged}: expected at least {LEAST_JUDGED} images to quantise and judge by, found"
             f" {len(pixels)}{more}; add images"
         )
     return order, pixels

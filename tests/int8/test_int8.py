@@ -364,7 +364,7 @@ def test_an_int8_file_below_the_gate_is_not_published(
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"fmt": "tflite"}, "--format: expected onnx, onnx-fp16, onnx-int8, all"),
+        ({"fmt": "onnx-int4"}, "--format: expected onnx, onnx-fp16, onnx-int8, all"),
         ({"int8": Int8(finetune=True)}, "--finetune: expected --format onnx-int8 or all"),
         ({"int8": Int8(Path("x"))}, "--labels: expected --format"),
         ({"fmt": "all", "int8": Int8(test=Path("x"))}, "--test: expected --labels"),
