@@ -54,7 +54,7 @@ def following(name: str, run: RunDir) -> Iterator[Picture]:
     if not name:
         yield lambda title, pixels: None
         return
-    client, ended = _spared(_open(name, run)), threading.Event()
+    client, ended = _spared(lambda: _open(name, run)), threading.Event()
     thread = threading.Thread(target=_follow, args=(run.metrics, client, ended), daemon=True)
     thread.start()
     try:
@@ -116,9 +116,14 @@ def _mlflow(run: RunDir) -> Client:
     return Client(numbers, picture, mlflow.end_run)
 
 
-def _spared(client: Client) -> Client:
-    """The same client, but for its errors: the first is said, and from then on it is told nothing."""
+def _spared(begin: Callable[[], Client]) -> Client:
+    """The client that `begin` gives, but for its errors: the first is said, and from then on it is told nothing."""
     failed: list[str] = []
+
+    def fail(error: Exception) -> None:
+        failed.append(str(error))
+        said = " ".join(str(error).split())[:200]
+        console.complain(f"--logger: it failed ({type(error).__name__}: {said}); the run goes on without it")
 
     def kept(act: Callable[..., None]) -> Callable[..., None]:
         def once(*words: Any) -> None:
@@ -127,13 +132,20 @@ def _spared(client: Client) -> Client:
             try:
                 act(*words)
             except Exception as error:  # a tracker's own share no base class
-                failed.append(str(error))
-                said = " ".join(str(error).split())[:200]
-                console.complain(f"--logger: it failed ({type(error).__name__}: {said}); the run goes on without it")
+                fail(error)
 
         return once
 
+    try:
+        client = begin()
+    except Exception as error:
+        fail(error)
+        client = Client(_idle, _idle, _idle)
     return Client(kept(client.numbers), kept(client.picture), kept(client.close))
+
+
+def _idle(*words: Any) -> None:
+    pass
 
 
 def _follow(metrics: Path, client: Client, ended: threading.Event) -> None:

@@ -61,18 +61,23 @@ def test_every_line_is_told_once_in_order_and_half_a_line_never(tmp_path: Path, 
     assert told.pictures == [("bag", (4, 5, 3))] and told.closed == 1
 
 
+@pytest.mark.parametrize("when", ["it is opened", "it is told"])
 def test_a_tracker_that_fails_is_said_once_and_the_run_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*words: Any) -> None:
         raise OSError("no such host")
 
-    monkeypatch.setattr(loggers, "_open", lambda name, run: loggers.Client(fail, fail, fail))
+    monkeypatch.setattr(
+        loggers, "_open", fail if when == "it is opened" else lambda name, run: loggers.Client(fail, fail, fail)
+    )
+    monkeypatch.setattr(loggers, "SECONDS", 0.01)
     run = RunDir(tmp_path)
     run.metrics.write_text(line(1) + line(2))
     with loggers.following("wandb", run) as picture:
         picture("bag", PIXELS)
-    assert capsys.readouterr().err.count("no such host") == 1
+    out, err = capsys.readouterr()
+    assert err.count("no such host") == 1 and "loss" not in out
 
 
 @pytest.mark.parametrize(
