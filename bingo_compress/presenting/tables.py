@@ -1,6 +1,7 @@
 """The proof on screen: what `validation` measured, as tables and lines."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -200,7 +201,7 @@ def header(plan: Plan, models: Models, folder: ImageList) -> None:
             f"{encoder.parameters_count() / 1e6:.2f} M",
             f"{encoder.preprocessing.size} px",
             str(encoder.width),
-            source,
+            Path(source).name,
         )
         for role, encoder, source in roles
     ]
