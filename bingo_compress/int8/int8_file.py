@@ -78,6 +78,7 @@ def _table(tried: list[dict[str, Any]], float_file: Path) -> None:
     header = (
         "int8",
         "mean cosine",
+        "smallest",
         neighbours.recall_title(tried[0]["images"] - 1),
         *(["same class"] if "same_class" in tried[0] else []),
         *(f"{name} lost" for name in names),
@@ -93,6 +94,7 @@ def _table(tried: list[dict[str, Any]], float_file: Path) -> None:
             (
                 row["rung"],
                 f"{row['mean_cosine']:.4f}",
+                f"{row['min_cosine']:.4f}",
                 recall,
                 *([f"{row['same_class']:.3f}"] if "same_class" in row else []),
                 *lost,

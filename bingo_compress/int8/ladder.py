@@ -75,7 +75,8 @@ class LadderEnds(BingoError):
     """No rung passed the gate; `tried` is what each gave."""
 
     def __init__(self, tried: list[dict[str, Any]]) -> None:
-        least = min(tried, key=lambda row: len(row["missed"]))
+        # Of two that miss as much the later, which loses less.
+        least = min(reversed(tried), key=lambda row: len(row["missed"]))
         super().__init__(
             f"export refused, no int8 file written: {len(tried)} ways were tried; the nearest ({least['rung']}) misses"
             f" {', '.join(least['missed'])}",

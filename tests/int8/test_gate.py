@@ -109,7 +109,8 @@ def test_a_chosen_file_below_the_gate_on_the_test_images_is_refused_and_no_furth
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     climbed: list[str] = []
-    row = {"rung": "first", "missed": [], "images": 30, "mean_cosine": 1.0, "recall": 1.0, "recall_k": 2, "bytes": 1}
+    row = {"rung": "first", "missed": [], "images": 30, "mean_cosine": 1.0, "min_cosine": 1.0, "bytes": 1}
+    row |= {"recall": 1.0, "recall_k": 2}
 
     def quantise(*_: Any) -> Any:
         climbed.append("ladder")
@@ -182,6 +183,7 @@ def test_export_keeps_its_gate_and_its_calibration_out_of_fine_tuning(
                     "missed": ["x"],
                     "images": 12,
                     "mean_cosine": 0.5,
+                    "min_cosine": 0.5,
                     "recall": 0.5,
                     "recall_k": 2,
                     "bytes": 1,
