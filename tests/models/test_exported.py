@@ -98,6 +98,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch) -> None:
                     "missed": ["mean cosine"],
                     "images": 30,
                     "mean_cosine": 0.5,
+                    "min_cosine": 0.5,
                     "recall": 0.5,
                     "recall_k": 2,
                     "bytes": 1,
