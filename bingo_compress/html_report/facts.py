@@ -81,6 +81,19 @@ def read(run: RunDir, name: str, looks: Looks | None) -> Facts:
     )
 
 
+def measured_on(runs: Sequence[Facts]) -> str:
+    """What the figures of labelled runs are of; where runs were measured on other images, that they do not compare."""
+    told = []
+    for facts in runs:
+        of = facts.proof["protocol"]
+        count = f"{of['test_images']:,} test images, a bank of {of['bank_images']:,}, {len(of['classes']):,} classes."
+        told.append((of["test"], count))
+    if len(set(told)) == 1:
+        return told[0][1]
+    each = " ".join(f"{facts.name}: {count}" for facts, (_, count) in zip(runs, told, strict=True))
+    return f"{each} They were measured on different images: figures of one run do not compare with those of another."
+
+
 def _lines(run: RunDir) -> list[Row]:
     lines = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
     return [line for line in lines if float(line["step"]) >= 0 and float(line["seconds"]) >= 0]

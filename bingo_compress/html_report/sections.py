@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bingo_compress.html_report.facts import Facts, Row
+from bingo_compress.html_report.facts import Facts, Row, measured_on
 from bingo_compress.presenting import timing_table
 from bingo_compress.presenting.markdown import name_of, shown, title
 from bingo_compress.recipe import FILES, WORDS, Recipe, make_recipe, recipe_text
@@ -89,10 +89,7 @@ def proof(runs: Sequence[Facts]) -> Section | Missing:
     blocks.append(
         {"kind": "details", "summary": "How each figure is measured", "header": ("figure", "how"), "rows": measured}
     )
-    lead = (
-        f"{protocol['test_images']:,} test images, a bank of {protocol['bank_images']:,}, {len(protocol['classes']):,}"
-        " classes. The line through a dot is its 95% interval."
-    )
+    lead = f"{measured_on(labelled)} The line through a dot is its 95% interval."
     return Section("figures", "How good it is", lead, blocks)
 
 

@@ -20,7 +20,7 @@ import bingo_compress
 from bingo_compress import exporting
 from bingo_compress.errors import BingoError
 from bingo_compress.html_report import looks, page, sections, verdict
-from bingo_compress.html_report.facts import Facts
+from bingo_compress.html_report.facts import Facts, measured_on
 from bingo_compress.html_report.sections import View
 from bingo_compress.runtime import checkpoint
 from bingo_compress.runtime.run_dir import RunDir
@@ -215,7 +215,7 @@ def test_several_runs_stand_side_by_side(run: RunDir, world: Path, tmp_path: Pat
     shown = Page(tmp_path / "both.html")
     assert tuple(shown.sections) == ("figures", "training", "recipe", "missing")
     assert "Run 1" in shown.words and "Run 2: student before" in shown.words
-    assert re.search(r"epochs\s*7\s*1", shown.words)
+    assert re.search(r"epochs\s*7\s*1", shown.words) and "do not compare" not in shown.words
 
 
 def test_a_page_that_cannot_be_written_is_said_and_loses_nothing(
@@ -344,3 +344,13 @@ def test_the_drawing_code_is_the_one_that_its_note_names() -> None:
     version = re.search(r"version ([0-9.]+),", note)
     assert version and f'version="{version[1]}"' in (page.ASSETS / "echarts.min.js").read_text()
     assert "Apache License" in (page.ASSETS / "echarts.LICENSE").read_text()
+
+
+def test_figures_of_other_images_do_not_compare_and_the_page_says_so() -> None:
+    of = {"test": "a", "test_images": 9, "bank_images": 30, "classes": ["x", "y"]}
+    one, alike, other = (
+        _facts({}, {"protocol": protocol, "rows": []}) for protocol in (of, of, {**of, "test": "b", "test_images": 5})
+    )
+    assert measured_on([one, alike]) == "9 test images, a bank of 30, 2 classes."
+    said = measured_on([one, other])
+    assert "5 test images" in said and "do not compare" in said
