@@ -76,8 +76,9 @@ def convert(float_file: Path, place: Place, what: str, images: Tensor) -> Path:
                 REFUSED,
             )
         file = folder / exported.CONVERTED[name]
-        contract |= {"file": file.name, "files": _files(folder), **_files(folder)[file.name]}
-        contract["converted"] = {"by": f"{name} {what}", "float_sha256": exported.contract(float_file)["sha256"]}
+        contract["converted"] = {"by": f"{name} {what}", "float_sha256": contract["sha256"]}
+        made = _files(folder)
+        contract |= {"file": file.name, "files": made, **made[file.name]}
         contract["parity"] = {"images": len(images), **{key: parity[key] for key in ("min_cosine", "max_difference")}}
         _take_over(contract, told)
         rows = iter(range(len(images), len(pixels)))

@@ -16,8 +16,7 @@ from bingo_compress.runtime import console
 from bingo_compress.runtime.run_dir import RunDir
 
 SECONDS = 5.0  # between two looks at metrics.jsonl
-# What each tracker needs: its module, and the extra that brings it.
-LOGGERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
+LOGGERS = ("tensorboard", "wandb", "mlflow")  # each the name of its module, and of the extra that brings it
 UNTOLD = ("step", "time")
 
 Pixels = NDArray[np.uint8]  # (H, W, 3)
@@ -38,11 +37,10 @@ def refuse_absent(name: str) -> None:
         raise BingoError(f"--logger: expected {', '.join(LOGGERS)}, found {name!r}")
     if name:
         try:
-            importlib.import_module(LOGGERS[name])
+            importlib.import_module(name)
         except ImportError:
             raise BingoError(
-                f"--logger {name}: expected its client, found no module {LOGGERS[name]}; pip install"
-                f" 'bingo-compress[{name}]'"
+                f"--logger {name}: expected its client, found no module {name}; pip install 'bingo-compress[{name}]'"
             ) from None
 
 

@@ -55,11 +55,16 @@ def _onnxruntime(job: Job) -> Outputs:
         yield session.run(job.outputs, {job.input: batch})
 
 
-def _openvino(job: Job) -> Outputs:
-    # `import openvino` sends word of itself over the network, unless the package that does so is not there.
+def _silent_openvino() -> Any:
+    """The module; its import sends word of itself over the network, unless the package that does so is not there."""
     sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
     import openvino
 
+    return openvino
+
+
+def _openvino(job: Job) -> Outputs:
+    openvino = _silent_openvino()
     # Processors with half-precision units would compute in it by default.
     model = openvino.Core().compile_model(job.file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     for batch in job.batches:
@@ -68,9 +73,7 @@ def _openvino(job: Job) -> Outputs:
 
 
 def _openvino_file(job: Job) -> Outputs:
-    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
-    import openvino
-
+    openvino = _silent_openvino()
     file = os.path.join(CONVERTED, "student.xml")
     openvino.save_model(openvino.Core().read_model(job.file), file, compress_to_fp16=False)
     return _openvino(job._replace(file=file))
