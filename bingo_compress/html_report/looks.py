@@ -1,7 +1,8 @@
 """What the page shows of a run's images, as it is kept in work/: made once, by looking.py, of just this student."""
 
 import io
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,13 +46,22 @@ def webp(picture: Image.Image, quality: int = QUALITY[LARGE]) -> bytes:
         return target.getvalue()
 
 
+def joined(pictures: Iterable[bytes]) -> Tensor:
+    """Pictures one after the other as bytes, uint8 (n,): of none a single byte, as no tensor in a file is empty."""
+    return torch.frombuffer(bytearray(b"".join(pictures) or b"\0"), dtype=torch.uint8)
+
+
+def parted(raw: Tensor, lengths: Sequence[int]) -> list[bytes]:
+    """What `joined` has made one, by the length of each picture."""
+    data, ends = raw.numpy().tobytes(), list(itertools.accumulate(lengths, initial=0))
+    return [data[start:end] for start, end in itertools.pairwise(ends)]
+
+
 def save(looks: Looks, run: RunDir) -> None:
     """Keep looks in the run's work folder. Raises BingoError when the disk is too small."""
     tensors = {f"places.{name}": places for name, places in looks.places.items()}
     for side, pictures in looks.pictures.items():
-        tensors[f"pictures.{side}"] = torch.frombuffer(
-            bytearray(b"".join(pictures.values()) or b"\0"), dtype=torch.uint8
-        )
+        tensors[f"pictures.{side}"] = joined(pictures.values())
         tensors[f"images.{side}"] = torch.tensor([[image, len(raw)] for image, raw in pictures.items()]).view(-1, 2)
     checkpoint.save(run.looks, tensors, made(run), **looks.facts)
 
@@ -67,11 +77,9 @@ def load(run: RunDir) -> Looks | None:
         places = checkpoint.under(tensors, "places")
         pictures: dict[int, dict[int, bytes]] = {}
         for side in (SMALL, LARGE):
-            raw, start = tensors[f"pictures.{side}"].numpy().tobytes(), 0
-            pictures[side] = {}
-            for image, length in tensors[f"images.{side}"].tolist():
-                pictures[side][image] = raw[start : start + length]
-                start += length
+            images, lengths = tensors[f"images.{side}"].unbind(1)
+            raws = parted(tensors[f"pictures.{side}"], lengths.tolist())
+            pictures[side] = dict(zip(images.tolist(), raws, strict=True))
         count = len(facts["images"])  # type: ignore[arg-type]
         assert all(tuple(places[name].shape) == (count, 2) for name in places if name != "others")
         return Looks(dict(facts), places, pictures)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bingo_compress.data.decode import decode_all
 from bingo_compress.data.image_list import ImageList
-from bingo_compress.html_report.looks import LARGE, webp
+from bingo_compress.html_report.looks import LARGE, joined, parted, webp
 from bingo_compress.runtime import checkpoint
 from bingo_compress.runtime.made_of import MadeOf, made_of
 from bingo_compress.runtime.run_dir import RunDir, made_by
@@ -37,9 +37,8 @@ def save(
             answer = {"is": classes[int(labels[index])], "taken_for": classes[int(taken[index])]}
             found.append({"image": index, "name": images.files[index], "sure": float(sure[index])} | answer)
             pictures.append(webp(Image.fromarray(pixels)))
-    raw = torch.frombuffer(bytearray(b"".join(pictures) or b"\0"), dtype=torch.uint8)
     lengths = torch.tensor([len(picture) for picture in pictures], dtype=torch.int64)
-    checkpoint.save(run.mistakes, {"pictures": raw, "lengths": lengths}, _made(row), wrong=found)
+    checkpoint.save(run.mistakes, {"pictures": joined(pictures), "lengths": lengths}, _made(row), wrong=found)
 
 
 def load(run: RunDir, row: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -50,11 +49,10 @@ def load(run: RunDir, row: Mapping[str, Any]) -> list[dict[str, Any]]:
         return []
     tensors, facts = checkpoint.load(run.mistakes)
     with made_by("validate", run.mistakes):
-        raw, start, wrong = tensors["pictures"].numpy().tobytes(), 0, facts["wrong"]
+        wrong = facts["wrong"]
         assert isinstance(wrong, list)
-        for each, length in zip(wrong, tensors["lengths"].tolist(), strict=True):
-            each["picture"] = raw[start : start + length]
-            start += length
+        for each, raw in zip(wrong, parted(tensors["pictures"], tensors["lengths"].tolist()), strict=True):
+            each["picture"] = raw
         return wrong
 
 
