@@ -95,7 +95,7 @@ def interrupted(
     stage, wrong = WATCH.stage, []
     os.killpg(child, signal_number)
     status = ended(child, STOP_WITHIN)
-    if status not in ((0, -9) if signal_number == signal.SIGKILL else (0, 143)):
+    if status not in (0, -signal_number, *[143] * (signal_number == signal.SIGTERM)):
         wrong.append(f"status {status}: {log.read_text()[-300:]}")
     if orphans(child):
         wrong.append("a child outlived its parent")

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from bingo_compress.errors import BingoError
-from bingo_compress.runtime import machine
+from bingo_compress.runtime import machine, signals
 
 Item = TypeVar("Item")
 GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connect timeout")  # of gloo
@@ -42,7 +42,10 @@ def start(device: torch.device) -> torch.device:
     if not dist.is_initialized():
         # gloo beside NCCL: small things on the CPU (paths, counts, refusals) are exchanged too.
         # The wait is long: while one process decodes or checks, the others stand at a barrier.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=2))
+        with signals.fatal():  # the others may never come
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=2)
+            )
     return device
 
 

@@ -1,5 +1,5 @@
-"""SIGTERM and SIGINT: a stage in small finished parts is left at once; one with state of its own saves it first. A
-second SIGINT leaves without saving.
+"""SIGTERM and SIGINT: a stage in small finished parts is left at once; one with state of its own saves it first; a wait
+that Python cannot leave ends the process. A second SIGINT leaves without saving.
 """
 
 import ctypes
@@ -65,6 +65,21 @@ def deferred() -> Iterator[None]:
         _waiting.pop()
     if _heard and not _waiting:
         raise Stopped
+
+
+@contextmanager
+def fatal() -> Iterator[None]:
+    """Inside, a signal that `listen` hears ends the process by itself: for a wait in C++, which Python's handlers
+    cannot end, while there is nothing to save.
+    """
+    mine = [number for number in STATUS if signal.getsignal(number) is _hear]
+    for number in mine:
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number in mine:
+            signal.signal(number, _hear)
 
 
 def status() -> int:

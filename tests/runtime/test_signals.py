@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -91,6 +92,27 @@ def test_a_worker_does_not_outlive_the_process_that_started_it() -> None:
     assert parent.stdout is not None and parent.stdout.readline() == "on\n"
     parent.kill()
     assert parent.stdout.read() == ""  # the pipe ends with the worker, which holds it too
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_worker_that_waits_for_others_to_come_is_ended_by_a_signal(rank: str) -> None:
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        port = str(opened.getsockname()[1])
+    worker = (
+        "import torch; from bingo_compress.runtime import distributed, signals; signals.listen(); print('on',"
+        " flush=True); distributed.start(torch.device('cpu'))"
+    )
+    place = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    waiting = subprocess.Popen([sys.executable, "-c", worker], env={**os.environ, **place}, stdout=subprocess.PIPE)
+    try:
+        assert waiting.stdout is not None and waiting.stdout.readline() == b"on\n"
+        time.sleep(1)
+        waiting.terminate()
+        assert waiting.wait(timeout=60) == -signal.SIGTERM
+    finally:
+        waiting.kill()
+        waiting.communicate()
 
 
 @pytest.mark.slow
