@@ -73,7 +73,7 @@ def run_distill(
     plan = plan_run(models, len(folder.files), device, before.threads if before else 0)
     any_views = before is None and "views" not in asked.model_fields_set
     plan, rates = _expected(plan, models, folder, any_views, began, new=not (out / "work").exists())
-    _refuse_too_little_space(plan, models.student, folder, out)
+    refuse_too_little_space(plan, models.student, folder, out)
     distributed.barrier()  # no process looks at --out after the first has made it
     run = distributed.from_first(lambda: run_dir.open_new(out, resume=resume, overwrite=overwrite))
     _keep(run, plan)
@@ -140,13 +140,18 @@ def _keep(run: run_dir.RunDir, plan: Plan) -> None:
     distributed.from_first(lambda: run_dir.write_text(run.resolved, text))
 
 
+def begun_with(models: Models, folder: ImageList) -> dict[str, Any]:
+    """Digests and settings of a run before its first stage, by name."""
+    return sources_of(models, folder) | {"start": weights_digest(models.student), "settings": deciding(models.recipe)}
+
+
 def _refuse_other_inputs(models: Models, folder: ImageList, out: Path) -> None:
     """--resume goes on with the images, weights and settings that are there."""
-    now = sources_of(models, folder) | {"start": weights_digest(models.student), "settings": deciding(models.recipe)}
+    now = begun_with(models, folder)
     distributed.from_first(lambda: trained.refuse_other_inputs(run_dir.RunDir(out), now))
 
 
-def _refuse_too_little_space(plan: Plan, student: Encoder, folder: ImageList, out: Path) -> None:
+def refuse_too_little_space(plan: Plan, student: Encoder, folder: ImageList, out: Path) -> None:
     """Before anything is written: one image at least can be decoded, and the disk is large enough."""
     if out.exists():
         return
@@ -167,14 +172,17 @@ def _save_beginning(run: run_dir.RunDir, plan: Plan, student: Encoder, material:
 
 def _refuse_other_recipe(before: Recipe | None, now: Recipe) -> None:
     """--resume goes on with the run that is there; a changed setting would make it another one."""
-    if before is None:
-        return
-    changed = [
-        key for key, value in now.model_dump().items() if getattr(before, key) != value and key not in RESUME_MAY_CHANGE
-    ]
-    if changed:
-        difference = ", ".join(f"{key}: {getattr(before, key)} -> {getattr(now, key)}" for key in changed)
+    if before and (difference := changed(before, now)):
         raise _other_settings(difference)
+
+
+def changed(before: Recipe, now: Recipe) -> str:
+    """The settings that make `now` another run than `before`, with both values; "" where none does."""
+    return ", ".join(
+        f"{key}: {getattr(before, key)} -> {value}"
+        for key, value in now.model_dump().items()
+        if getattr(before, key) != value and key not in RESUME_MAY_CHANGE
+    )
 
 
 def _other_settings(difference: str) -> BingoError:

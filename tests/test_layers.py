@@ -27,7 +27,7 @@ ROOMS = (
     "int8 converting",
     "exporting",
     "pipeline options results",
-    "dry_run inventory comparison demo run_table",
+    "dry_run embedding inventory comparison demo run_table",
     "preflight",
     "suggesting",
     "api",

@@ -150,19 +150,23 @@ def build(
     interrupted build goes on after the last. Files that could not be decoded are tried again each time. Raises
     BingoError when the disk is too small, and as soon as more are bad than folder.max_bad allows (quarantine.csv).
     """
-    streamed = wanted == "stream" or (wanted == "auto" and not _fits_the_disk(folder, side, work))
-    stem = "sizes" if streamed else "pixels"
     made = made_of("pixels", images=folder.fingerprint(), side=side)
+    # What stands, or is begun, has taken its part of the disk already.
+    fits = (work / f"pixels-{made.key}").is_dir() or _fits_the_disk(folder, side, work)
+    streamed = wanted == "stream" or (wanted == "auto" and not fits)
+    stem = "sizes" if streamed else "pixels"
     shards = work / f"{stem}-{made.key}"
     each = max(SHARD, -(-len(folder.files) // SHARDS_AT_MOST))
     ranges = [range(start, min(start + each, len(folder.files))) for start in range(0, len(folder.files), each)]
     if distributed.rank() == 0:
-        drop_stale(work, stem, {shards.name})
+        if distributed.jobs() == 1:
+            drop_stale(work, stem, {shards.name})
         shards.mkdir(exist_ok=True)
     distributed.barrier()
     listed = work.parent / "quarantine.csv"
-    _make_missing(folder, distributed.mine(ranges), shards, side, streamed, listed)
+    _make_missing(folder, distributed.mine(distributed.of_job(ranges)), shards, side, streamed, listed)
     distributed.barrier()
+    distributed.refuse_unfinished("decoded", ranges, lambda rows: shard_files.is_there(shards, rows, streamed))
     found = [shard_files.read_facts(shards, rows) for rows in ranges]
     bad = shard_files.bad(folder, found)
     quarantine.refuse_bad(folder, bad, listed)

@@ -61,12 +61,14 @@ def run(
     ).key
     stem = "teacher_features" if apart else "teacher"
     shards = work / f"{stem}-{key}"
-    distributed.from_first(lambda: drop_stale(work, stem, {shards.name}))
+    if distributed.jobs() == 1:
+        distributed.from_first(lambda: drop_stale(work, stem, {shards.name}))
     shards.mkdir(exist_ok=True)
     count = len(folder.files)
     files = _files(shards, count, teacher, of_features)
     ranges = [range(start, min(start + SHARD, count)) for start in range(0, count, SHARD)]
-    wanted = [(rows, view) for view in range(-1, views) for rows in ranges]
+    whole = [(rows, view) for view in range(-1, views) for rows in ranges]
+    wanted = distributed.of_job(whole)
     mine = distributed.mine(wanted)
     lacking = set(chain(*distributed.exchange([shard for shard in mine if not files.sound(*shard)])))
     if missing := [shard for shard in wanted if shard in lacking]:
@@ -87,6 +89,7 @@ def run(
                     _refuse_no_direction(kind, folder, rows, teacher)
                 files.write(rows, view, made)
     distributed.barrier()
+    distributed.refuse_unfinished("embedded", whole, lambda shard: files.there(*shard))
     if missing:
         _say_alike(files.embeddings.read(count, files.embeddings.width))
     return replace(files.read(views, key), projected=teacher.projection is not None)
@@ -120,6 +123,10 @@ class _Files:
     def sound(self, rows: range, view: int) -> bool:
         """Whether a shard is there as it was written."""
         return all(part.sound(self._first(rows, view), len(rows)) for part in self._parts(view))
+
+    def there(self, rows: range, view: int) -> bool:
+        """Whether a shard was written; its checksum is not looked at."""
+        return all(part.there(self._first(rows, view)) for part in self._parts(view))
 
     def size(self, shards: Iterable[Shard]) -> int:
         """Bytes of the shards."""

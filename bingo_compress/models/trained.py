@@ -188,10 +188,10 @@ def _refuse_other(run: RunDir, name: str, encoder: Encoder, message: str) -> Non
 
 
 def refuse_other_inputs(run: RunDir, now: Mapping[str, Any]) -> None:
-    """Raise BingoError if a run's state (without one: its student) was made from other inputs than `now`, by name.
-    Nothing is written before this.
+    """Raise BingoError if a run's state (without one: its student, or what array jobs began) was made from other inputs
+    than `now`, by name. Nothing is written before this.
     """
-    for file in filter(Path.is_file, (run.checkpoint, run.before, run.student)):
+    for file in filter(Path.is_file, (run.checkpoint, run.before, run.student, run.begun)):
         try:
             made = checkpoint.made_of(file)
         except BingoError:

@@ -46,12 +46,26 @@ def prepare(plan: Plan, models: Models, folder: image_list.ImageList, work: Path
     """Pixels, the teacher's pass, scenes and split, under `work`; what is there already is not made again. Raises
     BingoError.
     """
-    recipe = plan.recipe
     sources = sources_of(models, folder)
-    room = machine.parse_memory(recipe.memory)
+    store, folder, seen = embed(plan, models.teacher, folder, work)
+    sources |= {"teacher's embeddings": seen.key}
+    scenes = _scenes(plan, models.teacher, folder, store, seen, work)
+    if len(scenes.unique()) < len(scenes):
+        sources["near-copies"] = checkpoint.tensor_digest(scenes)
+    held, training = split(scenes, plan.recipe)
+    return Material(store, folder, held, training, seen, scenes, work, sources)
+
+
+def embed(
+    plan: Plan, teacher: Encoder, folder: image_list.ImageList, work: Path
+) -> tuple[pixel_store.PixelStore, image_list.ImageList, TeacherPass]:
+    """(pixels, the images that can be decoded, the teacher's pass), of an array job its share alone. Raises BingoError,
+    and distributed.Unfinished where other jobs have not made theirs.
+    """
+    recipe, room = plan.recipe, machine.parse_memory(plan.recipe.memory)
     store, folder = pixel_store.build(folder, plan.side, work, plan.device, recipe.pixels, room, plan.step_bytes)
     seen = teacher_pass.run(
-        models.teacher,
+        teacher,
         folder,
         store,
         plan.views,
@@ -60,12 +74,7 @@ def prepare(plan: Plan, models: Models, folder: image_list.ImageList, work: Path
         plan.device,
         of_features=plan.loss.regression,
     )
-    sources |= {"teacher's embeddings": seen.key}
-    scenes = _scenes(plan, models.teacher, folder, store, seen, work)
-    if len(scenes.unique()) < len(scenes):
-        sources["near-copies"] = checkpoint.tensor_digest(scenes)
-    held, training = split(scenes, recipe)
-    return Material(store, folder, held, training, seen, scenes, work, sources)
+    return store, folder, seen
 
 
 def _scenes(
