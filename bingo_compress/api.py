@@ -169,7 +169,7 @@ def embed(words: options.Embed) -> results.Embedded:
     from bingo_compress.models.trained import Given
 
     _refuse_unread(words, recipe, [recipe])
-    return run(recipe, out, share, Given(**given))
+    return results.Embedded(out, *run(recipe, out, share, Given(**given)))
 
 
 @_with_words(options.Compare)

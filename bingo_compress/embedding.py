@@ -6,12 +6,11 @@ import os
 import shlex
 from pathlib import Path
 
-from bingo_compress import pipeline
 from bingo_compress.data import image_list
 from bingo_compress.errors import BingoError
+from bingo_compress.models import trained
 from bingo_compress.models.trained import NOTHING_GIVEN, Given, build_models
 from bingo_compress.recipe import Recipe, load_recipe, recipe_text
-from bingo_compress.results import Embedded
 from bingo_compress.runtime import checkpoint, console, devices, distributed, run_dir
 from bingo_compress.runtime.made_of import FORMATS, made_of
 from bingo_compress.sources.opened import absolute_recipe
@@ -19,26 +18,26 @@ from bingo_compress.training import material
 from bingo_compress.training.plan import begin, make_plan, shape_of
 
 
-def embed(recipe: Recipe, out: Path, share: tuple[int, int], given: Given = NOTHING_GIVEN) -> Embedded:
+def embed(recipe: Recipe, out: Path, share: tuple[int, int], given: Given = NOTHING_GIVEN) -> tuple[bool, bool]:
     """Make share (number, jobs) of the pixels in `out` and, once those of all jobs are there, of the teacher's pass,
-    for a `distill` that goes on with them. Other jobs may run at the same time; none is waited for, and what is there
-    is not made again. Raises BingoError.
+    for a `distill` that goes on with them: (whether the pixels of all are there, whether all is). Other jobs may run at
+    the same time; none is waited for, and what is there is not made again. Raises BingoError.
     """
     number, jobs = share
     run, asked = run_dir.RunDir(out), absolute_recipe(recipe)
     resolved, folder, device = begin(asked)
     models = build_models(resolved, given)
     before = load_recipe(run.as_run) if run.recipe.is_file() else None
-    if before and (difference := pipeline.changed(before, models.recipe)):
+    if before and (difference := trained.changed(before, models.recipe)):
         raise _other(out, difference)
     student = models.student
     # Jobs on like machines take as many threads: the last bits depend on them.
     threads = before.threads if before else 0
     settled = devices.use_threads(models.recipe, student, student.preprocessing.size, device, threads)
     plan = make_plan(settled, len(folder.files), device, shape_of(models.teacher))
-    pipeline.refuse_too_little_space(plan, student, folder, out)
+    material.refuse_too_little_space(plan, student, folder, out)
     run_dir.open_shared(out, f"{number}-of-{jobs}")
-    _begin(run, pipeline.begun_with(models, folder), number)
+    _begin(run, material.begun_with(models, folder), number)
     for file, content in ((run.resolved, settled), (run.recipe, asked)):  # the last: with it the folder is a run
         if not file.is_file():
             run_dir.write_text(file, recipe_text(content))
@@ -55,9 +54,9 @@ def embed(recipe: Recipe, out: Path, share: tuple[int, int], given: Given = NOTH
             f"share {number}/{jobs} is {others.stage}; {others.left:,} of {others.parts:,} parts are left to others;"
             f" when all are {others.stage}, {then}"
         )
-        return Embedded(out, decoded=decoded, embedded=False)
+        return decoded, False
     console.say(f"all shares are embedded; next: {next_}")
-    return Embedded(out, decoded=True, embedded=True)
+    return True, True
 
 
 def _begin(run: run_dir.RunDir, now: dict[str, object], number: int) -> None:

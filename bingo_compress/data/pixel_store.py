@@ -151,18 +151,9 @@ def build(
     BingoError when the disk is too small, and as soon as more are bad than folder.max_bad allows (quarantine.csv).
     """
     made = made_of("pixels", images=folder.fingerprint(), side=side)
-    # What stands, or is begun, has taken its part of the disk already.
-    fits = (work / f"pixels-{made.key}").is_dir() or _fits_the_disk(folder, side, work)
-    streamed = wanted == "stream" or (wanted == "auto" and not fits)
-    stem = "sizes" if streamed else "pixels"
-    shards = work / f"{stem}-{made.key}"
+    shards, streamed = _place_of_shards(folder, side, work, wanted, made.key)
     each = max(SHARD, -(-len(folder.files) // SHARDS_AT_MOST))
     ranges = [range(start, min(start + each, len(folder.files))) for start in range(0, len(folder.files), each)]
-    if distributed.rank() == 0:
-        if distributed.jobs() == 1:
-            drop_stale(work, stem, {shards.name})
-        shards.mkdir(exist_ok=True)
-    distributed.barrier()
     listed = work.parent / "quarantine.csv"
     _make_missing(folder, distributed.mine(distributed.of_job(ranges)), shards, side, streamed, listed)
     distributed.barrier()
@@ -197,6 +188,21 @@ def build(
     )
     pictures = Pictures(torch.tensor(height), torch.tensor(width), torch.tensor(aspect), read, made.key)
     return PixelStore(pictures, device, where, by_gpu), kept
+
+
+def _place_of_shards(folder: ImageList, side: int, work: Path, wanted: str, key: str) -> tuple[Path, bool]:
+    """(their folder, made, and without stale ones beside it; whether they have sizes alone, as no pixels are kept)."""
+    # What stands, or is begun, has taken its part of the disk already.
+    fits = wanted != "auto" or (work / f"pixels-{key}").is_dir() or _fits_the_disk(folder, side, work)
+    streamed = wanted == "stream" or not fits
+    stem = "sizes" if streamed else "pixels"
+    shards = work / f"{stem}-{key}"
+    if distributed.rank() == 0:
+        if distributed.jobs() == 1:
+            drop_stale(work, stem, {shards.name})
+        shards.mkdir(exist_ok=True)
+    distributed.barrier()
+    return shards, streamed
 
 
 def _make_missing(

@@ -50,15 +50,7 @@ def run(
     not embeddings. Raises BingoError when the disk is too small, and for an image that the teacher makes no numbers of.
     """
     apart = of_features and teacher.projection is not None
-    key = made_of(
-        "teacher",
-        images=folder.fingerprint(),
-        pictures=pixels.made_of,
-        teacher=encoder.weights_digest(teacher),
-        preprocessing=asdict(teacher.preprocessing),
-        scale_min=scale_min,
-        of_features=apart,
-    ).key
+    key = _key(teacher, folder, pixels, scale_min, apart)
     stem = "teacher_features" if apart else "teacher"
     shards = work / f"{stem}-{key}"
     if distributed.jobs() == 1:
@@ -93,6 +85,19 @@ def run(
     if missing:
         _say_alike(files.embeddings.read(count, files.embeddings.width))
     return replace(files.read(views, key), projected=teacher.projection is not None)
+
+
+def _key(teacher: Encoder, folder: ImageList, pixels: PixelStore, scale_min: float, apart: bool) -> str:
+    """A name for all that a pass depends on. apart: its views are features of a teacher with a projection head."""
+    return made_of(
+        "teacher",
+        images=folder.fingerprint(),
+        pictures=pixels.made_of,
+        teacher=encoder.weights_digest(teacher),
+        preprocessing=asdict(teacher.preprocessing),
+        scale_min=scale_min,
+        of_features=apart,
+    ).key
 
 
 Shard = tuple[range, int]  # images, and which augmented view of them, -1 for the plain one

@@ -3,6 +3,7 @@
 import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from bingo_compress.features.memmap import Rows, TeacherPass
 from bingo_compress.models import encoder
 from bingo_compress.models.encoder import Encoder
 from bingo_compress.models.trained import Models
-from bingo_compress.recipe import Recipe
+from bingo_compress.recipe import Recipe, deciding
 from bingo_compress.runtime import checkpoint, console, distributed, machine, run_dir
 from bingo_compress.runtime.made_of import hash_seed, made_of
 from bingo_compress.training.loader import Lessons
@@ -40,6 +41,26 @@ class Material:
 def sources_of(models: Models, folder: image_list.ImageList) -> dict[str, str]:
     """Digests by name of what a run is made from, beside its settings and its student's start."""
     return {"images": folder.fingerprint(), "teacher": encoder.weights_digest(models.teacher)}
+
+
+def begun_with(models: Models, folder: image_list.ImageList) -> dict[str, Any]:
+    """Digests and settings of a run before its first stage, by name."""
+    return sources_of(models, folder) | {
+        "start": encoder.weights_digest(models.student),
+        "settings": deciding(models.recipe),
+    }
+
+
+def refuse_too_little_space(plan: Plan, student: Encoder, folder: image_list.ImageList, out: Path) -> None:
+    """Before anything is written: one image at least can be decoded, and the disk is large enough."""
+    if out.exists():
+        return
+    count = len(folder.files)
+    extract.pixels_of(student.preprocessing, folder, range(count), 1)
+    above = next(parent for parent in out.resolve().parents if parent.is_dir())
+    run_dir.need_space(above, 2 * plan.stored * count, "the teacher's embeddings")
+    if plan.recipe.pixels not in ("auto", "stream"):  # auto streams where the store does not fit
+        run_dir.need_space(above, pixel_store.guess(count, plan.side), "the pixel store")
 
 
 def prepare(plan: Plan, models: Models, folder: image_list.ImageList, work: Path) -> Material:
