@@ -157,8 +157,8 @@ def dry_run(words: options.Distill) -> None:
 
 @_with_words(options.Embed)
 def embed(words: options.Embed) -> results.Embedded:
-    """Be one of several array jobs that begin a run: decode one share of the images and, once all are decoded, have the
-    teacher see one. It is called again until all is `embedded`; `distill` with resume=True goes on. Raises BingoError.
+    """Be one of several array jobs that begin a run: make one share of its pixels and, once all are there, of what the
+    teacher sees. It is called again until all is `embedded`; `distill` with resume=True goes on. Raises BingoError.
     """
     recipe, out = _recipe(words), _place(words.out)
     given = _own(words.teacher, words.student)

@@ -118,7 +118,7 @@ class DistillOrTry(Distill):
 
 @dataclass(frozen=True, kw_only=True)
 class Embed(Run):
-    """Decode and embed one share of a folder, as one of many array jobs.
+    """Decode and embed one share of a folder: an array job.
 
     Jobs share --out, take the words of distill and wait for nobody. The last line says what comes next.
     """
