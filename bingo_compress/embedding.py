@@ -2,14 +2,17 @@
 and never talk.
 """
 
-import os
 import shlex
+from functools import partial
 from pathlib import Path
 
+import torch
+
 from bingo_compress.data import image_list
+from bingo_compress.data.image_list import ImageList
 from bingo_compress.errors import BingoError
 from bingo_compress.models import trained
-from bingo_compress.models.trained import NOTHING_GIVEN, Given, build_models
+from bingo_compress.models.trained import NOTHING_GIVEN, Given, Models, build_models
 from bingo_compress.recipe import Recipe, load_recipe, recipe_text
 from bingo_compress.runtime import checkpoint, console, devices, distributed, run_dir
 from bingo_compress.runtime.made_of import FORMATS, made_of
@@ -30,17 +33,13 @@ def embed(recipe: Recipe, out: Path, share: tuple[int, int], given: Given = NOTH
     before = load_recipe(run.as_run) if run.recipe.is_file() else None
     if before and (difference := trained.changed(before, models.recipe)):
         raise _other(out, difference)
-    student = models.student
-    # Jobs on like machines take as many threads: the last bits depend on them.
-    threads = before.threads if before else 0
-    settled = devices.use_threads(models.recipe, student, student.preprocessing.size, device, threads)
-    plan = make_plan(settled, len(folder.files), device, shape_of(models.teacher))
-    material.refuse_too_little_space(plan, student, folder, out)
+    plan = make_plan(models.recipe, len(folder.files), device, shape_of(models.teacher))
+    material.refuse_too_little_space(plan, models.student, folder, out)
     run_dir.open_shared(out, f"{number}-of-{jobs}")
-    _begin(run, material.begun_with(models, folder), number)
-    for file, content in ((run.resolved, settled), (run.recipe, asked)):  # the last: with it the folder is a run
-        if not file.is_file():
-            run_dir.write_text(file, recipe_text(content))
+    _begin(run, models, folder, device)
+    if not run.recipe.is_file():  # after all else: with it the folder is a run
+        with run_dir.atomic_first(run.recipe) as file:
+            file.write_text(recipe_text(asked), encoding="utf-8")
     image_list.keep(run.work, folder)
 
     next_ = f"bingo-compress distill --out {shlex.quote(str(out))} --resume"
@@ -59,23 +58,24 @@ def embed(recipe: Recipe, out: Path, share: tuple[int, int], given: Given = NOTH
     return True, True
 
 
-def _begin(run: run_dir.RunDir, now: dict[str, object], number: int) -> None:
-    """The first job writes what the run is made from. Raises BingoError in a job that would make it from something
-    else: it would not join.
+def _begin(run: run_dir.RunDir, models: Models, folder: ImageList, device: torch.device) -> None:
+    """The first job writes what the run is made from, and how many threads it has: jobs on like machines take as many,
+    for the last bits depend on them. Raises BingoError in a job that would make it from something else: it would not
+    join.
     """
-    made = made_of("training", **now, program=FORMATS)
+    made = made_of("training", **material.begun_with(models, folder), program=FORMATS)
     if not run.begun.is_file():
-        own = run.work / f".begun-{number}.safetensors"
-        checkpoint.save(own, {}, made)
-        try:
-            os.link(own, run.begun)  # unlike a renaming, it replaces nothing: of two jobs one is the first
-        except FileExistsError:
-            pass
-        except OSError:  # a file system without links
-            os.replace(own, run.begun)
-        own.unlink(missing_ok=True)
+        with run_dir.atomic_first(run.begun) as file:
+            checkpoint.save(file, {}, made)
     if others := made.differences(checkpoint.made_of(run.begun)):
         raise _other(run.path, ", ".join(others))
+    student = models.student
+    threads = partial(devices.use_threads, models.recipe, student, student.preprocessing.size, device)
+    if not run.resolved.is_file():
+        settled = recipe_text(threads())
+        with run_dir.atomic_first(run.resolved) as file:
+            file.write_text(settled, encoding="utf-8")
+    threads(load_recipe(run.resolved).threads)
 
 
 def _other(out: Path, difference: str) -> BingoError:

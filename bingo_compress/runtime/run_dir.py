@@ -77,7 +77,10 @@ def open_shared(path: Path, share: str) -> RunDir:
     for a folder of something else, and while a command writes that shares with nobody.
     """
     run = RunDir(path)
-    refuse_taken(path, may_hold_files=run.work.is_dir())
+    if path.is_dir() and any(path.iterdir()) and not run.work.is_dir():
+        raise BingoError(
+            f"--out: expected a run or no folder, found {path} with other files in it; name another folder"
+        )
     _make(run)
     hold(path, "--out", share)
     return run
@@ -279,6 +282,22 @@ def atomic(path: Path) -> Iterator[Path]:
         os.chmod(temporary, 0o666 & ~UMASK)  # safetensors makes files that only their owner may read
         os.replace(temporary, path)
         _sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_first(path: Path) -> Iterator[Path]:
+    """As `atomic`, but of several writers, on several machines too, the first one's file stays."""
+    temporary = path.with_name(f".{path.name}.{HOST}-{os.getpid()}.first")
+    try:
+        yield temporary
+        try:
+            os.link(temporary, path)  # unlike a renaming, it replaces nothing
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
