@@ -12,6 +12,7 @@ from torch import nn
 
 from bingo_compress.errors import BingoError
 from bingo_compress.runtime import checkpoint
+from bingo_compress.runtime.made_of import made_of
 from bingo_compress.training.plan import learning_rate
 
 # ---------------------------------------------------------------- learning rate
@@ -71,6 +72,20 @@ def test_save_and_load_give_back_tensors_and_facts(tmp_path: Path) -> None:
         assert found[name].dtype == tensor.dtype
         assert torch.equal(found[name], tensor)
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+@pytest.mark.slow
+def test_the_names_of_a_million_images_are_kept_though_no_header_takes_them(tmp_path: Path) -> None:
+    path, made = tmp_path / "x.safetensors", made_of("student", weights="some")
+    names = ["n" * 101_000_000]  # as many bytes, much quicker
+    checkpoint.save(path, {"a": torch.ones(3)}, made, step=1, files=names)
+    found, facts = checkpoint.load(path, checked=True)
+    assert facts == {"step": 1, "files": names, "made_of": made.told()}
+    assert list(found) == ["a"]
+    assert checkpoint.made_of(path) == made
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + b" ")
+    assert not checkpoint.is_sound(path, made)
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "garbage", "header"])
