@@ -151,9 +151,9 @@ def build(
     BingoError when the disk is too small, and as soon as more are bad than folder.max_bad allows (quarantine.csv).
     """
     made = made_of("pixels", images=folder.fingerprint(), side=side)
-    shards, streamed = _place_of_shards(folder, side, work, wanted, made.key)
     each = max(SHARD, -(-len(folder.files) // SHARDS_AT_MOST))
     ranges = [range(start, min(start + each, len(folder.files))) for start in range(0, len(folder.files), each)]
+    shards, streamed = _place_of_shards(ranges, side, work, wanted, made.key)
     listed = work.parent / "quarantine.csv"
     _make_missing(folder, distributed.mine(distributed.of_job(ranges)), shards, side, streamed, listed)
     distributed.barrier()
@@ -190,10 +190,11 @@ def build(
     return PixelStore(pictures, device, where, by_gpu), kept
 
 
-def _place_of_shards(folder: ImageList, side: int, work: Path, wanted: str, key: str) -> tuple[Path, bool]:
+def _place_of_shards(ranges: Sequence[range], side: int, work: Path, wanted: str, key: str) -> tuple[Path, bool]:
     """(their folder, made, and without stale ones beside it; whether they have sizes alone, as no pixels are kept)."""
-    # What stands, or is begun, has taken its part of the disk already.
-    fits = wanted != "auto" or (work / f"pixels-{key}").is_dir() or _fits_the_disk(folder, side, work)
+    # What stands has taken its part of the disk already.
+    lacking = [rows for rows in ranges if not shard_files.facts_file(work / f"pixels-{key}", rows).exists()]
+    fits = wanted != "auto" or _fits_the_disk(sum(map(len, lacking)), side, work)
     streamed = wanted == "stream" or not fits
     stem = "sizes" if streamed else "pixels"
     shards = work / f"{stem}-{key}"
@@ -271,9 +272,9 @@ def guess(count: int, side: int) -> int:
     return count * side * side * 4
 
 
-def _fits_the_disk(folder: ImageList, side: int, work: Path) -> bool:
+def _fits_the_disk(count: int, side: int, work: Path) -> bool:
     try:
-        need_space(work, guess(len(folder.files), side), "the pixel store")
+        need_space(work, guess(count, side), "the pixel store")
     except BingoError:
         return False
     return True
