@@ -243,6 +243,7 @@ def main() -> None:
     except (Exception, KeyboardInterrupt) as error:
         sys.exit(_told(error))
     finally:
+        signals.leave()
         if "torch" in sys.modules:
             from bingo_compress.runtime import distributed
 
