@@ -32,6 +32,7 @@ import numpy as np
 from PIL import Image
 
 CLASSES, TOGETHER = 10, 1000  # images in a folder or a tar file
+LABELLED = 2000  # images that the proof is of: few have labels for more
 WIDTH, HEIGHT = 320, 240
 SMALL = ["--teacher", "test_resnet", "--student", "test_resnet", "--image-size", "32", "--teacher-size", "64"]
 SMALL += ["--teacher-weights", "random", "--student-weights", "random", "--views", "1", "--epochs", "1"]
@@ -187,10 +188,11 @@ def watched(words: list[str], told: Path) -> None:
 def road(count: int, work: Path, source: str, memory: str) -> dict[str, Any]:
     """{"stages": {command: {stage: Stage}}, "disk": {file or folder of the run: bytes}, ...} of `count` photos."""
     data, run = drawn(count, work, source), work / f"run-{source}-{count}"
+    labelled = drawn(min(count, LABELLED), work, source)
     commands = {
         "check": ["check", "--data", data],
         "distill": ["distill", "--data", data, "--out", run, "--overwrite", "--no-report", "--memory", memory, *SMALL],
-        "validate": ["validate", "--run", run, "--data", data, "--no-report"],
+        "validate": ["validate", "--run", run, "--data", labelled, "--no-report"],
         "report": ["report", run],
     }
     commands["distill"] += ["--threads", "1"]
@@ -246,7 +248,9 @@ def show(roads: list[dict[str, Any]]) -> None:
     if len(roads) < 2:
         return
     before, last = roads[-2:]
-    print(f"\ngrowth from {before['images']:,} to {last['images']:,} (1.00: linear), and hours further on at that growth")
+    print(
+        f"\ngrowth from {before['images']:,} to {last['images']:,} (1.00: linear), and hours further on at that growth"
+    )
     print(f"{'':40}{'growth':>10}{'bytes/image':>14}" + "".join(f"{count:>16,}" for count in FURTHER))
     more = last["images"] / before["images"]
     for command, stages in last["stages"].items():

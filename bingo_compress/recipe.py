@@ -117,8 +117,8 @@ class Recipe(BaseModel):
     search: Literal["auto", "exact", "ivf"] = Field(
         "auto",
         description=(
-            "nearest neighbours for bags and near-copies: exact, or ivf with its recall measured; auto: exact up to 10"
-            " million images"
+            "nearest neighbours for bags and near-copies: exact, or ivf with its recall measured; auto: exact up to"
+            " 100,000 images, on a GPU 10 million"
         ),
     )
     queue_size: int = Field(
