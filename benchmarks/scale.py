@@ -32,7 +32,7 @@ import numpy as np
 from PIL import Image
 
 CLASSES, TOGETHER = 10, 1000  # images in a folder or a tar file
-LABELLED = 2000  # images that the proof is of: few have labels for more
+LABELLED = 1000  # images that the proof is of: few have labels for more
 WIDTH, HEIGHT = 320, 240
 SMALL = ["--teacher", "test_resnet", "--student", "test_resnet", "--image-size", "32", "--teacher-size", "64"]
 SMALL += ["--teacher-weights", "random", "--student-weights", "random", "--views", "1", "--epochs", "1"]
@@ -70,7 +70,7 @@ def jpeg(number: int) -> bytes:
 
 def draw(start: int, stop: int, home: Path, source: str) -> None:
     """Photos start to stop, one file of them or one folder a class; a part that is there is not drawn again."""
-    name, made = f"{start // TOGETHER:06d}", home / "made" / f"{start:09d}-{stop:09d}"
+    name, made = f"{start // TOGETHER:06d}", home.with_name(f"{home.name}-drawn") / f"{start:09d}-{stop:09d}"
     if made.exists():
         return
     photos = [(f"class{number % CLASSES}/{name}/{number:09d}.jpg", jpeg(number)) for number in range(start, stop)]
