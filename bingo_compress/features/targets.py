@@ -127,7 +127,7 @@ class PackedTargets:
         `indices` (B,), as `StoredTargets` draws.
         """
         count = self._views.shape[1]
-        drawn = torch.randint(1 if self._mean else count, (len(indices),), generator=generator)[mine]
+        drawn = torch.randint(count, (len(indices),), generator=generator)[mine]
         wanted = [torch.full_like(drawn, view) for view in range(count)] if self._mean else [drawn]
         mean = torch.stack([self._rows(indices[mine], view) for view in wanted]).mean(0)
         return mean if self._lengths else normalize(mean, dim=1)
