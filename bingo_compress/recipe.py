@@ -162,8 +162,8 @@ class Recipe(BaseModel):
     stored_as: Literal["float16", "int8"] = Field(
         "float16",
         description=(
-            "how views are stored; float16: whole, 2 bytes a number; int8: as targets, their dimensions (target_dim, or"
-            " the teacher's) + 6 bytes a view, read from disk in training"
+            "float16: views as the teacher gave them, 2 bytes a number; int8: as targets, a byte a dimension and 6 more"
+            " (262 a view; with a larger target_dim, or target raw, more), read from disk in training"
         ),
     )
     target: Literal["auto", "raw", "centred", "pca", "whitened"] = Field(

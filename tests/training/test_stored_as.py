@@ -67,7 +67,6 @@ def test_another_target_space_or_other_training_images_are_other_views(data: Pat
     first = prepared(data, tmp_path, target_dim=8)[1]  # as wide with fewer images too
     for changes in (
         {"target_dim": 9},
-        {"target": "whitened"},
         {"target": "raw"},
         {"method": "coss"},
         {"hold_out": 0.3},
@@ -84,7 +83,7 @@ def test_what_does_not_change_targets_makes_no_views_again(
 ) -> None:
     first = prepared(data, tmp_path)[1]
     monkeypatch.setattr(teacher_pass, "_view_shard", lambda *_: pytest.fail("embedded again"))
-    for changes in ({}, {"seed": 3}, {"stored_views": "drawn"}, {"method": "seed"}, {"epochs": 9}):
+    for changes in ({}, {"seed": 3, "stored_views": "drawn", "method": "seed", "epochs": 9}):
         assert torch.equal(prepared(data, tmp_path, **changes)[1].seen.views, first.seen.views)
 
 
@@ -120,17 +119,13 @@ def test_views_whose_space_is_lost_are_made_again(data: Path, tmp_path: Path, mo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "changes",
-    [{}, {"bags": "adaptive"}, {"method": "coss"}, {"method": "simreg"}, {"method": "seed", "duplicates": "near"}],
-    ids=str,
-)
+@pytest.mark.parametrize("changes", [{"bags": "adaptive"}, {"method": "coss", "duplicates": "near"}], ids=str)
 def test_a_run_learns_as_one_with_float16_does_and_goes_on_as_it_was(
     changes: dict[str, Any], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = {}
     for kind in ("float16", "int8"):
-        chosen = recipe(data=str(data), **{"epochs": 3, "stored_as": kind, **changes})
+        chosen = recipe(data=str(data), **{"epochs": 2, "stored_as": kind, **changes})
         run = pipeline.run_distill(chosen, tmp_path / kind)
         losses[kind] = [json.loads(line)["loss"] for line in run.metrics.read_text(encoding="utf-8").splitlines()]
     assert losses["int8"] != losses["float16"]
