@@ -49,10 +49,13 @@ def kept(work: Path) -> list[Path]:
     return sorted(work.glob("teacher-*/targets-*"))
 
 
-def test_the_run_has_the_targets_of_a_float16_run_and_no_views_but_packed_ones(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["bingo", "coss"])  # coss learns lengths too
+def test_the_run_has_the_targets_of_a_float16_run_and_no_views_but_packed_ones(
+    method: str, data: Path, tmp_path: Path
+) -> None:
     found = {}
     for kind in ("float16", "int8"):
-        plan, material = prepared(data, tmp_path / kind, stored_as=kind, stored_views="mean")
+        plan, material = prepared(data, tmp_path / kind, method=method, stored_as=kind, stored_views="mean")
         found[kind] = targets_of(plan.on(len(material.training)), material)
         files = {file.name: file.stat().st_size for file in tmp_path.glob(f"{kind}/teacher-*/**/views.*")}
         views = {file.name: size for file, size in ((Path(name), size) for name, size in files.items()) if size}
@@ -61,6 +64,7 @@ def test_the_run_has_the_targets_of_a_float16_run_and_no_views_but_packed_ones(d
         assert sum(views.values()) + beside == plan.on(len(material.training)).view_bytes * 2 * count
     # The axes of the two spaces are the same ones: both were fitted here and now.
     assert float(torch.cosine_similarity(found["int8"], found["float16"]).min()) > 0.9995
+    assert found["int8"].norm(dim=1).numpy() == pytest.approx(found["float16"].norm(dim=1).numpy(), rel=0.01)
 
 
 def test_another_target_space_or_other_training_images_are_other_views(data: Path, tmp_path: Path) -> None:
@@ -119,15 +123,20 @@ def test_views_whose_space_is_lost_are_made_again(data: Path, tmp_path: Path, mo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{"bags": "adaptive"}, {"method": "coss", "duplicates": "near"}], ids=str)
+@pytest.mark.parametrize("changes", [{"bags": "adaptive"}, {"duplicates": "near", "target_dim": 64}], ids=str)
 def test_a_run_learns_as_one_with_float16_does_and_goes_on_as_it_was(
-    changes: dict[str, Any], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    losses = {}
+    """With copies of some: the anchors, of which a target has one dimension less at most, are fewer than the images."""
+    data, losses = photos(tmp_path / "photos", 6), {}
+    for file in sorted(data.glob("kind0/*"))[:4]:
+        (data / "kind0" / f"again{file.name}").write_bytes(file.read_bytes())
     for kind in ("float16", "int8"):
         chosen = recipe(data=str(data), **{"epochs": 2, "stored_as": kind, **changes})
         run = pipeline.run_distill(chosen, tmp_path / kind)
         losses[kind] = [json.loads(line)["loss"] for line in run.metrics.read_text(encoding="utf-8").splitlines()]
+    counted = json.loads(run.summary.read_text(encoding="utf-8"))["images"]
+    assert counted["scenes"] < counted["training"] + counted["held_out"]
     assert losses["int8"] != losses["float16"]
     assert losses["int8"] == pytest.approx(losses["float16"], rel=0.02, abs=0.01)
     parts = tmp_path / "parts"
