@@ -279,9 +279,9 @@ class Plan:
         return self.views > 0 and self.recipe.stored_as == "int8"
 
     @property
-    def plain_bytes(self) -> int:
-        """That the teacher's pass stores an image beside the views: features and embedding."""
-        return 2 * (self.teacher.width + self.teacher.embedding)
+    def stored_bytes(self) -> int:
+        """That the teacher's pass stores an image: features, embedding and views."""
+        return 2 * (self.teacher.width + self.teacher.embedding) + self.views * self.view_bytes
 
     @property
     def view_bytes(self) -> int:
