@@ -153,7 +153,7 @@ def _refuse_too_little_space(plan: Plan, student: Encoder, folder: ImageList, ou
     count = len(folder.files)
     extract.pixels_of(student.preprocessing, folder, range(count), 1)
     above = next(parent for parent in out.resolve().parents if parent.is_dir())
-    run_dir.need_space(above, 2 * plan.stored * count, "the teacher's embeddings")
+    run_dir.need_space(above, plan.stored_bytes * count, "the teacher's embeddings")
     if plan.recipe.pixels not in ("auto", "stream"):  # auto streams where the store does not fit
         run_dir.need_space(above, pixel_store.guess(count, plan.side), "the pixel store")
 

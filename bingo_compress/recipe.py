@@ -159,6 +159,13 @@ class Recipe(BaseModel):
             " drawn"
         ),
     )
+    stored_as: Literal["float16", "int8"] = Field(
+        "float16",
+        description=(
+            "float16: views as the teacher gave them, 2 bytes a number; int8: as targets, a byte a dimension and 6 more"
+            " (262 a view; with a larger target_dim, or target raw, more), read from disk in training"
+        ),
+    )
     target: Literal["auto", "raw", "centred", "pca", "whitened"] = Field(
         "auto",
         description="teacher embedding as target; auto: raw where the checkpoint has a projection head, else pca",
@@ -285,14 +292,8 @@ WORDS = frozenset({"auto", "pretrained", "random", GIVEN})  # weights that are n
 PLACES = ("data", "teacher_weights", "student_weights")  # where ~ is the home folder
 # Names of files: what is in them is what counts, and has a digest of its own.
 FILES = frozenset({"teacher_weights", "student_weights"})
-RECIPES_DIR = next(
-    (
-        folder
-        for folder in (Path(__file__).parent / "recipes", Path(__file__).parent.parent / "recipes")
-        if folder.is_dir()
-    ),
-    Path("recipes"),
-)
+_SHIPPED = (Path(__file__).parent / "recipes", Path(__file__).parent.parent / "recipes")
+RECIPES_DIR = next(filter(Path.is_dir, _SHIPPED), Path("recipes"))
 
 
 def recipe_file(name: str) -> Path:
