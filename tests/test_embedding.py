@@ -138,6 +138,7 @@ def test_jobs_at_the_same_time_and_more_than_there_are_shards_join_as_well(
         (["--shard", "-1/4"], "found '-1/4'"),
         (["--shard", "0/0"], "found '0/0'"),
         (["--views", "online"], "--views online: expected stored views"),
+        (["--set", "stored_as=int8"], "stored_as=int8: expected views as the teacher gives them"),
         (["--epochs", "0", "--time", "1h"], "expected epochs, found a time"),
     ],
 )

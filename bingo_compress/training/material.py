@@ -1,7 +1,8 @@
 """What training starts from: pixels, split, the teacher's pass, bags and targets of a folder, each made once."""
 
 import hashlib
-from dataclasses import asdict, dataclass
+import shutil
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def refuse_too_little_space(plan: Plan, student: Encoder, folder: image_list.Ima
     count = len(folder.files)
     extract.pixels_of(student.preprocessing, folder, range(count), 1)
     above = next(parent for parent in out.resolve().parents if parent.is_dir())
-    run_dir.need_space(above, 2 * plan.stored * count, "the teacher's embeddings")
+    run_dir.need_space(above, plan.stored_bytes * count, "the teacher's embeddings")
     if plan.recipe.pixels not in ("auto", "stream"):  # auto streams where the store does not fit
         run_dir.need_space(above, pixel_store.guess(count, plan.side), "the pixel store")
 
@@ -74,7 +75,8 @@ def prepare(plan: Plan, models: Models, folder: image_list.ImageList, work: Path
     if len(scenes.unique()) < len(scenes):
         sources["near-copies"] = checkpoint.tensor_digest(scenes)
     held, training = split(scenes, plan.recipe)
-    return Material(store, folder, held, training, seen, scenes, work, sources)
+    material = Material(store, folder, held, training, seen, scenes, work, sources)
+    return _with_packed_views(plan, models.teacher, material) if plan.packed else material
 
 
 def embed(
@@ -89,7 +91,7 @@ def embed(
         teacher,
         folder,
         store,
-        plan.views,
+        0 if plan.packed else plan.views,
         recipe.crop_scale_min,
         work,
         plan.device,
@@ -131,6 +133,48 @@ def _scenes(
 
         distributed.from_first(keep)
     return distributed.from_first(lambda: checkpoint.load(file)[0]["scenes"])
+
+
+def _with_packed_views(plan: Plan, teacher: Encoder, material: Material) -> Material:
+    """The same with the stored views in the plan's target space. The space is kept beside them: fitted again, by other
+    threads, its axes may point the other way.
+    """
+    seen, plan = material.seen, plan.on(anchors_count(plan, material))
+    made = made_of(
+        "targets",
+        teacher=seen.key,
+        training=checkpoint.tensor_digest(material.training),
+        target=plan.target,
+        dim=plan.dim,
+        lengths=plan.loss.lengths,
+        stored_as=plan.recipe.stored_as,
+    )
+    home = seen.home / f"targets-{made.key}"
+    file = home / "space.safetensors"
+
+    def kept() -> targets.TargetSpace:
+        if not checkpoint.is_sound(file, made):
+            space = targets.target_space(_plain(plan, material), plan.target, plan.dim)
+            shutil.rmtree(home, ignore_errors=True)  # views in a space that is gone
+            home.mkdir()
+            named = {"mean": space.mean, "basis": space.basis}
+            checkpoint.save(file, {name: part for name, part in named.items() if part is not None}, made)
+        found = checkpoint.load(file)[0]
+        return targets.TargetSpace(found.get("mean"), found.get("basis"))
+
+    space = distributed.from_first(kept)
+    viewing = teacher_pass.Viewing(
+        teacher, material.folder, material.store, plan.recipe.crop_scale_min, plan.device, plan.loss.regression
+    )
+    project = space.project if plan.loss.lengths else space
+    seen = teacher_pass.with_packed_views(seen, viewing, plan.views, project, home)
+    return replace(material, seen=seen, sources=material.sources | {"stored targets": made.key})
+
+
+def _plain(plan: Plan, material: Material) -> Rows:
+    """What the target space is fitted on."""
+    seen = material.seen
+    return Rows(seen.features if plan.loss.regression else seen.embeddings, material.training)
 
 
 def anchors_count(plan: Plan, material: Material) -> int:
@@ -183,10 +227,11 @@ def _target_source(plan: Plan, teacher: Encoder, material: Material) -> targets.
     recipe, loss, seen = plan.recipe, plan.loss, material.seen
     if not loss.teacher:
         return None
-    plain = Rows(seen.features if loss.regression else seen.embeddings, material.training)
-    space = targets.target_space(plain, plan.target, plan.dim)
+    mean = recipe.stored_views == "mean"
+    if plan.packed:
+        return targets.PackedTargets(seen.views, plan.device, lengths=loss.lengths, mean=mean)
+    space = targets.target_space(_plain(plan, material), plan.target, plan.dim)
     if not plan.online:
-        mean = recipe.stored_views == "mean"
         return targets.StoredTargets(seen.views, space, plan.device, lengths=loss.lengths, mean=mean)
     return targets.OnlineTargets(
         teacher,
