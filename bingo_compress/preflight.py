@@ -68,8 +68,8 @@ def refuse_alone(recipe: Recipe, share: str) -> tuple[int, int]:
         )
     if recipe.stored_as != Recipe.model_fields["stored_as"].default:
         raise BingoError(
-            f"--set stored_as={recipe.stored_as}: expected views as the teacher gives them, found packed ones, whose space"
-            " is known when all is embedded; leave it out, or start distill"
+            f"--set stored_as={recipe.stored_as}: expected views as the teacher gives them, found packed ones, whose"
+            " space is known when all is embedded; leave it out, or start distill"
         )
     if recipe.time:
         raise BingoError(
