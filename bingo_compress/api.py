@@ -12,7 +12,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from bingo_compress import loggers, options, preflight
+from bingo_compress import loggers, options, preflight, results
 from bingo_compress.errors import BingoError
 from bingo_compress.recipe import GIVEN, KEYS, Recipe, load_recipe, make_recipe, parse_setting, recipe_file
 from bingo_compress.results import Comparison, Distilled, Exported, Figure, Suggestion, Timing, Validation, Verified
@@ -153,6 +153,23 @@ def dry_run(words: options.Distill) -> None:
 
     _refuse_unread(words, recipe, [recipe])
     estimate(recipe, out, Given(**given), began)
+
+
+@_with_words(options.Embed)
+def embed(words: options.Embed) -> results.Embedded:
+    """Be one of several array jobs that begin a run: make one share of its pixels and, once all are there, of what the
+    teacher sees. It is called again until all is `embedded`; `distill` with resume=True goes on. Raises BingoError.
+    """
+    recipe, out = _recipe(words), _place(words.out)
+    given = _own(words.teacher, words.student)
+    share = preflight.refuse_alone(recipe, words.shard)
+    preflight.refuse_early(recipe, out, given, resume=True, overwrite=False)
+
+    from bingo_compress.embedding import embed as run
+    from bingo_compress.models.trained import Given
+
+    _refuse_unread(words, recipe, [recipe])
+    return results.Embedded(out, *run(recipe, out, share, Given(**given)))
 
 
 @_with_words(options.Compare)
@@ -345,7 +362,7 @@ def _own(teacher: "str | Encoder | None", student: "str | Encoder | None") -> "d
     return {role: model for role, model in roles.items() if model is not None and not isinstance(model, str)}
 
 
-def _named(words: options.Distill | options.Compare) -> dict[str, Any]:
+def _named(words: options.Training) -> dict[str, Any]:
     """The settings that were named, beside a recipe's: first those of `settings`, then words of their own."""
     chosen = words.settings or ()
     named = dict(chosen) if isinstance(chosen, Mapping) else dict(parse_setting(each, "--set") for each in chosen)
@@ -360,14 +377,14 @@ def _named(words: options.Distill | options.Compare) -> dict[str, Any]:
     return named
 
 
-def _recipe(words: options.Distill | options.Compare) -> Recipe:
+def _recipe(words: options.Run | options.Compare) -> Recipe:
     """Defaults, then the recipe (of a run that goes on: its own), then what was named. Raises BingoError."""
     named, chosen = _named(words), words.recipe
     if isinstance(chosen, Recipe):
         return make_recipe(chosen.model_dump(exclude_unset=True) | named, "the recipe")
     saved = _place(words.out) / "recipe.yaml"
-    going_on = isinstance(words, options.Distill) and words.resume
-    if going_on and words.overwrite:
+    going_on = words if isinstance(words, options.Distill) and words.resume else None
+    if going_on and going_on.overwrite:
         raise BingoError(
             "--overwrite: expected --resume (go on) or --overwrite (start anew), found both; leave one out"
         )
@@ -375,7 +392,7 @@ def _recipe(words: options.Distill | options.Compare) -> Recipe:
     return load_recipe(file, [], named)
 
 
-def _refuse_unread(words: options.Distill | options.Compare, recipe: Recipe, runs: list[Recipe]) -> None:
+def _refuse_unread(words: options.Training, recipe: Recipe, runs: list[Recipe]) -> None:
     """Raise BingoError where a setting was named that none of the runs reads."""
     from bingo_compress.unread import refuse_unread
 

@@ -28,6 +28,7 @@ UsageError: type[Any] = typer.BadParameter.__bases__[
 # How a command that was stopped goes on.
 AGAIN = {
     "distill": "the same command with --resume goes on",
+    "embed": "the same command goes on",
     "compare": "the same command goes on",
     "validate": "the same command goes on",
     "suggest": "the same command goes on",
@@ -122,6 +123,7 @@ def _models(pattern: str) -> None:
 
 _command("check", options.Check)
 _command("distill", options.DistillOrTry, _distill)
+_command("embed", options.Embed)
 _command("compare", options.Compare)
 _command("validate", options.Validate)
 _command("export", options.Export)
@@ -241,6 +243,7 @@ def main() -> None:
     except (Exception, KeyboardInterrupt) as error:
         sys.exit(_told(error))
     finally:
+        signals.leave()
         if "torch" in sys.modules:
             from bingo_compress.runtime import distributed
 

@@ -3,13 +3,13 @@
 A field with a `Word` is an option of the command line; one without is Python's alone.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from bingo_compress import words
-from bingo_compress.words import Data, Json, Page, Place, RunFolder, TestFolder, Word, places
+from bingo_compress.words import Data, Json, Page, Place, RunFolder, Settings, TestFolder, Word, places, setting
 
 if TYPE_CHECKING:
     from bingo_compress.models.encoder import Encoder
@@ -34,20 +34,16 @@ class Check:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Training:
+class Training:
     """What a run and a comparison of runs are both asked for."""
 
     data: Annotated[Data | None, places(f"{words.IMAGES}; {words.AGAIN}")]
     teacher: Annotated["str | Encoder | None", Word("models", "a timm model or family")]
     student: Annotated["str | Encoder | None", Word("models", "a timm model or family")]
     recipe: Annotated[
-        "str | Path | Recipe | None",
-        Word("run", "a YAML file, or the name of a recipe that comes with the package"),
+        "str | Path | Recipe | None", Word("run", "a YAML file, or the name of a recipe that comes with the package")
     ] = None
-    settings: Annotated[
-        Sequence[str] | Mapping[str, Any],
-        Word("run", "any setting of the recipe; may be repeated", list[str], "--set", "KEY=VALUE"),
-    ] = ()
+    settings: Annotated[Settings, setting("any setting of the recipe; may be repeated")] = ()
     teacher_weights: Annotated[str | None, Word("models", "pretrained (default), a file, or random")] = None
     student_weights: Annotated[
         str | None,
@@ -71,8 +67,8 @@ class _Training:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Distill(_Training):
-    """Distil a teacher into a student on a folder of images."""
+class Run(Training):
+    """What a run is asked for, whoever makes it."""
 
     data: Annotated[Data | None, places(f"{words.IMAGES}; {words.AGAIN}; no labels are needed")] = None
     teacher: Annotated["str | Encoder | None", Word("models", "a timm model or family, for example resnet152")] = None
@@ -97,15 +93,19 @@ class Distill(_Training):
     ] = None
     seed: Annotated[int | None, Word("schedule", "source of all random numbers", int)] = None
     keep_best: Annotated[
-        bool | None,
-        Word("schedule", "leave the student with the best neighbour recall on held-out images", bool),
+        bool | None, Word("schedule", "leave the student with the best neighbour recall on held-out images", bool)
     ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distill(Run):
+    """Distil a teacher into a student on a folder of images."""
+
     resume: Annotated[bool, Word("run", "go on with the run in --out", bool)] = False
     report: Page = True
     logger: Annotated[str, Word("run", "also tell a tracker: tensorboard, wandb or mlflow")] = ""
     overwrite: Annotated[
-        bool,
-        Word("run", "start the run in --out anew (stored pixels and embeddings that fit are used again)", bool),
+        bool, Word("run", "start the run in --out anew (stored pixels and embeddings that fit are used again)", bool)
     ] = False
 
 
@@ -117,20 +117,26 @@ class DistillOrTry(Distill):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compare(_Training):
+class Embed(Run):
+    """Decode and embed one share of a folder: an array job.
+
+    Jobs share --out, take the words of distill and wait for nobody. The last line says what comes next.
+    """
+
+    shard: Annotated[str, Word("run", "this job's number, from 0, and how many there are", metavar="I/N")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare(Training):
     """Several methods side by side: equal passes, seeds, one table.
 
     A method with settings after colons is a variant; every arm's student sees as many views.
     """
 
     labels: Annotated[Data, places("labelled images, one folder a class: the bank of the probes")]
-    test: Annotated[
-        Data | None,
-        places("labelled images to judge on; default: --labels, cross-validated"),
-    ] = None
+    test: Annotated[Data | None, places("labelled images to judge on; default: --labels, cross-validated")] = None
     methods: Annotated[
-        str,
-        Word("method", "names with commas between; settings after colons: bingo:bag_size=1:bags=kmeans"),
+        str, Word("method", "names with commas between; settings after colons: bingo:bag_size=1:bags=kmeans")
     ] = "bingo,seed,disco,compress,simreg,coss,moco,self"
     seeds: Annotated[str, Word("schedule", "numbers with commas between")] = "0,1,2"
     epochs: Annotated[
@@ -138,8 +144,7 @@ class Compare(_Training):
         Word("schedule", "passes over the folder, two student views an image; every method gets as many views", float),
     ] = None
     out: Annotated[
-        Place,
-        Word("run", "folder for tables and shared stages; the same command again goes on where it was", Path),
+        Place, Word("run", "folder for tables and shared stages; the same command again goes on where it was", Path)
     ] = Path("runs/compare")
     overwrite: Annotated[
         bool, Word("run", "run everything anew (pixels and teacher embeddings are used again)", bool)
@@ -158,20 +163,17 @@ class Validate:
     test: TestFolder = None
     json: Json = None
     shots: Annotated[
-        str,
-        Word("method", "probe on a part of the labels too: shares or images a class with commas between, 1%,10%,5"),
+        str, Word("method", "probe on a part of the labels too: shares or images a class with commas between, 1%,10%,5")
     ] = ""
     fine_tune: Annotated[
         bool,
         Word("method", "with --shots: also train the whole of student, start and random weights on each part", bool),
     ] = False
     literature: Annotated[
-        bool,
-        Word("method", "also the literature's linear probe: 100 epochs of crops and flips; costs time", bool),
+        bool, Word("method", "also the literature's linear probe: 100 epochs of crops and flips; costs time", bool)
     ] = False
     against: Annotated[
-        Place | None,
-        Word("run", "the --out folder of another run: compare the two students on the same images", Path),
+        Place | None, Word("run", "the --out folder of another run: compare the two students on the same images", Path)
     ] = None
     require: Annotated[
         Sequence[str],
@@ -271,8 +273,7 @@ class Report:
     """
 
     runs: Annotated[
-        Sequence[Place],
-        Word("run", "--out folders of finished runs", list[Path], metavar="RUN...", positional=True),
+        Sequence[Place], Word("run", "--out folders of finished runs", list[Path], metavar="RUN...", positional=True)
     ]
     out: Annotated[
         Place | None, Word("run", "the page, an .html file; default: report.html in RUN, which is one", Path)
@@ -351,10 +352,7 @@ class Suggest:
         float,
         Word("schedule", "with --data: passes of the first round; the better half goes on to three times those", float),
     ] = 1.0
-    settings: Annotated[
-        Sequence[str] | Mapping[str, Any],
-        Word("run", "with --data: any setting of the recipe; may be repeated", list[str], "--set", "KEY=VALUE"),
-    ] = ()
+    settings: Annotated[Settings, setting("with --data: any setting of the recipe; may be repeated")] = ()
     out: Annotated[Place, Word("run", "with --data: folder for what the trials make", Path)] = Path("runs/suggest")
     plot: Annotated[Place | None, Word("run", "draw latency against accuracy to this .svg file", Path)] = None
     json: Json = None

@@ -12,28 +12,29 @@ import torch
 from torch import Tensor
 
 from bingo_compress import __version__, budget, loggers
-from bingo_compress.data import image_list, pixel_store
+from bingo_compress.data import image_list
 from bingo_compress.data.image_list import ImageList
 from bingo_compress.data.quarantine import report
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation.held_out import held_out_recall, train
-from bingo_compress.features import extract, near_copies
+from bingo_compress.features import near_copies
 from bingo_compress.html_report import looking, looks
 from bingo_compress.models import trained
 from bingo_compress.models.encoder import Encoder, weights_digest
 from bingo_compress.models.trained import NOTHING_GIVEN, Given, Models, build_models
 from bingo_compress.presenting.tables import closing_table, describe_bags, header, say_agreement, say_smaller
-from bingo_compress.recipe import RESUME_MAY_CHANGE, Recipe, deciding, load_recipe, recipe_text
+from bingo_compress.recipe import Recipe, deciding, load_recipe, recipe_text
 from bingo_compress.runtime import checkpoint, console, distributed, run_dir
 from bingo_compress.sources.opened import absolute_recipe
 from bingo_compress.training.material import (
     Material,
     anchors_count,
     bag_facts,
+    begun_with,
     lessons_of,
     make_bags,
     prepare,
-    sources_of,
+    refuse_too_little_space,
 )
 from bingo_compress.training.plan import Plan, begin, plan_run
 
@@ -73,7 +74,7 @@ def run_distill(
     plan = plan_run(models, len(folder.files), device, before.threads if before else 0)
     any_views = before is None and "views" not in asked.model_fields_set
     plan, rates = _expected(plan, models, folder, any_views, began, new=not (out / "work").exists())
-    _refuse_too_little_space(plan, models.student, folder, out)
+    refuse_too_little_space(plan, models.student, folder, out)
     distributed.barrier()  # no process looks at --out after the first has made it
     run = distributed.from_first(lambda: run_dir.open_new(out, resume=resume, overwrite=overwrite))
     _keep(run, plan)
@@ -142,20 +143,8 @@ def _keep(run: run_dir.RunDir, plan: Plan) -> None:
 
 def _refuse_other_inputs(models: Models, folder: ImageList, out: Path) -> None:
     """--resume goes on with the images, weights and settings that are there."""
-    now = sources_of(models, folder) | {"start": weights_digest(models.student), "settings": deciding(models.recipe)}
+    now = begun_with(models, folder)
     distributed.from_first(lambda: trained.refuse_other_inputs(run_dir.RunDir(out), now))
-
-
-def _refuse_too_little_space(plan: Plan, student: Encoder, folder: ImageList, out: Path) -> None:
-    """Before anything is written: one image at least can be decoded, and the disk is large enough."""
-    if out.exists():
-        return
-    count = len(folder.files)
-    extract.pixels_of(student.preprocessing, folder, range(count), 1)
-    above = next(parent for parent in out.resolve().parents if parent.is_dir())
-    run_dir.need_space(above, plan.stored_bytes * count, "the teacher's embeddings")
-    if plan.recipe.pixels not in ("auto", "stream"):  # auto streams where the store does not fit
-        run_dir.need_space(above, pixel_store.guess(count, plan.side), "the pixel store")
 
 
 def _save_beginning(run: run_dir.RunDir, plan: Plan, student: Encoder, material: Material, bags: Tensor) -> None:
@@ -167,13 +156,7 @@ def _save_beginning(run: run_dir.RunDir, plan: Plan, student: Encoder, material:
 
 def _refuse_other_recipe(before: Recipe | None, now: Recipe) -> None:
     """--resume goes on with the run that is there; a changed setting would make it another one."""
-    if before is None:
-        return
-    changed = [
-        key for key, value in now.model_dump().items() if getattr(before, key) != value and key not in RESUME_MAY_CHANGE
-    ]
-    if changed:
-        difference = ", ".join(f"{key}: {getattr(before, key)} -> {getattr(now, key)}" for key in changed)
+    if before and (difference := trained.changed(before, now)):
         raise _other_settings(difference)
 
 

@@ -9,6 +9,7 @@ from bingo_compress.data.listing import list_images
 from bingo_compress.errors import BingoError
 from bingo_compress.models.names import FAMILIES, on_hub, unknown
 from bingo_compress.recipe import GIVEN, WORDS, Recipe, load_recipe
+from bingo_compress.runtime.machine import processes
 from bingo_compress.runtime.run_dir import RunDir, open_finished, refuse_no_file, refuse_taken
 from bingo_compress.sources.opened import of_recipe
 
@@ -50,6 +51,37 @@ def refuse_early(recipe: Recipe, out: Path, own: Collection[str], *, resume: boo
             _refuse_unknown(getattr(recipe, role), f"--{role}")
         if source not in WORDS:
             _refuse_foreign(Path(source), f"--{role}-weights")
+
+
+def refuse_alone(recipe: Recipe, share: str) -> tuple[int, int]:
+    """(number, jobs) of an array job. Raises BingoError for a share that is none, and for a run that jobs cannot
+    begin.
+    """
+    found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", share)
+    number, jobs = map(int, found.groups()) if found else (0, 0)
+    if number >= jobs:
+        raise BingoError(f"--shard: expected I/N, job I of N counted from 0, for example 0/4 to 3/4; found {share!r}")
+    if recipe.views == "online":
+        raise BingoError(
+            "--views online: expected stored views, found a teacher that runs in every step: there is nothing to embed"
+            " before; give --views 4, or start distill"
+        )
+    if recipe.stored_as != Recipe.model_fields["stored_as"].default:
+        raise BingoError(
+            f"--set stored_as={recipe.stored_as}: expected views as the teacher gives them, found packed ones, whose"
+            " space is known when all is embedded; leave it out, or start distill"
+        )
+    if recipe.time:
+        raise BingoError(
+            f"--set time={recipe.time}: expected epochs, found a time, which no job can know of the others; give"
+            " --epochs"
+        )
+    if processes() > 1:
+        raise BingoError(
+            f"--shard: expected a process by itself, found {processes()} of torchrun's; start one job a GPU, each with"
+            " its own --shard"
+        )
+    return number, jobs
 
 
 def refuse_run(run: Path, own: Collection[str], roles: Collection[str], json_file: Path | None = None) -> Recipe:

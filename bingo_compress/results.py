@@ -28,6 +28,17 @@ class Distilled:
 
 
 @dataclass(frozen=True)
+class Embedded:
+    """What an array job left in the folder of a run: whether the images of all jobs are decoded, and whether they are
+    embedded too, so that `distill` with resume=True goes on there.
+    """
+
+    run: Path
+    decoded: bool
+    embedded: bool
+
+
+@dataclass(frozen=True)
 class Validation:
     """A proof: `figures[model][name]` of teacher, student, start, random, onnx, onnx-int8 and against; `protocol`: how
     each was measured; `rows`: all that is in `file`, RUN/validation.json.

@@ -1,6 +1,6 @@
 """How a field of a command's words is asked for, and the fields that several commands have."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -25,6 +25,14 @@ Data = str | Path | Sequence[str | Path]
 def places(help_text: str) -> Word:
     """Images: one place or several."""
     return Word("data", help_text, list[str], metavar="PLACE")
+
+
+Settings = Sequence[str] | Mapping[str, Any]
+
+
+def setting(help_text: str) -> Word:
+    """Keys of the recipe with values."""
+    return Word("run", help_text, list[str], "--set", "KEY=VALUE")
 
 
 RunFolder = Annotated[Place, Word("run", "the --out folder of a finished distill", Path)]

@@ -26,7 +26,7 @@ ROOMS = (
     "exporters toolchains budget",
     "int8 converting",
     "exporting",
-    "pipeline options results",
+    "pipeline embedding options results",
     "dry_run inventory comparison demo run_table",
     "preflight",
     "suggesting",

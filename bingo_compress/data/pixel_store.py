@@ -150,19 +150,14 @@ def build(
     interrupted build goes on after the last. Files that could not be decoded are tried again each time. Raises
     BingoError when the disk is too small, and as soon as more are bad than folder.max_bad allows (quarantine.csv).
     """
-    streamed = wanted == "stream" or (wanted == "auto" and not _fits_the_disk(folder, side, work))
-    stem = "sizes" if streamed else "pixels"
     made = made_of("pixels", images=folder.fingerprint(), side=side)
-    shards = work / f"{stem}-{made.key}"
     each = max(SHARD, -(-len(folder.files) // SHARDS_AT_MOST))
     ranges = [range(start, min(start + each, len(folder.files))) for start in range(0, len(folder.files), each)]
-    if distributed.rank() == 0:
-        drop_stale(work, stem, {shards.name})
-        shards.mkdir(exist_ok=True)
-    distributed.barrier()
+    shards, streamed = _place_of_shards(ranges, side, work, wanted, made.key)
     listed = work.parent / "quarantine.csv"
-    _make_missing(folder, distributed.mine(ranges), shards, side, streamed, listed)
+    _make_missing(folder, distributed.mine(distributed.of_job(ranges)), shards, side, streamed, listed)
     distributed.barrier()
+    distributed.refuse_unfinished("decoded", ranges, lambda rows: shard_files.is_there(shards, rows, streamed))
     found = [shard_files.read_facts(shards, rows) for rows in ranges]
     bad = shard_files.bad(folder, found)
     quarantine.refuse_bad(folder, bad, listed)
@@ -193,6 +188,22 @@ def build(
     )
     pictures = Pictures(torch.tensor(height), torch.tensor(width), torch.tensor(aspect), read, made.key)
     return PixelStore(pictures, device, where, by_gpu), kept
+
+
+def _place_of_shards(ranges: Sequence[range], side: int, work: Path, wanted: str, key: str) -> tuple[Path, bool]:
+    """(their folder, made, and without stale ones beside it; whether they have sizes alone, as no pixels are kept)."""
+    # What stands has taken its part of the disk already.
+    lacking = [rows for rows in ranges if not shard_files.facts_file(work / f"pixels-{key}", rows).exists()]
+    fits = wanted != "auto" or _fits_the_disk(sum(map(len, lacking)), side, work)
+    streamed = wanted == "stream" or not fits
+    stem = "sizes" if streamed else "pixels"
+    shards = work / f"{stem}-{key}"
+    if distributed.rank() == 0:
+        if distributed.jobs() == 1:
+            drop_stale(work, stem, {shards.name})
+        shards.mkdir(exist_ok=True)
+    distributed.barrier()
+    return shards, streamed
 
 
 def _make_missing(
@@ -261,9 +272,9 @@ def guess(count: int, side: int) -> int:
     return count * side * side * 4
 
 
-def _fits_the_disk(folder: ImageList, side: int, work: Path) -> bool:
+def _fits_the_disk(count: int, side: int, work: Path) -> bool:
     try:
-        need_space(work, guess(len(folder.files), side), "the pixel store")
+        need_space(work, guess(count, side), "the pixel store")
     except BingoError:
         return False
     return True

@@ -36,6 +36,21 @@ def bad(folder: ImageList, found: list[dict[str, Any]]) -> tuple[tuple[str, str]
     return folder.bad + tuple((folder.files[index], why) for facts in found for index, why in facts["bad"])
 
 
+def is_there(shards: Path, rows: range, streamed: bool) -> bool:
+    """Whether a shard is there, as long as its facts say; its checksum is not looked at."""
+    try:
+        facts = read_facts(shards, rows)
+        return _fits(facts, rows, streamed) and (
+            streamed or data_file(shards, rows).stat().st_size == sum(_sizes(facts))
+        )
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False  # not there, cut short by a kill, or not ours
+
+
+def _sizes(facts: dict[str, Any]) -> list[int]:
+    return [height * width * 3 for height, width in zip(facts["height"], facts["width"], strict=True)]
+
+
 def is_whole(shards: Path, rows: range, streamed: bool) -> bool:
     """Whether a shard is there and its checksum holds; a damaged one is said and made again."""
     try:
@@ -44,10 +59,7 @@ def is_whole(shards: Path, rows: range, streamed: bool) -> bool:
             return False
         if streamed:
             return True
-        checksum, total = (
-            0,
-            sum(height * width * 3 for height, width in zip(facts["height"], facts["width"], strict=True)),
-        )
+        checksum, total = 0, sum(_sizes(facts))
         with data_file(shards, rows).open("rb") as handle:
             while piece := handle.read(1 << 24):
                 checksum = zlib.crc32(piece, checksum)
@@ -83,7 +95,7 @@ def reader(shards: Path, ranges: Sequence[range], found: Sequence[dict[str, Any]
     widths: list[int] = []
     maps: list[Any] = []
     for number, (rows, facts) in enumerate(zip(ranges, found, strict=True)):
-        sizes = [high * wide * 3 for high, wide in zip(facts["height"], facts["width"], strict=True)]
+        sizes = _sizes(facts)
         starts += [0, *accumulate(sizes)][: len(sizes)]
         files += [number] * len(sizes)
         widths += facts["width"]

@@ -78,11 +78,15 @@ class Stored:
             os.fsync(handle.fileno())  # before the marker says so
         write_text(self._marker(first), json.dumps({"rows": len(rows), "crc32": zlib.crc32(content)}))
 
+    def there(self, first: int) -> bool:
+        """Whether rows from `first` were written."""
+        return self._marker(first).exists()
+
     def sound(self, first: int, rows: int) -> bool:
         """Whether the `rows` rows from `first` are there as they were written; says so when they were written and are
         not.
         """
-        if not self._marker(first).exists():
+        if not self.there(first):
             return False
         try:
             told = json.loads(self._marker(first).read_text(encoding="utf-8"))

@@ -51,18 +51,11 @@ def run(
     not embeddings. Raises BingoError when the disk is too small, and for an image that the teacher makes no numbers of.
     """
     apart = of_features and teacher.projection is not None
-    key = made_of(
-        "teacher",
-        images=folder.fingerprint(),
-        pictures=pixels.made_of,
-        teacher=encoder.weights_digest(teacher),
-        preprocessing=asdict(teacher.preprocessing),
-        scale_min=scale_min,
-        of_features=apart,
-    ).key
+    key = _key(teacher, folder, pixels, scale_min, apart)
     stem = "teacher_features" if apart else "teacher"
     shards = work / f"{stem}-{key}"
-    distributed.from_first(lambda: drop_stale(work, stem, {shards.name}))
+    if distributed.jobs() == 1:
+        distributed.from_first(lambda: drop_stale(work, stem, {shards.name}))
     shards.mkdir(exist_ok=True)
     count = len(folder.files)
     viewed = Stored(shards / "views.f16", teacher.width if of_features else teacher.embedding_width())
@@ -124,7 +117,8 @@ Shard = tuple[range, int]  # images, and which augmented view of them, -1 for th
 def _complete(files: "_Files", viewing: Viewing, views: range, work: Path) -> bool:
     """Make what is missing in `files` of these views of all images; whether anything was. Raises BingoError."""
     ranges = [range(start, min(start + SHARD, files.count)) for start in range(0, files.count, SHARD)]
-    wanted = [(rows, view) for view in views for rows in ranges]
+    whole = [(rows, view) for view in views for rows in ranges]
+    wanted = distributed.of_job(whole)
     mine = distributed.mine(wanted)
     lacking = set(chain(*distributed.exchange([shard for shard in mine if not files.sound(*shard)])))
     if missing := [shard for shard in wanted if shard in lacking]:
@@ -146,7 +140,21 @@ def _complete(files: "_Files", viewing: Viewing, views: range, work: Path) -> bo
                     _refuse_no_direction(kind, folder, rows, teacher)
                 files.write(rows, view, made)
     distributed.barrier()
+    distributed.refuse_unfinished("embedded", whole, lambda shard: files.there(*shard))
     return bool(missing)
+
+
+def _key(teacher: Encoder, folder: ImageList, pixels: PixelStore, scale_min: float, apart: bool) -> str:
+    """A name for all that a pass depends on. apart: its views are features of a teacher with a projection head."""
+    return made_of(
+        "teacher",
+        images=folder.fingerprint(),
+        pictures=pixels.made_of,
+        teacher=encoder.weights_digest(teacher),
+        preprocessing=asdict(teacher.preprocessing),
+        scale_min=scale_min,
+        of_features=apart,
+    ).key
 
 
 @dataclass(frozen=True)
@@ -175,6 +183,10 @@ class _Files:
     def sound(self, rows: range, view: int) -> bool:
         """Whether a shard is there as it was written."""
         return all(part.sound(self._first(rows, view), len(rows)) for part in self._parts(view))
+
+    def there(self, rows: range, view: int) -> bool:
+        """Whether a shard was written; its checksum is not looked at."""
+        return all(part.there(self._first(rows, view)) for part in self._parts(view))
 
     def size(self, shards: Iterable[Shard]) -> int:
         """Bytes of the shards."""

@@ -13,7 +13,7 @@ from torch import nn
 from bingo_compress import __version__
 from bingo_compress.errors import BingoError
 from bingo_compress.models.encoder import Encoder, build, weights_digest
-from bingo_compress.recipe import GIVEN, Recipe
+from bingo_compress.recipe import GIVEN, RESUME_MAY_CHANGE, Recipe
 from bingo_compress.runtime import checkpoint
 from bingo_compress.runtime.made_of import FORMATS, MadeOf, hash_seed, made_of
 from bingo_compress.runtime.run_dir import RunDir, made_by
@@ -187,11 +187,20 @@ def _refuse_other(run: RunDir, name: str, encoder: Encoder, message: str) -> Non
         raise BingoError(message)
 
 
+def changed(before: Recipe, now: Recipe) -> str:
+    """The settings that make `now` another run than `before`, with both values; "" where none does."""
+    return ", ".join(
+        f"{key}: {getattr(before, key)} -> {value}"
+        for key, value in now.model_dump().items()
+        if getattr(before, key) != value and key not in RESUME_MAY_CHANGE
+    )
+
+
 def refuse_other_inputs(run: RunDir, now: Mapping[str, Any]) -> None:
-    """Raise BingoError if a run's state (without one: its student) was made from other inputs than `now`, by name.
-    Nothing is written before this.
+    """Raise BingoError if a run's state (without one: its student, or what array jobs began) was made from other inputs
+    than `now`, by name. Nothing is written before this.
     """
-    for file in filter(Path.is_file, (run.checkpoint, run.before, run.student)):
+    for file in filter(Path.is_file, (run.checkpoint, run.before, run.student, run.begun)):
         try:
             made = checkpoint.made_of(file)
         except BingoError:

@@ -1,10 +1,11 @@
 """Several processes, started by torchrun: the only file that names torch.distributed. With one process everything here
-is the identity.
+is the identity. Array jobs, which share a folder and never talk, are at the end.
 """
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
 from functools import partial
@@ -25,6 +26,7 @@ GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", 
 # Of a thread, not of the process: while the first process works by itself, a thread of it may be making its share of
 # the next batch.
 _by_itself = ContextVar("_by_itself", default=False)
+_job = ContextVar("_job", default=(0, 1))  # this array job's number, and how many there are
 
 
 def asked_for() -> bool:
@@ -271,3 +273,40 @@ def _batch_norm(norm: Any, alone: Callable[[Tensor], Tensor], views: Tensor) -> 
     # timm's BatchNormAct2d: the activation is part of the layer.
     done: Tensor = norm.act(norm.drop(out)) if hasattr(norm, "act") else out
     return done
+
+
+class Unfinished(Exception):
+    """Other array jobs have parts of a stage to make yet, and nobody waits for them. stage: what becomes of an image in
+    it; left, parts: how many there are.
+    """
+
+    def __init__(self, stage: str, left: int, parts: int) -> None:
+        super().__init__(stage, left, parts)
+        self.stage, self.left, self.parts = stage, left, parts
+
+
+@contextmanager
+def as_job(number: int, jobs: int) -> Iterator[None]:
+    """Inside, this is array job `number`, from 0, of `jobs`: it makes its share of each stage, and no other job's."""
+    before = _job.set((number, jobs))
+    try:
+        yield
+    finally:
+        _job.reset(before)
+
+
+def jobs() -> int:
+    """Number of array jobs; 1 outside of `as_job`."""
+    return _job.get()[1]
+
+
+def of_job(parts: Sequence[Item]) -> list[Item]:
+    """Those of a stage's parts that this array job makes: together the jobs have each once."""
+    return list(parts[_job.get()[0] :: jobs()])
+
+
+def refuse_unfinished(stage: str, parts: Sequence[Item], there: Callable[[Item], bool]) -> None:
+    """Raise Unfinished where an array job lacks parts that others make."""
+    left = 0 if jobs() == 1 else sum(not there(part) for part in parts)
+    if left:
+        raise Unfinished(stage, left, len(parts))

@@ -17,6 +17,7 @@ from bingo_compress.errors import BingoError
 
 UMASK = os.umask(0o022)
 os.umask(UMASK)
+HOST = socket.gethostname()[:64]  # in containers every program may be process 1
 
 
 class RunDir:
@@ -37,6 +38,7 @@ class RunDir:
         self.work = path / "work"
         self.start = self.work / "start.safetensors"
         self.bags = self.work / "bags.safetensors"
+        self.begun = self.work / "begun.safetensors"  # by array jobs, and from what
         self.looks = self.work / "looks.safetensors"
         self.mistakes = self.work / "mistakes.safetensors"
         self.checkpoint = self.work / "checkpoint.safetensors"
@@ -63,27 +65,53 @@ def open_new(path: Path, *, resume: bool, overwrite: bool) -> RunDir:
         )
     if resume and not taken:
         raise BingoError(f"--resume: expected a run in {path}, found none; leave --resume out to start one")
-    try:
-        run.work.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BingoError(f"--out: {path} cannot be made ({error.strerror}); name a folder you may write to") from None
+    _make(run)
     hold(path, "--out")  # before anything of another writer's is deleted
     if clear:
         _clear(run)
     return run
 
 
+def open_shared(path: Path, share: str) -> RunDir:
+    """The folder of a run that array jobs begin together; this one is the only writer of its `share`. Raises BingoError
+    for a folder of something else, and while a command writes that shares with nobody.
+    """
+    run = RunDir(path)
+    if path.is_dir() and any(path.iterdir()) and not run.work.is_dir():
+        raise BingoError(
+            f"--out: expected a run or no folder, found {path} with other files in it; name another folder"
+        )
+    _make(run)
+    hold(path, "--out", share)
+    return run
+
+
+def _make(run: RunDir) -> None:
+    try:
+        run.work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BingoError(
+            f"--out: {run.path} cannot be made ({error.strerror}); name a folder you may write to"
+        ) from None
+
+
 _HELD: dict[Path, IO[str]] = {}
 
 
-def hold(folder: Path, option: str) -> None:
+def hold(folder: Path, option: str, share: str = "") -> None:
     """Be the only writer of a run, or of a comparison, until this process ends. The kernel frees the lock of a process
     that was killed. Raises BingoError.
 
-    option: what named the folder, for the message.
+    option: what named the folder, for the message. share: be one of several writers, the only one of this share.
     """
     _refuse_links(folder, option)
-    path = (folder / "work" / "writer.json").resolve()
+    if share:
+        _lock(folder, f"writer-{share}.json", fcntl.LOCK_EX, option)
+    _lock(folder, "writer.json", fcntl.LOCK_SH if share else fcntl.LOCK_EX, option)
+
+
+def _lock(folder: Path, name: str, kind: int, option: str) -> None:
+    path = (folder / "work" / name).resolve()
     if path in _HELD:
         _HELD.pop(path).close()
     try:
@@ -95,7 +123,7 @@ def hold(folder: Path, option: str) -> None:
         ) from None
     handle.seek(0)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         owner = handle.read()
         handle.close()
@@ -122,7 +150,10 @@ def _refuse_links(folder: Path, option: str) -> None:
     write outside of it, or wait for ever.
     """
     for path in (*folder.iterdir(), *(folder / "work").rglob("*"), *(folder / "export").rglob("*")):
-        mode = path.lstat().st_mode
+        try:
+            mode = path.lstat().st_mode
+        except FileNotFoundError:  # a file on its way, of another array job
+            continue
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
             what = f"a link to {os.readlink(path)}" if stat.S_ISLNK(mode) else "neither a file nor a folder"
             raise BingoError(
@@ -208,6 +239,7 @@ def _clear(run: RunDir) -> None:
         run.validation,
         run.start,
         run.bags,
+        run.begun,
         run.report,
         run.looks,
         run.mistakes,
@@ -243,13 +275,29 @@ def atomic(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` to write to; synced and renamed when the block ends well, deleted when it does
     not.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{HOST}-{os.getpid()}.tmp")
     try:
         yield temporary
         _sync(temporary)
         os.chmod(temporary, 0o666 & ~UMASK)  # safetensors makes files that only their owner may read
         os.replace(temporary, path)
         _sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_first(path: Path) -> Iterator[Path]:
+    """As `atomic`, but of several writers, on several machines too, the first one's file stays."""
+    temporary = path.with_name(f".{path.name}.{HOST}-{os.getpid()}.first")
+    try:
+        yield temporary
+        try:
+            os.link(temporary, path)  # unlike a renaming, it replaces nothing
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 

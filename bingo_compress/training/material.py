@@ -4,6 +4,7 @@ import hashlib
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from bingo_compress.features.memmap import Rows, TeacherPass
 from bingo_compress.models import encoder
 from bingo_compress.models.encoder import Encoder
 from bingo_compress.models.trained import Models
-from bingo_compress.recipe import Recipe
+from bingo_compress.recipe import Recipe, deciding
 from bingo_compress.runtime import checkpoint, console, distributed, machine, run_dir
 from bingo_compress.runtime.made_of import hash_seed, made_of
 from bingo_compress.training.loader import Lessons
@@ -43,16 +44,51 @@ def sources_of(models: Models, folder: image_list.ImageList) -> dict[str, str]:
     return {"images": folder.fingerprint(), "teacher": encoder.weights_digest(models.teacher)}
 
 
+def begun_with(models: Models, folder: image_list.ImageList) -> dict[str, Any]:
+    """Digests and settings of a run before its first stage, by name."""
+    return sources_of(models, folder) | {
+        "start": encoder.weights_digest(models.student),
+        "settings": deciding(models.recipe),
+    }
+
+
+def refuse_too_little_space(plan: Plan, student: Encoder, folder: image_list.ImageList, out: Path) -> None:
+    """Before anything is written: one image at least can be decoded, and the disk is large enough."""
+    if out.exists():
+        return
+    count = len(folder.files)
+    extract.pixels_of(student.preprocessing, folder, range(count), 1)
+    above = next(parent for parent in out.resolve().parents if parent.is_dir())
+    run_dir.need_space(above, plan.stored_bytes * count, "the teacher's embeddings")
+    if plan.recipe.pixels not in ("auto", "stream"):  # auto streams where the store does not fit
+        run_dir.need_space(above, pixel_store.guess(count, plan.side), "the pixel store")
+
+
 def prepare(plan: Plan, models: Models, folder: image_list.ImageList, work: Path) -> Material:
     """Pixels, the teacher's pass, scenes and split, under `work`; what is there already is not made again. Raises
     BingoError.
     """
-    recipe = plan.recipe
     sources = sources_of(models, folder)
-    room = machine.parse_memory(recipe.memory)
+    store, folder, seen = embed(plan, models.teacher, folder, work)
+    sources |= {"teacher's embeddings": seen.key}
+    scenes = _scenes(plan, models.teacher, folder, store, seen, work)
+    if len(scenes.unique()) < len(scenes):
+        sources["near-copies"] = checkpoint.tensor_digest(scenes)
+    held, training = split(scenes, plan.recipe)
+    material = Material(store, folder, held, training, seen, scenes, work, sources)
+    return _with_packed_views(plan, models.teacher, material) if plan.packed else material
+
+
+def embed(
+    plan: Plan, teacher: Encoder, folder: image_list.ImageList, work: Path
+) -> tuple[pixel_store.PixelStore, image_list.ImageList, TeacherPass]:
+    """(pixels, the images that can be decoded, the teacher's pass), of an array job its share alone. Raises BingoError,
+    and distributed.Unfinished where other jobs have not made theirs.
+    """
+    recipe, room = plan.recipe, machine.parse_memory(plan.recipe.memory)
     store, folder = pixel_store.build(folder, plan.side, work, plan.device, recipe.pixels, room, plan.step_bytes)
     seen = teacher_pass.run(
-        models.teacher,
+        teacher,
         folder,
         store,
         0 if plan.packed else plan.views,
@@ -61,13 +97,7 @@ def prepare(plan: Plan, models: Models, folder: image_list.ImageList, work: Path
         plan.device,
         of_features=plan.loss.regression,
     )
-    sources |= {"teacher's embeddings": seen.key}
-    scenes = _scenes(plan, models.teacher, folder, store, seen, work)
-    if len(scenes.unique()) < len(scenes):
-        sources["near-copies"] = checkpoint.tensor_digest(scenes)
-    held, training = split(scenes, recipe)
-    material = Material(store, folder, held, training, seen, scenes, work, sources)
-    return _with_packed_views(plan, models.teacher, material) if plan.packed else material
+    return store, folder, seen
 
 
 def _scenes(

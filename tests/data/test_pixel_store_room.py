@@ -1,9 +1,12 @@
 """How large kept pictures are, and where there is room for them."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from bingo_compress.data import pixel_store
+from bingo_compress.data import listing, pixel_store
 from bingo_compress.data.pixel_store import kept_size, place, store_side
 from bingo_compress.errors import BingoError
 from bingo_compress.runtime import machine
@@ -28,6 +31,17 @@ def test_auto_takes_memory_where_there_is_room_and_the_disk_where_not(monkeypatc
     assert place(7 * 10**9, CPU, "memory", 0) == ("memory", "as asked for")
     with pytest.raises(BingoError, match="--pixels gpu: expected a CUDA GPU"):
         place(1, CPU, "gpu", 0)
+
+
+def test_auto_keeps_to_the_store_that_has_taken_half_of_the_disk(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, work = listing.list_images(photos), tmp_path / "work"
+    work.mkdir()
+    pixel_store.build(folder, 40, work, CPU)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=8 * 40 * 40))
+    assert pixel_store.build(folder, 40, work, CPU)[0].where != "stream"
+    assert pixel_store.build(folder, 48, work, CPU)[0].where == "stream"
 
 
 @pytest.mark.parametrize(

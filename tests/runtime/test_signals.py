@@ -52,6 +52,17 @@ def test_a_signal_ends_what_is_running(number: int, status: int) -> None:
     assert signals.status() == status
 
 
+def test_a_signal_while_python_itself_ends_leaves_no_traceback() -> None:
+    """As torchrun sends it to those that have told already that another is lost."""
+    code = (
+        "import atexit, os, signal, sys\nfrom bingo_compress import cli\n"
+        "atexit.register(lambda: os.kill(os.getpid(), signal.SIGTERM))\n"
+        "sys.argv = ['bingo-compress', '--version']\ncli.main()"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (-signal.SIGTERM, "") and ended.stdout.startswith("bingo-compress")
+
+
 def test_inside_a_deferred_block_a_signal_waits_for_its_end() -> None:
     reached = []
 
