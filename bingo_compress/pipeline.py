@@ -5,6 +5,7 @@ order.
 import json
 import platform
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from bingo_compress import __version__, budget, loggers
 from bingo_compress.data import image_list, pixel_store
 from bingo_compress.data.image_list import ImageList
 from bingo_compress.data.quarantine import report
+from bingo_compress.data.shards import Kind
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation.held_out import held_out_recall, train
 from bingo_compress.features import extract, near_copies
@@ -73,7 +75,7 @@ def run_distill(
     plan = plan_run(models, len(folder.files), device, before.threads if before else 0)
     any_views = before is None and "views" not in asked.model_fields_set
     plan, rates = _expected(plan, models, folder, any_views, began, new=not (out / "work").exists())
-    _refuse_too_little_space(plan, models.student, folder, out)
+    plan, asked = _with_room(plan, asked, models.student, folder, out, new=before is None)
     distributed.barrier()  # no process looks at --out after the first has made it
     run = distributed.from_first(lambda: run_dir.open_new(out, resume=resume, overwrite=overwrite))
     _keep(run, plan)
@@ -107,7 +109,11 @@ def run_distill(
 
 
 def _with_choice(asked: Recipe, before: Recipe | None, out: Path) -> Recipe:
-    """What was asked for, with what its time has become in the run that goes on. Raises BingoError for another time."""
+    """What was asked for, with what `auto` and its time have become in the run that goes on. Raises BingoError for
+    another time.
+    """
+    if before and asked.pixels == "auto" and before.pixels == "encoded":
+        asked = asked.model_copy(update={"pixels": "encoded"})
     if before is None or not asked.time:
         return asked
     began = load_recipe(run_dir.RunDir(out).recipe)
@@ -146,16 +152,33 @@ def _refuse_other_inputs(models: Models, folder: ImageList, out: Path) -> None:
     distributed.from_first(lambda: trained.refuse_other_inputs(run_dir.RunDir(out), now))
 
 
-def _refuse_too_little_space(plan: Plan, student: Encoder, folder: ImageList, out: Path) -> None:
-    """Before anything is written: one image at least can be decoded, and the disk is large enough."""
-    if out.exists():
-        return
+def _with_room(
+    plan: Plan, asked: Recipe, student: Encoder, folder: ImageList, out: Path, *, new: bool
+) -> tuple[Plan, Recipe]:
+    """The plan and what was asked for, with what pixels=auto means here where the run is new. Raises BingoError, before
+    anything is written, where no image can be decoded or the disk is too small.
+    """
     count = len(folder.files)
+    beside = 2 * plan.stored * count
+    if new and plan.recipe.pixels == "auto":
+        chosen = distributed.from_first(lambda: pixel_store.choose(count, plan.side, out.resolve() / "work", beside))
+        plan = replace(plan, recipe=plan.recipe.model_copy(update={"pixels": chosen}))
+        asked = asked.model_copy(update={"pixels": chosen})
+        if chosen == "encoded":
+            raw, encoded = (console.size(pixel_store.guess(count, plan.side, kind)) for kind in ("raw", "encoded"))
+            console.say(
+                f"pixels: encoded: the disk has no room for about {raw} of raw pictures, but for {encoded} of JPEGs,"
+                " which change crops a little; --pixels stream keeps none, changes nothing and is slower"
+            )
+    if out.exists():
+        return plan, asked
     extract.pixels_of(student.preprocessing, folder, range(count), 1)
     above = next(parent for parent in out.resolve().parents if parent.is_dir())
-    run_dir.need_space(above, 2 * plan.stored * count, "the teacher's embeddings")
+    run_dir.need_space(above, beside, "the teacher's embeddings")
     if plan.recipe.pixels not in ("auto", "stream"):  # auto streams where the store does not fit
-        run_dir.need_space(above, pixel_store.guess(count, plan.side), "the pixel store")
+        kind: Kind = "encoded" if plan.recipe.pixels == "encoded" else "raw"
+        run_dir.need_space(above, pixel_store.guess(count, plan.side, kind), "the pixel store")
+    return plan, asked
 
 
 def _save_beginning(run: run_dir.RunDir, plan: Plan, student: Encoder, material: Material, bags: Tensor) -> None:
@@ -169,9 +192,8 @@ def _refuse_other_recipe(before: Recipe | None, now: Recipe) -> None:
     """--resume goes on with the run that is there; a changed setting would make it another one."""
     if before is None:
         return
-    changed = [
-        key for key, value in now.model_dump().items() if getattr(before, key) != value and key not in RESUME_MAY_CHANGE
-    ]
+    may = RESUME_MAY_CHANGE - ({"pixels"} if "encoded" in (before.pixels, now.pixels) else set())
+    changed = [key for key, value in now.model_dump().items() if getattr(before, key) != value and key not in may]
     if changed:
         difference = ", ".join(f"{key}: {getattr(before, key)} -> {getattr(now, key)}" for key in changed)
         raise _other_settings(difference)
