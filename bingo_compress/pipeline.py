@@ -162,9 +162,9 @@ def _with_room(
     beside = 2 * plan.stored * count
     if new and plan.recipe.pixels == "auto":
         chosen = distributed.from_first(lambda: pixel_store.choose(count, plan.side, out.resolve() / "work", beside))
-        plan = replace(plan, recipe=plan.recipe.model_copy(update={"pixels": chosen}))
-        asked = asked.model_copy(update={"pixels": chosen})
         if chosen == "encoded":
+            plan = replace(plan, recipe=plan.recipe.model_copy(update={"pixels": chosen}))
+            asked = asked.model_copy(update={"pixels": chosen})
             raw, encoded = (console.size(pixel_store.guess(count, plan.side, kind)) for kind in ("raw", "encoded"))
             console.say(
                 f"pixels: encoded: the disk has no room for about {raw} of raw pictures, but for {encoded} of JPEGs,"

@@ -133,6 +133,7 @@ def test_auto_takes_an_encoded_store_where_no_raw_one_fits(work: Path, monkeypat
     assert kind_of("auto", 1000, 256, work) == "streamed"  # crops as of a raw store
 
 
+@pytest.mark.slow
 def test_a_run_keeps_to_its_kind_of_pixels(
     tmp_path: Path, bingo: Any, monkeypatch: pytest.MonkeyPatch, printed: Any
 ) -> None:
@@ -141,12 +142,10 @@ def test_a_run_keeps_to_its_kind_of_pixels(
     asked = recipe(data=str(data), epochs=1)
     with monkeypatch.context() as patch:
         patch.setattr(pixel_store, "guess", lambda count, side, kind="raw": {"raw": 10**18}.get(kind, 0))
-        patch.setattr(
-            console, "table", lambda title, head, rows: tables.update({title[:4]: {row[0]: row[1] for row in rows}})
-        )
-        tables: dict[str, dict[str, str]] = {}
+        rows: dict[str, str] = {}
+        patch.setattr(console, "table", lambda title, head, cells: rows.update({row[0]: row[1] for row in cells}))
         dry_run.estimate(asked, run)
-        assert tables["disk"]["pixel store, encoded"] == console.size(0)
+        assert rows["pixel store, encoded"] == console.size(0)
         with interrupted_at(patch, teacher_pass, "_view_shard", 1), pytest.raises(KeyboardInterrupt):
             pipeline.run_distill(asked, run)
     assert "pixels: encoded: the disk has no room for about" in printed.getvalue()
@@ -161,6 +160,7 @@ def test_a_run_keeps_to_its_kind_of_pixels(
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_a_raw_run_does_not_go_on_with_an_encoded_store(tmp_path: Path, bingo: Any) -> None:
     data, run = photos_of(tmp_path / "photos", 4), tmp_path / "run"
     pipeline.run_distill(recipe(data=str(data), epochs=1), run)
