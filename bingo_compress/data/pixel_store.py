@@ -35,7 +35,8 @@ WORK = 1 << 30  # bytes for the models and a step, where nobody has measured the
 # alike, to one level; Pillow's shortcut for much larger pictures (reducing_gap) is a few levels off on noise.
 VECTORS = torch.backends.cpu.get_cpu_capability().startswith("AVX")
 PLACES = ("gpu", "memory", "disk", "encoded", "stream")
-SMALLER = 8  # times: about what an encoded picture is to a raw one (7 to 12 for photos, less for noise)
+# An encoded picture is about so many times smaller than a raw one (7 to 12 for photos, less for noise), and a header.
+SMALLER, HEADER = 8, 640
 
 
 @dataclass(frozen=True)
@@ -272,7 +273,9 @@ def place(total: int, device: torch.device, wanted: str, memory: int, step: int 
 
 def guess(count: int, side: int, kind: Kind = "raw") -> int:
     """Bytes on disk of `count` images of 4:3, before any is opened."""
-    return {"raw": count * side * side * 4, "encoded": count * side * side * 4 // SMALLER, "streamed": 0}[kind]
+    return {"raw": count * side * side * 4, "encoded": count * (side * side * 4 // SMALLER + HEADER), "streamed": 0}[
+        kind
+    ]
 
 
 def choose(count: int, side: int, work: Path, beside: int) -> str:
