@@ -58,19 +58,20 @@ def _memory(plan: Plan, models: Models, activations: float, count: int) -> dict[
     head = sum(parameter.numel() for parameter in make_head(plan, models.student.width).parameters())
     parameters = models.student.parameters_count() + head
     kept = min(plan.views, 1) if plan.recipe.stored_views == "mean" else plan.views  # targets an image
+    packed = plan.views * plan.view_bytes * count if plan.packed else 0  # one file for bags and targets
     return {
         "student, head, gradients and optimiser": 4 * parameters * (4 if plan.schedule.optimizer == "adamw" else 3),
         **({"the student's moving average": 4 * parameters} if plan.loss.momentum else {}),
         "activations of a step": activations,
         "teacher": 4 * models.teacher.parameters_count(),
         "queue": 4 * plan.dim * plan.schedule.queue_size,
-        "stored targets": 2 * plan.dim * kept * count,
-        "teacher's features and views while bags are made": 2 * plan.stored * count,
+        "stored targets": packed or 2 * plan.dim * kept * count,
+        "teacher's features and views while bags are made": plan.stored_bytes * count - packed,
     }
 
 
 def _disk(plan: Plan, count: int, work: Path) -> dict[str, int]:
-    embeddings, wanted = 2 * plan.stored * count, plan.recipe.pixels
+    embeddings, wanted = plan.stored_bytes * count, plan.recipe.pixels
     chosen = pixel_store.choose(count, plan.side, work.resolve(), embeddings) if wanted == "auto" else wanted
     kind = pixel_store.kind_of(chosen, count, plan.side, work.resolve())
     return {f"pixel store, {kind}": pixel_store.guess(count, plan.side, kind), "teacher's embeddings": embeddings}

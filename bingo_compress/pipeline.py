@@ -159,7 +159,7 @@ def _with_room(
     anything is written, where no image can be decoded or the disk is too small.
     """
     count = len(folder.files)
-    beside = 2 * plan.stored * count
+    beside = plan.stored_bytes * count
     if new and plan.recipe.pixels == "auto":
         chosen = distributed.from_first(lambda: pixel_store.choose(count, plan.side, out.resolve() / "work", beside))
         if chosen == "encoded":

@@ -117,8 +117,8 @@ class Recipe(BaseModel):
     search: Literal["auto", "exact", "ivf"] = Field(
         "auto",
         description=(
-            "nearest neighbours for bags and near-copies: exact, or ivf with its recall measured; auto: exact up to 10"
-            " million images"
+            "nearest neighbours for bags and near-copies: exact, or ivf with its recall measured; auto: exact up to"
+            " 100,000 images, on a GPU 10 million"
         ),
     )
     queue_size: int = Field(
@@ -157,6 +157,13 @@ class Recipe(BaseModel):
         description=(
             "a target is one of the stored views, drawn in each step, or their mean; auto: mean for bingo's soft, else"
             " drawn"
+        ),
+    )
+    stored_as: Literal["float16", "int8"] = Field(
+        "float16",
+        description=(
+            "float16: views as the teacher gave them, 2 bytes a number; int8: as targets, a byte a dimension and 6 more"
+            " (262 a view; with a larger target_dim, or target raw, more), read from disk in training"
         ),
     )
     target: Literal["auto", "raw", "centred", "pca", "whitened"] = Field(
@@ -274,14 +281,8 @@ WORDS = frozenset({"auto", "pretrained", "random", GIVEN})  # weights that are n
 PLACES = ("data", "teacher_weights", "student_weights")  # where ~ is the home folder
 # Names of files: what is in them is what counts, and has a digest of its own.
 FILES = frozenset({"teacher_weights", "student_weights"})
-RECIPES_DIR = next(
-    (
-        folder
-        for folder in (Path(__file__).parent / "recipes", Path(__file__).parent.parent / "recipes")
-        if folder.is_dir()
-    ),
-    Path("recipes"),
-)
+_SHIPPED = (Path(__file__).parent / "recipes", Path(__file__).parent.parent / "recipes")
+RECIPES_DIR = next(filter(Path.is_dir, _SHIPPED), Path("recipes"))
 
 
 def recipe_file(name: str) -> Path:

@@ -33,7 +33,10 @@ def unread(recipe: Recipe) -> dict[str, str]:
         "queue_start": (fills_queue(recipe), "methods with a queue of stored targets"),
         "mask_mates": (loss.negatives, _methods("negatives")),
         "views": (taught, _methods("teacher")),
-        "stored_views": (taught and recipe.views != "online", f"{_methods('teacher')} with stored views"),
+        **dict.fromkeys(
+            ("stored_views", "stored_as"),
+            (taught and recipe.views != "online", f"{_methods('teacher')} with stored views"),
+        ),
         "target": (taught, _methods("teacher")),
         "target_dim": (projected or not taught, "target=pca and target=whitened"),
     }

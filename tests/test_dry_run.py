@@ -108,6 +108,15 @@ def test_stored_views_are_as_wide_as_what_a_method_stores(monkeypatch: pytest.Mo
         assert rows["teacher's embeddings"] == console.size(2 * 12 * (width + 24 + 2 * viewed))
 
 
+def test_packed_views_are_as_wide_as_a_target_and_counted_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """11 dimensions at most of 12 images; a byte each, two for the step and four for the closeness to the image."""
+    rows, _ = told(monkeypatch, photos(tmp_path / "photos", 4), views="4", stored_as="int8")
+    plain = 2 * 12 * 2 * encoder("test_resnet").width
+    assert rows["stored targets"] == console.size(12 * 4 * (11 + 2 + 4))
+    assert rows["teacher's features and views while bags are made"] == console.size(plain)
+    assert rows["teacher's embeddings"] == console.size(plain + 12 * 4 * (11 + 2 + 4))
+
+
 def test_a_target_that_is_the_mean_of_its_views_is_stored_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     data = photos(tmp_path / "photos", 4)
     kept = {how: told(monkeypatch, data, views="4", stored_views=how)[0]["stored targets"] for how in ("mean", "drawn")}

@@ -22,7 +22,7 @@ from bingo_compress.errors import BingoError
 from bingo_compress.features import teacher_pass
 from bingo_compress.features.bagging import knn
 from bingo_compress.features.neighbours import nearest_neighbours
-from bingo_compress.features.targets import StoredTargets, TargetSpace
+from bingo_compress.features.targets import PackedTargets, StoredTargets, TargetSpace, packed
 from bingo_compress.models.encoder import build
 from bingo_compress.training import loop, plan
 from bingo_compress.training.loader import Lessons
@@ -117,6 +117,16 @@ def test_the_teacher_pass_is_the_cpus(tmp_path: Path) -> None:
     for name in ("features", "embeddings", "views"):
         one, two = (getattr(found, name).float() for found in seen)
         assert torch.nn.functional.cosine_similarity(one, two, dim=-1).min() > 0.999, name
+
+
+@pytest.mark.parametrize("mean", [False, True])
+def test_packed_targets_are_the_cpus(mean: bool) -> None:
+    kept, indices = packed(unit(30, 4, 17)), torch.arange(30)
+    one, two = (
+        PackedTargets(kept, device, mean=mean)(indices, torch.Generator().manual_seed(0), indices)
+        for device in (CPU, GPU)
+    )
+    assert two.is_cuda and torch.allclose(two.cpu(), one, atol=1e-6)
 
 
 def batch_on(device: torch.device, rows: list[Tensor]) -> tuple[Batch, list[Tensor]]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bingo_compress.data import image_list, listing
 from bingo_compress.evaluation import probes
-from bingo_compress.features import bagging, extract, near_copies, targets
+from bingo_compress.features import bagging, extract, near_copies, targets, teacher_pass
 from bingo_compress.features.memmap import TeacherPass
 from bingo_compress.models import trained
 from bingo_compress.models.encoder import Encoder
@@ -99,6 +99,11 @@ def outputs(folder: Path) -> dict[str, list[float]]:
         + few(told_apart(seen.embeddings[:]), 24)
         + few(told_apart(seen.views[:].flatten(1)), 24)
     )
+    viewing = teacher_pass.Viewing(models.teacher, material.folder, material.store, 0.2, CPU, of_features=False)
+    space = targets.target_space(seen.embeddings, "pca", 8)
+    packed = teacher_pass.with_packed_views(seen, viewing, 2, space, folder / "work")
+    rows = targets.unpacked(packed.views).flatten(1)
+    found["targets"] = few(rows @ rows.T, 24) + few(packed.closeness(torch.arange(len(seen.features))))
     limits = near_copies.fit(extract.as_embed(models.teacher, CPU), listed)
     small = near_copies.of_store(seen.features, material.folder, material.store).look(torch.arange(len(seen.features)))
     found["near-copies"] = [

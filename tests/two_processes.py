@@ -26,6 +26,7 @@ from bingo_compress.data import listing, pixel_store
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation import finetune
 from bingo_compress.features import extract, neighbours, teacher_pass
+from bingo_compress.features.targets import TargetSpace
 from bingo_compress.models.encoder import weights_digest
 from bingo_compress.runtime import checkpoint, distributed, signals
 from bingo_compress.training import loader, metrics
@@ -144,7 +145,10 @@ def whole_pass(data: Path, out: Path) -> dict[str, Any]:
     work.mkdir(exist_ok=True)
     store, _ = pixel_store.build(folder, 40, work, CPU)
     seen = teacher_pass.run(encoder(), folder, store, 2, 0.2, work, CPU)
-    checkpoint.save(out / f"pass.{distributed.rank()}.safetensors", {"features": seen.features, "views": seen.views})
+    viewing = teacher_pass.Viewing(encoder(), folder, store, 0.2, CPU, of_features=False)
+    kept = teacher_pass.with_packed_views(seen, viewing, 2, TargetSpace(None, None), seen.home)
+    found = {"features": seen.features, "views": seen.views, "packed": kept.views, "close": kept.close}
+    checkpoint.save(out / f"pass.{distributed.rank()}.safetensors", found)
     return {}
 
 

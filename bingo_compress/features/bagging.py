@@ -61,12 +61,8 @@ def by_trust(seen: Seen, bag_size: int) -> Tensor:
     """
     bags, similar = knn(seen.features, bag_size, seen.search)
     trusted = mutual(bags)
-    views = seen.teacher.views
-    if views.shape[1] and not seen.teacher.projected:
-        own = [
-            torch.einsum("nd,nvd->nv", seen.teacher.embeddings[rows].float(), views[rows].float())
-            for rows in seen.rows.split(BLOCK)
-        ]
+    if seen.teacher.views.shape[1] and not seen.teacher.projected:
+        own = [seen.teacher.closeness(rows) for rows in seen.rows.split(BLOCK)]
         trusted &= similar >= torch.cat(own).min(1).values[:, None]
     return _packed(torch.where(trusted, bags, -1))
 

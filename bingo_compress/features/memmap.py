@@ -1,4 +1,4 @@
-"""Matrices that need not fit into memory: rows of a raw float16 file, and some rows of another matrix."""
+"""Matrices that need not fit into memory: rows of a raw file of numbers, and some rows of another matrix."""
 
 import json
 import os
@@ -52,26 +52,27 @@ def blocks(matrix: Matrix, rows: int) -> Iterator[tuple[int, Tensor]]:
 
 @dataclass(frozen=True)
 class Stored:
-    """A float16 matrix of `width` columns in the raw file `path`, written by ranges of rows, in any order and by
-    several processes.
+    """A matrix of `width` columns of numbers of the type `kind` in the raw file `path`, written by ranges of rows, in
+    any order and by several processes.
 
     A range that is done has a marker beside the file, with the checksum of its rows.
     """
 
     path: Path
     width: int
+    kind: torch.dtype = torch.float16
 
     def reserve(self, rows: int) -> None:
         """Make it at least `rows` rows long; what is in it stays."""
         with os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as handle:
-            if handle.seek(0, os.SEEK_END) < self._bytes(rows):
-                handle.truncate(self._bytes(rows))
+            if handle.seek(0, os.SEEK_END) < self.size(rows):
+                handle.truncate(self.size(rows))
 
     def write(self, first: int, rows: Tensor) -> None:
         """Put `rows` (n, width) at row `first`; on the disk, with their marker, when this returns."""
-        content = rows.half().contiguous().numpy().tobytes()
+        content = rows.to(self.kind).contiguous().numpy().tobytes()
         with self.path.open("r+b") as handle:
-            handle.seek(self._bytes(first))
+            handle.seek(self.size(first))
             handle.write(content)
             handle.flush()
             os.fsync(handle.fileno())  # before the marker says so
@@ -96,18 +97,20 @@ class Stored:
         """The rows as a tensor of this shape, read from disk as they are used. Writing to it changes memory alone,
         never the file.
         """
-        return torch.from_numpy(np.memmap(self.path, np.float16, "c", shape=shape))
+        kind = torch.empty(0, dtype=self.kind).numpy().dtype
+        return torch.from_numpy(np.memmap(self.path, kind, "c", shape=shape))
 
-    def _bytes(self, rows: int) -> int:
-        return rows * self.width * 2
+    def size(self, rows: int) -> int:
+        """Bytes of so many rows."""
+        return rows * self.width * self.kind.itemsize
 
     def _marker(self, first: int) -> Path:
         return self.path.with_name(f"{self.path.stem}-{first:012d}.json")
 
     def _checksum(self, first: int, rows: int) -> int:
-        found, left = 0, self._bytes(rows)
+        found, left = 0, self.size(rows)
         with self.path.open("rb") as handle:
-            handle.seek(self._bytes(first))
+            handle.seek(self.size(first))
             while left and (content := handle.read(min(READ, left))):
                 found = zlib.crc32(content, found)
                 left -= len(content)
@@ -121,7 +124,8 @@ class TeacherPass:
 
     Float16, every row of length one: no method uses lengths, and float16 ends at 65504. All are read from disk as they
     are used. key: of what the pass was made from; projected: embeddings and views went through a projection head, the
-    features did not.
+    features did not; home: the folder that it is in. close: None, or (N, V), float32, what `closeness` gives; then
+    views are (N, V, d + 2), int8, what `targets.packed` gives of them in the target space.
     """
 
     features: Tensor
@@ -129,3 +133,11 @@ class TeacherPass:
     views: Tensor
     key: str
     projected: bool = False
+    home: Path = Path()
+    close: Tensor | None = None
+
+    def closeness(self, rows: Tensor) -> Tensor:
+        """Cosines (n, V), float32, of the images `rows` (n,) with their own views, as the teacher gave them."""
+        if self.close is not None:
+            return self.close[rows]
+        return torch.einsum("nd,nvd->nv", self.embeddings[rows].float(), self.views[rows].float())

@@ -29,6 +29,7 @@ COARSE = 7  # pixels: what is larger in it than this is taken off
 REACH = 4  # pixels that one may be shifted against the other, each way
 NEIGHBOURS = 16  # of an image are looked at
 PAIRS = 512  # compared at once
+ROUNDS = 16  # after each of which those of one scene are joined
 PICTURES = 10_000  # kept at most, of a folder
 SAMPLE = 128  # images that the limits are fitted to
 # What a burst does to a picture: share of each side that is kept, exposure in stops, noise of 255 levels, blur as in
@@ -77,15 +78,17 @@ def find(photos: Photos, limits: Limits, search: neighbours.Search = neighbours.
     if wanted < 1 or limits.alike > 1:
         return scenes
     indices, similar = neighbours.mates(photos.features, wanted, search)
-    for place in range(wanted):
-        pairs = torch.stack((torch.arange(count), indices[:, place]))
-        # What earlier neighbours have joined needs no second look.
-        pairs = pairs[:, (similar[:, place] >= limits.similar) & (scenes[pairs[0]] != scenes[pairs[1]])]
-        pairs = pairs.sort(dim=0).values.unique(dim=1)
-        if not pairs.shape[1]:
-            continue
-        alike = [_are_copies(photos.look, part, limits.alike) for part in pairs.split(PAIRS, dim=1)]
-        scenes = _joined(scenes, pairs[:, torch.cat(alike)])
+    pairs = torch.stack((torch.arange(count).expand(wanted, count).T, indices))[:, similar >= limits.similar]
+    # Each once, one image's side by side: what is worked out of a picture serves all its pairs of a block.
+    low, high = pairs.sort(dim=0).values
+    together = (low * count + high).unique()
+    for part in together.chunk(ROUNDS):
+        pairs = torch.stack((part // count, part % count))
+        # What the rounds before have joined needs no second look.
+        pairs = pairs[:, scenes[pairs[0]] != scenes[pairs[1]]]
+        if pairs.shape[1]:
+            alike = [_are_copies(photos.look, block, limits.alike) for block in pairs.split(PAIRS, dim=1)]
+            scenes = _joined(scenes, pairs[:, torch.cat(alike)])
     return scenes
 
 
@@ -268,8 +271,12 @@ def _are_copies(look: Look, pairs: Tensor, alike: float) -> Tensor:
     """
     images, place = pairs.unique(return_inverse=True)
     fine = _fine(look(images))
-    least = ((1 + repeats(fine)[place].amax(0)) / 2).clamp(min=alike)
-    return correlation(fine[place[0]], fine[place[1]]) >= least
+    common = correlation(fine[place[0]], fine[place[1]])
+    found = common >= alike
+    if bool(found.any()):
+        doubtful, place = place[:, found].unique(return_inverse=True)
+        found[found.clone()] = common[found] >= (1 + repeats(fine[doubtful])[place].amax(0)) / 2
+    return found
 
 
 def _disturbed(plain: Tensor, generator: torch.Generator) -> Tensor:

@@ -25,7 +25,7 @@ RECALL_K, RECALL_SHARE = 20, 10  # neighbours at most, and gallery images for ea
 CPU = torch.device("cpu")
 BLOCK = 16384  # queries searched, and written, together
 TILE = 16384  # gallery rows held at once
-EXACT_AT_MOST = 10_000_000  # images that `auto` searches exactly
+EXACT_AT_MOST = {"cpu": 100_000, "cuda": 10_000_000}  # images that `auto` searches exactly
 # Queries whose similarities to a tile torch holds at once: of a CPU, what its cache holds.
 PRODUCT = {
     "cpu": 256,
@@ -54,7 +54,7 @@ class Search:
 
     def exact(self, images: int) -> bool:
         """Whether a folder of `images` is searched exactly."""
-        return self.how == "exact" or (self.how == "auto" and images <= EXACT_AT_MOST)
+        return self.how == "exact" or (self.how == "auto" and images <= EXACT_AT_MOST[self.device.type])
 
     def describe(self, images: int) -> str:
         """What searches, in a few words."""
@@ -92,11 +92,16 @@ def mates(features: Matrix, count: int, search: Search) -> tuple[Tensor, Tensor]
     similarities (N, count) float32).
 
     A folder of more than one block goes on after the last block that `search.folder` holds, and several processes share
-    the blocks. Raises BingoError when IVF misses too many neighbours.
+    the blocks. Where IVF misses too many neighbours, `auto` searches exactly, and `ivf` raises BingoError.
     """
     folder = search.folder if len(features) > BLOCK else None
     if not search.exact(len(features)):
-        return _by_lists(features, count, search, folder)
+        try:
+            return _by_lists(features, count, search, folder)
+        except BingoError as error:
+            if search.how == "ivf":
+                raise
+            console.say(f"neighbours: exact after all, which takes long; {str(error).partition('; use')[0]}")
 
     def block(start: int, stop: int) -> dict[str, Tensor]:
         similar, indices = _nearest(features[start:stop], features, count + 1, search.device)

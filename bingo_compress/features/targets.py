@@ -14,6 +14,7 @@ from bingo_compress.models.encoder import Encoder
 from bingo_compress.runtime.machine import sent
 
 ROWS = 8192  # rows of a stored pass held in memory at once
+STEPS = 127  # of an int8, from zero on
 # Images (B,), the step's generator, and which rows of the batch are wanted (b,), to targets (b, D).
 TargetOf = Callable[[Tensor, torch.Generator, Tensor], Tensor]
 
@@ -64,6 +65,27 @@ def target_space(embeddings: Matrix, target: str, dim: int) -> TargetSpace:
     return TargetSpace(mean.float(), basis.float())
 
 
+def packed(rows: Tensor) -> Tensor:
+    """Rows (..., d) in a byte a number: int8 (..., d + 2). A number is in steps of a 127th of its row's largest; the
+    last two bytes are the step, as bfloat16: of float16's range small rows would fall out.
+    """
+    step = (rows.abs().amax(-1, keepdim=True) / STEPS).clamp(min=torch.finfo(torch.bfloat16).tiny).bfloat16()
+    codes = (rows / step.float()).round().clamp(-STEPS, STEPS).to(torch.int8)
+    return torch.cat([codes, step.view(torch.int8)], -1)
+
+
+def unpacked(rows: Tensor) -> Tensor:
+    """What `packed` was given, (..., d), float32; no number is off by more than a 253rd of its row's largest."""
+    step = rows[..., -2:].clone(memory_format=torch.contiguous_format).view(torch.bfloat16)
+    return rows[..., :-2].float() * step.float()
+
+
+def _at_hand(rows: Tensor, device: torch.device) -> Tensor:
+    """The rows on the GPU, where they take little of what is free there; else where they are."""
+    small = device.type == "cuda" and rows.nbytes < 0.2 * torch.cuda.mem_get_info(device)[0]
+    return rows.to(device) if small else rows
+
+
 class StoredTargets:
     """Targets from stored views: one of an image's V views, drawn anew each time, or (mean) the mean of all, always the
     same.
@@ -76,10 +98,8 @@ class StoredTargets:
     ) -> None:
         self._lengths = lengths
         parts = (space.project(rows) if lengths else space(rows) for rows in views.split(ROWS))
-        self._views = torch.cat([(part.mean(1, keepdim=True) if mean else part).half() for part in parts])
-        if device.type == "cuda" and self._views.nbytes < 0.2 * torch.cuda.mem_get_info(device)[0]:
-            self._views = self._views.to(device)
-        self._device = device
+        views = torch.cat([(part.mean(1, keepdim=True) if mean else part).half() for part in parts])
+        self._views, self._device = _at_hand(views, device), device
 
     def __call__(self, indices: Tensor, generator: torch.Generator, mine: Tensor) -> Tensor:
         """Targets (b, dim), float32, L2-normalised (unless `lengths`), of the images indices[mine]; drawn for all of
@@ -89,6 +109,32 @@ class StoredTargets:
         rows = (sent(positions, self._views.device) for positions in (indices[mine], view))
         drawn = sent(self._views[tuple(rows)], self._device).float()
         return drawn if self._lengths else normalize(drawn, dim=1)
+
+
+class PackedTargets:
+    """The same from views that are in the target space already, and `packed`: read from disk as they are used, and
+    never held as a whole in another form.
+
+    views: (N, V, d + 2). lengths: not normalised at the end, as they were not when they were packed.
+    """
+
+    def __init__(self, views: Tensor, device: torch.device, *, lengths: bool = False, mean: bool = False) -> None:
+        self._views, self._device = _at_hand(views, device), device
+        self._lengths, self._mean = lengths, mean
+
+    def __call__(self, indices: Tensor, generator: torch.Generator, mine: Tensor) -> Tensor:
+        """Targets (b, dim), float32, L2-normalised (unless `lengths`), of the images indices[mine]; drawn for all of
+        `indices` (B,), as `StoredTargets` draws.
+        """
+        count = self._views.shape[1]
+        drawn = torch.randint(count, (len(indices),), generator=generator)[mine]
+        wanted = [torch.full_like(drawn, view) for view in range(count)] if self._mean else [drawn]
+        mean = torch.stack([self._rows(indices[mine], view) for view in wanted]).mean(0)
+        return mean if self._lengths else normalize(mean, dim=1)
+
+    def _rows(self, images: Tensor, view: Tensor) -> Tensor:
+        places = (sent(positions, self._views.device) for positions in (images, view))
+        return unpacked(sent(self._views[tuple(places)], self._device))
 
 
 class OnlineTargets:

@@ -2,7 +2,7 @@
 twice.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -19,6 +19,7 @@ from bingo_compress.data.pixel_store import PixelStore
 from bingo_compress.errors import BingoError
 from bingo_compress.features import extract
 from bingo_compress.features.memmap import Stored, TeacherPass
+from bingo_compress.features.targets import packed
 from bingo_compress.models import encoder
 from bingo_compress.models.encoder import Encoder
 from bingo_compress.runtime import console, distributed
@@ -64,51 +65,105 @@ def run(
     distributed.from_first(lambda: drop_stale(work, stem, {shards.name}))
     shards.mkdir(exist_ok=True)
     count = len(folder.files)
-    files = _files(shards, count, teacher, of_features)
-    ranges = [range(start, min(start + SHARD, count)) for start in range(0, count, SHARD)]
-    wanted = [(rows, view) for view in range(-1, views) for rows in ranges]
+    viewed = Stored(shards / "views.f16", teacher.width if of_features else teacher.embedding_width())
+    plain = (
+        Stored(shards / "features.f16", teacher.width),
+        Stored(shards / "embeddings.f16", teacher.embedding_width()),
+    )
+    files = _Files(plain, (viewed,), count, of_features)
+    made = _complete(files, Viewing(teacher, folder, pixels, scale_min, device, of_features), range(-1, views), work)
+    features, embeddings = (part.read(count, part.width) for part in plain)
+    if made:
+        _say_alike(embeddings)
+    seen = files.views(views)[0] if views else embeddings.new_empty(count, 0, embeddings.shape[1])
+    return TeacherPass(features, embeddings, seen, key, projected=teacher.projection is not None, home=shards)
+
+
+@dataclass(frozen=True)
+class Viewing:
+    """Whose views of what, and how they are drawn and made. folder and pixels hold the same images in the same order;
+    of_features: as in `run`.
+    """
+
+    teacher: Encoder
+    folder: ImageList
+    pixels: PixelStore
+    scale_min: float
+    device: torch.device
+    of_features: bool
+
+
+def with_packed_views(
+    seen: TeacherPass, viewing: Viewing, views: int, project: Callable[[Tensor], Tensor], home: Path
+) -> TeacherPass:
+    """`seen`, a pass without views, with the views that `run` would have made, in the target space alone, as `project`
+    gives it: `targets.packed`, with their `closeness`. By shards of rows in the folder `home`, that are never made
+    twice; whoever names it answers for `project` being always the same there.
+
+    Raises BingoError as `run` does.
+    """
+    count, plain = len(seen.features), seen.features if viewing.of_features else seen.embeddings
+    kept = (
+        Stored(home / "views.i8", project(plain[:1]).shape[1] + 2, torch.int8),
+        Stored(home / "close.f32", 1, torch.float32),
+    )
+
+    def pack(rows: range, made: Tensor) -> tuple[Tensor, ...]:
+        close = torch.einsum("nd,nd->n", plain[rows.start : rows.stop].float(), made.float())
+        return packed(project(made)), close[:, None]
+
+    files = _Files((), kept, count, viewing.of_features, pack)
+    _complete(files, viewing, range(views), home)
+    found, close = files.views(views)
+    return replace(seen, views=found, close=close[:, :, 0])
+
+
+Shard = tuple[range, int]  # images, and which augmented view of them, -1 for the plain one
+
+
+def _complete(files: "_Files", viewing: Viewing, views: range, work: Path) -> bool:
+    """Make what is missing in `files` of these views of all images; whether anything was. Raises BingoError."""
+    ranges = [range(start, min(start + SHARD, files.count)) for start in range(0, files.count, SHARD)]
+    wanted = [(rows, view) for view in views for rows in ranges]
     mine = distributed.mine(wanted)
     lacking = set(chain(*distributed.exchange([shard for shard in mine if not files.sound(*shard)])))
     if missing := [shard for shard in wanted if shard in lacking]:
+        teacher, folder, device = viewing.teacher, viewing.folder, viewing.device
         distributed.from_first(lambda: need_space(work, files.size(missing), "the teacher's embeddings"))
-        files.reserve(views)
+        files.reserve(views.stop)
         teacher.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         fit = _Fit(LARGE if device.type == "cuda" else extract.BATCH)
         mine = distributed.mine(missing)
-        with console.bar(f"teacher, {views + 1} views", sum(len(rows) for rows, _ in mine)) as advance:
+        with console.bar(f"teacher, {len(views)} views", sum(len(rows) for rows, _ in mine)) as advance:
             for rows, view in mine:
                 batches = (
                     _plain_shard(teacher, folder, rows, device)
                     if view < 0
-                    else _view_shard(teacher, pixels, rows, view, scale_min)
+                    else _view_shard(teacher, viewing.pixels, rows, view, viewing.scale_min)
                 )
                 made = files.kinds(view, *_embedded(teacher, batches, fit, advance))
                 for kind in made:
                     _refuse_no_direction(kind, folder, rows, teacher)
                 files.write(rows, view, made)
     distributed.barrier()
-    if missing:
-        _say_alike(files.embeddings.read(count, files.embeddings.width))
-    return replace(files.read(views, key), projected=teacher.projection is not None)
-
-
-Shard = tuple[range, int]  # images, and which augmented view of them, -1 for the plain one
+    return bool(missing)
 
 
 @dataclass(frozen=True)
 class _Files:
-    """What a pass over `count` images writes. viewed: view by view, so that more views go on at the end, (V, N, width):
-    features or embeddings.
+    """What a pass over `count` images writes. plain: features and embeddings, (N, width); viewed: what `pack` makes of
+    the augmented views' features or embeddings, or those as they are; view by view, so that more views go on at the
+    end, (V, N, width).
     """
 
-    features: Stored
-    embeddings: Stored
-    viewed: Stored
+    plain: tuple[Stored, ...]
+    viewed: tuple[Stored, ...]
     count: int
     of_features: bool
+    pack: Callable[[range, Tensor], tuple[Tensor, ...]] = lambda _, made: (made,)
 
     def _parts(self, view: int) -> tuple[Stored, ...]:
-        return (self.features, self.embeddings) if view < 0 else (self.viewed,)
+        return self.plain if view < 0 else self.viewed
 
     def _first(self, rows: range, view: int) -> int:
         return rows.start + max(view, 0) * self.count
@@ -123,32 +178,23 @@ class _Files:
 
     def size(self, shards: Iterable[Shard]) -> int:
         """Bytes of the shards."""
-        return sum(2 * len(rows) * part.width for rows, view in shards for part in self._parts(view))
+        return sum(part.size(len(rows)) for rows, view in shards for part in self._parts(view))
 
     def reserve(self, views: int) -> None:
         """Make room for all images and so many views."""
-        for part, high in ((self.features, 1), (self.embeddings, 1), (self.viewed, views)):
-            part.reserve(high * self.count)
+        for parts, high in ((self.plain, 1), (self.viewed, views)):
+            for part in parts:
+                part.reserve(high * self.count)
 
     def write(self, rows: range, view: int, made: Sequence[Tensor]) -> None:
         """Put a shard, what `kinds` kept of it, in its place."""
-        for part, kind in zip(self._parts(view), made, strict=True):
+        kept = made if view < 0 else self.pack(rows, *made)
+        for part, kind in zip(self._parts(view), kept, strict=True):
             part.write(self._first(rows, view), kind)
 
-    def read(self, views: int, key: str) -> TeacherPass:
-        """All of it, read from disk as it is used."""
-        features, embeddings = (part.read(self.count, part.width) for part in (self.features, self.embeddings))
-        if not views:
-            return TeacherPass(features, embeddings, embeddings.new_empty(self.count, 0, self.embeddings.width), key)
-        viewed = self.viewed.read(views, self.count, self.viewed.width).transpose(0, 1)
-        return TeacherPass(features, embeddings, viewed, key)
-
-
-def _files(shards: Path, count: int, teacher: Encoder, of_features: bool) -> _Files:
-    width = teacher.embedding_width()
-    widths = {"features": teacher.width, "embeddings": width, "views": teacher.width if of_features else width}
-    features, embeddings, viewed = (Stored(shards / f"{name}.f16", columns) for name, columns in widths.items())
-    return _Files(features, embeddings, viewed, count, of_features)
+    def views(self, views: int) -> list[Tensor]:
+        """What is kept of so many views, each (N, V, width), read from disk as it is used."""
+        return [part.read(views, self.count, part.width).transpose(0, 1) for part in self.viewed]
 
 
 def _refuse_no_direction(made: Tensor, folder: ImageList, rows: range, teacher: Encoder) -> None:

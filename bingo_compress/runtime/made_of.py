@@ -18,6 +18,7 @@ FORMATS = {
     "index": 1,  # where the members of a tar file lie
     "pixels": 5,  # pictures as the store keeps them, and which files are pictures
     "teacher": 6,  # the teacher's pass: plain views and augmented ones
+    "targets": 1,  # views of the teacher's pass in the target space, and that space
     "near-copies": 1,  # which images show one scene
     "bags": 2,
     "embeddings": 3,  # plain views of several models, for checks and proofs

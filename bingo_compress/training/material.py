@@ -1,7 +1,8 @@
 """What training starts from: pixels, split, the teacher's pass, bags and targets of a folder, each made once."""
 
 import hashlib
-from dataclasses import asdict, dataclass
+import shutil
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -54,7 +55,7 @@ def prepare(plan: Plan, models: Models, folder: image_list.ImageList, work: Path
         models.teacher,
         folder,
         store,
-        plan.views,
+        0 if plan.packed else plan.views,
         recipe.crop_scale_min,
         work,
         plan.device,
@@ -65,7 +66,8 @@ def prepare(plan: Plan, models: Models, folder: image_list.ImageList, work: Path
     if len(scenes.unique()) < len(scenes):
         sources["near-copies"] = checkpoint.tensor_digest(scenes)
     held, training = split(scenes, recipe)
-    return Material(store, folder, held, training, seen, scenes, work, sources)
+    material = Material(store, folder, held, training, seen, scenes, work, sources)
+    return _with_packed_views(plan, models.teacher, material) if plan.packed else material
 
 
 def _scenes(
@@ -101,6 +103,48 @@ def _scenes(
 
         distributed.from_first(keep)
     return distributed.from_first(lambda: checkpoint.load(file)[0]["scenes"])
+
+
+def _with_packed_views(plan: Plan, teacher: Encoder, material: Material) -> Material:
+    """The same with the stored views in the plan's target space. The space is kept beside them: fitted again, by other
+    threads, its axes may point the other way.
+    """
+    seen, plan = material.seen, plan.on(anchors_count(plan, material))
+    made = made_of(
+        "targets",
+        teacher=seen.key,
+        training=checkpoint.tensor_digest(material.training),
+        target=plan.target,
+        dim=plan.dim,
+        lengths=plan.loss.lengths,
+        stored_as=plan.recipe.stored_as,
+    )
+    home = seen.home / f"targets-{made.key}"
+    file = home / "space.safetensors"
+
+    def kept() -> targets.TargetSpace:
+        if not checkpoint.is_sound(file, made):
+            space = targets.target_space(_plain(plan, material), plan.target, plan.dim)
+            shutil.rmtree(home, ignore_errors=True)  # views in a space that is gone
+            home.mkdir()
+            named = {"mean": space.mean, "basis": space.basis}
+            checkpoint.save(file, {name: part for name, part in named.items() if part is not None}, made)
+        found = checkpoint.load(file)[0]
+        return targets.TargetSpace(found.get("mean"), found.get("basis"))
+
+    space = distributed.from_first(kept)
+    viewing = teacher_pass.Viewing(
+        teacher, material.folder, material.store, plan.recipe.crop_scale_min, plan.device, plan.loss.regression
+    )
+    project = space.project if plan.loss.lengths else space
+    seen = teacher_pass.with_packed_views(seen, viewing, plan.views, project, home)
+    return replace(material, seen=seen, sources=material.sources | {"stored targets": made.key})
+
+
+def _plain(plan: Plan, material: Material) -> Rows:
+    """What the target space is fitted on."""
+    seen = material.seen
+    return Rows(seen.features if plan.loss.regression else seen.embeddings, material.training)
 
 
 def anchors_count(plan: Plan, material: Material) -> int:
@@ -153,10 +197,11 @@ def _target_source(plan: Plan, teacher: Encoder, material: Material) -> targets.
     recipe, loss, seen = plan.recipe, plan.loss, material.seen
     if not loss.teacher:
         return None
-    plain = Rows(seen.features if loss.regression else seen.embeddings, material.training)
-    space = targets.target_space(plain, plan.target, plan.dim)
+    mean = recipe.stored_views == "mean"
+    if plan.packed:
+        return targets.PackedTargets(seen.views, plan.device, lengths=loss.lengths, mean=mean)
+    space = targets.target_space(_plain(plan, material), plan.target, plan.dim)
     if not plan.online:
-        mean = recipe.stored_views == "mean"
         return targets.StoredTargets(seen.views, space, plan.device, lengths=loss.lengths, mean=mean)
     return targets.OnlineTargets(
         teacher,

@@ -274,9 +274,19 @@ class Plan:
         return pixel_store.store_side(self.recipe.image_size, self.recipe.teacher_size)
 
     @property
-    def stored(self) -> int:
-        """Numbers that the teacher's pass stores an image: features, embedding and views."""
-        return self.teacher.width + self.teacher.embedding + self.views * self._source
+    def packed(self) -> bool:
+        """Whether stored views are in the target space, a byte a number."""
+        return self.views > 0 and self.recipe.stored_as == "int8"
+
+    @property
+    def stored_bytes(self) -> int:
+        """That the teacher's pass stores an image: features, embedding and views."""
+        return 2 * (self.teacher.width + self.teacher.embedding) + self.views * self.view_bytes
+
+    @property
+    def view_bytes(self) -> int:
+        """That it stores an image and view; packed: numbers, their step and how close the view is to the image."""
+        return self.dim + 2 + 4 if self.packed else 2 * self._source
 
     @property
     def asked(self) -> int:

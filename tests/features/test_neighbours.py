@@ -236,12 +236,25 @@ def test_ivf_with_copies_in_all_places(printed: StringIO) -> None:
     assert mates(torch.ones(200, 4), 3, Search("ivf"))[0].shape == (200, 3)
 
 
-def test_auto_is_exact_up_to_ten_million_images(backend: str) -> None:
+def test_auto_is_exact_up_to_what_a_device_searches_in_minutes(backend: str) -> None:
     name = {"faiss": "faiss-cpu", "torch": "torch"}[backend]
-    assert Search().describe(10_000_000) == f"{name} (exact)"
-    assert Search().describe(10_000_001) == Search("ivf").describe(5) == f"{name} (IVF)"
+    assert Search().describe(100_000) == f"{name} (exact)"
+    assert Search().describe(100_001) == Search("ivf").describe(5) == f"{name} (IVF)"
     assert Search("exact").describe(10**9) == f"{name} (exact)"
-    assert Search("exact", torch.device("cuda")).describe(5) == "torch on cuda (exact)"
+    gpu = Search(device=torch.device("cuda"))
+    assert [gpu.describe(count) for count in (10_000_000, 10_000_001)] == [
+        "torch on cuda (exact)",
+        "torch on cuda (IVF)",
+    ]
+
+
+def test_auto_searches_exactly_where_ivf_misses_too_much(
+    monkeypatch: pytest.MonkeyPatch, printed: StringIO, tmp_path: Path
+) -> None:
+    small(monkeypatch, PROBES=1, EXACT_AT_MOST={"cpu": 3000}, BLOCK=1000)
+    rows = unit(4000, 16)
+    assert np.array_equal(mates(rows, 5, Search(folder=tmp_path))[0].numpy(), brute_mates(rows, 5)[0])
+    assert "exact after all" in printed.getvalue() and "found 0." in printed.getvalue()
 
 
 def test_faiss_absent_is_found_out_by_importing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from bingo_compress.data import listing, pixel_store
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation import finetune, held_out
 from bingo_compress.features import extract, neighbours, teacher_pass
+from bingo_compress.features.targets import TargetSpace, packed
 from bingo_compress.models import trained
 from bingo_compress.recipe import load_recipe
 from bingo_compress.runtime import checkpoint, console, distributed, run_dir, signals
@@ -243,6 +244,8 @@ def test_two_processes_share_the_pass_and_get_the_same(two: Path, folder: Path, 
         found = checkpoint.load(two / f"pass.{rank}.safetensors")[0]
         assert torch.allclose(found["features"].float(), whole.features.float(), rtol=2e-3, atol=1e-3)
         assert torch.allclose(found["views"].float(), whole.views.float(), atol=1e-3)
+        assert torch.equal(found["packed"], packed(TargetSpace(None, None)(found["views"])))
+        assert torch.allclose(found["close"], whole.closeness(torch.arange(len(whole.features))), atol=1e-3)
 
 
 @pytest.mark.slow

@@ -50,6 +50,8 @@ NOT_READ: list[tuple[dict[str, Any], str, Any, str]] = [
     ({"method": "self"}, "bags", "kmeans", "self: only knn or none"),
     ({"method": "self", "bags": "none"}, "rebag_epochs", 2, "method=self with bags"),
     ({"views": "online"}, "stored_views", "drawn", "stored views"),
+    ({"views": "online"}, "stored_as", "int8", "stored views"),
+    ({"method": "self"}, "stored_as", "int8", "stored views"),
 ]
 READ: list[dict[str, Any]] = [
     {
@@ -71,7 +73,7 @@ READ: list[dict[str, Any]] = [
     },
     {"method": "self", "rebag_epochs": 2, "average": 0.9, "bag_size": 2, "target_dim": 8, "temperature": 0.3},
     {"method": "moco", "average": 0.9, "target_dim": 8, "queue_size": 8},
-    {"method": "coss", "bags": "adaptive", "bag_size": 2, "stored_views": "mean"},
+    {"method": "coss", "bags": "adaptive", "bag_size": 2, "stored_views": "mean", "stored_as": "int8"},
     {"method": "simreg", "target": "pca", "target_dim": 8, "stored_views": "mean"},
 ]
 
