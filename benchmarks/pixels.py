@@ -1,10 +1,11 @@
 """JPEGs decoded to a store's size against the usual decoders, and crops out of each place that pixels are kept in: one
 thread, no network.
 
-python benchmarks/pixels.py [--images 64] [--rounds 7] [--json FILE]
+python benchmarks/pixels.py [--images 64] [--rounds 7] [--data FOLDER] [--json FILE]
 
 Decoders are timed by CPU-seconds, from bytes in memory: to an array whose short side is 256 px or more, and on to the
-store's own size, Pillow's row by Pillow's resizing, the others by ours. Crops are of 500 x 375 JPEGs; without a GPU
+store's own size, Pillow's row by Pillow's resizing, the others by ours. Crops are of 500 x 375 JPEGs, drawn ones or
+out of --data; without a GPU
 they too are timed by CPU-seconds, with one by the clock, and `gpu` and `stream, nvJPEG` are added. simplejpeg has its
 row where it is installed.
 """
@@ -40,13 +41,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--data", type=Path, help="crops of these images, instead of 500 x 375 drawn ones")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
     keep_memory()
     torch.set_num_threads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = [row for size in ((500, 375), (1600, 1200)) for row in decoders(size, chosen.images, chosen.rounds)]
-    rows += [row for size in (224, 96) for row in places(size, chosen.images, chosen.rounds, device)]
+    rows += [row for size in (224, 96) for row in places(size, chosen, device)]
     if chosen.json:
         versions = {"torch": torch.__version__, "pillow": PIL.__version__, "device": device.type}
         chosen.json.write_text(json.dumps({**versions, "rows": rows}, indent=2) + "\n")
@@ -135,14 +137,19 @@ def simple() -> Decoder | None:
     return decode
 
 
-def places(size: int, count: int, rounds: int, device: torch.device) -> list[dict[str, object]]:
-    """Crops per second out of each place, and how many times those out of memory that is."""
+def places(size: int, chosen: argparse.Namespace, device: torch.device) -> list[dict[str, object]]:
+    """Crops per second out of each place, how many times those out of memory and off the disk that is, and bytes."""
+    count = chosen.images
     with tempfile.TemporaryDirectory() as temporary:
         work, folder = Path(temporary, "work"), Path(temporary, "photos")
         work.mkdir()
         folder.mkdir()
+        found = list_images(chosen.data).files if chosen.data else ()
+        count = min(count, len(found)) or count
         for number in range(count):
-            (folder / f"{number:05d}.jpg").write_bytes(as_jpeg(photo(number, 500, 375)))
+            source = chosen.data / found[number * len(found) // count] if found else None
+            jpeg = source.read_bytes() if source else as_jpeg(photo(number, 500, 375))
+            (folder / f"{number:05d}.jpg").write_bytes(jpeg)
         side = pixel_store.store_side(size, 0)
 
         def store(where: str) -> pixel_store.PixelStore:
@@ -150,6 +157,9 @@ def places(size: int, count: int, rounds: int, device: torch.device) -> list[dic
 
         kinds = ["memory", "disk", "gpu"] if device.type == "cuda" else ["memory", "disk"]
         stores = {where: store(where) for where in kinds}
+        raw = stored_bytes(work)
+        stores["encoded"] = store("encoded")  # deletes the raw store's files, which those above have open
+        sizes = {"encoded": stored_bytes(work)} | dict.fromkeys(kinds, raw)
         if device.type == "cuda":
             stores["stream, nvJPEG"] = store("stream")
         stores["stream"] = store("stream")
@@ -163,14 +173,22 @@ def places(size: int, count: int, rounds: int, device: torch.device) -> list[dic
                 torch.cuda.synchronize()
 
         clock = time.perf_counter if device.type == "cuda" else time.process_time
-        rates = measure({(name, ""): partial(crop, store) for name, store in stores.items()}, count, rounds, clock)
-    print(f"\n{size} px crops per {'second' if device.type == 'cuda' else 'CPU-second'} (to memory)")
+        rates = measure(
+            {(name, ""): partial(crop, store) for name, store in stores.items()}, count, chosen.rounds, clock
+        )
+    per = "second" if device.type == "cuda" else "CPU-second"
+    print(f"\n{size} px crops per {per} (to memory)\n{'':<18}{'':>22}{'to disk':>10}{'kB an image':>14}")
     rows: list[dict[str, object]] = []
     for (name, _), rate in rates.items():
-        ratio = rate / rates["memory", ""]
-        print(f"{name:<18}{f'{rate:.0f} ({ratio:.3f})':>22}")
-        rows.append({"work": "crop", "size": size, "by": name, "rate": rate, "to_memory": ratio})
+        ratio, to_disk, each = rate / rates["memory", ""], rate / rates["disk", ""], sizes.get(name, 0) / count
+        print(f"{name:<18}{f'{rate:.0f} ({ratio:.3f})':>22}{to_disk:>10.2f}{each / 1000:>14.1f}")
+        row = {"rate": rate, "to_memory": ratio, "to_disk": to_disk, "bytes_an_image": each}
+        rows.append({"work": "crop", "size": size, "by": name, **row})
     return rows
+
+
+def stored_bytes(work: Path) -> int:
+    return sum(file.stat().st_size for file in work.glob("pixels-*/*.u8"))
 
 
 def measure(

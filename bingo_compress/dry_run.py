@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from bingo_compress import budget
-from bingo_compress.data.pixel_store import guess
+from bingo_compress.data import pixel_store
 from bingo_compress.models.trained import NOTHING_GIVEN, Given, Models, build_models
 from bingo_compress.presenting.tables import header
 from bingo_compress.recipe import Recipe, recipe_text
@@ -39,7 +39,7 @@ def estimate(recipe: Recipe, out: Path, given: Given = NOTHING_GIVEN, began: flo
     console.say(f"{len(training):,} images to train on, {len(held):,} held out; {plan.describe()}")
 
     activations = rates.activations * plan.schedule.batch_size * plan.schedule.student_views
-    memory, disk = _memory(plan, models, activations, count), _disk(plan, count)
+    memory, disk = _memory(plan, models, activations, count), _disk(plan, count, out / "work")
     stages = {"start": gone} | budget.stages(plan, rates, count, len(held))
     sizes = {name: console.size(size) for name, size in memory.items()}
     _table("memory", sizes | {"together, at most": console.size(sum(memory.values()))})
@@ -70,5 +70,8 @@ def _memory(plan: Plan, models: Models, activations: float, count: int) -> dict[
     }
 
 
-def _disk(plan: Plan, count: int) -> dict[str, int]:
-    return {"pixel store": guess(count, plan.side), "teacher's embeddings": plan.stored_bytes * count}
+def _disk(plan: Plan, count: int, work: Path) -> dict[str, int]:
+    embeddings, wanted = plan.stored_bytes * count, plan.recipe.pixels
+    chosen = pixel_store.choose(count, plan.side, work.resolve(), embeddings) if wanted == "auto" else wanted
+    kind = pixel_store.kind_of(chosen, count, plan.side, work.resolve())
+    return {f"pixel store, {kind}": pixel_store.guess(count, plan.side, kind), "teacher's embeddings": embeddings}

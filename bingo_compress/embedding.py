@@ -3,6 +3,7 @@ and never talk.
 """
 
 import shlex
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -28,13 +29,14 @@ def embed(recipe: Recipe, out: Path, share: tuple[int, int], given: Given = NOTH
     """
     number, jobs = share
     run, asked = run_dir.RunDir(out), absolute_recipe(recipe)
-    resolved, folder, device = begin(asked)
-    models = build_models(resolved, given)
     before = load_recipe(run.as_run) if run.recipe.is_file() else None
+    resolved, folder, device = begin(trained.as_begun(asked, before))
+    models = build_models(resolved, given)
     if before and (difference := trained.changed(before, models.recipe)):
         raise _other(out, difference)
     plan = make_plan(models.recipe, len(folder.files), device, shape_of(models.teacher))
-    material.refuse_too_little_space(plan, models.student, folder, out)
+    plan, asked = material.with_room(plan, asked, models.student, folder, out, new=before is None)
+    models = replace(models, recipe=plan.recipe)
     run_dir.open_shared(out, f"{number}-of-{jobs}")
     _begin(run, models, folder, device)
     if not run.recipe.is_file():  # after all else: with it the folder is a run

@@ -58,7 +58,7 @@ class Training:
     device: Annotated[str | None, words.DEVICE] = None
     threads: Annotated[int | None, Word("machine", "CPU threads; default: a short calibration picks", int)] = None
     pixels: Annotated[
-        str | None, Word("machine", "where decoded images are kept: auto, gpu, memory, disk or stream")
+        str | None, Word("machine", "where decoded images are kept: auto, gpu, memory, disk, encoded or stream")
     ] = None
     memory: Annotated[str | None, Word("machine", "memory the run may hold at most, for example 4GB")] = None
     image_column: Annotated[str | None, words.IMAGE_COLUMN] = None

@@ -34,7 +34,7 @@ from bingo_compress.training.material import (
     lessons_of,
     make_bags,
     prepare,
-    refuse_too_little_space,
+    with_room,
 )
 from bingo_compress.training.plan import Plan, begin, plan_run
 
@@ -74,7 +74,7 @@ def run_distill(
     plan = plan_run(models, len(folder.files), device, before.threads if before else 0)
     any_views = before is None and "views" not in asked.model_fields_set
     plan, rates = _expected(plan, models, folder, any_views, began, new=not (out / "work").exists())
-    refuse_too_little_space(plan, models.student, folder, out)
+    plan, asked = with_room(plan, asked, models.student, folder, out, new=before is None)
     distributed.barrier()  # no process looks at --out after the first has made it
     run = distributed.from_first(lambda: run_dir.open_new(out, resume=resume, overwrite=overwrite))
     _keep(run, plan)
@@ -108,7 +108,10 @@ def run_distill(
 
 
 def _with_choice(asked: Recipe, before: Recipe | None, out: Path) -> Recipe:
-    """What was asked for, with what its time has become in the run that goes on. Raises BingoError for another time."""
+    """What was asked for, with what `auto` and its time have become in the run that goes on. Raises BingoError for
+    another time.
+    """
+    asked = trained.as_begun(asked, before)
     if before is None or not asked.time:
         return asked
     began = load_recipe(run_dir.RunDir(out).recipe)

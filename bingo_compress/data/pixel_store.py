@@ -1,11 +1,12 @@
 """The pixel store: every image decoded once and kept as uint8 in its own proportions; on the GPU, in memory, on disk,
-or decoded anew each time.
+encoded again and much smaller, or not at all and decoded anew each time.
 """
 
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from bingo_compress.data import augment, decode, quarantine
 from bingo_compress.data import shards as shard_files
 from bingo_compress.data.decode import decode_all
 from bingo_compress.data.image_list import ImageList
-from bingo_compress.data.shards import Read
+from bingo_compress.data.shards import KINDS, Kind, Read
 from bingo_compress.errors import BingoError
 from bingo_compress.runtime import console, distributed, machine
 from bingo_compress.runtime.machine import in_threads, sent
@@ -34,7 +35,9 @@ WORK = 1 << 30  # bytes for the models and a step, where nobody has measured the
 # torch's resizing takes half as long as Pillow's where it has vector code, and twice as long elsewhere. They round
 # alike, to one level; Pillow's shortcut for much larger pictures (reducing_gap) is a few levels off on noise.
 VECTORS = torch.backends.cpu.get_cpu_capability().startswith("AVX")
-PLACES = ("gpu", "memory", "disk", "stream")
+PLACES = ("gpu", "memory", "disk", "encoded", "stream")
+# An encoded picture is about so many times smaller than a raw one (7 to 12 for photos, less for noise), and a header.
+SMALLER, HEADER = 8, 640
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,8 @@ class PixelStore:
     """N images in their own proportions. height, width, aspect, made_of: of its `pictures`.
 
     Crops are shares of the whole original image, so no corner of it is out of reach. where: one of PLACES; the crops
-    are the same in each, bit for bit on a CPU. by_gpu: crops what it can before the pictures are read.
+    are the same in each, bit for bit on a CPU, but for `encoded`, which loses a little. by_gpu: crops what it can
+    before the pictures are read.
     """
 
     def __init__(
@@ -100,7 +104,7 @@ class PixelStore:
         if self._flat is not None:
             return augment.crop_flat(self._flat, self._offset[indices], self.width[indices], low, high, size)
         where = zip(indices.tolist(), low.tolist(), high.tolist(), strict=True)
-        if self.where == "stream":  # each a whole decoding: worth a thread
+        if self.where in ("encoded", "stream"):  # each is decoded: worth a thread
             pieces = (piece for _, piece in in_threads(lambda item: self._piece(*item), where))
         else:
             pieces = (self._piece(*item) for item in where)
@@ -145,35 +149,31 @@ def build(
     """Decode `folder` into work/pixels-KEY (or find it there). Returns the store and the folder without the files that
     could not be decoded.
 
-    wanted: auto or one of PLACES; memory: bytes that this process may hold at most, 0 for 80% of what is free; step:
-    bytes of them that are not for pixels. Shards are written as they finish, shared out among the processes; an
-    interrupted build goes on after the last. Files that could not be decoded are tried again each time. Raises
-    BingoError when the disk is too small, and as soon as more are bad than folder.max_bad allows (quarantine.csv).
+    wanted: one of PLACES, or auto: one that changes no crop, so never `encoded`; memory: bytes that this process may
+    hold at most, 0 for 80% of what is free; step: bytes of them that are not for pixels. Shards are written as they
+    finish, shared out among the processes; an interrupted build goes on after the last. Files that could not be decoded
+    are tried again each time. Raises BingoError when the disk is too small, and as soon as more are bad than
+    folder.max_bad allows (quarantine.csv).
     """
-    made = made_of("pixels", images=folder.fingerprint(), side=side)
     each = max(SHARD, -(-len(folder.files) // SHARDS_AT_MOST))
     ranges = [range(start, min(start + each, len(folder.files))) for start in range(0, len(folder.files), each)]
-    shards, streamed = _place_of_shards(ranges, side, work, wanted, made.key)
+    kind, shards, key = _place_of_shards(folder, ranges, side, work, wanted)
     listed = work.parent / "quarantine.csv"
-    _make_missing(folder, distributed.mine(distributed.of_job(ranges)), shards, side, streamed, listed)
+    _make_missing(folder, distributed.mine(distributed.of_job(ranges)), shards, side, kind, listed)
     distributed.barrier()
-    distributed.refuse_unfinished("decoded", ranges, lambda rows: shard_files.is_there(shards, rows, streamed))
+    distributed.refuse_unfinished("decoded", ranges, lambda rows: shard_files.is_there(shards, rows, kind))
     found = [shard_files.read_facts(shards, rows) for rows in ranges]
     bad = shard_files.bad(folder, found)
     quarantine.refuse_bad(folder, bad, listed)
     good, height, width, aspect = (
         [value for facts in found for value in facts[name]] for name in ("good", "height", "width", "aspect")
     )
-    if not good:
-        raise BingoError(
-            f"--data: expected images, found none that can be decoded among {len(folder.files) + len(folder.bad)} files"
-            f" in {folder.where}"
-        )
+    _refuse_none(good, folder)
     decode.say_oddities([oddity for facts in found for oddity in facts["oddities"]])
     kept, sizes = replace(folder.only(good), bad=bad), list(zip(height, width, strict=True))
     total = sum(high * wide for high, wide in sizes) * 3
     by_gpu = None
-    if streamed:
+    if kind == "streamed":
         where, why, read = "stream", "the files are decoded again for every crop", _from_files(kept, side, sizes)
         if decode.on_gpu(device):
             jpegs = [size for facts in found for size in facts["jpeg"]]
@@ -181,58 +181,79 @@ def build(
             why += f", {sum(map(bool, jpegs)):,} of them by nvJPEG"
     else:
         where, why = place(total, device, wanted, memory, step)
+        why += _smaller(found, total) if kind == "encoded" else ""
         read = shard_files.reader(shards, ranges, found, mapped=where != "disk")
     console.say(
         f"pixels: {console.size(total)} of {len(good):,} images, {where} ({why}); views are cut from pictures shrunk to"
         f" a short side of {side} px"
     )
-    pictures = Pictures(torch.tensor(height), torch.tensor(width), torch.tensor(aspect), read, made.key)
+    pictures = Pictures(torch.tensor(height), torch.tensor(width), torch.tensor(aspect), read, key)
     return PixelStore(pictures, device, where, by_gpu), kept
 
 
-def _place_of_shards(ranges: Sequence[range], side: int, work: Path, wanted: str, key: str) -> tuple[Path, bool]:
-    """(their folder, made, and without stale ones beside it; whether they have sizes alone, as no pixels are kept)."""
+def _place_of_shards(
+    folder: ImageList, ranges: Sequence[range], side: int, work: Path, wanted: str
+) -> tuple[Kind, Path, str]:
+    """(how pictures are kept, their folder, made, and without stale ones beside it, the name of what they are made
+    from).
+    """
+    made = partial(made_of, "pixels", images=folder.fingerprint(), side=side)
+    key = made().key
     # What stands has taken its part of the disk already.
     lacking = [rows for rows in ranges if not shard_files.facts_file(work / f"pixels-{key}", rows).exists()]
-    fits = wanted != "auto" or _fits_the_disk(sum(map(len, lacking)), side, work)
-    streamed = wanted == "stream" or not fits
-    stem = "sizes" if streamed else "pixels"
+    kind = kind_of(wanted, sum(map(len, lacking)), side, work)
+    if kind == "encoded":
+        key = made(encoded=shard_files.CODEC).key
+    stem = "sizes" if kind == "streamed" else "pixels"
     shards = work / f"{stem}-{key}"
     if distributed.rank() == 0:
         if distributed.jobs() == 1:
             drop_stale(work, stem, {shards.name})
         shards.mkdir(exist_ok=True)
     distributed.barrier()
-    return shards, streamed
+    return kind, shards, key
+
+
+def _refuse_none(good: list[int], folder: ImageList) -> None:
+    if not good:
+        raise BingoError(
+            f"--data: expected images, found none that can be decoded among {len(folder.files) + len(folder.bad)} files"
+            f" in {folder.where}"
+        )
+
+
+def _smaller(found: list[dict[str, Any]], total: int) -> str:
+    encoded = sum(sum(shard_files.sizes(facts)) for facts in found)
+    return f": {console.size(encoded)} of JPEGs, {total / encoded:.1f} times smaller, decoded for every crop"
 
 
 def _make_missing(
-    folder: ImageList, ranges: Sequence[range], shards: Path, side: int, streamed: bool, listed: Path
+    folder: ImageList, ranges: Sequence[range], shards: Path, side: int, kind: Kind, listed: Path
 ) -> None:
     """Decode those of the shards `ranges` that do not stand. Raises BingoError as soon as too many files are bad; all
     that are known by then are in the file `listed`.
     """
-    standing = [(rows, _standing(folder, rows, side, shards, streamed)) for rows in ranges]
+    standing = [(rows, _standing(folder, rows, side, shards, kind)) for rows in ranges]
     missing = [rows for rows, facts in standing if facts is None]
     done = [facts for _, facts in standing if facts is not None]
     count = sum(map(len, missing))
     quarantine.refuse_bad(folder, shard_files.bad(folder, done), listed)
     if not missing:
         return
-    if not streamed:
-        need_space(shards.parent, guess(count, side), "the pixel store")
+    if kind != "streamed":
+        need_space(shards.parent, guess(count, side, kind), "the pixel store")
     whole = sum(map(len, ranges))
-    with console.bar("check images" if streamed else "decode images", whole, whole - count) as advance:
+    with console.bar("check images" if kind == "streamed" else "decode images", whole, whole - count) as advance:
         for rows in missing:
-            done.append(_fill(folder, rows, side, shards, streamed, advance))
+            done.append(_fill(folder, rows, side, shards, kind, advance))
             quarantine.refuse_bad(folder, shard_files.bad(folder, done), listed)
 
 
-def _standing(folder: ImageList, rows: range, side: int, shards: Path, streamed: bool) -> dict[str, Any] | None:
+def _standing(folder: ImageList, rows: range, side: int, shards: Path, kind: Kind) -> dict[str, Any] | None:
     """The facts of a whole shard, its bad files with today's reasons; None for a shard to be made: it is not whole, or
     a bad file can be decoded now.
     """
-    if not shard_files.is_whole(shards, rows, streamed):
+    if not shard_files.is_whole(shards, rows, kind):
         return None
     facts = shard_files.read_facts(shards, rows)
     again = list(decode_all(folder, [index for index, _ in facts["bad"]], lambda pixels: None, at_least=side))
@@ -267,14 +288,33 @@ def place(total: int, device: torch.device, wanted: str, memory: int, step: int 
     return "disk", f"memory has room for {console.size(max(room, 0))}; just the rows of a crop are read"
 
 
-def guess(count: int, side: int) -> int:
-    """Bytes of `count` images of 4:3, before any is opened."""
-    return count * side * side * 4
+def guess(count: int, side: int, kind: Kind = "raw") -> int:
+    """Bytes on disk of `count` images of 4:3, before any is opened."""
+    return {"raw": count * side * side * 4, "encoded": count * (side * side * 4 // SMALLER + HEADER), "streamed": 0}[
+        kind
+    ]
 
 
-def _fits_the_disk(count: int, side: int, work: Path) -> bool:
+def choose(count: int, side: int, work: Path, beside: int) -> str:
+    """What `auto` means for a new run of `count` images: encoded where the disk of `work` holds no raw store but an
+    encoded one, else auto. beside: bytes that other stages need there; what stands in `work` is used again or deleted.
+    """
+    beside -= sum(file.stat().st_size for file in work.rglob("*") if file.is_file())
+    raw, encoded = (_has_room(work, guess(count, side, kind) + beside) for kind in KINDS[:2])
+    return "encoded" if encoded and not raw else "auto"
+
+
+def kind_of(wanted: str, count: int, side: int, work: Path) -> Kind:
+    """How `build` keeps `count` pictures in `work`, where `wanted` is what `build` takes."""
+    if wanted == "encoded":
+        return "encoded"
+    streamed = wanted == "stream" or (wanted == "auto" and not _has_room(work, guess(count, side)))
+    return "streamed" if streamed else "raw"
+
+
+def _has_room(work: Path, size: int) -> bool:
     try:
-        need_space(work, guess(count, side), "the pixel store")
+        need_space(next(folder for folder in (work, *work.parents) if folder.is_dir()), size, "the pixel store")
     except BingoError:
         return False
     return True
@@ -294,41 +334,33 @@ def _shrink(pixels: Pixels, side: int) -> tuple[Pixels, float]:
 
 
 def _fill(
-    folder: ImageList, rows: range, side: int, shards: Path, streamed: bool, advance: console.Advance
+    folder: ImageList, rows: range, side: int, shards: Path, kind: Kind, advance: console.Advance
 ) -> dict[str, Any]:
-    facts: dict[str, Any] = {
-        "tried": len(rows),
-        "good": [],
-        "height": [],
-        "width": [],
-        "aspect": [],
-        "jpeg": [],
-        "bad": [],
-        "oddities": [],
-        "crc32": 0,
+    lists = ("good", "height", "width", "aspect", "jpeg", "bad", "oddities", *shard_files.LISTS[kind])
+    facts: dict[str, Any] = {"tried": len(rows), "crc32": 0, **{name: [] for name in lists}}
+
+    keep: dict[Kind, Callable[[Pixels], bytes]] = {
+        "raw": lambda kept: kept.tobytes(),
+        "encoded": shard_files.as_jpeg,
+        "streamed": lambda _: b"",
     }
 
-    def add(result: tuple[Pixels, float] | ImageError, index: int) -> Pixels | None:
-        if isinstance(result, ImageError):
-            facts["bad"].append((index, str(result)))
-            return None
-        pixels, aspect = result
-        for name, value in (
-            ("good", index),
-            ("height", pixels.shape[0]),
-            ("width", pixels.shape[1]),
-            ("aspect", aspect),
-        ):
-            facts[name].append(value)
-        return pixels
+    def shrink(pixels: Pixels) -> tuple[bytes, dict[str, Any]]:
+        small, aspect = _shrink(pixels, side)
+        return keep[kind](small), {"height": small.shape[0], "width": small.shape[1], "aspect": aspect}
 
     with atomic(shard_files.data_file(shards, rows)) as temporary, temporary.open("wb") as handle:
-        for index, result in decode_all(folder, rows, lambda pixels: _shrink(pixels, side), side, facts["oddities"]):
-            pixels = add(result, index)
-            if pixels is not None and streamed:
-                facts["jpeg"].append(_jpeg(folder, index, side))
-            elif pixels is not None:
-                raw = pixels.tobytes()
+        for index, result in decode_all(folder, rows, shrink, side, facts["oddities"]):
+            if isinstance(result, ImageError):
+                facts["bad"].append((index, str(result)))
+            else:
+                raw, told = result
+                if kind == "streamed":
+                    told["jpeg"] = _jpeg(folder, index, side)
+                elif kind == "encoded":
+                    told["encoded"] = len(raw)
+                for name, value in (told | {"good": index}).items():
+                    facts[name].append(value)
                 facts["crc32"] = zlib.crc32(raw, facts["crc32"])
                 handle.write(raw)
             advance(1, note=f"{len(facts['bad'])} bad" if facts["bad"] else None)

@@ -187,12 +187,20 @@ def _refuse_other(run: RunDir, name: str, encoder: Encoder, message: str) -> Non
         raise BingoError(message)
 
 
+def as_begun(asked: Recipe, before: Recipe | None) -> Recipe:
+    """What was asked for, with what pixels=auto has become in the run `before` that goes on."""
+    if before and asked.pixels == "auto" and before.pixels == "encoded":
+        return asked.model_copy(update={"pixels": "encoded"})
+    return asked
+
+
 def changed(before: Recipe, now: Recipe) -> str:
     """The settings that make `now` another run than `before`, with both values; "" where none does."""
+    may = RESUME_MAY_CHANGE - ({"pixels"} if "encoded" in (before.pixels, now.pixels) else set())
     return ", ".join(
         f"{key}: {getattr(before, key)} -> {value}"
         for key, value in now.model_dump().items()
-        if getattr(before, key) != value and key not in RESUME_MAY_CHANGE
+        if getattr(before, key) != value and key not in may
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bingo_compress.data import image_list, pixel_store
+from bingo_compress.data.shards import Kind
 from bingo_compress.features import bagging, extract, near_copies, neighbours, targets, teacher_pass
 from bingo_compress.features.memmap import Rows, TeacherPass
 from bingo_compress.models import encoder
@@ -52,16 +53,33 @@ def begun_with(models: Models, folder: image_list.ImageList) -> dict[str, Any]:
     }
 
 
-def refuse_too_little_space(plan: Plan, student: Encoder, folder: image_list.ImageList, out: Path) -> None:
-    """Before anything is written: one image at least can be decoded, and the disk is large enough."""
-    if out.exists():
-        return
+def with_room(
+    plan: Plan, asked: Recipe, student: Encoder, folder: image_list.ImageList, out: Path, *, new: bool
+) -> tuple[Plan, Recipe]:
+    """The plan and what was asked for, with what pixels=auto means here where the run is new. Raises BingoError, before
+    anything is written, where no image can be decoded or the disk is too small.
+    """
     count = len(folder.files)
+    beside = plan.stored_bytes * count
+    if new and plan.recipe.pixels == "auto":
+        chosen = distributed.from_first(lambda: pixel_store.choose(count, plan.side, out.resolve() / "work", beside))
+        if chosen == "encoded":
+            plan = replace(plan, recipe=plan.recipe.model_copy(update={"pixels": chosen}))
+            asked = asked.model_copy(update={"pixels": chosen})
+            raw, encoded = (console.size(pixel_store.guess(count, plan.side, kind)) for kind in ("raw", "encoded"))
+            console.say(
+                f"pixels: encoded: the disk has no room for about {raw} of raw pictures, but for {encoded} of JPEGs,"
+                " which change crops a little; --pixels stream keeps none, changes nothing and is slower"
+            )
+    if out.exists():
+        return plan, asked
     extract.pixels_of(student.preprocessing, folder, range(count), 1)
     above = next(parent for parent in out.resolve().parents if parent.is_dir())
-    run_dir.need_space(above, plan.stored_bytes * count, "the teacher's embeddings")
+    run_dir.need_space(above, beside, "the teacher's embeddings")
     if plan.recipe.pixels not in ("auto", "stream"):  # auto streams where the store does not fit
-        run_dir.need_space(above, pixel_store.guess(count, plan.side), "the pixel store")
+        kind: Kind = "encoded" if plan.recipe.pixels == "encoded" else "raw"
+        run_dir.need_space(above, pixel_store.guess(count, plan.side, kind), "the pixel store")
+    return plan, asked
 
 
 def prepare(plan: Plan, models: Models, folder: image_list.ImageList, work: Path) -> Material:
