@@ -78,14 +78,14 @@ def find(photos: Photos, limits: Limits, search: neighbours.Search = neighbours.
     if wanted < 1 or limits.alike > 1:
         return scenes
     indices, similar = neighbours.mates(photos.features, wanted, search)
-    pairs = torch.stack((torch.arange(count).expand(wanted, count).T, indices))[:, similar >= limits.similar]
-    # Each once, one image's side by side: what is worked out of a picture serves all its pairs of a block.
-    low, high = pairs.sort(dim=0).values
-    together = (low * count + high).unique()
-    for part in together.chunk(ROUNDS):
-        pairs = torch.stack((part // count, part % count))
-        # What the rounds before have joined needs no second look.
-        pairs = pairs[:, scenes[pairs[0]] != scenes[pairs[1]]]
+    # An image's pairs side by side: what is worked out of its picture serves all of a block.
+    for images in torch.arange(count).chunk(ROUNDS):
+        first, place = (similar[images] >= limits.similar).nonzero(as_tuple=True)
+        image, other = images[first], indices[images][first, place]
+        # What the rounds before have looked at from the other side, or joined, needs no second look.
+        asked = ((indices[other] == image[:, None]) & (similar[other] >= limits.similar)).any(1) & (other < images[0])
+        pairs = torch.stack((image, other))[:, ~asked & (scenes[image] != scenes[other])]
+        pairs = pairs.sort(dim=0).values.unique(dim=1)
         if pairs.shape[1]:
             alike = [_are_copies(photos.look, block, limits.alike) for block in pairs.split(PAIRS, dim=1)]
             scenes = _joined(scenes, pairs[:, torch.cat(alike)])

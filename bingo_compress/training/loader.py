@@ -5,7 +5,7 @@ does not wait.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import islice
 from threading import Event
 from typing import TypeVar
@@ -45,6 +45,13 @@ class Lessons:
     def scenes_of(self, images: Tensor) -> Tensor:
         """Of positions in `training`, of any shape; -1 of -1."""
         return images if self.scenes is None else torch.where(images < 0, -1, self.scenes[images.clamp(min=0)])
+
+    @cached_property
+    def turns(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of m scenes: (the images (n,) by scene, where each scene begins in them (m,), its images (m,))."""
+        assert self.scenes is not None
+        _, scene, sizes = self.scenes.unique(return_inverse=True, return_counts=True)
+        return scene.argsort(stable=True), sizes.cumsum(0) - sizes, sizes
 
 
 @dataclass(frozen=True)
@@ -121,10 +128,9 @@ def shown_in(plan: Plan, lessons: Lessons, step: int) -> Tensor:
     drawn = anchors_of(plan.recipe.seed, step, schedule.batch_size, schedule.images)
     if plan.recipe.duplicates != "near" or lessons.scenes is None:
         return drawn
-    _, scene, sizes = lessons.scenes.unique(return_inverse=True, return_counts=True)
+    images, first, sizes = lessons.turns
     epoch = (step * schedule.batch_size + torch.arange(len(drawn))) // schedule.images
-    shown: Tensor = scene.argsort(stable=True)[(sizes.cumsum(0) - sizes)[drawn] + epoch % sizes[drawn]]
-    return shown
+    return images[first[drawn] + epoch % sizes[drawn]]
 
 
 def anchors_of(seed: int, step: int, batch: int, count: int) -> Tensor:
