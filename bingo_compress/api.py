@@ -140,9 +140,9 @@ def distill(words: options.Distill) -> Distilled:
     )
 
 
-@_with_words(options.Distill)
-def dry_run(words: options.Distill) -> None:
-    """Print what `distill` would do and cost in bytes and seconds, and write nothing. Raises BingoError."""
+@_with_words(options.Try)
+def dry_run(words: options.Try) -> None:
+    """Print what `distill` would cost in bytes and seconds, and write nothing. Raises BingoError if that is too much."""
     began = time.monotonic()
     recipe, out = _recipe(words), _place(words.out)
     given = _own(words.teacher, words.student)
@@ -152,7 +152,7 @@ def dry_run(words: options.Distill) -> None:
     from bingo_compress.models.trained import Given
 
     _refuse_unread(words, recipe, [recipe])
-    estimate(recipe, out, Given(**given), began)
+    estimate(recipe, out, Given(**given), began, words.images)
 
 
 @_with_words(options.Embed)

@@ -97,10 +97,15 @@ def _parameter(field: Any, word: Word) -> inspect.Parameter:
     )
 
 
-def _distill(*, dry_run: bool, **given: Any) -> None:
+def _distill(*, dry_run: bool, images: int, **given: Any) -> None:
     from bingo_compress import api
 
-    (api.dry_run if dry_run else api.distill)(**given)
+    if dry_run:
+        api.dry_run(images=images, **given)
+    elif images:
+        raise BingoError(f"--images: expected --dry-run beside it, found {images:,} alone; a run takes all of --data")
+    else:
+        api.distill(**given)
 
 
 def _demo(**given: Any) -> None:

@@ -7,24 +7,32 @@ import torch
 
 from bingo_compress import budget
 from bingo_compress.data import pixel_store
+from bingo_compress.errors import BingoError
 from bingo_compress.models.trained import NOTHING_GIVEN, Given, Models, build_models
 from bingo_compress.presenting.tables import header
 from bingo_compress.recipe import Recipe, recipe_text
-from bingo_compress.runtime import console, machine
+from bingo_compress.runtime import console, machine, run_dir
 from bingo_compress.sources.opened import absolute_recipe
 from bingo_compress.training.material import split
 from bingo_compress.training.plan import Plan, begin, plan_run
 from bingo_compress.training.state import make_head
 
+LISTED = 600  # bytes of memory an image, beside its pixels and targets, at most (benchmarks/scale.py)
+# Of files: the system takes their memory back when it needs it.
+MAPPED = ("stored targets, mapped from a file", "teacher's features and views, mapped while bags are made")
 
-def estimate(recipe: Recipe, out: Path, given: Given = NOTHING_GIVEN, began: float | None = None) -> None:
-    """Print the resolved recipe, model sizes, steps, memory and time, and write nothing. began: as in `run_distill`.
-    Raises BingoError as a real run would.
+
+def estimate(
+    recipe: Recipe, out: Path, given: Given = NOTHING_GIVEN, began: float | None = None, images: int = 0
+) -> None:
+    """Print the resolved recipe, model sizes, steps, memory and time, and write nothing. began: as in `run_distill`;
+    images: as if the folder had so many; 0: those that it has. Raises BingoError as a real run would, and where the
+    disk or the memory is too small.
     """
     began = time.monotonic() if began is None else began
     resolved, folder, device = begin(absolute_recipe(recipe))
     models = build_models(resolved, given)
-    count = len(folder.files)
+    count = images or len(folder.files)
     # A run tries out how many threads are fastest, which takes longer than all that is here.
     threads = 0 if resolved.threads else min(torch.get_num_threads(), machine.free_cores())
     plan = plan_run(models, count, device, threads)
@@ -46,7 +54,20 @@ def estimate(recipe: Recipe, out: Path, given: Given = NOTHING_GIVEN, began: flo
     _table(f"disk, in {out / 'work'}", {name: console.size(size) for name, size in disk.items()})
     times = {name: console.duration(seconds) for name, seconds in stages.items()}
     _table("time, from a few steps measured now", times | {"together": console.duration(sum(stages.values()))})
+    _refuse_too_large(plan, out, sum(disk.values()), sum(size for name, size in memory.items() if name not in MAPPED))
     console.say("dry run: nothing was written; leave --dry-run out to start")
+
+
+def _refuse_too_large(plan: Plan, out: Path, disk: float, memory: float) -> None:
+    """Raise BingoError where the run needs more bytes of the disk of `out`, or of memory, than there are."""
+    above = next(parent for parent in (out.resolve(), *out.resolve().parents) if parent.is_dir())
+    run_dir.need_space(above, round(disk), "the run")
+    limit = machine.parse_memory(plan.recipe.memory) or machine.free_memory()
+    if memory > limit:
+        raise BingoError(
+            f"memory: expected {console.size(memory)} for the run beside what is mapped from files, found"
+            f" {console.size(limit)}; give fewer images, a smaller --batch-size, or --set stored_as=int8"
+        )
 
 
 def _table(title: str, rows: dict[str, str]) -> None:
@@ -65,8 +86,10 @@ def _memory(plan: Plan, models: Models, activations: float, count: int) -> dict[
         "activations of a step": activations,
         "teacher": 4 * models.teacher.parameters_count(),
         "queue": 4 * plan.dim * plan.schedule.queue_size,
-        "stored targets": packed or 2 * plan.dim * kept * count,
-        "teacher's features and views while bags are made": plan.stored_bytes * count - packed,
+        "stored targets": 0 if packed else 2 * plan.dim * kept * count,
+        "names, sizes, neighbours and bags": LISTED * count,
+        MAPPED[0]: packed,
+        MAPPED[1]: plan.stored_bytes * count - packed,
     }
 
 

@@ -110,7 +110,14 @@ class Distill(Run):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillOrTry(Distill):
+class Try(Distill):
+    """Say what a run would do and cost."""
+
+    images: Annotated[int, Word("run", "with --dry-run: as if the folder had so many images", int)] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillOrTry(Try):
     """Distil a teacher into a student on a folder of images."""
 
     dry_run: Annotated[bool, Word("run", "print settings, sizes, steps, memory and time, then stop", bool)] = False
@@ -375,9 +382,7 @@ class Demo:
     """
 
     out: Annotated[Place, Word("run", "folder for all that the demo makes", Path)] = Path("runs/demo")
-    epochs: Annotated[float | None, Word("schedule", "passes over the photos; fewer is quicker and worse", float)] = (
-        None
-    )
+    epochs: Annotated[float | None, Word("schedule", "passes over the photos; fewer is worse", float)] = None
     photos: Annotated[int, Word("data", "of both kinds in all; fewer is quicker and proves less", int)] = 2624
     seed: Annotated[int | None, Word("schedule", "source of all random numbers", int)] = None
     device: Annotated[str | None, words.DEVICE] = None

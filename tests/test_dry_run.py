@@ -1,6 +1,7 @@
 """--dry-run against what a run then does: widths, teacher views, and how often the teacher is asked."""
 
 import io
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from helpers import CPU, encoder, photos, recipe, unit
 
 from bingo_compress import budget, dry_run, pipeline
+from bingo_compress.errors import BingoError
 from bingo_compress.features import targets
 from bingo_compress.runtime import checkpoint, console
 from bingo_compress.training.plan import make_plan, shape_of
@@ -112,9 +114,27 @@ def test_packed_views_are_as_wide_as_a_target_and_counted_once(monkeypatch: pyte
     """11 dimensions at most of 12 images; a byte each, two for the step and four for the closeness to the image."""
     rows, _ = told(monkeypatch, photos(tmp_path / "photos", 4), views="4", stored_as="int8")
     plain = 2 * 12 * 2 * encoder("test_resnet").width
-    assert rows["stored targets"] == console.size(12 * 4 * (11 + 2 + 4))
-    assert rows["teacher's features and views while bags are made"] == console.size(plain)
+    assert rows["stored targets, mapped from a file"] == console.size(12 * 4 * (11 + 2 + 4))
+    assert rows["teacher's features and views, mapped while bags are made"] == console.size(plain)
     assert rows["teacher's embeddings"] == console.size(plain + 12 * 4 * (11 + 2 + 4))
+
+
+def test_a_folder_of_as_many_images_as_one_says_is_refused_where_it_does_not_fit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    chosen = recipe(data=str(photos(tmp_path / "photos", 4)), pixels="disk", memory="4GB")
+    monkeypatch.setattr(console, "table", lambda title, head, cells: rows.update({row[0]: row[1] for row in cells}))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 0, 10**9))
+    rows: dict[str, str] = {}
+    dry_run.estimate(chosen, tmp_path / "out", images=10_000)
+    assert rows["pixel store, raw"] == console.size(10_000 * 4 * 40**2)
+    with pytest.raises(BingoError, match=r"no space: the run needs .* are missing"):
+        dry_run.estimate(chosen, tmp_path / "out", images=1_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**15, 0, 10**15))
+    dry_run.estimate(chosen, tmp_path / "out", images=1_000_000)
+    with pytest.raises(BingoError, match=r"memory: expected .* found 4 GB"):
+        dry_run.estimate(chosen, tmp_path / "out", images=100_000_000)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_target_that_is_the_mean_of_its_views_is_stored_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
