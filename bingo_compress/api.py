@@ -142,7 +142,7 @@ def distill(words: options.Distill) -> Distilled:
 
 @_with_words(options.Try)
 def dry_run(words: options.Try) -> None:
-    """Print what `distill` would cost in bytes and seconds, and write nothing. Raises BingoError if that is too much."""
+    """Print what `distill` would cost in bytes and seconds, and write nothing. Raises BingoError if it is too much."""
     began = time.monotonic()
     recipe, out = _recipe(words), _place(words.out)
     given = _own(words.teacher, words.student)
