@@ -13,8 +13,7 @@ from bingo_compress.presenting.tables import header
 from bingo_compress.recipe import Recipe, recipe_text
 from bingo_compress.runtime import console, machine, run_dir
 from bingo_compress.sources.opened import absolute_recipe
-from bingo_compress.training.material import split
-from bingo_compress.training.plan import Plan, begin, plan_run
+from bingo_compress.training.plan import Plan, begin, held_out, plan_run
 from bingo_compress.training.state import make_head
 
 LISTED = 600  # bytes of memory an image, beside its pixels and targets, at most (benchmarks/scale.py)
@@ -42,13 +41,13 @@ def estimate(
     header(plan, models, folder)
     chosen = {"epochs": plan.recipe.epochs, "views": plan.recipe.views}
     console.say(recipe_text(models.recipe.model_copy(update=chosen)).rstrip())
-    held, training = split(torch.arange(count), plan.recipe)
-    plan = plan.on(len(training))
-    console.say(f"{len(training):,} images to train on, {len(held):,} held out; {plan.describe()}")
+    held = held_out(plan.recipe, count)
+    plan = plan.on(count - held)
+    console.say(f"{count - held:,} images to train on, {held:,} held out; {plan.describe()}")
 
     activations = rates.activations * plan.schedule.batch_size * plan.schedule.student_views
     memory, disk = _memory(plan, models, activations, count), _disk(plan, count, out / "work")
-    stages = {"start": gone} | budget.stages(plan, rates, count, len(held))
+    stages = {"start": gone} | budget.stages(plan, rates, count, held)
     sizes = {name: console.size(size) for name, size in memory.items()}
     _table("memory", sizes | {"together, at most": console.size(sum(memory.values()))})
     _table(f"disk, in {out / 'work'}", {name: console.size(size) for name, size in disk.items()})

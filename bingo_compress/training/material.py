@@ -22,6 +22,8 @@ from bingo_compress.runtime.made_of import hash_seed, made_of
 from bingo_compress.training.loader import Lessons
 from bingo_compress.training.plan import Plan, held_out
 
+DRAWN = 4096  # images looked at together for those to hold out
+
 
 @dataclass(frozen=True)
 class Material:
@@ -269,16 +271,17 @@ def split(scenes: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
     """
     keep = held_out(recipe, len(scenes))
     order = torch.randperm(len(scenes), generator=torch.Generator().manual_seed(hash_seed("hold-out")))
-    sizes, room = scenes.bincount(minlength=1).tolist(), keep
+    sizes, room = scenes.bincount(minlength=1), keep
     taken: set[int] = set()
-    for scene in dict.fromkeys(scenes[order].tolist()):
+    # A few at a time: as Python's numbers those of a hundred million images are 10 GB.
+    for scene in (int(scene) for part in order.split(DRAWN) for scene in scenes[part]):
         if not room:
             break
-        if sizes[scene] <= room:
+        if scene not in taken and sizes[scene] <= room:
             taken.add(scene)
-            room -= sizes[scene]
+            room -= int(sizes[scene])
     if keep and not taken:
-        smallest = min(set(scenes.tolist()), key=sizes.__getitem__)
+        smallest = int(torch.where(sizes > 0, sizes, len(scenes) + 1).argmin())
         if 4 * sizes[smallest] <= len(scenes):
             taken.add(smallest)
     held = torch.isin(scenes, torch.tensor(sorted(taken), dtype=scenes.dtype))
