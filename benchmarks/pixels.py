@@ -5,9 +5,8 @@ python benchmarks/pixels.py [--images 64] [--rounds 7] [--data FOLDER] [--json F
 
 Decoders are timed by CPU-seconds, from bytes in memory: to an array whose short side is 256 px or more, and on to the
 store's own size, Pillow's row by Pillow's resizing, the others by ours. Crops are of 500 x 375 JPEGs, drawn ones or
-out of --data; without a GPU
-they too are timed by CPU-seconds, with one by the clock, and `gpu` and `stream, nvJPEG` are added. simplejpeg has its
-row where it is installed.
+out of --data; without a GPU they too are timed by CPU-seconds, with one by the clock, and `gpu` and `stream, nvJPEG`
+are added. simplejpeg has its row where it is installed.
 """
 
 import argparse

@@ -15,6 +15,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -37,6 +38,7 @@ WIDTH, HEIGHT = 320, 240
 SMALL = ["--teacher", "test_resnet", "--student", "test_resnet", "--image-size", "32", "--teacher-size", "64"]
 SMALL += ["--teacher-weights", "random", "--student-weights", "random", "--views", "1", "--epochs", "1"]
 SAMPLE = 0.02  # seconds between two looks at the memory
+KEY = re.compile(r"-[0-9a-f]{16}")  # of what a stage's folder was made of
 FURTHER = (1_281_167, 100_000_000)
 
 
@@ -214,7 +216,7 @@ def road(count: int, work: Path, source: str, memory: str) -> dict[str, Any]:
         print(f"    {count:,}: {name} {total:,.0f} CPU s", flush=True)
     photos = sum(file.stat().st_size for file in data.rglob("*") if file.is_file())
     disk = {"photos": photos} | {
-        str(path.relative_to(run)): sum(each.stat().st_blocks * 512 for each in [path, *path.rglob("*")])
+        KEY.sub("", str(path.relative_to(run))): sum(each.stat().st_blocks * 512 for each in [path, *path.rglob("*")])
         for path in sorted([*run.iterdir(), *(run / "work").iterdir()])
         if path.name != "work"
     }

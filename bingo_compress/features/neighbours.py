@@ -295,7 +295,8 @@ class _Lists:
             which = self.order[self._ends[other] - self.sizes[other] : self._ends[other]]
             if len(which):
                 rows = _unit(self._features[which], self._device, torch.float32)
-                more, places = (queries[asking] @ rows.T).topk(min(self._count + 1, len(which)), dim=1)
+                # In parts: nearly all images may be in one list, and all queries read it.
+                more, places = _best(queries[asking], rows, min(self._count + 1, len(which)))
                 best = (similar[asking], indices[asking])
                 similar[asking], indices[asking] = _merged(best, (more.cpu(), which[places.cpu()]), self._count + 1)
         return _others(images, similar, indices)
