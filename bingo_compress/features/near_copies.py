@@ -87,8 +87,11 @@ def find(photos: Photos, limits: Limits, search: neighbours.Search = neighbours.
         pairs = torch.stack((image, other))[:, ~asked & (scenes[image] != scenes[other])]
         pairs = pairs.sort(dim=0).values.unique(dim=1)
         if pairs.shape[1]:
-            alike = [_are_copies(photos.look, block, limits.alike) for block in pairs.split(PAIRS, dim=1)]
-            scenes = _joined(scenes, pairs[:, torch.cat(alike)])
+            # Kept apart, each answer would pin the large blocks that were freed below it in the heap.
+            alike = torch.empty(pairs.shape[1], dtype=torch.bool)
+            for block, answer in zip(pairs.split(PAIRS, dim=1), alike.split(PAIRS), strict=True):
+                answer.copy_(_are_copies(photos.look, block, limits.alike))
+            scenes = _joined(scenes, pairs[:, alike])
     return scenes
 
 
