@@ -59,8 +59,7 @@ def estimate(
 
 def _refuse_too_large(plan: Plan, out: Path, disk: float, memory: float) -> None:
     """Raise BingoError where the run needs more bytes of the disk of `out`, or of memory, than there are."""
-    above = next(parent for parent in (out.resolve(), *out.resolve().parents) if parent.is_dir())
-    run_dir.need_space(above, round(disk), "the run")
+    run_dir.need_space(out.resolve(), round(disk), "the run")
     limit = machine.parse_memory(plan.recipe.memory) or machine.free_memory()
     if memory > limit:
         raise BingoError(

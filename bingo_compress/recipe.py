@@ -271,7 +271,7 @@ class Recipe(BaseModel):
 
 KEYS = tuple(Recipe.model_fields)
 # A run's result depends on these in its last bits at most (threads, device, compile; it is said), so --resume may
-# change them; but for pixels from or to `encoded`, which `deciding` and `pipeline` look after.
+# change them; but for pixels from or to `encoded`: `may_change`.
 RESUME_MAY_CHANGE = frozenset(
     {"data", "image_column", "label_column", "threads", "device", "pixels", "memory", "max_bad"}
     | {"save_every_minutes", "save_every_steps", "compile", "profile"}
@@ -335,10 +335,15 @@ def make_recipe(values: dict[str, Any], source: str) -> Recipe:
     return made
 
 
+def may_change(*recipes: Recipe) -> frozenset[str]:
+    """The settings in which runs by these recipes may differ and be one run: encoded pixels are other pixels."""
+    return RESUME_MAY_CHANGE - ({"pixels"} if "encoded" in {recipe.pixels for recipe in recipes} else set())
+
+
 def deciding(recipe: Recipe) -> dict[str, Any]:
     """The settings on which a result depends; files of weights have digests instead, and a time has become epochs."""
-    free = RESUME_MAY_CHANGE - ({"pixels"} if recipe.pixels == "encoded" else set())
-    return {key: value for key, value in recipe.model_dump().items() if key not in free | FILES | {"time"}}
+    free = may_change(recipe) | FILES | {"time"}
+    return {key: value for key, value in recipe.model_dump().items() if key not in free}
 
 
 def recipe_text(recipe: Recipe) -> str:

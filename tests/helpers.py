@@ -4,6 +4,7 @@ process.
 
 import itertools
 import json
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,6 +73,13 @@ RULES: tuple[dict[str, Any], ...] = (
     {"crop_pct": 1.0, "interpolation": "nearest"},
     {"crop_pct": 1.0, "interpolation": "bicubic", "crop_mode": "squash"},
 )
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens to."""
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        return int(opened.getsockname()[1])
 
 
 def recipe(**changes: Any) -> Recipe:

@@ -7,7 +7,6 @@ import json
 import mmap
 import os
 import signal
-import socket
 import struct
 import sys
 import tarfile
@@ -21,7 +20,7 @@ from unittest import mock
 import onnxscript.function_libs.torch_lib.ops  # noqa: F401 - imported before the fork, as all below
 import torch.export._trace
 import torch.onnx._internal.exporter._compat  # noqa: F401
-from helpers import flags
+from helpers import flags, free_port
 
 import bingo_compress.training.loop as loop
 from bingo_compress import cli, pipeline
@@ -104,7 +103,7 @@ def road(data: Path, out: Path, log: Path, *, exports: bool = True, processes: i
     """
     WATCH.clear()
     sys.stdout.flush()
-    ports = [_free_port() for _ in range(3)] if processes > 1 else []  # one for each command
+    ports = [free_port() for _ in range(3)] if processes > 1 else []  # one for each command
     resume = ["--resume"] if out.is_dir() and any(out.iterdir()) else []
     child = os.fork()
     if child:
@@ -190,12 +189,6 @@ def _tell(told: ExitStack) -> None:
     told.enter_context(mock.patch.object(loop, "learning_rate", rate))
     for name in NAMED:
         told.enter_context(mock.patch.object(pipeline, name, named(name.strip("_"), getattr(pipeline, name))))
-
-
-def _free_port() -> int:
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        return int(opened.getsockname()[1])
 
 
 def ended(child: int, within: float) -> int | None:

@@ -314,7 +314,7 @@ def kind_of(wanted: str, count: int, side: int, work: Path) -> Kind:
 
 def _has_room(work: Path, size: int) -> bool:
     try:
-        need_space(next(folder for folder in (work, *work.parents) if folder.is_dir()), size, "the pixel store")
+        need_space(work, size, "the pixel store")
     except BingoError:
         return False
     return True

@@ -13,7 +13,7 @@ from torch import nn
 from bingo_compress import __version__
 from bingo_compress.errors import BingoError
 from bingo_compress.models.encoder import Encoder, build, weights_digest
-from bingo_compress.recipe import GIVEN, RESUME_MAY_CHANGE, Recipe
+from bingo_compress.recipe import GIVEN, Recipe, may_change
 from bingo_compress.runtime import checkpoint
 from bingo_compress.runtime.made_of import FORMATS, MadeOf, hash_seed, made_of
 from bingo_compress.runtime.run_dir import RunDir, made_by
@@ -196,11 +196,11 @@ def as_begun(asked: Recipe, before: Recipe | None) -> Recipe:
 
 def changed(before: Recipe, now: Recipe) -> str:
     """The settings that make `now` another run than `before`, with both values; "" where none does."""
-    may = RESUME_MAY_CHANGE - ({"pixels"} if "encoded" in (before.pixels, now.pixels) else set())
+    free = may_change(before, now)
     return ", ".join(
         f"{key}: {getattr(before, key)} -> {value}"
         for key, value in now.model_dump().items()
-        if getattr(before, key) != value and key not in may
+        if getattr(before, key) != value and key not in free
     )
 
 

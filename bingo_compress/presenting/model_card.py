@@ -13,7 +13,7 @@ from bingo_compress import __version__
 from bingo_compress.models import exported
 from bingo_compress.presenting import classes_section, timing_table, toolchain_table
 from bingo_compress.presenting.markdown import CLASSES_SHOWN, name_of, plain, shown, table, title
-from bingo_compress.recipe import GIVEN, RESUME_MAY_CHANGE, Recipe, deciding, load_recipe
+from bingo_compress.recipe import GIVEN, Recipe, load_recipe, may_change
 from bingo_compress.runtime import checkpoint, console
 from bingo_compress.runtime.run_dir import RunDir, made_by, read_json, write_text
 from bingo_compress.training.plan import loss_of
@@ -152,7 +152,7 @@ def _data(run: RunDir, summary: Mapping[str, Any]) -> list[str]:
 
 
 def _method(recipe: Recipe) -> list[str]:
-    elsewhere = ELSEWHERE | (RESUME_MAY_CHANGE - deciding(recipe).keys())
+    elsewhere = ELSEWHERE | may_change(recipe)
     changed = [
         (plain(key), plain(value), plain(Recipe.model_fields[key].default))
         for key, value in recipe.model_dump().items()

@@ -292,6 +292,7 @@ def atomic_first(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{HOST}-{os.getpid()}.first")
     try:
         yield temporary
+        _sync(temporary)
         try:
             os.link(temporary, path)  # unlike a renaming, it replaces nothing
         except FileExistsError:
@@ -342,7 +343,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def need_space(folder: Path, size: int, what: str) -> None:
-    """Raise BingoError unless `folder`'s disk has `size` bytes free and a little more."""
+    """Raise BingoError unless the disk of `folder`, which need not be there yet, has `size` bytes free and a little
+    more.
+    """
+    folder = next((above for above in (folder, *folder.absolute().parents) if above.is_dir()), folder)
     free, needed = shutil.disk_usage(folder).free, round(size * 1.02)
     if needed > free:
         raise BingoError(

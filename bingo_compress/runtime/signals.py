@@ -81,14 +81,13 @@ def fatal() -> Iterator[None]:
     """Inside, a signal that `listen` hears ends the process by itself: for a wait in C++, which Python's handlers
     cannot end, while there is nothing to save.
     """
-    mine = [number for number in STATUS if signal.getsignal(number) is _hear]
-    for number in mine:
-        signal.signal(number, signal.SIG_DFL)
+    listening = signal.getsignal(signal.SIGTERM) is _hear
+    leave()
     try:
         yield
     finally:
-        for number in mine:
-            signal.signal(number, _hear)
+        if listening:
+            listen()
 
 
 def status() -> int:

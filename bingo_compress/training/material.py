@@ -76,11 +76,10 @@ def with_room(
     if out.exists():
         return plan, asked
     extract.pixels_of(student.preprocessing, folder, range(count), 1)
-    above = next(parent for parent in out.resolve().parents if parent.is_dir())
-    run_dir.need_space(above, beside, "the teacher's embeddings")
+    run_dir.need_space(out.resolve(), beside, "the teacher's embeddings")
     if plan.recipe.pixels not in ("auto", "stream"):  # auto streams where the store does not fit
         kind: Kind = "encoded" if plan.recipe.pixels == "encoded" else "raw"
-        run_dir.need_space(above, pixel_store.guess(count, plan.side, kind), "the pixel store")
+        run_dir.need_space(out.resolve(), pixel_store.guess(count, plan.side, kind), "the pixel store")
     return plan, asked
 
 
@@ -274,7 +273,7 @@ def split(scenes: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
     sizes, room = scenes.bincount(minlength=1), keep
     taken: set[int] = set()
     # A few at a time: as Python's numbers those of a hundred million images are 10 GB.
-    for scene in (int(scene) for part in order.split(DRAWN) for scene in scenes[part]):
+    for scene in (scene for part in order.split(DRAWN) for scene in scenes[part].tolist()):
         if not room:
             break
         if scene not in taken and sizes[scene] <= room:

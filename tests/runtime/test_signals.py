@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Ran, flags, photos, recipe, untrained_run
+from helpers import Ran, flags, free_port, photos, recipe, untrained_run
 
 from bingo_compress import pipeline
 from bingo_compress.errors import BingoError
@@ -107,14 +106,11 @@ def test_a_worker_does_not_outlive_the_process_that_started_it() -> None:
 
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_worker_that_waits_for_others_to_come_is_ended_by_a_signal(rank: str) -> None:
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        port = str(opened.getsockname()[1])
     worker = (
         "import torch; from bingo_compress.runtime import distributed, signals; signals.listen(); print('on',"
         " flush=True); distributed.start(torch.device('cpu'))"
     )
-    place = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    place = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     waiting = subprocess.Popen([sys.executable, "-c", worker], env={**os.environ, **place}, stdout=subprocess.PIPE)
     try:
         assert waiting.stdout is not None and waiting.stdout.readline() == b"on\n"
