@@ -23,6 +23,7 @@ from bingo_compress.features import teacher_pass
 from bingo_compress.features.bagging import knn
 from bingo_compress.features.neighbours import nearest_neighbours
 from bingo_compress.features.targets import PackedTargets, StoredTargets, TargetSpace, packed
+from bingo_compress.kernels import negatives
 from bingo_compress.models.encoder import build
 from bingo_compress.training import loop, plan
 from bingo_compress.training.loader import Lessons
@@ -150,6 +151,25 @@ def test_every_loss_is_the_cpus(settings: dict[str, str]) -> None:
         found.append(({name: float(value) for name, value in terms.items()}, torch.cat(used)))
     assert found[1][0] == pytest.approx(found[0][0], rel=2e-3, abs=1e-4)
     assert (found[1][1] - found[0][1]).norm() < 0.01 * found[0][1].norm()  # TF32
+
+
+@pytest.mark.parametrize("method", ["bingo", "seed", "moco"])
+@pytest.mark.parametrize(("count", "dim"), [(200, 256), (128, 40)])
+def test_a_long_queue_by_its_kernel_is_the_cpus(count: int, dim: int, method: str) -> None:
+    parts = [unit(count, dim, seed=number) for number in range(4)]
+    queue = unit(negatives.WORTH + 77, dim, seed=9)
+    masked = torch.arange(len(queue)).expand(count, -1).remainder(torch.arange(2, 2 + count)[:, None]).eq(0)
+    found = []
+    for device in (CPU, GPU):
+        queries = [part.to(device).clone().requires_grad_() for part in parts[:2]]
+        targets = Targets(*(part.to(device) for part in parts[2:]))
+        assert negatives._by_kernel(queue.to(device)) == (device == GPU)
+        batch = Batch(Queries(*queries), targets, targets, queue.to(device), masked.to(device), 0)
+        loss = torch.stack(list(make_loss(method, {})(batch).values())).sum()
+        loss.backward()
+        found.append((float(loss), torch.cat([query.grad.cpu() for query in queries if query.grad is not None])))
+    assert found[1][0] == pytest.approx(found[0][0], rel=2e-3)
+    assert (found[1][1] - found[0][1]).norm() < 0.01 * found[0][1].norm()
 
 
 def train(folder: Path, device: torch.device, stops: tuple[int, ...], **settings: Any) -> Trained:

@@ -15,6 +15,7 @@ ROOMS = (
     "recipe words",
     "runtime",
     "sources",
+    "kernels",
     "data models",
     "features",
     "training",
@@ -54,7 +55,7 @@ PARAMETERS = 8  # of a function
 LINES = 60  # of a function
 LONG = {"training.loop.distill"}  # its docstring says why
 # What may have more: a Triton kernel takes pointers and sizes one by one.
-MANY = {"data.kernels._colours", "data.kernels._blur"}
+MANY = {"kernels.views._colours", "kernels.views._blur", "kernels.attention._attend"}
 
 
 @cache

@@ -117,7 +117,7 @@ def apply(views: Tensor, drawn: Draw) -> Tensor:
 def fused() -> ModuleType | None:
     """The kernels of a GPU, or, said once, None where Triton is missing or has no compiler."""
     try:
-        from bingo_compress.data import kernels
+        from bingo_compress.kernels import views as kernels
 
         drawn = draw(torch.ones(2), torch.Generator().manual_seed(0))
         device, corners = torch.device("cuda"), torch.tensor([[0, 0], [8, 8]])
@@ -137,7 +137,7 @@ def fused() -> ModuleType | None:
 
 def _fused(views: Tensor, drawn: Draw, out: Tensor) -> Tensor:
     """For a GPU: all steps in one reading of the pixels. The same result."""
-    from bingo_compress.data import kernels
+    from bingo_compress.kernels import views as kernels
 
     size = views.shape[-1]
     orders = _orders(drawn)
@@ -221,7 +221,7 @@ def crop_flat(flat: Tensor, offset: Tensor, width: Tensor, low: Tensor, high: Te
     size, size) on the device of `flat`.
     """
     if flat.is_cuda and fused() is not None:
-        from bingo_compress.data import kernels
+        from bingo_compress.kernels import views as kernels
 
         return kernels.crop(flat, offset, width, low, high, size)
     views = []

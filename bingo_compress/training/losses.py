@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, softplus
 
-MASKED = -1e9  # finite, so that a row whose every negative is masked has a gradient of zero, not NaN
+from bingo_compress.kernels.negatives import expected_key, negatives_energy, similarities
 
 
 @dataclass(frozen=True)
@@ -88,35 +88,11 @@ class Loss(Protocol):
         """The terms whose sum is the loss."""
 
 
-def similarities(query: Tensor, negatives: Tensor, masked: Tensor | None, temperature: float) -> Tensor:
-    """query . q / tau for every q of the queue, (B, Q). query: (B, D); negatives: (Q, D); masked: (B, Q) left out."""
-    logits = query @ negatives.T / temperature
-    return logits if masked is None else logits.masked_fill(masked, MASKED)
-
-
-def negatives_energy(query: Tensor, negatives: Tensor, masked: Tensor | None, temperature: float) -> Tensor:
-    """log of the sum over the queue of exp(query . q / tau). Arguments as in `similarities`. Returns (B,)."""
-    if not len(negatives):
-        return torch.full_like(query[:, 0], MASKED)
-    return similarities(query, negatives, masked, temperature).logsumexp(dim=1)
-
-
 def info_nce(query: Tensor, target: Tensor, energy: Tensor, temperature: float) -> Tensor:
     """-log( e^(s.k/tau) / (e^(s.k/tau) + sum of e^(s.q/tau)) ), mean over the batch; `energy` (B,) is
     `negatives_energy` of the query.
     """
     return softplus(energy - (query * target).sum(1) / temperature).mean()
-
-
-def expected_key(target: Tensor, batch: Batch, teacher_temperature: float) -> Tensor:
-    """The mean (B, D) of [target; queue], weighed by softmax of the target's similarities to them."""
-    own = (target * target).sum(1) / teacher_temperature
-    if not len(batch.negatives):
-        return target
-    logits = similarities(target, batch.negatives, batch.masked, teacher_temperature)
-    total = torch.logaddexp(own, logits.logsumexp(dim=1))
-    weights = (logits - total[:, None]).exp()
-    return (own - total).exp()[:, None] * target + weights @ batch.negatives
 
 
 def soft_nce(query: Tensor, target: Tensor, energy: Tensor, expected: Tensor, temperature: float) -> Tensor:
@@ -204,7 +180,7 @@ class Bingo(_Contrast):
                 for query in (queries.anchor, queries.mate)
             ]
             images = [
-                (target, expected_key(target, batch, self.teacher_temperature))
+                (target, expected_key(target, batch.negatives, batch.masked, self.teacher_temperature))
                 for target in (targets.anchor, targets.mate)
             ]
 
@@ -304,7 +280,8 @@ class Seed(_Contrast):
 
     def _one(self, query: Tensor, target: Tensor, batch: Batch) -> Tensor:
         energy = negatives_energy(query, batch.negatives, batch.masked, self.temperature)
-        return soft_nce(query, target, energy, expected_key(target, batch, self.teacher_temperature), self.temperature)
+        expected = expected_key(target, batch.negatives, batch.masked, self.teacher_temperature)
+        return soft_nce(query, target, energy, expected, self.temperature)
 
 
 @dataclass(frozen=True)

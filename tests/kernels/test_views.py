@@ -34,7 +34,7 @@ def test_in_a_process_with_the_interpreter() -> None:
 
 @pytest.fixture(scope="module")
 def kernels() -> ModuleType:
-    from bingo_compress.data import kernels
+    from bingo_compress.kernels import views as kernels
 
     return kernels
 

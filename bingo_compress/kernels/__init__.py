@@ -1,0 +1,1 @@
+"""What a GPU computes in few launches: Triton, and the plain way where there is none."""

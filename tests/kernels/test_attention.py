@@ -1,0 +1,59 @@
+"""The queue's kernel, run by Triton's interpreter on a CPU, against the plain way. On a GPU itself: test_gpu.py."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import unit
+
+from bingo_compress.kernels import negatives
+
+pytest.importorskip("triton", reason="torch brings no Triton here")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+inside = pytest.mark.skipif(not INTERPRETED, reason="the test below starts it, with the interpreter")
+CASES = [(70, 300, 24, 0.2), (5, 64, 16, 0.1), (64, 1000, 256, 0.04), (3, 1, 16, 0.2)]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="this is the process that it started")
+def test_in_a_process_with_the_interpreter() -> None:
+    """Triton asks for it once, when it is imported first."""
+    words = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--no-cov", __file__]
+    ran = subprocess.run(
+        words, env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True
+    )
+    assert ran.returncode == 0 and f"{2 * len(CASES) + 1} passed" in ran.stdout, ran.stdout + ran.stderr
+
+
+@inside
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize(("rows", "queue", "dim", "temperature"), CASES)
+def test_energy_key_and_gradient(
+    rows: int, queue: int, dim: int, temperature: float, hidden: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query, others = unit(rows, dim), unit(queue, dim, seed=1)
+    masked = torch.rand(rows, queue, generator=torch.Generator().manual_seed(2)) < 0.3 if hidden else None
+    found = []
+    for kernel in (False, True):
+        monkeypatch.setattr(negatives, "_by_kernel", lambda _, kernel=kernel: kernel)
+        asked = query.clone().requires_grad_()
+        energy = negatives.negatives_energy(asked, others, masked, temperature)
+        energy.square().sum().backward()
+        key = negatives.expected_key(query, others, masked, temperature)
+        found.append((energy.detach(), asked.grad, key))
+    for plain, fused in zip(*found, strict=True):
+        assert (fused - plain).norm() < 3e-3 * plain.norm()  # float16's fraction, and TF32's
+
+
+@inside
+def test_a_row_whose_every_negative_is_hidden_has_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(negatives, "_by_kernel", lambda _: True)
+    query, others = unit(2, 16).requires_grad_(), unit(100, 16, seed=1)
+    masked = torch.zeros(2, 100, dtype=torch.bool)
+    masked[0] = True
+    energy = negatives.negatives_energy(query, others, masked, 0.2)
+    torch.logaddexp(torch.zeros(2), energy).sum().backward()
+    assert energy[0] < -9e8 and query.grad is not None
+    assert query.grad[0].abs().max() == 0 and query.grad[1].abs().max() > 0
