@@ -7,14 +7,26 @@ in a fixed order, so that a run is the same bit for bit. Written in Triton, whic
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS, COLUMNS, WARPS, STAGES = 64, 64, 8, 2  # of a tile
-PROGRAMS = 264  # at once: two for each multiprocessor of the largest cards
+
+class Tile(NamedTuple):
+    """Rows and negatives that a program holds at a time, and how it is run."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+# Fastest first of those tried on an H100; what a card has too little shared memory for is left to the next.
+TILES = Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 1)
+PROGRAMS = 132  # at once: one for each multiprocessor of the largest cards
 WIDEST = 256  # numbers an embedding that a tile has room for
 
 
@@ -56,7 +68,7 @@ def _attend(rows, negatives, masked, scale, tops, sums, means, count, length, wi
 
 
 def attended(
-    rows: Tensor, negatives: Tensor, masked: Tensor | None, temperature: float, least: float
+    rows: Tensor, negatives: Tensor, masked: Tensor | None, temperature: float, least: float, tile: Tile
 ) -> tuple[Tensor, Tensor]:
     """(log of the sum over the negatives of exp(row . q / tau), (B,); their mean, weighed by that softmax, (B, D)).
     Neither has a gradient. rows: (B, D) of length one, D at most WIDEST; negatives: (Q, D), Q at least 1; masked:
@@ -64,16 +76,16 @@ def attended(
     """
     rows, negatives = rows.detach().float().contiguous(), negatives.float().contiguous()
     (count, width), length = rows.shape, len(negatives)
-    tall = triton.cdiv(count, ROWS)
-    part = triton.cdiv(triton.cdiv(length, max(1, PROGRAMS // tall)), COLUMNS) * COLUMNS
+    tall = triton.cdiv(count, tile.rows)
+    part = triton.cdiv(triton.cdiv(length, max(1, PROGRAMS // tall)), tile.columns) * tile.columns
     parts = triton.cdiv(length, part)
     tops, sums = rows.new_empty(parts, count), rows.new_empty(parts, count)
     means = rows.new_empty(parts, count, width)
     hidden = rows if masked is None else masked.contiguous().view(torch.uint8)
     _attend[tall, parts](
         rows, negatives, hidden, math.log2(math.e) / temperature, tops, sums, means, count, length, width, part,
-        HIDE=masked is not None, MASKED=least * math.log2(math.e), ROWS=ROWS, COLUMNS=COLUMNS,
-        DEPTH=max(16, triton.next_power_of_2(width)), num_warps=WARPS, num_stages=STAGES,
+        HIDE=masked is not None, MASKED=least * math.log2(math.e), ROWS=tile.rows, COLUMNS=tile.columns,
+        DEPTH=max(16, triton.next_power_of_2(width)), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     top = tops.amax(0)
     shares = (tops - top).exp2()

@@ -68,27 +68,36 @@ class _Energy(torch.autograd.Function):
 def _attended(rows: Tensor, negatives: Tensor, masked: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
     from bingo_compress.kernels import attention
 
-    return attention.attended(rows, negatives, masked, temperature, MASKED)
+    tile = _tile(negatives.device, negatives.shape[1])
+    return attention.attended(rows, negatives, masked, temperature, MASKED, tile)
 
 
 def _by_kernel(negatives: Tensor) -> bool:
-    return negatives.is_cuda and len(negatives) >= WORTH and _usable(negatives.device, negatives.shape[1])
+    return negatives.is_cuda and len(negatives) >= WORTH and _tile(negatives.device, negatives.shape[1]) is not None
 
 
 @lru_cache
-def _usable(device: torch.device, width: int) -> bool:
-    """Whether the kernel takes embeddings of that width on that GPU; if it should and fails, that is said once."""
+def _tile(device: torch.device, width: int) -> Any:
+    """The first of attention.TILES that embeddings of that width fit with on that GPU; None where there is none, which
+    is said once if it is a fault.
+    """
+    reason = ""
     try:
         from bingo_compress.kernels import attention
 
         if width > attention.WIDEST:
-            return False
-        rows = torch.zeros(2, width, device=device)
-        attention.attended(rows, rows, torch.zeros(2, 2, dtype=torch.bool, device=device), 1.0, MASKED)
-        return True
-    except Exception as error:  # Whatever the compiler raises.
-        console.say(
-            f"warning: Triton cannot be used ({(str(error).splitlines() or [''])[0][:120]}); the loss is computed step"
-            " by step, which takes longer"
-        )
-        return False
+            return None
+        rows, masked = torch.zeros(2, width, device=device), torch.zeros(2, 2, dtype=torch.bool, device=device)
+        for tile in attention.TILES:
+            try:
+                attention.attended(rows, rows, masked, 1.0, MASKED, tile)
+                return tile
+            except Exception as error:  # Whatever the compiler raises.
+                reason = str(error)
+    except Exception as error:
+        reason = str(error)
+    console.say(
+        f"warning: Triton cannot be used ({(reason.splitlines() or [''])[0][:120]}); the loss is computed step by step,"
+        " which takes longer"
+    )
+    return None
