@@ -2,11 +2,12 @@
 process.
 """
 
+import hashlib
 import itertools
 import json
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,6 +194,12 @@ def unit(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tens
     return torch.nn.functional.normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1).to(
         dtype
     )
+
+
+def digests_of(names: Iterable[str | None]) -> np.ndarray:
+    """(N, 32) uint8, as `Contents` has them: the same for the same name, zeros for None."""
+    told = [bytes(32) if name is None else hashlib.sha256(name.encode()).digest() for name in names]
+    return np.frombuffer(b"".join(told), np.uint8).reshape(-1, 32)
 
 
 def seeded(seed: int) -> torch.Generator:

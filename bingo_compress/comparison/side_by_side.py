@@ -248,7 +248,7 @@ def _labelled(bank: ImageList, test: ImageList | None, teacher: Encoder, device:
         scores.near_bank(scenes, len(labels["bank"]))
         groups = scenes[: len(labels["bank"])]
     else:
-        copied = near_copies.same_bytes(kept["bank"].digests)
+        copied = near_copies.same_bytes(kept["bank"].contents.digests)
         groups, whole = near_copies.parted(scenes, labels["bank"], copied)
         scores.near_data(scenes, [classes[label] for label in whole])
     return Labelled(

@@ -7,7 +7,9 @@ from collections.abc import Iterable, Sequence
 from decimal import Decimal
 from pathlib import Path
 
-from bingo_compress.data.image_list import UNREADABLE, ImageList, say_passed, say_splits
+import numpy as np
+
+from bingo_compress.data.image_list import ImageList, same_bytes, say_passed, say_splits
 from bingo_compress.errors import BingoError
 from bingo_compress.runtime import console
 from bingo_compress.runtime.run_dir import atomic
@@ -18,12 +20,9 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 def copies(folder: ImageList) -> list[tuple[str, str]]:
     """(relative path, the first file of the very same bytes) of every exact copy."""
-    first: dict[str, str] = {}
-    found = []
-    for name, digest in zip(folder.files, folder.digests, strict=True):
-        if digest != UNREADABLE and first.setdefault(digest, name) != name:
-            found.append((name, first[digest]))
-    return found
+    first = same_bytes(folder.contents.digests)
+    found = (first != np.arange(len(first))).nonzero()[0]
+    return [(folder.files[copy], folder.files[kept]) for copy, kept in zip(found, first[found], strict=True)]
 
 
 def say_copies(found: Sequence[tuple[str, str]], duplicates: str) -> None:

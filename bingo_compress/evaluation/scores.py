@@ -108,7 +108,7 @@ def sides(
     """
     seer = "teacher" if "teacher" in models else next(iter(models))
     bank, labels, places = embedded(models, bank_folder, classes, "embed labelled images", keep)
-    groups = near_copies.same_bytes(bank_folder.only(places).digests)
+    groups = near_copies.same_bytes(bank_folder.only(places).contents.digests)
     if len(groups.unique()) < len(groups):
         console.say(
             f"{len(groups) - len(groups.unique()):,} labelled images are exact copies of others; copies stay on one"

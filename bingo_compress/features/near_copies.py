@@ -9,14 +9,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
+import numpy as np
 import torch
 from bingo_edge.image import ImageError, Pixels, preprocess
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, interpolate, pad
 
-from bingo_compress.data import augment
+from bingo_compress.data import augment, image_list
 from bingo_compress.data.decode import decode_all
-from bingo_compress.data.image_list import UNREADABLE, ImageList
+from bingo_compress.data.image_list import ImageList
 from bingo_compress.data.pixel_store import PixelStore, store_of
 from bingo_compress.features import extract, neighbours
 from bingo_compress.features.memmap import Matrix
@@ -46,12 +48,12 @@ Look = Callable[[Tensor], Tensor]  # images (B,) to their pictures, float32 (B, 
 
 @dataclass(frozen=True)
 class Photos:
-    """Images as they are looked at here. features: (N, D) the teacher's plain view; digests: of their N files; look:
-    gives their pictures.
+    """Images as they are looked at here. features: (N, D) the teacher's plain view; digests: (N, 32) of their files;
+    look: gives their pictures.
     """
 
     features: Matrix
-    digests: Sequence[str]
+    digests: NDArray[np.uint8]
     look: Look
 
 
@@ -128,7 +130,7 @@ def _joined_photos(one: Photos, other: Photos) -> Photos:
         return found
 
     features = torch.cat((one.features[:], other.features[:]))
-    return Photos(features, [*one.digests, *other.digests], look)
+    return Photos(features, np.concatenate((one.digests, other.digests)), look)
 
 
 def within(scenes: Tensor, which: Tensor) -> Tensor:
@@ -201,7 +203,7 @@ def of_folder(features: Matrix, folder: ImageList) -> Photos:
             seen[image] = torch.zeros(3, SIDE, SIDE, dtype=torch.uint8) if isinstance(found, ImageError) else found
         return torch.stack([seen[image] for image in wanted]).float()
 
-    return Photos(features, folder.digests, look)
+    return Photos(features, folder.contents.digests, look)
 
 
 def of_store(features: Matrix, folder: ImageList, pixels: PixelStore) -> Photos:
@@ -211,7 +213,7 @@ def of_store(features: Matrix, folder: ImageList, pixels: PixelStore) -> Photos:
     def look(images: Tensor) -> Tensor:
         return pixels.crops(images, whole.expand(len(images), 4), SIDE).cpu().float()
 
-    return Photos(features, folder.digests, look)
+    return Photos(features, folder.contents.digests, look)
 
 
 def _squashed(pixels: Pixels) -> Tensor:
@@ -299,12 +301,9 @@ def _disturbed(plain: Tensor, generator: torch.Generator) -> Tensor:
     return found.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-def same_bytes(digests: Sequence[str]) -> Tensor:
+def same_bytes(digests: NDArray[np.uint8]) -> Tensor:
     """`find` by exact copies alone."""
-    first: dict[str, int] = {}
-    return torch.tensor(
-        [place if digest == UNREADABLE else first.setdefault(digest, place) for place, digest in enumerate(digests)]
-    )
+    return torch.from_numpy(image_list.same_bytes(digests))
 
 
 def _joined(scenes: Tensor, pairs: Tensor) -> Tensor:

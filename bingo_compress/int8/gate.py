@@ -183,8 +183,8 @@ def _labelled(
     sides = known or sides_of(float_file, preprocessing, labels)
     classes = sides.classes
     bank, labelled_as, places = sides.bank["float"], sides.labels, torch.tensor(sides.places)
-    contents = bank_folder.only(sides.places).digests
-    groups = near_copies.same_bytes(contents)
+    labelled_images = bank_folder.only(sides.places)
+    contents, groups = labelled_images.digests, near_copies.same_bytes(labelled_images.contents.digests)
     if sides.groups is not None:
         groups, _ = near_copies.parted(sides.groups, labelled_as, groups)
     aside = _part(labelled_as, groups)

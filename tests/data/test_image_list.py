@@ -13,7 +13,7 @@ import pytest
 from bingo_edge.image import ImageError
 
 from bingo_compress.data.decode import decode_all
-from bingo_compress.data.image_list import ImageList, labels_of
+from bingo_compress.data.image_list import ImageList, labels_of, same_bytes
 from bingo_compress.data.listing import list_images
 from bingo_compress.data.quarantine import write_quarantine
 from bingo_compress.errors import BingoError
@@ -357,3 +357,14 @@ def test_the_shared_photos_are_all_usable(clothing: Path) -> None:
     folder = list_images(clothing / "validation")
     assert (len(folder.files), folder.bad) == (341, ())
     assert len(labels_of(folder)[0]) == 10
+
+
+def test_the_first_file_of_the_same_bytes_is_the_one_a_dict_finds() -> None:
+    random = np.random.default_rng(0)
+    for values in (2, 3, 200):  # many copies, digests that differ in one byte at either end, and zeros within
+        digests = np.zeros((300, 32), np.uint8)
+        digests[:, [0, 15, 31]] = random.integers(0, values, (300, 3))
+        first: dict[bytes, int] = {}
+        found = [first.setdefault(bytes(row), place) if row.any() else place for place, row in enumerate(digests)]
+        assert same_bytes(digests).tolist() == found
+    assert same_bytes(np.empty((0, 32), np.uint8)).tolist() == []

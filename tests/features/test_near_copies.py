@@ -2,17 +2,18 @@
 mates are other scenes.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import CPU, photos, unit
+from helpers import CPU, digests_of, photos, unit
 from PIL import Image
 from torch import Tensor
 
 from bingo_compress.data import listing, pixel_store
-from bingo_compress.data.image_list import UNREADABLE, ImageList
+from bingo_compress.data.image_list import ImageList
 from bingo_compress.features import bagging, extract, near_copies
 from bingo_compress.features.near_copies import REACH, SIDE, Limits, Photos
 from bingo_compress.features.teacher_pass import TeacherPass
@@ -44,11 +45,11 @@ def bursts(scenes: int, frames: int) -> Tensor:
     return torch.from_numpy(np.stack([frame(number, of) for number in range(scenes) for of in range(frames)]))
 
 
-def of_pictures(pictures: Tensor, digests: list[str] | None = None) -> Photos:
+def of_pictures(pictures: Tensor, names: Sequence[str | None] = ()) -> Photos:
     """Photos whose features say nothing."""
     count = len(pictures)
     grey = pictures.permute(0, 3, 1, 2).float()
-    return Photos(unit(count, 8), digests or [str(number) for number in range(count)], lambda images: grey[images])
+    return Photos(unit(count, 8), digests_of(names or map(str, range(count))), lambda images: grey[images])
 
 
 def test_correlation_is_that_of_the_best_shift() -> None:
@@ -99,8 +100,8 @@ def test_the_first_and_the_last_frame_of_a_video_are_one_scene() -> None:
 
 
 def test_exact_copies_are_one_scene_and_unreadable_files_are_not() -> None:
-    digests = ["a", "b", "a", UNREADABLE, UNREADABLE]
-    assert near_copies.find(of_pictures(bursts(5, 1), digests), ANY).tolist() == [0, 1, 0, 3, 4]
+    names = ["a", "b", "a", None, None]
+    assert near_copies.find(of_pictures(bursts(5, 1), names), ANY).tolist() == [0, 1, 0, 3, 4]
 
 
 def test_folder_and_store_show_the_same_scenes(tmp_path: Path, teacher: Encoder) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from edge_models import make_model
-from helpers import encoder, photos, recipe, untrained_run
+from helpers import digests_of, encoder, photos, recipe, untrained_run
 
 from bingo_compress import exporting
 from bingo_compress.data import image_list, listing, pixel_store
@@ -40,7 +40,7 @@ def model(tmp_path: Path) -> Path:
 def test_the_part_to_choose_by_is_of_each_class_and_copies_are_on_one_side() -> None:
     labels = torch.tensor([0] * 12 + [1] * 8 + [2] * 2)
     names = [*(f"a{number // 3}" for number in range(12)), *(f"b{number}" for number in range(7)), "a0", "c0", "c1"]
-    groups = near_copies.same_bytes(names)
+    groups = near_copies.same_bytes(digests_of(names))
     chosen = gate._part(labels, groups)
     assert {names[row] for row in chosen.nonzero()[:, 0].tolist()}.isdisjoint(
         names[row] for row in (~chosen).nonzero()[:, 0].tolist()
