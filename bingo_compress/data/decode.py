@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from bingo_edge.image import Decoded, ImageError, Pixels
 from bingo_edge.image import decode as decode_file
+from numpy.typing import NDArray
 from PIL import ExifTags, Image
 from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
@@ -69,10 +70,10 @@ def on_gpu(device: torch.device) -> bool:
 
 
 def crops_of(
-    folder: ImageList, sizes: list[int], kept: list[tuple[int, int]], side: int, device: torch.device
+    folder: ImageList, sizes: NDArray[np.int64], kept: NDArray[np.int32], side: int, device: torch.device
 ) -> Crops:
-    """A function that crops the images of `folder` that nvJPEG decodes. sizes: `plain_jpeg` of each; kept: (height,
-    width) of each in a store of `side`.
+    """A function that crops the images of `folder` that nvJPEG decodes. sizes: (N,) `plain_jpeg` of each; kept: (N,
+    2) height and width of each in a store of `side`.
 
     It takes indices (B,), boxes (B, 4) in shares of the image and a size, and returns (done, views): which images it
     decoded, bool (B,), and the antialiased bilinear crops, uint8 (B, 3, size, size) on `device`, not filled where not
@@ -80,7 +81,7 @@ def crops_of(
     level away on average, a few at sharp edges. The first refusal of nvJPEG is said on screen; from then on nothing is
     done. Raises BingoError for a file that has changed since its size was taken.
     """
-    bytes_of = torch.tensor(sizes)
+    bytes_of = torch.from_numpy(sizes)
 
     def read(image: int) -> Tensor:
         try:
@@ -100,7 +101,7 @@ def crops_of(
             raw = [file for _, file in islice(files, len(rows))]
             try:
                 pictures = zip(nvjpeg(raw, device), indices[rows].tolist(), strict=True)
-                small = [_shrunk(picture, kept[image], side) for picture, image in pictures]
+                small = [_shrunk(picture, tuple(kept[image].tolist()), side) for picture, image in pictures]
                 for row, view in zip(rows.tolist(), _cropped(small, boxes[rows], size), strict=True):
                     views[row] = view
             except (RuntimeError, ImportError) as error:

@@ -104,7 +104,7 @@ class ImageList:
         digest.update(repr(self.bands).encode() if self.bands else b"")  # a satellite has more than 255
         return digest.hexdigest()
 
-    def only(self, indices: Sequence[int]) -> "ImageList":
+    def only(self, indices: Sequence[int] | NDArray[np.int64]) -> "ImageList":
         """The folder with only these of its files; what was read of them is not read again."""
         rows = np.asarray(indices, dtype=np.int64)
         read = Contents(self.read.digests[rows], self.read.stamps[rows]) if self.read else None

@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from bingo_edge.image import ImageError, Pixels
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -21,7 +22,7 @@ from bingo_compress.data import augment, decode, quarantine
 from bingo_compress.data import shards as shard_files
 from bingo_compress.data.decode import decode_all
 from bingo_compress.data.image_list import ImageList
-from bingo_compress.data.shards import KINDS, Kind, Read
+from bingo_compress.data.shards import KINDS, SIDES, Kind, Read
 from bingo_compress.errors import BingoError
 from bingo_compress.runtime import console, distributed, machine
 from bingo_compress.runtime.machine import in_threads, sent
@@ -38,6 +39,7 @@ VECTORS = torch.backends.cpu.get_cpu_capability().startswith("AVX")
 PLACES = ("gpu", "memory", "disk", "encoded", "stream")
 # An encoded picture is about so many times smaller than a raw one (7 to 12 for photos, less for noise), and a header.
 SMALLER, HEADER = 8, 640
+Bad = list[tuple[int, str]]  # files that cannot be used, each with its reason
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,9 @@ class PixelStore:
         self._device = device
         self._flat: Tensor | None = None
         if where == "gpu":
-            self._offset = torch.cat((torch.zeros(1, dtype=torch.int64), (self.height * self.width * 3).cumsum(0)))
+            self._offset = torch.cat(
+                (torch.zeros(1, dtype=torch.int64), (self.height.long() * self.width * 3).cumsum(0))
+            )
             self._flat = torch.empty(int(self._offset[-1]), dtype=torch.uint8, device=device)
             for image in range(len(self)):
                 rows = pictures.read(image, 0, int(self.height[image]))
@@ -83,7 +87,7 @@ class PixelStore:
     @property
     def nbytes(self) -> int:
         """Bytes of all pixels."""
-        return int((self.height * self.width).sum()) * 3
+        return int((self.height.long() * self.width).sum()) * 3
 
     def crops(self, indices: Tensor, boxes: Tensor, size: int) -> Tensor:
         """Antialiased bilinear crops of the images `indices` (B,): uint8 (B, 3, size, size) on the run's device.
@@ -100,9 +104,10 @@ class PixelStore:
         return views
 
     def _crops(self, indices: Tensor, boxes: Tensor, size: int) -> Tensor:
-        low, high = decode.window(boxes, self.height[indices], self.width[indices])
+        height, width = self.height[indices].long(), self.width[indices].long()
+        low, high = decode.window(boxes, height, width)
         if self._flat is not None:
-            return augment.crop_flat(self._flat, self._offset[indices], self.width[indices], low, high, size)
+            return augment.crop_flat(self._flat, self._offset[indices], width, low, high, size)
         where = zip(indices.tolist(), low.tolist(), high.tolist(), strict=True)
         if self.where in ("encoded", "stream"):  # each is decoded: worth a thread
             pieces = (piece for _, piece in in_threads(lambda item: self._piece(*item), where))
@@ -162,23 +167,22 @@ def build(
     _make_missing(folder, distributed.mine(distributed.of_job(ranges)), shards, side, kind, listed)
     distributed.barrier()
     distributed.refuse_unfinished("decoded", ranges, lambda rows: shard_files.is_there(shards, rows, kind))
-    found = [shard_files.read_facts(shards, rows) for rows in ranges]
-    bad = shard_files.bad(folder, found)
+    found = [shard_files.read_columns(shards, rows) for rows in ranges]
+    bad = shard_files.bad(folder, (facts["bad"] for facts in found))
     quarantine.refuse_bad(folder, bad, listed)
-    good, height, width, aspect = (
-        [value for facts in found for value in facts[name]] for name in ("good", "height", "width", "aspect")
-    )
+    good, height, width, aspect = (shard_files.column(found, name) for name in ("good", *SIDES, "aspect"))
     _refuse_none(good, folder)
     decode.say_oddities([oddity for facts in found for oddity in facts["oddities"]])
-    kept, sizes = replace(folder.only(good), bad=bad), list(zip(height, width, strict=True))
-    total = sum(high * wide for high, wide in sizes) * 3
+    kept = replace(folder.only(good), bad=bad)
+    total = int((height.astype(np.int64) * width).sum()) * 3
     by_gpu = None
     if kind == "streamed":
+        sizes = np.stack((height, width), axis=1)
         where, why, read = "stream", "the files are decoded again for every crop", _from_files(kept, side, sizes)
         if decode.on_gpu(device):
-            jpegs = [size for facts in found for size in facts["jpeg"]]
+            jpegs = shard_files.column(found, "jpeg")
             by_gpu = decode.crops_of(kept, jpegs, sizes, side, device)
-            why += f", {sum(map(bool, jpegs)):,} of them by nvJPEG"
+            why += f", {np.count_nonzero(jpegs):,} of them by nvJPEG"
     else:
         where, why = place(total, device, wanted, memory, step)
         why += _smaller(found, total) if kind == "encoded" else ""
@@ -187,7 +191,7 @@ def build(
         f"pixels: {console.size(total)} of {len(good):,} images, {where} ({why}); views are cut from pictures shrunk to"
         f" a short side of {side} px"
     )
-    pictures = Pictures(torch.tensor(height), torch.tensor(width), torch.tensor(aspect), read, key)
+    pictures = Pictures(torch.from_numpy(height), torch.from_numpy(width), torch.from_numpy(aspect), read, key)
     return PixelStore(pictures, device, where, by_gpu), kept
 
 
@@ -214,8 +218,8 @@ def _place_of_shards(
     return kind, shards, key
 
 
-def _refuse_none(good: list[int], folder: ImageList) -> None:
-    if not good:
+def _refuse_none(good: NDArray[np.int64], folder: ImageList) -> None:
+    if not len(good):
         raise BingoError(
             f"--data: expected images, found none that can be decoded among {len(folder.files) + len(folder.bad)} files"
             f" in {folder.where}"
@@ -223,7 +227,7 @@ def _refuse_none(good: list[int], folder: ImageList) -> None:
 
 
 def _smaller(found: list[dict[str, Any]], total: int) -> str:
-    encoded = sum(sum(shard_files.sizes(facts)) for facts in found)
+    encoded = sum(int(shard_files.sizes(facts).sum()) for facts in found)
     return f": {console.size(encoded)} of JPEGs, {total / encoded:.1f} times smaller, decoded for every crop"
 
 
@@ -234,8 +238,8 @@ def _make_missing(
     that are known by then are in the file `listed`.
     """
     standing = [(rows, _standing(folder, rows, side, shards, kind)) for rows in ranges]
-    missing = [rows for rows, facts in standing if facts is None]
-    done = [facts for _, facts in standing if facts is not None]
+    missing = [rows for rows, bad in standing if bad is None]
+    done = [bad for _, bad in standing if bad is not None]
     count = sum(map(len, missing))
     quarantine.refuse_bad(folder, shard_files.bad(folder, done), listed)
     if not missing:
@@ -249,9 +253,9 @@ def _make_missing(
             quarantine.refuse_bad(folder, shard_files.bad(folder, done), listed)
 
 
-def _standing(folder: ImageList, rows: range, side: int, shards: Path, kind: Kind) -> dict[str, Any] | None:
-    """The facts of a whole shard, its bad files with today's reasons; None for a shard to be made: it is not whole, or
-    a bad file can be decoded now.
+def _standing(folder: ImageList, rows: range, side: int, shards: Path, kind: Kind) -> Bad | None:
+    """The bad files of a whole shard, with today's reasons; None for a shard to be made: it is not whole, or a bad file
+    can be decoded now.
     """
     if not shard_files.is_whole(shards, rows, kind):
         return None
@@ -264,10 +268,10 @@ def _standing(folder: ImageList, rows: range, side: int, shards: Path, kind: Kin
             " are decoded again"
         )
         return None
-    reasons = [[index, str(result)] for index, result in again]
-    if reasons != facts["bad"]:
-        write_text(shard_files.facts_file(shards, rows), json.dumps(facts := facts | {"bad": reasons}))
-    return facts
+    reasons = [(index, str(result)) for index, result in again]
+    if reasons != [tuple(told) for told in facts["bad"]]:
+        write_text(shard_files.facts_file(shards, rows), json.dumps(facts | {"bad": reasons}))
+    return reasons
 
 
 def place(total: int, device: torch.device, wanted: str, memory: int, step: int = WORK) -> tuple[str, str]:
@@ -333,9 +337,8 @@ def _shrink(pixels: Pixels, side: int) -> tuple[Pixels, float]:
     return pixels, width / height
 
 
-def _fill(
-    folder: ImageList, rows: range, side: int, shards: Path, kind: Kind, advance: console.Advance
-) -> dict[str, Any]:
+def _fill(folder: ImageList, rows: range, side: int, shards: Path, kind: Kind, advance: console.Advance) -> Bad:
+    """Make a shard; its bad files."""
     lists = ("good", "height", "width", "aspect", "jpeg", "bad", "oddities", *shard_files.LISTS[kind])
     facts: dict[str, Any] = {"tried": len(rows), "crc32": 0, **{name: [] for name in lists}}
 
@@ -367,7 +370,7 @@ def _fill(
     facts["oddities"].sort()  # threads found them
     # After the pixels: what it says is there, is there.
     write_text(shard_files.facts_file(shards, rows), json.dumps(facts))
-    return facts
+    return cast(Bad, facts["bad"])
 
 
 def _jpeg(folder: ImageList, index: int, side: int) -> int:
@@ -378,8 +381,8 @@ def _jpeg(folder: ImageList, index: int, side: int) -> int:
         return 0
 
 
-def _from_files(folder: ImageList, side: int, sizes: list[tuple[int, int]]) -> Read:
-    """Rows of images decoded anew, shrunk as the store would. sizes: (height, width) that each had when it was
+def _from_files(folder: ImageList, side: int, sizes: NDArray[np.int32]) -> Read:
+    """Rows of images decoded anew, shrunk as the store would. sizes: (N, 2) height and width that each had when it was
     checked.
     """
 
@@ -390,7 +393,7 @@ def _from_files(folder: ImageList, side: int, sizes: list[tuple[int, int]]) -> R
             folder.refuse_changed(image)
             raise decode.changed(folder.place(image), str(error)) from None
         folder.refuse_changed(image)
-        if pixels.shape[:2] != sizes[image]:
+        if pixels.shape[:2] != tuple(sizes[image]):
             raise decode.changed(folder.place(image), "it is another picture")
         return torch.from_numpy(pixels)[top:bottom]
 

@@ -7,7 +7,7 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torchvision  # noqa: F401 - puts its decoders into torch.ops.image
 from bingo_edge.image import Pixels
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -33,6 +34,15 @@ RGB = 3  # the number of a kind of picture to torchvision
 Read = Callable[[int, int, int], Tensor]  # (image, top, bottom) to its rows, uint8 (bottom - top, width, 3)
 Kind = Literal["raw", "encoded", "streamed"]
 SIDES = ("height", "width")
+# What facts hold of each good picture: in an array 4 or 8 bytes, as a Python number 36.
+COLUMNS = {
+    "good": np.int64,
+    "height": np.int32,
+    "width": np.int32,
+    "aspect": np.float32,
+    "encoded": np.int32,
+    "jpeg": np.int64,
+}
 KINDS: tuple[Kind, ...] = ("raw", "encoded", "streamed")
 LISTS: dict[Kind, tuple[str, ...]] = {"raw": (), "encoded": ("encoded",), "streamed": ("jpeg",)}
 
@@ -50,16 +60,28 @@ def read_facts(shards: Path, rows: range) -> dict[str, Any]:
     return facts
 
 
-def bad(folder: ImageList, found: list[dict[str, Any]]) -> tuple[tuple[str, str], ...]:
-    """All that is known to be bad once the shards of `found` were made."""
-    return folder.bad + tuple((folder.files[index], why) for facts in found for index, why in facts["bad"])
+def read_columns(shards: Path, rows: range) -> dict[str, Any]:
+    """The facts of a shard that fits, with arrays in place of its lists of numbers."""
+    facts = read_facts(shards, rows)
+    return facts | {name: np.array(facts[name], kind) for name, kind in COLUMNS.items() if name in facts}
 
 
-def sizes(facts: dict[str, Any]) -> list[int]:
+def column(found: Sequence[dict[str, Any]], name: str) -> NDArray[Any]:
+    """One of COLUMNS of all shards, one after the other."""
+    return np.concatenate([np.empty(0, COLUMNS[name]), *(facts[name] for facts in found)])
+
+
+def bad(folder: ImageList, found: Iterable[Sequence[tuple[int, str]]]) -> tuple[tuple[str, str], ...]:
+    """All that is known to be bad once shards with these bad files were made."""
+    return folder.bad + tuple((folder.files[index], why) for several in found for index, why in several)
+
+
+def sizes(facts: dict[str, Any]) -> NDArray[np.int64]:
     """Bytes of each good picture in a shard's file."""
     if "encoded" in facts:
-        return list(facts["encoded"])
-    return [height * width * 3 for height, width in zip(facts["height"], facts["width"], strict=True)]
+        return np.asarray(facts["encoded"], np.int64)
+    height, width = (np.asarray(facts[name], np.int64) for name in SIDES)
+    return height * width * 3
 
 
 def is_there(shards: Path, rows: range, kind: Kind) -> bool:
@@ -67,8 +89,8 @@ def is_there(shards: Path, rows: range, kind: Kind) -> bool:
     try:
         facts = read_facts(shards, rows)
         fits = _fits(facts, rows, kind)
-        return fits and (kind == "streamed" or data_file(shards, rows).stat().st_size == sum(sizes(facts)))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return fits and (kind == "streamed" or data_file(shards, rows).stat().st_size == sizes(facts).sum())
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return False  # not there, cut short by a kill, or not ours
 
 
@@ -80,14 +102,14 @@ def is_whole(shards: Path, rows: range, kind: Kind) -> bool:
             return False
         if kind == "streamed":
             return True
-        checksum, total = 0, sum(sizes(facts))
+        checksum, total = 0, int(sizes(facts).sum())
         with data_file(shards, rows).open("rb") as handle:
             while piece := handle.read(1 << 24):
                 checksum = zlib.crc32(piece, checksum)
         if checksum == facts["crc32"] and data_file(shards, rows).stat().st_size == total:
             return True
         console.say(f"warning: {data_file(shards, rows)} is damaged; its {len(rows):,} images are decoded again")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         pass  # not there, cut short by a kill, or not ours
     return False
 
@@ -112,13 +134,15 @@ def reader(shards: Path, ranges: Sequence[range], found: Sequence[dict[str, Any]
     never count as this process's memory; encoded ones read and decoded, which raises BingoError where a file was
     damaged since it was looked at.
     """
-    each = [np.array(sizes(facts), dtype=np.int64) for facts in found]
-    length, start = np.concatenate(each), np.concatenate([size.cumsum() - size for size in each])
-    number = np.repeat(np.arange(len(found)), [len(size) for size in each])
-    height, width = (np.concatenate([np.array(facts[name], dtype=np.int64) for facts in found]) for name in SIDES)
+    start = np.concatenate([(each := sizes(facts)).cumsum() - each for facts in found])
+    number = np.repeat(np.arange(len(found), dtype=np.int16), [len(facts["good"]) for facts in found])
+    height, width = (column(found, name) for name in SIDES)
     encoded = any("encoded" in facts for facts in found)
+    length = column(found, "encoded") if encoded else np.empty(0)
     paths = [data_file(shards, rows) for rows in ranges]
-    opened = [_open(path, int(size.sum()), mapped and not encoded) for path, size in zip(paths, each, strict=True)]
+    opened = [
+        _open(path, int(sizes(facts).sum()), mapped and not encoded) for path, facts in zip(paths, found, strict=True)
+    ]
 
     def rows_of_jpeg(image: int, top: int, bottom: int) -> Tensor:
         path, source = paths[number[image]], opened[number[image]]

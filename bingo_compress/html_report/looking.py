@@ -86,13 +86,12 @@ def _store(shards: Path) -> PixelStore:
     """The pixel store in a folder of shards, on the CPU, read from disk as it is used."""
     files = sorted(shards.glob("*.json"))
     ranges = [range(int(file.stem), int(file.stem) + 1) for file in files]
-    found = [shard_files.read_facts(shards, rows) for rows in ranges]
+    found = [shard_files.read_columns(shards, rows) for rows in ranges]
     height, width, aspect = (
-        [value for facts in found for value in facts[name]] for name in ("height", "width", "aspect")
+        torch.from_numpy(shard_files.column(found, name)) for name in (*shard_files.SIDES, "aspect")
     )
     read = shard_files.reader(shards, ranges, found, mapped=False)
-    sizes = Pictures(torch.tensor(height), torch.tensor(width), torch.tensor(aspect), read, shards.name)
-    return PixelStore(sizes, torch.device("cpu"), "disk")
+    return PixelStore(Pictures(height, width, aspect, read, shards.name), torch.device("cpu"), "disk")
 
 
 def make(left: Left, encoders: dict[str, Encoder], seed: int, device: torch.device) -> Looks:

@@ -386,3 +386,15 @@ def test_the_facts_of_a_shard_are_plain_json(photos: Path, work: Path) -> None:
         set(facts) == {"tried", "good", "height", "width", "aspect", "jpeg", "bad", "oddities", "crc32"}
         and facts["tried"] == 8
     )
+
+
+def test_sizes_in_arrays_are_those_that_the_facts_name(
+    mixed: Path, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pixel_store, "SHARD", 4)
+    store, kept = build(list_images(mixed), SIDE, work, CPU, "disk")
+    facts = [json.loads(file.read_text()) for file in sorted(work.glob("pixels-*/*.json"))]
+    for name in ("height", "width", "aspect"):
+        told = torch.tensor([value for part in facts for value in part[name]])
+        assert torch.equal(getattr(store, name).to(told.dtype), told), name
+    assert kept.files == tuple(list_images(mixed).files[index] for part in facts for index in part["good"])
