@@ -31,6 +31,7 @@ COARSE = 7  # pixels: what is larger in it than this is taken off
 REACH = 4  # pixels that one may be shifted against the other, each way
 NEIGHBOURS = 16  # of an image are looked at
 PAIRS = 64  # compared at once: more of them leave the cache
+ROWS = 4096  # images whose pairs are listed at once
 ROUNDS = 16  # after each of which those of one scene are joined
 PICTURES = 10_000  # kept at most, of a folder
 SAMPLE = 128  # images that the limits are fitted to
@@ -79,15 +80,14 @@ def find(photos: Photos, limits: Limits, search: neighbours.Search = neighbours.
     wanted = min(NEIGHBOURS, count - 1)
     if wanted < 1 or limits.alike > 1:
         return scenes
-    indices, similar = neighbours.mates(photos.features, wanted, search)
+    # Of a neighbour that is not similar nothing is kept: of a large folder this is most of what is in memory here.
+    near = torch.empty(count, wanted, dtype=torch.int32)
+    for rows, mates, similar in neighbours.mates_by_block(photos.features, wanted, search):
+        near[rows] = torch.where(similar >= limits.similar, mates, -1)
     # An image's pairs side by side: what is worked out of its picture serves all of a block.
     for images in torch.arange(count).chunk(ROUNDS):
-        first, place = (similar[images] >= limits.similar).nonzero(as_tuple=True)
-        image, other = images[first], indices[images][first, place]
-        # What the rounds before have looked at from the other side, or joined, needs no second look.
-        asked = ((indices[other] == image[:, None]) & (similar[other] >= limits.similar)).any(1) & (other < images[0])
-        pairs = torch.stack((image, other))[:, ~asked & (scenes[image] != scenes[other])]
-        pairs = pairs.sort(dim=0).values.unique(dim=1)
+        pairs = torch.cat([_pairs(near, scenes, part, images[0]) for part in images.split(ROWS)]).unique()
+        pairs = torch.stack((pairs // count, pairs % count))
         if pairs.shape[1]:
             # Kept apart, each answer would pin the large blocks that were freed below it in the heap.
             alike = torch.empty(pairs.shape[1], dtype=torch.bool)
@@ -304,6 +304,20 @@ def _disturbed(plain: Tensor, generator: torch.Generator) -> Tensor:
 def same_bytes(digests: NDArray[np.uint8]) -> Tensor:
     """`find` by exact copies alone."""
     return torch.from_numpy(image_list.same_bytes(digests))
+
+
+def _pairs(near: Tensor, scenes: Tensor, images: Tensor, first: Tensor) -> Tensor:
+    """The pairs of `images` (n,) with those `near` them (N, K) that may be of another scene, each as N times the lower
+    image plus the higher. first: of all images that are looked at in this round.
+    """
+    row, place = (near[images] >= 0).nonzero(as_tuple=True)
+    image, other = images[row], near[images][row, place].long()
+    # What the rounds before have looked at from the other side, or joined, needs no second look.
+    asked = (near[other] == image[:, None]).any(1) & (other < first)
+    wanted = ~asked & (scenes[image] != scenes[other])
+    low, high = torch.stack((image, other))[:, wanted].sort(dim=0).values
+    found: Tensor = low * len(near) + high
+    return found
 
 
 def _joined(scenes: Tensor, pairs: Tensor) -> Tensor:

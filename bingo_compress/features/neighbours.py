@@ -7,7 +7,7 @@ written block by block.
 
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -31,6 +31,9 @@ PRODUCT = {
     "cpu": 256,
     "cuda": 4096,
 }
+
+Part = dict[str, Tensor]  # of a block, by name
+Mates = tuple[Tensor, Tensor, Tensor]  # rows, their neighbours' indices and similarities
 
 # IVF: about LISTS * sqrt(N) lists, k-means on TRAIN rows a list; as many lists a query as WANTED recall takes.
 LISTS = 4
@@ -94,6 +97,17 @@ def mates(features: Matrix, count: int, search: Search) -> tuple[Tensor, Tensor]
     A folder of more than one block goes on after the last block that `search.folder` holds, and several processes share
     the blocks. Where IVF misses too many neighbours, `auto` searches exactly, and `ivf` raises BingoError.
     """
+    shape = (len(features), min(count, len(features) - 1))
+    indices, similar = torch.empty(shape, dtype=torch.int64), torch.empty(shape)
+    for rows, near, close in mates_by_block(features, count, search):
+        indices[rows], similar[rows] = near.long(), close
+    return indices, similar
+
+
+def mates_by_block(features: Matrix, count: int, search: Search) -> Iterator[Mates]:
+    """`mates` by blocks, of which one at a time is in memory where they are in files: (rows (n,), their indices (n,
+    count) int32, similarities (n, count) float32).
+    """
     folder = search.folder if len(features) > BLOCK else None
     if not search.exact(len(features)):
         try:
@@ -107,8 +121,13 @@ def mates(features: Matrix, count: int, search: Search) -> tuple[Tensor, Tensor]
         similar, indices = _nearest(features[start:stop], features, count + 1, search.device)
         return _others(torch.arange(start, stop), similar, indices)
 
-    found = _in_blocks("neighbours", len(features), folder, block)
-    return found["indices"].long(), found["similar"]
+    parts = _in_blocks("neighbours", len(features), folder, block)
+    return _with_rows(torch.arange(len(features)), parts())
+
+
+def _with_rows(rows: Tensor, parts: Iterable[Part]) -> Iterator[Mates]:
+    for block, part in zip(rows.split(BLOCK), parts, strict=True):
+        yield block, part["indices"], part["similar"]
 
 
 def _nearest(queries: Tensor, gallery: Matrix, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -165,62 +184,66 @@ def _others(images: Tensor, similar: Tensor, indices: Tensor) -> dict[str, Tenso
 
 
 def _in_blocks(
-    stem: str, count: int, folder: Path | None, make: Callable[[int, int], dict[str, Tensor]]
-) -> dict[str, Tensor]:
-    """make(start, stop) for every BLOCK of `count` rows, one under the other; a finished block is a file in
-    `folder`.
+    stem: str, count: int, folder: Path | None, make: Callable[[int, int], Part]
+) -> Callable[[], Iterator[Part]]:
+    """Gives make(start, stop) for every BLOCK of `count` rows in turn; a finished block is a file in `folder`, and is
+    read when its turn comes.
     """
     spans = [(start, min(start + BLOCK, count)) for start in range(0, count, BLOCK)]
     if folder is None:
         parts = [make(*span) for span in spans]
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        files = {span: folder / f"{stem}-{span[0]:012d}.safetensors" for span in spans}
-        # Asked once: while one process looks, another may be writing.
-        missing = distributed.from_first(lambda: [span for span in spans if not checkpoint.is_sound(files[span])])
-        mine = distributed.mine(missing)
-        if mine:
-            with console.bar(stem.partition("-")[0], sum(stop - start for start, stop in mine)) as advance:
-                for start, stop in mine:
-                    checkpoint.save(files[start, stop], make(start, stop))
-                    advance(stop - start)
-        distributed.barrier()
-        parts = [checkpoint.load(files[span])[0] for span in spans]
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return lambda: iter(parts)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {span: folder / f"{stem}-{span[0]:012d}.safetensors" for span in spans}
+    # Asked once: while one process looks, another may be writing.
+    missing = distributed.from_first(lambda: [span for span in spans if not checkpoint.is_sound(files[span])])
+    mine = distributed.mine(missing)
+    if mine:
+        with console.bar(stem.partition("-")[0], sum(stop - start for start, stop in mine)) as advance:
+            for start, stop in mine:
+                checkpoint.save(files[start, stop], make(start, stop))
+                advance(stop - start)
+    distributed.barrier()
+    return lambda: (checkpoint.load(file)[0] for file in files.values())
 
 
-def _by_lists(features: Matrix, count: int, search: Search, folder: Path | None) -> tuple[Tensor, Tensor]:
-    """`mates` by IVF: every row belongs to the list of its nearest centroid; a row is compared with the lists whose
-    centroids are nearest to it.
+def _by_lists(features: Matrix, count: int, search: Search, folder: Path | None) -> Iterator[Mates]:
+    """`mates_by_block` by IVF: every row belongs to the list of its nearest centroid; a row is compared with the lists
+    whose centroids are nearest to it.
 
     Rows are taken in the order of their lists: those of a block read much the same lists, and each list is compared at
     once with all that read it. Raises BingoError.
     """
     lists = _Lists(features, count, search.device, folder)
 
-    def block(start: int, stop: int) -> dict[str, Tensor]:
+    def block(start: int, stop: int) -> Part:
         return lists.search(lists.order[start:stop])
 
     # Blocks of other lists than these would hold other rows.
-    found = _in_blocks(f"neighbours-{zlib.crc32(lists.home.numpy().tobytes()):08x}", len(features), folder, block)
-    indices, similar = torch.empty_like(found["indices"], dtype=torch.int64), torch.empty_like(found["similar"])
-    indices[lists.order], similar[lists.order] = found["indices"].long(), found["similar"]
+    parts = _in_blocks(f"neighbours-{zlib.crc32(lists.home.numpy().data):08x}", len(features), folder, block)
     # What is told is measured on the result, with queries that had no say in the number of lists.
-    recall = _recall(lists.measured, similar)
+    queries, wanted = lists.measured
+    recall = _recall(wanted, _of(queries, _with_rows(lists.order, parts())))
     console.say(
         f"neighbours: IVF, {lists.probes} of {len(lists.sizes):,} lists a query, recall@{count} {recall:.3f} on"
         f" {len(lists.measured[0]):,} exact queries"
     )
     _refuse_under(recall, count, lists.probes)
-    return indices, similar
+    return _with_rows(lists.order, parts())
 
 
-def _recall(exact: tuple[Tensor, Tensor], similar: Tensor) -> float:
-    """Share of the exact neighbours (queries (S,), their exact similarities (S, K)) that were found; equally similar
-    rows count as the same.
+def _of(queries: Tensor, found: Iterator[Mates]) -> Tensor:
+    """The similarities (S, K) that were found of the rows `queries` (S,)."""
+    kept = [(rows[asked], similar[asked]) for rows, _, similar in found for asked in [torch.isin(rows, queries)]]
+    rows, similar = (torch.cat(part) for part in zip(*kept, strict=True))
+    return similar[rows.argsort()[queries.argsort().argsort()]]
+
+
+def _recall(wanted: Tensor, similar: Tensor) -> float:
+    """Share of the exact neighbours, by their similarities (S, K), that were found with `similar` (S, K); equally
+    similar rows count as the same.
     """
-    queries, wanted = exact
-    return float((similar[queries] >= wanted[:, -1:] - 1e-6).double().mean())
+    return float((similar >= wanted[:, -1:] - 1e-6).double().mean())
 
 
 def _refuse_under(recall: float, count: int, probes: int) -> None:
@@ -244,7 +267,7 @@ class _Lists:
         def block(start: int, stop: int) -> dict[str, Tensor]:
             return {"home": _nearest(features[start:stop], self._centroids, 1, device)[1][:, 0].int()}
 
-        self.home = _in_blocks("lists", len(features), folder, block)["home"].long()
+        self.home = torch.cat([part["home"] for part in _in_blocks("lists", len(features), folder, block)()]).long()
         self.order = self.home.argsort(stable=True)
         self.sizes = self.home.bincount(minlength=len(self._centroids))
         self._ends = self.sizes.cumsum(0)

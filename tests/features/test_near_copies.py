@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bingo_compress.data import listing, pixel_store
 from bingo_compress.data.image_list import ImageList
-from bingo_compress.features import bagging, extract, near_copies
+from bingo_compress.features import bagging, extract, near_copies, neighbours
 from bingo_compress.features.near_copies import REACH, SIDE, Limits, Photos
 from bingo_compress.features.teacher_pass import TeacherPass
 from bingo_compress.models.encoder import Encoder
@@ -196,3 +196,29 @@ def test_a_look_that_finds_nothing_says_so(
     folder = listing.list_images(photos(tmp_path, 1))
     assert near_copies.said(extract.as_embed(teacher, CPU), folder) == []
     assert "no near-copies" in capsys.readouterr().out
+
+
+def test_pairs_in_parts_are_those_of_the_whole_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they were listed when neighbours and similarities were held whole."""
+    count, least = 200, 0.2
+    photos = Photos(unit(count, 6), digests_of(map(str, range(count))), lambda images: torch.empty(0))
+    asked: list[list[int]] = []
+    monkeypatch.setattr(near_copies, "PAIRS", 10**6)
+    monkeypatch.setattr(near_copies, "ROWS", 3)
+    alike = lambda pairs: (pairs.sum(0) % 7 == 0) & (pairs[1] - pairs[0] < 9)  # noqa: E731
+    monkeypatch.setattr(
+        near_copies, "_are_copies", lambda look, pairs, _: (asked.extend(pairs.tolist()), alike(pairs))[1]
+    )
+    found = near_copies.find(photos, Limits(least, 0.7))
+    indices, similar = neighbours.mates(photos.features, near_copies.NEIGHBOURS, neighbours.IN_MEMORY)
+    scenes, wanted = torch.arange(count), []
+    for images in torch.arange(count).chunk(near_copies.ROUNDS):
+        first, place = (similar[images] >= least).nonzero(as_tuple=True)
+        image, other = images[first], indices[images][first, place]
+        before = ((indices[other] == image[:, None]) & (similar[other] >= least)).any(1) & (other < images[0])
+        pairs = torch.stack((image, other))[:, ~before & (scenes[image] != scenes[other])]
+        pairs = pairs.sort(dim=0).values.unique(dim=1)
+        wanted.extend(pairs.tolist())
+        scenes = near_copies._joined(scenes, pairs[:, alike(pairs)])
+    assert asked == wanted and len(scenes.unique()) < count
+    assert found.tolist() == scenes.tolist()
