@@ -97,9 +97,12 @@ class StoredTargets:
         self, views: Tensor, space: TargetSpace, device: torch.device, *, lengths: bool = False, mean: bool = False
     ) -> None:
         self._lengths = lengths
-        parts = (space.project(rows) if lengths else space(rows) for rows in views.split(ROWS))
-        views = torch.cat([(part.mean(1, keepdim=True) if mean else part).half() for part in parts])
-        self._views, self._device = _at_hand(views, device), device
+        project = space.project if lengths else space
+        shape = (len(views), 1 if mean else views.shape[1], project(views[:1]).shape[-1])
+        made = torch.empty(shape, dtype=torch.float16)
+        for rows, part in zip(made.split(ROWS), views.split(ROWS), strict=True):
+            rows.copy_(project(part).mean(1, keepdim=True) if mean else project(part))
+        self._views, self._device = _at_hand(made, device), device
 
     def __call__(self, indices: Tensor, generator: torch.Generator, mine: Tensor) -> Tensor:
         """Targets (b, dim), float32, L2-normalised (unless `lengths`), of the images indices[mine]; drawn for all of

@@ -7,6 +7,7 @@ from helpers import CPU, seeded, unit
 from torch.nn.functional import normalize
 
 from bingo_compress.data import augment, pixel_store
+from bingo_compress.features import targets as targets_file
 from bingo_compress.features.memmap import Rows
 from bingo_compress.features.targets import OnlineTargets, StoredTargets, TargetSpace, target_space
 from bingo_compress.models.encoder import Encoder
@@ -109,6 +110,15 @@ def test_the_mean_of_an_images_views_is_its_target_and_never_another() -> None:
         assert torch.allclose(found, expected, atol=2e-3) and torch.allclose(
             found.norm(dim=1), torch.ones(3), atol=1e-5
         )
+
+
+@pytest.mark.parametrize("mean", [True, False])
+def test_targets_filled_in_part_by_part_are_those_put_together(mean: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets_file, "ROWS", 4)
+    views, space = unit(10, 3, 8).half(), target_space(unit(10, 8, seed=1), "pca", 5)
+    parts = [space(rows) for rows in views.split(4)]
+    whole = torch.cat([(part.mean(1, keepdim=True) if mean else part).half() for part in parts])
+    assert torch.equal(StoredTargets(views, space, CPU, mean=mean)._views, whole)
 
 
 def test_stored_targets_depend_on_the_generator_alone() -> None:
