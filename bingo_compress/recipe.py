@@ -216,7 +216,10 @@ class Recipe(BaseModel):
         -1.0, ge=-1, description="linear warm-up before the cosine; -1: none with sgd, 5% of the run with adamw"
     )
     crop_scale_min: float = Field(
-        0.2, gt=0, le=1, description="smallest share of the image's area that a random crop keeps (MoCo-v2: 0.2)"
+        0.0,
+        ge=0,
+        le=1,
+        description="smallest share of the area that a crop keeps; 0: 0.2, from random weights under a teacher 0.6",
     )
 
     hold_out: float = Field(

@@ -82,7 +82,7 @@ def told_apart(features: Tensor) -> Tensor:
 def outputs(folder: Path) -> dict[str, list[float]]:
     """What each stage gives on drawn pictures."""
     found = {}
-    settings = settle(recipe(data=str(photos(folder / "photos", 8)), epochs=2))
+    settings = settle(recipe(data=str(photos(folder / "photos", 8)), epochs=2, crop_scale_min=0.2))
     models = trained.build_models(settings)
     for encoder in (models.teacher, models.student):
         by_formula(encoder).eval()

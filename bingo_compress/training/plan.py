@@ -105,6 +105,7 @@ def by_start(recipe: Recipe) -> dict[str, Any]:
     known = knows(recipe)
     return {
         "epochs": recipe.epochs or (0 if recipe.time else usual_epochs(recipe)),
+        "crop_scale_min": recipe.crop_scale_min or (0.2 if known or not loss_of(recipe).teacher else 0.6),
         "backbone_lr": recipe.backbone_lr or (0.1 if known else 1.0),
         "head_first": recipe.head_first if recipe.head_first >= 0 else 0.25 if known else 0.0,
         "norms": recipe.norms if recipe.norms != "auto" else "frozen" if known else "learnt",
