@@ -44,7 +44,7 @@ if [ -n "${QUICK:-}" ]; then
     students=test_resnet batches=8 size=64 step=(--steps 2 --rounds 1 --images 32) epochs=1 seeds=0 million=(--queries-share 0.0005)
 else
     students="resnet18 mobilenetv3_large_100 vit_tiny_patch16_224" batches="256 1024" size=224 step=(--seconds 1 --rounds 2 --images 512 --queue 65536)
-    epochs=100 seeds="0 1 2" million=()
+    epochs=35 seeds="0 1 2" million=()
 fi
 
 distilled() { # name, seed, program: the quick recipe on the photos of the pack, and its proof

@@ -38,3 +38,17 @@ def test_what_a_target_is_is_settled_by_the_variant(changes: dict[str, Any], exp
 def test_the_mean_of_views_that_are_not_stored_is_refused() -> None:
     with pytest.raises(BingoError, match=r"stored_views=mean.*--views online"):
         settle(recipe(stored_views="mean", views="online"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"student_weights": "random"}, 0.6),
+        ({"student_weights": "random", "crop_scale_min": 0.2}, 0.2),
+        ({"student_weights": "student.safetensors"}, 0.2),
+        ({"student_weights": "random", "method": "moco"}, 0.2),
+        ({"student_weights": "random", "method": "seed"}, 0.6),
+    ],
+)
+def test_how_much_a_crop_keeps_follows_from_the_start(changes: dict[str, Any], expected: float) -> None:
+    assert settle(recipe(**changes)).crop_scale_min == expected
