@@ -50,13 +50,13 @@ STOP_AT = 8  # of 18 steps, 6 an epoch
 
 
 def distill(data: Path, out: Path, **settings: Any) -> list[str]:
-    """The words of a command."""
+    """The words of a command. Crops from 20%: of larger ones, at these rates, rounding alone drifts apart sooner."""
     return [
         "distill",
         "--no-report",
         "--out",
         str(out),
-        *flags(**{"data": data, "optimizer": "sgd", "lr": 0.05, **settings}),
+        *flags(**{"data": data, "optimizer": "sgd", "lr": 0.05, "crop_scale_min": 0.2, **settings}),
     ]
 
 

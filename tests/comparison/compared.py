@@ -35,7 +35,7 @@ class Ground:
             "out": str(out),
             **changes,
         }
-        own = flags(teacher_weights=self.base.teacher_weights)
+        own = flags(teacher_weights=self.base.teacher_weights, crop_scale_min=self.base.crop_scale_min)
         return ["compare", *own, *(word for key, value in given.items() for word in (f"--{key}", value))]
 
 

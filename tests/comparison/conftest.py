@@ -22,7 +22,7 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
     tensors = encoder("test_resnet", 32, seed=9).backbone.state_dict()
     safetensors.torch.save_file({name: value.contiguous() for name, value in tensors.items()}, weights)
     data = photos(root / "photos", EACH, KINDS)
-    return Ground(data, recipe(data=str(data), teacher_weights=str(weights)))
+    return Ground(data, recipe(data=str(data), teacher_weights=str(weights), crop_scale_min=0.2))
 
 
 @pytest.fixture(scope="session")
