@@ -1,34 +1,25 @@
 """The queue's kernel, run by Triton's interpreter on a CPU, against the plain way. On a GPU itself: test_gpu.py."""
 
 import io
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
 from helpers import unit
+from interpreter import all_pass, inside, outside
 
 from bingo_compress.kernels import negatives
 
 pytest.importorskip("triton", reason="torch brings no Triton here")
 from bingo_compress.kernels import attention
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-inside = pytest.mark.skipif(not INTERPRETED, reason="the test below starts it, with the interpreter")
 CASES = [(70, 300, 24, 0.2), (5, 64, 16, 0.1), (64, 1000, 256, 0.04), (3, 1, 16, 0.2)]
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="this is the process that it started")
+@outside
 def test_in_a_process_with_the_interpreter() -> None:
-    """Triton asks for it once, when it is imported first."""
-    words = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--no-cov", __file__]
-    ran = subprocess.run(
-        words, env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True
-    )
-    assert ran.returncode == 0 and f"{2 * len(CASES) + 2} passed" in ran.stdout, ran.stdout + ran.stderr
+    all_pass(__file__, 2 * len(CASES) + 2)
 
 
 def by_kernel(monkeypatch: pytest.MonkeyPatch, tile: attention.Tile | None) -> None:

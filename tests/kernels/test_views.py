@@ -3,33 +3,24 @@ test_gpu.py.
 """
 
 import io
-import os
-import subprocess
-import sys
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from helpers import photo
+from interpreter import INTERPRETED, all_pass, inside, outside
 from torch import Tensor
 
 from bingo_compress.data import augment, decode
 
 pytest.importorskip("triton", reason="torch brings no Triton here")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-inside = pytest.mark.skipif(not INTERPRETED, reason="the test below starts it, with the interpreter")
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="this is the process that it started")
+@outside
 def test_in_a_process_with_the_interpreter() -> None:
-    """Triton asks for it once, when it is imported first."""
-    words = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--no-cov", __file__]
-    ran = subprocess.run(
-        words, env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True
-    )
-    assert ran.returncode == 0 and "4 passed" in ran.stdout, ran.stdout + ran.stderr
+    all_pass(__file__, 4)
 
 
 @pytest.fixture(scope="module")
