@@ -6,12 +6,14 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
+AGAIN_AFTER = 0.01  # seconds: longer than most finalisers take, and what comes too early comes once more
 
 
 class Stopped(KeyboardInterrupt):
@@ -20,12 +22,16 @@ class Stopped(KeyboardInterrupt):
 
 _heard: list[int] = []  # signals, in order
 _waiting: list[bool] = []
+_unraisable: list[Callable[..., object]] = []  # sys.unraisablehook before `listen`
 
 
 def listen() -> None:
     """From now on SIGTERM and SIGINT raise Stopped, or wait for the end of a `deferred` block."""
     for number in STATUS:
         signal.signal(number, _hear)
+    if sys.unraisablehook is not _again:
+        _unraisable[:] = [sys.unraisablehook]
+        sys.unraisablehook = _again
 
 
 def leave() -> None:
@@ -35,6 +41,8 @@ def leave() -> None:
     for number in STATUS:
         if signal.getsignal(number) is _hear:
             signal.signal(number, signal.SIG_DFL)
+    if sys.unraisablehook is _again:
+        sys.unraisablehook = _unraisable[0]
 
 
 def end_with_parent() -> None:
@@ -51,6 +59,18 @@ def _hear(number: int, _: FrameType | None) -> None:
     _heard.append(number)
     if not _waiting:
         raise Stopped
+
+
+def _again(dropped: "sys.UnraisableHookArgs") -> None:
+    """Send a signal once more whose Stopped came up in a finaliser, as in the end of a generator that nobody holds:
+    Python drops exceptions there.
+    """
+    if dropped.exc_type is not Stopped:
+        _unraisable[0](dropped)
+        return
+    main_thread = threading.main_thread().ident
+    assert main_thread is not None
+    threading.Timer(AGAIN_AFTER, signal.pthread_kill, (main_thread, _heard.pop())).start()
 
 
 def heard() -> int:

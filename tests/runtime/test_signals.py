@@ -30,7 +30,9 @@ COMPARE = ("compare", *flags(data="photos"), "--labels", "photos", "--out", "com
 def handlers() -> object:
     """Leave the handlers of this process, and what they heard, as they were."""
     before = {number: signal.getsignal(number) for number in signals.STATUS}
+    unraisable = sys.unraisablehook
     yield
+    sys.unraisablehook = unraisable
     for number, handler in before.items():
         signal.signal(number, handler)
     signals._heard.clear()
@@ -60,6 +62,19 @@ def test_a_signal_while_python_itself_ends_leaves_no_traceback() -> None:
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr) == (-signal.SIGTERM, "") and ended.stdout.startswith("bingo-compress")
+
+
+def test_a_signal_in_the_end_of_a_generator_that_nobody_holds_is_not_lost() -> None:
+    code = (
+        "import os, signal, time\nfrom bingo_compress.runtime import signals\n"
+        "def parts():\n    try:\n        yield 1\n    finally:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n        time.sleep(0.001)\n"
+        "signals.listen()\n"
+        "try:\n    next(parts())\n    time.sleep(50)\n"
+        "except signals.Stopped:\n    print('stopped', signals.status())\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "stopped 143\n", "")
 
 
 def test_inside_a_deferred_block_a_signal_waits_for_its_end() -> None:
