@@ -25,8 +25,10 @@ import torch
 from bingo_compress.data import pixel_store, quarantine
 from bingo_compress.data import shards as shard_files
 from bingo_compress.data.image_list import Contents, ImageList
-from bingo_compress.features import near_copies, neighbours, targets
+from bingo_compress.data.listing import list_images
+from bingo_compress.features import bagging, near_copies, neighbours, targets
 from bingo_compress.runtime import console
+from bingo_compress.sources.listed import Names
 
 SIDES = (288, 384)
 CPU = torch.device("cpu")
@@ -82,13 +84,22 @@ def own() -> int:
 
 
 def listed(images: int) -> ImageList:
-    files = tuple(f"train/n{number % 1000:08d}/n{number:08d}.JPEG" for number in range(images))
+    files = Names(f"train/n{number % 1000:08d}/n{number:08d}.JPEG" for number in range(images))
     digests = np.random.default_rng(0).integers(0, 256, (images, 32), np.uint8)
-    return ImageList(Path("photos"), files, (), read=Contents(digests, np.zeros((images, 3), np.int64)))
+    return ImageList(Path("photos"), files, (), read=Contents(digests, np.zeros(images, np.int64)))
 
 
-def names(images: int, work: Path) -> Stage:
-    return lambda: listed(images).files
+def folder(images: int, work: Path) -> Stage:
+    for number in range(1000):
+        (work / "photos" / "train" / f"n{number:08d}").mkdir(parents=True)
+    for name in listed(images).files:
+        (work / "photos" / name).write_bytes(b"x")
+    return lambda: list_images(work / "photos")
+
+
+def bags(images: int, work: Path) -> Stage:
+    folder, found = listed(images), torch.zeros(images, 5, dtype=torch.int64)
+    return lambda: bagging.save(work / "bags.safetensors", found, folder)
 
 
 def copies(images: int, work: Path) -> Stage:
@@ -150,16 +161,17 @@ def scenes(images: int, work: Path, how: str) -> Stage:
 def mean_targets(images: int, work: Path) -> Stage:
     views = torch.from_numpy(np.memmap(work / "views", np.float16, "w+", shape=(images, 2, 256)))
     space = targets.TargetSpace(None, None)
-    return lambda: targets.StoredTargets(views, space, CPU, mean=True)
+    return lambda: targets.StoredTargets(views, space, CPU, mean=True, work=work)
 
 
 STAGES: dict[str, Callable[[int, Path], Stage]] = {
-    "names": names,
+    "a folder, listed": folder,
     "exact copies, counted": copies,
     "exact copies, as scenes": same_bytes,
     "pixel store": store,
     "near-copies, exact": lambda images, work: scenes(images, work, "exact"),
     "near-copies, by lists": lambda images, work: scenes(images, work, "ivf"),
+    "bags, saved": bags,
     "mean of views, 256 numbers": mean_targets,
 }
 

@@ -64,7 +64,7 @@ def _refuse_too_large(plan: Plan, out: Path, disk: float, memory: float) -> None
     if memory > limit:
         raise BingoError(
             f"memory: expected {console.size(memory)} for the run beside what is mapped from files, found"
-            f" {console.size(limit)}; give fewer images, a smaller --batch-size, or --set stored_as=int8"
+            f" {console.size(limit)}; give fewer images, or a smaller --batch-size"
         )
 
 
@@ -76,7 +76,6 @@ def _memory(plan: Plan, models: Models, activations: float, count: int) -> dict[
     """Bytes by what holds them, for a folder of `count` files."""
     head = sum(parameter.numel() for parameter in make_head(plan, models.student.width).parameters())
     parameters = models.student.parameters_count() + head
-    kept = min(plan.views, 1) if plan.recipe.stored_views == "mean" else plan.views  # targets an image
     packed = plan.views * plan.view_bytes * count if plan.packed else 0  # one file for bags and targets
     return {
         "student, head, gradients and optimiser": 4 * parameters * (4 if plan.schedule.optimizer == "adamw" else 3),
@@ -84,15 +83,15 @@ def _memory(plan: Plan, models: Models, activations: float, count: int) -> dict[
         "activations of a step": activations,
         "teacher": 4 * models.teacher.parameters_count(),
         "queue": 4 * plan.dim * plan.schedule.queue_size,
-        "stored targets": 0 if packed else 2 * plan.dim * kept * count,
         "names, sizes, neighbours and bags": LISTED * count,
-        MAPPED[0]: packed,
+        MAPPED[0]: packed + plan.target_bytes * count,
         MAPPED[1]: plan.stored_bytes * count - packed,
     }
 
 
 def _disk(plan: Plan, count: int, work: Path) -> dict[str, int]:
-    embeddings, wanted = plan.stored_bytes * count, plan.recipe.pixels
-    chosen = pixel_store.choose(count, plan.side, work.resolve(), embeddings) if wanted == "auto" else wanted
+    embeddings, own, wanted = plan.stored_bytes * count, plan.target_bytes * count, plan.recipe.pixels
+    chosen = pixel_store.choose(count, plan.side, work.resolve(), embeddings + own) if wanted == "auto" else wanted
     kind = pixel_store.kind_of(chosen, count, plan.side, work.resolve())
-    return {f"pixel store, {kind}": pixel_store.guess(count, plan.side, kind), "teacher's embeddings": embeddings}
+    pixels = pixel_store.guess(count, plan.side, kind)
+    return {f"pixel store, {kind}": pixels, "teacher's embeddings": embeddings, "stored targets": own}

@@ -17,14 +17,14 @@ from bingo_compress.data.image_list import ImageList
 from bingo_compress.data.quarantine import report
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation.held_out import held_out_recall, train
-from bingo_compress.features import near_copies
+from bingo_compress.features import bagging, near_copies
 from bingo_compress.html_report import looking, looks
 from bingo_compress.models import trained
 from bingo_compress.models.encoder import Encoder, weights_digest
 from bingo_compress.models.trained import NOTHING_GIVEN, Given, Models, build_models
 from bingo_compress.presenting.tables import closing_table, describe_bags, header, say_agreement, say_smaller
 from bingo_compress.recipe import Recipe, deciding, load_recipe, recipe_text
-from bingo_compress.runtime import checkpoint, console, distributed, run_dir
+from bingo_compress.runtime import console, distributed, run_dir
 from bingo_compress.sources.opened import absolute_recipe
 from bingo_compress.training.material import (
     Material,
@@ -152,8 +152,7 @@ def _refuse_other_inputs(models: Models, folder: ImageList, out: Path) -> None:
 
 def _save_beginning(run: run_dir.RunDir, plan: Plan, student: Encoder, material: Material, bags: Tensor) -> None:
     """The bags and the student as it is before training."""
-    trained_on = material.folder.only(material.training.tolist())
-    checkpoint.save(run.bags, {"bags": bags}, files=trained_on.files, digests=trained_on.digests)
+    bagging.save(run.bags, bags, material.folder.only(material.training.numpy()))
     trained.save_start(student, run.start, plan.recipe)
 
 

@@ -5,9 +5,10 @@ process.
 import hashlib
 import itertools
 import json
+import os
 import socket
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from bingo_compress.cli import main
+from bingo_compress.data.image_list import Contents, ImageList
 from bingo_compress.data.pixel_store import PixelStore, store_of
 from bingo_compress.models import trained
 from bingo_compress.models.encoder import Encoder, build, weights_digest
@@ -27,6 +29,7 @@ from bingo_compress.recipe import Recipe, make_recipe, recipe_text
 from bingo_compress.runtime import run_dir
 from bingo_compress.runtime.made_of import hash_seed, made_of
 from bingo_compress.runtime.run_dir import RunDir
+from bingo_compress.sources.listed import Names
 from bingo_compress.training.plan import Plan, TeacherShape, make_plan
 from bingo_compress.unread import unread
 
@@ -198,8 +201,14 @@ def unit(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tens
 
 def digests_of(names: Iterable[str | None]) -> np.ndarray:
     """(N, 32) uint8, as `Contents` has them: the same for the same name, zeros for None."""
-    told = [bytes(32) if name is None else hashlib.sha256(name.encode()).digest() for name in names]
+    told = [bytes(32) if name is None else hashlib.sha256(os.fsencode(name)).digest() for name in names]
     return np.frombuffer(b"".join(told), np.uint8).reshape(-1, 32)
+
+
+def listed(names: Sequence[str], digests: np.ndarray | None = None) -> ImageList:
+    """Images of these names that lie nowhere; digests (N, 32): of their contents, None for `digests_of` the names."""
+    found = digests_of(names) if digests is None else digests
+    return ImageList(Path("nowhere"), Names(names), (), read=Contents(found.copy(), np.zeros(len(names), np.int64)))
 
 
 def seeded(seed: int) -> torch.Generator:

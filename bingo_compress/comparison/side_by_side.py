@@ -17,7 +17,7 @@ from bingo_compress.data.image_list import ImageList
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation import probes, scores
 from bingo_compress.evaluation.held_out import train
-from bingo_compress.features import extract, near_copies, neighbours
+from bingo_compress.features import bagging, extract, near_copies, neighbours
 from bingo_compress.models import encoder
 from bingo_compress.models.encoder import Encoder
 from bingo_compress.models.names import resolve_names
@@ -284,8 +284,7 @@ def _train(plan: Plan, models: Models, material: Material, bags_file: Path, made
     lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     checkpoint.forget(saved)
     if bags.numel():  # to be judged by whatever labels there will be
-        trained_on = material.folder.only(material.training.tolist())
-        checkpoint.save(bags_file, {"bags": bags.int()}, made, digests=trained_on.digests)
+        bagging.save(bags_file, bags.int(), material.folder.only(material.training.numpy()), made)
     passes = schedule.steps * schedule.batch_size
     return {
         "student": recipe.student,

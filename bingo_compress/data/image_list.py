@@ -14,7 +14,7 @@ from bingo_compress.errors import BingoError
 from bingo_compress.runtime import console
 from bingo_compress.runtime.machine import in_threads
 from bingo_compress.runtime.made_of import file_digest
-from bingo_compress.sources.listed import SPLITS, Opened, Stamp, stamp_of
+from bingo_compress.sources.listed import SPLITS, Names, Opened, Stamp, stamp_of
 
 MANY = 20_000  # files whose reading is worth a bar
 UNREADABLE = "0" * 64
@@ -23,8 +23,7 @@ UNREADABLE = "0" * 64
 @dataclass(frozen=True)
 class Contents:
     """What was in the N files of a folder when they were read. digests: (N, 32) uint8, sha256, zeros for a file that
-    cannot be read; stamps: (N, 3) int64 size, time of change of the contents, and of anything (ns), by which a later
-    change is noticed.
+    cannot be read; stamps: (N,) int64, hashes of `ImageList.stamp`, by which a later change is noticed.
     """
 
     digests: NDArray[np.uint8]
@@ -42,7 +41,7 @@ class ImageList:
     """
 
     root: Path
-    files: tuple[str, ...]
+    files: Sequence[str]
     bad: tuple[tuple[str, str], ...]
     copies: tuple[tuple[str, str], ...] = ()
     max_bad: str = "100%"
@@ -99,7 +98,10 @@ class ImageList:
 
     def fingerprint(self) -> str:
         """A hash of names and contents, wherever the folder lies: differs when any file does, or how one is read."""
-        digest = hashlib.sha256("\0".join(self.files).encode("utf-8", "surrogateescape"))
+        digest, between = hashlib.sha256(), ""
+        for name in self.files:
+            digest.update(f"{between}{name}".encode("utf-8", "surrogateescape"))
+            between = "\0"
         digest.update(self.contents.digests.tobytes())
         digest.update(repr(self.bands).encode() if self.bands else b"")  # a satellite has more than 255
         return digest.hexdigest()
@@ -107,8 +109,10 @@ class ImageList:
     def only(self, indices: Sequence[int] | NDArray[np.int64]) -> "ImageList":
         """The folder with only these of its files; what was read of them is not read again."""
         rows = np.asarray(indices, dtype=np.int64)
+        if np.array_equal(rows, np.arange(len(self.files))):
+            return self
         read = Contents(self.read.digests[rows], self.read.stamps[rows]) if self.read else None
-        files = tuple(self.files[index] for index in indices)
+        files = Names(self.files[index] for index in indices)
         return replace(self, files=files, rows=rows if self.rows is None else self.rows[rows], read=read)
 
     def refuse_changed(self, index: int) -> None:
@@ -118,7 +122,7 @@ class ImageList:
         if self.read is None:
             return
         if (
-            self.stamp(index) == tuple(self.read.stamps[index].tolist())
+            hash(self.stamp(index)) == self.read.stamps[index]
             or _digest(self, index) == bytes(self.read.digests[index]).hex()
         ):
             return
@@ -129,13 +133,13 @@ class ImageList:
 
 
 def _read_contents(folder: ImageList) -> Contents:
-    def one(index: int) -> tuple[str, tuple[int, ...]]:
+    def one(index: int) -> tuple[str, int]:
         # The stamp first: a change after it shows, one before it is in the digest.
-        stamp = folder.stamp(index)
+        stamp = hash(folder.stamp(index))
         return _digest(folder, index), stamp
 
     count = len(folder.files)
-    digests, stamps = np.zeros((count, 32), np.uint8), np.zeros((count, 3), np.int64)
+    digests, stamps = np.zeros((count, 32), np.uint8), np.zeros(count, np.int64)
     with console.bar("read files", count) if count > MANY else nullcontext() as advance:
         for index, (digest, stamp) in in_threads(one, range(count)):
             digests[index], stamps[index] = np.frombuffer(bytes.fromhex(digest), np.uint8), stamp

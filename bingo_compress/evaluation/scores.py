@@ -15,9 +15,9 @@ from bingo_compress.data.image_list import UNREADABLE, ImageList, labels_of, ref
 from bingo_compress.data.listing import list_images
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation import finetune, intervals, probes
-from bingo_compress.features import extract, near_copies
+from bingo_compress.features import bagging, extract, near_copies
 from bingo_compress.models.encoder import Preprocessing
-from bingo_compress.runtime import checkpoint, console, distributed
+from bingo_compress.runtime import console, distributed
 from bingo_compress.runtime.run_dir import made_by
 from bingo_compress.sources.opened import Data
 
@@ -247,14 +247,8 @@ def trained_on(bags: Path, folder: ImageList) -> int | None:
     """How many images of a folder are, by content, among those that a run was trained on, without labels; None where
     the run does not say. bags: the run's.
     """
-    facts = checkpoint.load(bags)[1]
-    with made_by("distill", bags):
-        listed = facts.get("digests")  # earlier versions kept paths
-        assert listed is None or isinstance(listed, list)
-    if listed is None:
-        return None
-    trained = set(listed)
-    return sum(digest in trained for digest in folder.digests)
+    trained = set(map(bytes, bagging.load(bags).digests))
+    return sum(bytes(digest) in trained for digest in folder.contents.digests) if trained else None
 
 
 def _quarter(labels: Tensor, groups: Tensor) -> Tensor:
@@ -364,13 +358,11 @@ def bag_purity(file: Path, labelled: ImageList) -> dict[str, Any]:
     """Share of (anchor, mate) pairs of a run's bags with the same label, of those that `labelled` has both labels for;
     nothing where it has none.
     """
-    tensors, facts = checkpoint.load(file)
-    known = dict(zip(labelled.digests, labels_of(labelled)[1], strict=True))
+    bags, _, digests = bagging.load(file)
+    known = dict(zip(map(bytes, labelled.contents.digests), labels_of(labelled)[1], strict=True))
     with made_by("distill", file):
-        digests = facts.get("digests", [])  # earlier versions kept paths: what lies there now may be something else
-        assert isinstance(digests, list)
-        labels = torch.tensor([known.get(str(digest), -1) for digest in digests] or [-1] * len(tensors["bags"]))
-        mates = torch.where(tensors["bags"] >= 0, labels[tensors["bags"].clamp(min=0)], -1)
+        labels = torch.tensor([known.get(bytes(digest), -1) for digest in digests] or [-1] * len(bags))
+        mates = torch.where(bags >= 0, labels[bags.clamp(min=0)], -1)
     pairs = (mates >= 0) & (labels >= 0)[:, None]
     anchors = pairs.any(1)
     if not anchors.any():

@@ -4,8 +4,12 @@ BAGGERS.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
@@ -14,7 +18,10 @@ from bingo_compress.errors import BingoError
 from bingo_compress.features import neighbours
 from bingo_compress.features.memmap import Matrix, Rows, TeacherPass, blocks
 from bingo_compress.features.neighbours import IN_MEMORY, Search
-from bingo_compress.runtime import console
+from bingo_compress.runtime import checkpoint, console
+from bingo_compress.runtime.made_of import MadeOf
+from bingo_compress.runtime.run_dir import made_by
+from bingo_compress.sources.listed import Names
 
 ROWS = 1024
 BLOCK = 8192  # rows of the teacher's pass in memory
@@ -197,3 +204,39 @@ def report(
 
 
 BAGGERS = {"knn": by_neighbours, "adaptive": by_trust, "kmeans": by_clusters, "labels": by_labels, "none": without}
+
+
+class Saved(NamedTuple):
+    """Bags (N, K) with the names of the N images and the digests (N, 32) of their files; none of either where an
+    earlier version wrote them as JSON.
+    """
+
+    bags: Tensor
+    names: Names = Names()
+    digests: NDArray[np.uint8] = np.empty((0, 32), np.uint8)
+
+
+def save(path: Path, bags: Tensor, images: ImageList, made: MadeOf | None = None) -> None:
+    """Write bags of `images` to a file that says whose they are; made: what they were made from. As tensors: as JSON a
+    million names and digests are half a gigabyte for a moment.
+    """
+    letters, ends = Names(images.files).parts
+    told = {
+        "names": torch.frombuffer(letters or bytearray(1), dtype=torch.uint8)[: len(letters)],
+        "ends": torch.tensor(ends, dtype=torch.int64),
+        "digests": torch.from_numpy(images.contents.digests),
+    }
+    checkpoint.save(path, {"bags": bags} | told, made)
+
+
+def load(path: Path) -> Saved:
+    """What `save` wrote. Raises BingoError for a file that is damaged or not ours."""
+    tensors = checkpoint.load(path)[0]
+    with made_by("distill", path):
+        bags = tensors["bags"]
+        if "digests" not in tensors:
+            return Saved(bags)
+        letters, ends, digests = (tensors[name].numpy() for name in ("names", "ends", "digests"))
+        assert bags.ndim == 2 and letters.dtype == digests.dtype == np.uint8 and digests.shape == (len(bags), 32)
+        assert ends.shape == (len(bags),) and (np.diff(ends, prepend=0, append=letters.size) >= 0).all()
+        return Saved(bags, Names.of(letters.tobytes(), ends.tolist()), digests)

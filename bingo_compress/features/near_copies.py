@@ -32,7 +32,7 @@ REACH = 4  # pixels that one may be shifted against the other, each way
 NEIGHBOURS = 16  # of an image are looked at
 PAIRS = 64  # compared at once: more of them leave the cache
 ROWS = 4096  # images whose pairs are listed at once
-ROUNDS = 16  # after each of which those of one scene are joined
+ROUNDS = 64  # after each of which those of one scene are joined: only one round's pairs are in memory
 PICTURES = 10_000  # kept at most, of a folder
 SAMPLE = 128  # images that the limits are fitted to
 # What a burst does to a picture: share of each side that is kept, exposure in stops, noise of 255 levels, blur as in

@@ -16,7 +16,7 @@ from torch.nn.functional import cosine_similarity
 
 from bingo_compress.data import shards as shard_files
 from bingo_compress.data.pixel_store import Pictures, PixelStore
-from bingo_compress.features import embedding_map, extract, near_copies
+from bingo_compress.features import bagging, embedding_map, extract, near_copies
 from bingo_compress.features.memmap import Rows
 from bingo_compress.features.neighbours import nearest_neighbours, recall_k
 from bingo_compress.html_report.looks import LARGE, QUALITY, SMALL, Looks, webp
@@ -66,14 +66,13 @@ def find(run: RunDir, recipe: Recipe) -> Left | None:
         width = teacher.stat().st_size // (2 * len(store))
         shape = (len(store), width)
         features = torch.from_numpy(np.memmap(teacher, np.float16, "c", shape=shape))
-        tensors, facts = checkpoint.load(run.bags)
-        training, listed = split(scenes, recipe)[1], facts["files"]
-        assert isinstance(listed, list) and len(scenes) == len(store)
-        assert len(training) == len(listed) == len(tensors["bags"])
+        bags, listed, _ = bagging.load(run.bags)
+        training = split(scenes, recipe)[1]
+        assert len(scenes) == len(store) and len(training) == len(listed) == len(bags)
         names = [""] * len(store)
         for place, name in zip(training.tolist(), listed, strict=True):
-            names[place] = str(name)
-        return Left(store, features, scenes, training, tensors["bags"], names)
+            names[place] = name
+        return Left(store, features, scenes, training, bags, names)
 
 
 def _one(work: Path, pattern: str) -> Path | None:

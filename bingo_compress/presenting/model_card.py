@@ -10,11 +10,12 @@ from typing import Any
 import timm
 
 from bingo_compress import __version__
+from bingo_compress.features import bagging
 from bingo_compress.models import exported
 from bingo_compress.presenting import classes_section, timing_table, toolchain_table
 from bingo_compress.presenting.markdown import CLASSES_SHOWN, name_of, plain, shown, table, title
 from bingo_compress.recipe import GIVEN, Recipe, load_recipe, may_change
-from bingo_compress.runtime import checkpoint, console
+from bingo_compress.runtime import console
 from bingo_compress.runtime.run_dir import RunDir, made_by, read_json, write_text
 from bingo_compress.training.plan import loss_of
 
@@ -139,15 +140,14 @@ def _data(run: RunDir, summary: Mapping[str, Any]) -> list[str]:
         )
     else:
         lines.append("How many images it was trained on is not known: the run has no summary.json.")
-    if run.bags.exists():
-        names = checkpoint.load(run.bags)[1].get("files", [])
-        assert isinstance(names, list)
+    names = bagging.load(run.bags).names if run.bags.exists() else ()
+    if names:
         digest = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
         lines.append(
             f"SHA-256 of the list of training images (relative names, one a line, not their pixels): `{digest}`."
         )
     else:
-        lines.append("A hash of the list of images was not kept: the run's work folder is gone.")
+        lines.append("A hash of the list of images was not kept, or went with the run's work folder.")
     return [*lines, "Neither the images nor their names are part of this card."]
 
 

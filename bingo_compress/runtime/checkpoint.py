@@ -16,9 +16,6 @@ from bingo_compress.runtime import console, signals
 from bingo_compress.runtime.made_of import MadeOf, as_told
 from bingo_compress.runtime.run_dir import atomic, need_space
 
-FACTS = "facts.json"  # a tensor of their bytes, where a header would be too long for them
-HEADER = 50_000_000  # bytes of facts in it at most; safetensors ends at 100 MB, the names of a million images
-
 
 def save(path: Path, tensors: dict[str, Tensor], made: MadeOf | None = None, **facts: object) -> None:
     """Write tensors by name, and `facts` as JSON, to `path`, with a checksum of both. made: what they were made from.
@@ -26,10 +23,7 @@ def save(path: Path, tensors: dict[str, Tensor], made: MadeOf | None = None, **f
     """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     source = {"made_of": made.told()} if made else {}
-    told = json.dumps(facts | source)
-    if len(told) > HEADER:
-        plain[FACTS] = torch.frombuffer(bytearray(json.dumps(facts).encode()), dtype=torch.uint8)
-        told = json.dumps(source)
+    told = json.dumps(facts | source)  # few: safetensors ends at a header of 100 MB
     need_space(path.parent, sum(tensor.nbytes for tensor in plain.values()), path.name)
     with atomic(path) as temporary:
         safetensors.torch.save_file(
@@ -52,8 +46,6 @@ def load(path: Path, *, checked: bool = False) -> tuple[dict[str, Tensor], dict[
             "crc32"
         ] != f"{_checksum(tensors, metadata['bingo_compress']):08x}":
             raise ValueError("its checksum is another one")
-        if FACTS in tensors:
-            facts |= json.loads(bytes(tensors.pop(FACTS).numpy()))
         return tensors, facts
     except Exception as error:
         raise BingoError(

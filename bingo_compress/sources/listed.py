@@ -1,13 +1,14 @@
 """What a source of images gives, and what is no photo wherever it lies."""
 
 import os
+from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 # Refused by name without a look inside: nobody means these to be images, and there may be millions of them.
 NOT_IMAGES = frozenset(
@@ -63,6 +64,58 @@ class Columns(NamedTuple):
 NO_COLUMNS = Columns()
 
 
+class Names(Sequence[str]):
+    """N names one behind the other in memory: each takes 8 bytes beside its letters, as a string of its own 57."""
+
+    def __init__(self, names: Iterable[str] = ()) -> None:
+        self._letters, self._ends = bytearray(), array("Q", [0])
+        for name in names:
+            self.append(name)
+
+    @classmethod
+    def of(cls, letters: bytes, ends: Iterable[int]) -> "Names":
+        """Those whose letters, one behind the other, are `letters`, with the N places where each ends."""
+        found = cls()
+        found._letters += letters
+        found._ends.extend(ends)
+        return found
+
+    @property
+    def parts(self) -> tuple[bytearray, "array[int]"]:
+        """What `of` takes."""
+        return self._letters, self._ends[1:]
+
+    def append(self, name: str) -> None:
+        """Add a name at the end; only who makes them does."""
+        self._letters += name.encode("utf-8", "surrogateescape")
+        self._ends.append(len(self._letters))
+
+    @overload
+    def __getitem__(self, which: int) -> str: ...
+    @overload
+    def __getitem__(self, which: slice) -> "Names": ...
+    def __getitem__(self, which: int | slice) -> "str | Names":
+        places = range(len(self))[which]
+        return self._at(places) if isinstance(places, int) else Names(map(self._at, places))
+
+    def __iter__(self) -> Iterator[str]:
+        return map(self._at, range(len(self)))
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Names | tuple):
+            return NotImplemented
+        return len(self) == len(other) and all(one == another for one, another in zip(self, other, strict=True))
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+    def _at(self, place: int) -> str:
+        return self._letters[self._ends[place] : self._ends[place + 1]].decode("utf-8", "surrogateescape")
+
+
 @dataclass(frozen=True)
 class Listed:
     """What is in one source: N `names`, stable and each there once, to be tried as images, and `bad` as (name, reason).
@@ -73,7 +126,7 @@ class Listed:
     this took long to find, for the next command (`open_sources`).
     """
 
-    names: tuple[str, ...]
+    names: Names
     bad: tuple[tuple[str, str], ...]
     read: Callable[[int], Path | bytes]
     stamp: Callable[[int], Stamp]
@@ -95,8 +148,10 @@ class Opened:
     splits: tuple[str, ...] = ()
 
     @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(
+    def names(self) -> Names:
+        if self.plain:
+            return self.parts[0].names
+        return Names(
             f"{prefix}{name}" for prefix, part in zip(self.prefixes, self.parts, strict=True) for name in part.names
         )
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bingo_compress.errors import BingoError, nearest
-from bingo_compress.sources.listed import Columns, Listed, first_folders, refusal, stamp_of
+from bingo_compress.sources.listed import Columns, Listed, Names, first_folders, refusal, stamp_of
 
 IMAGE_NAMES = (
     "image",
@@ -34,7 +34,7 @@ def listed(path: Path, columns: Columns) -> Listed:
     label's column; without one, of the first folder that tells images apart. Raises BingoError.
     """
     lines, said = _text_list(path) if path.suffix.lower() == ".txt" else _table(path, columns)
-    files: list[str] = []
+    files = Names()
     labels: list[str] = []
     bad: list[tuple[str, str]] = []
     seen: set[str] = set()
@@ -52,7 +52,7 @@ def listed(path: Path, columns: Columns) -> Listed:
         labels += said[number : number + 1]
     base = path.parent
     return Listed(
-        tuple(files),
+        files,
         tuple(bad),
         lambda index: base / os.path.expanduser(files[index]),
         lambda index: stamp_of(base / os.path.expanduser(files[index])),

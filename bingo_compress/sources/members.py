@@ -11,6 +11,7 @@ from bingo_compress.sources.listed import (
     NOT_IMAGES,
     Columns,
     Listed,
+    Names,
     Stamp,
     first_folders,
     in_order,
@@ -34,7 +35,7 @@ def listed(
     """
     kept = [name for name in sizes if not _is_system(name)]
     images = {_key(name) for name in kept if not _tells(name)}
-    files: list[str] = []
+    files = Names()
     bad: list[tuple[str, str]] = []
     for name in sorted(kept, key=in_order):
         if _tells(name) and _key(name) in images:
@@ -50,7 +51,7 @@ def listed(
         return told if any(told) else first_folders(files)
 
     return Listed(
-        tuple(files),
+        files,
         tuple(bad),
         lambda index: read(files[index]),
         lambda index: stamp(),

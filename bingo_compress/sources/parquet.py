@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bingo_compress.errors import BingoError, nearest
-from bingo_compress.sources.listed import Columns, Listed, stamp_of
+from bingo_compress.sources.listed import Columns, Listed, Names, stamp_of
 
 IMAGE_NAMES = ("image", "img", "picture", "photo", "jpg", "png", "bytes")
 LABEL_NAMES = ("label", "labels", "class", "category", "target", "fine_label")
@@ -45,7 +45,7 @@ def listed(path: Path, columns: Columns) -> Listed:
     count = file.metadata.num_rows
     width = max(6, len(str(max(count - 1, 0))))
     return Listed(
-        tuple(f"{number:0{width}d}" for number in range(count)),
+        Names(f"{number:0{width}d}" for number in range(count)),
         (),
         groups.read,
         lambda index: stamp_of(path),

@@ -62,7 +62,7 @@ def with_room(
     anything is written, where no image can be decoded or the disk is too small.
     """
     count = len(folder.files)
-    beside = plan.stored_bytes * count
+    beside = (plan.stored_bytes + plan.target_bytes) * count
     if new and plan.recipe.pixels == "auto":
         chosen = distributed.from_first(lambda: pixel_store.choose(count, plan.side, out.resolve() / "work", beside))
         if chosen == "encoded":
@@ -251,7 +251,9 @@ def _target_source(plan: Plan, teacher: Encoder, material: Material) -> targets.
         return targets.PackedTargets(seen.views, plan.device, lengths=loss.lengths, mean=mean)
     space = targets.target_space(_plain(plan, material), plan.target, plan.dim)
     if not plan.online:
-        return targets.StoredTargets(seen.views, space, plan.device, lengths=loss.lengths, mean=mean)
+        return targets.StoredTargets(
+            seen.views, space, plan.device, lengths=loss.lengths, mean=mean, work=material.work
+        )
     return targets.OnlineTargets(
         teacher,
         material.store,

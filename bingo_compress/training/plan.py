@@ -290,6 +290,12 @@ class Plan:
         return self.dim + 2 + 4 if self.packed else 2 * self._source
 
     @property
+    def target_bytes(self) -> int:
+        """That targets take an image beside the views that they are made of."""
+        kept = min(self.views, 1) if self.recipe.stored_views == "mean" else self.views
+        return 0 if self.packed else 2 * self.dim * kept
+
+    @property
     def asked(self) -> int:
         """Teacher views an anchor and step: 0 unless the teacher is online."""
         return (2 if self.loss.both else 1) if self.online else 0

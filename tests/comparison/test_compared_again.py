@@ -15,7 +15,7 @@ from bingo_compress.comparison import side_by_side
 from bingo_compress.data import listing
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation import held_out
-from bingo_compress.features import extract
+from bingo_compress.features import bagging, extract
 from bingo_compress.models.trained import Models
 from bingo_compress.runtime import checkpoint
 from bingo_compress.training import loop
@@ -124,11 +124,11 @@ def test_purity_is_that_of_the_labels_of_the_day(world: World, tmp_path: Path) -
         for file in (world.data / f"kind{kind}").iterdir():
             (tmp_path / "labels" / f"half{kind in (1, 2)}" / f"{kind}-{file.name}").symlink_to(file)
     table = side_by_side.compare(world.base, tmp_path / "labels", None, "bingo", [0], world.copy(tmp_path / "out"))
-    tensors, facts = checkpoint.load(world.out / "runs" / "bingo-seed0.bags.safetensors")
+    bags, names, _ = bagging.load(world.out / "runs" / "bingo-seed0.bags.safetensors")
     folder = listing.list_images(world.data)
-    half = {digest: name[4] in "12" for digest, name in zip(folder.digests, folder.files, strict=True)}
-    halves = [half[digest] for digest in facts["digests"]]  # type: ignore[attr-defined]
-    same = [halves[mate] == halves[anchor] for anchor, bag in enumerate(tensors["bags"].tolist()) for mate in bag]
+    assert set(names) <= set(folder.files)
+    halves = [name[4] in "12" for name in names]
+    same = [halves[mate] == halves[anchor] for anchor, bag in enumerate(bags.tolist()) for mate in bag]
     assert table["rows"][0]["bags"]["bag_purity"] == pytest.approx(sum(same) / len(same))
     assert table["rows"][0]["bags"]["bag_purity"] > world.table["rows"][0]["bags"]["bag_purity"]
 

@@ -18,6 +18,7 @@ from bingo_compress.data.listing import list_images
 from bingo_compress.data.quarantine import write_quarantine
 from bingo_compress.errors import BingoError
 from bingo_compress.runtime.machine import in_threads
+from bingo_compress.sources.listed import Names
 
 MakePhoto = Callable[..., Path]
 NOT_UTF8 = os.fsdecode(b"caf\xe9.jpg")
@@ -244,6 +245,25 @@ def test_a_part_of_a_folder_keeps_what_was_read(photos: Path) -> None:
     folder.fingerprint()
     read = folder.only([4, 1])
     assert read.read is not None and read.digests == [folder.digests[4], folder.digests[1]] == part.digests
+
+
+def test_a_part_that_is_the_whole_is_no_copy_of_it(photos: Path) -> None:
+    folder = list_images(photos)
+    assert folder.only(range(len(folder.files))) is folder
+    assert folder.only(list(range(len(folder.files)))[::-1]).files == tuple(folder.files)[::-1]
+
+
+def test_names_are_as_they_were_given() -> None:
+    given = ("", "b/ä€😀.jpg", os.fsdecode(b"\xff\x00\n.png"), "", "a" * 5000)
+    names = Names(given)
+    assert tuple(names) == given == names and names != given[::-1] and names != given[:-1]
+    assert [names[place] for place in range(-5, 5)] == [*given, *given]
+    assert names[1:4] == given[1:4] and names[::-2] == given[::-2] and len(names[9:]) == 0
+    with pytest.raises(IndexError):
+        names[5]
+    letters, ends = names.parts
+    assert Names.of(bytes(letters), ends.tolist()) == given
+    assert names == Names(given) and hash(names) == hash(given) and len(Names()) == 0
 
 
 # ---------------------------------------------------------------- labels

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import Ran, photos, recipe, untrained_run
+from helpers import Ran, listed, photos, recipe, untrained_run
 from torch import Tensor
 
 from bingo_compress.comparison import side_by_side
 from bingo_compress.data import listing
-from bingo_compress.data.image_list import Contents, ImageList, labels_of
+from bingo_compress.data.image_list import labels_of
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation import scores, validation
 from bingo_compress.features import extract
@@ -135,17 +135,13 @@ def test_test_images_out_of_the_bank_are_refused_and_counted_in_every_command(
     assert not run.validation.exists() and not run.export.exists()
 
 
-def read(files: tuple[str, ...], digests: np.ndarray) -> ImageList:
-    return ImageList(Path("x"), files, (), read=Contents(digests, np.zeros((len(files), 3), np.int64)))
-
-
 def test_files_that_nobody_can_read_are_not_the_same_picture() -> None:
     digests = np.arange(64, dtype=np.uint8).reshape(2, 32)
     digests[1] = 0
-    bank, test = read(("a/1.jpg", "a/2.jpg"), digests), read(("a/3.jpg", "a/4.jpg"), digests[::-1].copy() * 3)
+    bank, test = listed(("a/1.jpg", "a/2.jpg"), digests), listed(("a/3.jpg", "a/4.jpg"), digests[::-1].copy() * 3)
     scores.refuse_shared(bank, test, "--data")
     with pytest.raises(BingoError, match="found 1 of 2 in both"):
-        scores.refuse_shared(bank, read(("a/3.jpg", "a/4.jpg"), digests), "--data")
+        scores.refuse_shared(bank, listed(("a/3.jpg", "a/4.jpg"), digests), "--data")
 
 
 # ---------------------------------------------------------------- thousands of classes

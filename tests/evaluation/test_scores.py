@@ -17,7 +17,7 @@ from bingo_compress.comparison import side_by_side, tables
 from bingo_compress.data import image_list, listing
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation import probes, scores, validation
-from bingo_compress.features import extract
+from bingo_compress.features import bagging, extract
 from bingo_compress.int8 import gate
 from bingo_compress.recipe import recipe_text
 from bingo_compress.runtime import checkpoint, run_dir
@@ -39,8 +39,8 @@ def a_run(path: Path, data: Path) -> Path:
     run.work.mkdir(parents=True)
     run.recipe.write_text(recipe_text(recipe(data=str(data))))
     checkpoint.save(run.student, encoder("test_efficientnet", seed=1).backbone.state_dict())
-    digests = listing.list_images(data).digests
-    checkpoint.save(run.bags, {"bags": torch.zeros(len(digests), 1, dtype=torch.int64)}, digests=digests)
+    folder = listing.list_images(data)
+    bagging.save(run.bags, torch.zeros(len(folder.files), 1, dtype=torch.int64), folder)
     return path
 
 

@@ -9,9 +9,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from helpers import encoder, photos, recipe, unit
+from helpers import digests_of, encoder, listed, photos, recipe, unit
 
 from bingo_compress.data import listing
 from bingo_compress.data.image_list import ImageList
@@ -273,10 +274,11 @@ def test_bags_are_judged_by_the_labels_of_their_images(prove: Any, world: dict[s
     run = run_dir.RunDir(Path(shutil.copytree(world["run"], tmp_path / "run")))
     folder = listing.list_images(world["data"])
     assert [Path(name).parts[0] for name in folder.files] == [f"kind{kind}" for kind in range(3) for _ in range(8)]
-    digests = [*folder.digests, "of an image elsewhere"]
+    elsewhere = digests_of(["elsewhere"])
+    images = listed([*folder.files, "elsewhere"], np.concatenate((folder.contents.digests, elsewhere)))
     bags = torch.randint(25, (25, 3), generator=torch.Generator().manual_seed(0))
     bags[3, 1:] = bags[7] = -1
-    checkpoint.save(run.bags, {"bags": bags}, digests=digests)
+    bagging.save(run.bags, bags, images)
     out, result = prove(run=run.path)
     labels = torch.tensor([*(number // 8 for number in range(24)), -1])
     assert result["bag_purity"] == pytest.approx(bagging.purity(bags, labels))
@@ -284,7 +286,7 @@ def test_bags_are_judged_by_the_labels_of_their_images(prove: Any, world: dict[s
     assert result["bag_purity_chance"] == pytest.approx(7 / 23)
     assert f"bags: {result['bag_purity']:.3f} [" in out
 
-    checkpoint.save(run.bags, {"bags": bags}, digests=["of other images"] * 25)
+    bagging.save(run.bags, bags, listed(["of other images"] * 25))
     out, result = prove(run=run.path)
     assert "bag_purity" not in result and "bags:" not in out
 

@@ -5,14 +5,48 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import unit
+from helpers import digests_of, listed, unit
 
 from bingo_compress.data.image_list import ImageList
+from bingo_compress.errors import BingoError
 from bingo_compress.features import neighbours
-from bingo_compress.features.bagging import BAGGERS, Seen, knn
+from bingo_compress.features.bagging import BAGGERS, Seen, knn, load, save
 from bingo_compress.features.memmap import TeacherPass
+from bingo_compress.runtime import checkpoint
+from bingo_compress.runtime.made_of import made_of
 
 BACKENDS = ["faiss", "torch"]
+
+
+def test_saved_bags_say_whose_they_are(tmp_path: Path) -> None:
+    made = made_of("bags", images="some")
+    for names in (["a/1.jpg", "ö\udcff.png", ""], [], [""]):
+        bags = torch.arange(2 * len(names)).reshape(-1, 2) - 1
+        save(tmp_path / "bags.safetensors", bags, listed(names), made)
+        found = load(tmp_path / "bags.safetensors")
+        assert torch.equal(found.bags, bags) and found.names == tuple(names)
+        assert np.array_equal(found.digests, digests_of(names))
+        assert checkpoint.made_of(tmp_path / "bags.safetensors") == made
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ends": torch.tensor([2, 1])},
+        {"ends": torch.tensor([1, 3])},
+        {"ends": torch.tensor([-1, 2])},
+        {"ends": torch.tensor([2])},
+        {"digests": torch.zeros(1, 32, dtype=torch.uint8)},
+        {"names": torch.zeros(2)},
+        {"bags": torch.zeros(2)},
+    ],
+)
+def test_bags_of_other_images_than_they_say_are_refused(changes: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    save(tmp_path / "bags.safetensors", torch.zeros(2, 1), listed(["a", "b"]))
+    tensors, _ = checkpoint.load(tmp_path / "bags.safetensors")
+    checkpoint.save(tmp_path / "bags.safetensors", tensors | changes)
+    with pytest.raises(BingoError, match=r"bags\.safetensors"):
+        load(tmp_path / "bags.safetensors")
 
 
 @pytest.fixture(params=BACKENDS)

@@ -1,5 +1,8 @@
 """Target spaces against numpy, and the two sources of targets."""
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +10,7 @@ from helpers import CPU, seeded, unit
 from torch.nn.functional import normalize
 
 from bingo_compress.data import augment, pixel_store
+from bingo_compress.errors import BingoError
 from bingo_compress.features import targets as targets_file
 from bingo_compress.features.memmap import Rows
 from bingo_compress.features.targets import OnlineTargets, StoredTargets, TargetSpace, target_space
@@ -119,6 +123,19 @@ def test_targets_filled_in_part_by_part_are_those_put_together(mean: bool, monke
     parts = [space(rows) for rows in views.split(4)]
     whole = torch.cat([(part.mean(1, keepdim=True) if mean else part).half() for part in parts])
     assert torch.equal(StoredTargets(views, space, CPU, mean=mean)._views, whole)
+
+
+@pytest.mark.parametrize("mean", [True, False])
+def test_targets_on_disk_are_those_in_memory_and_leave_nothing(
+    mean: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    views, space = unit(10, 3, 8).half(), target_space(unit(10, 8, seed=1), "pca", 5)
+    kept = StoredTargets(views, space, CPU, mean=mean, work=tmp_path)
+    assert torch.equal(kept._views, StoredTargets(views, space, CPU, mean=mean)._views)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 0, 99))
+    with pytest.raises(BingoError, match="no space: the file of targets needs"):
+        StoredTargets(views, space, CPU, mean=mean, work=tmp_path)
 
 
 def test_stored_targets_depend_on_the_generator_alone() -> None:

@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import recipe, unit
+from helpers import digests_of, listed, recipe, unit
 from markdown_it import MarkdownIt
 
 from bingo_compress.data.image_list import ImageList
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation import probes, protocol, scores
 from bingo_compress.evaluation.scores import Sides
+from bingo_compress.features import bagging
 from bingo_compress.models import exported
 from bingo_compress.presenting.model_card import card, licence, plain, renew
 from bingo_compress.recipe import recipe_text
@@ -87,12 +88,7 @@ def run(tmp_path: Path) -> run_dir.RunDir:
     }
     run_dir.write_text(made.summary, json.dumps(summary))
     checkpoint.save(made.student, {"weight": torch.zeros(2)})
-    checkpoint.save(
-        made.bags,
-        {"bags": torch.zeros(2, 1)},
-        root=str(tmp_path / "secret-photos"),
-        files=["cat/private-1.jpg", "dog/2.jpg"],
-    )
+    bagging.save(made.bags, torch.zeros(2, 1), listed(["cat/private-1.jpg", "dog/2.jpg"]))
     return made
 
 
@@ -174,14 +170,12 @@ def test_a_run_without_summary_and_work_says_so(run: run_dir.RunDir) -> None:
 def test_the_list_of_images_is_there_by_count_and_hash_alone(run: run_dir.RunDir) -> None:
     before = section(card(run, [], None), "Data")
     (digest,) = re.findall(r"`([0-9a-f]{64})`", before)
-    checkpoint.save(
-        run.bags, {"bags": torch.zeros(2, 1)}, root="/another/place", files=["cat/private-1.jpg", "dog/2.jpg"]
-    )
+    bagging.save(run.bags, torch.ones(2, 1), listed(["cat/private-1.jpg", "dog/2.jpg"], digests_of("ab")))
     assert digest in card(run, [], None)
-    checkpoint.save(
-        run.bags, {"bags": torch.zeros(2, 1)}, root="/another/place", files=["cat/private-1.jpg", "dog/3.jpg"]
-    )
+    bagging.save(run.bags, torch.zeros(2, 1), listed(["cat/private-1.jpg", "dog/3.jpg"]))
     assert digest not in card(run, [], None)
+    checkpoint.save(run.bags, {"bags": torch.zeros(2, 1)}, files=["as an earlier version wrote them"])
+    assert "A hash of the list of images was not kept" in card(run, [], None)
 
 
 def test_the_settings_that_differ_are_in_it_and_the_others_are_not(run: run_dir.RunDir) -> None:

@@ -12,7 +12,6 @@ from torch import nn
 
 from bingo_compress.errors import BingoError
 from bingo_compress.runtime import checkpoint
-from bingo_compress.runtime.made_of import made_of
 from bingo_compress.training.plan import learning_rate
 
 # ---------------------------------------------------------------- learning rate
@@ -72,22 +71,6 @@ def test_save_and_load_give_back_tensors_and_facts(tmp_path: Path) -> None:
         assert found[name].dtype == tensor.dtype
         assert torch.equal(found[name], tensor)
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
-
-
-def test_facts_that_no_header_takes_are_kept_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The names and digests of ImageNet's images are 130 MB of JSON, and safetensors ends at 100."""
-    assert checkpoint.HEADER < 100_000_000
-    monkeypatch.setattr(checkpoint, "HEADER", 1000)
-    path, made, names = tmp_path / "x.safetensors", made_of("student", weights="some"), [f"{n}.jpg" for n in range(200)]
-    checkpoint.save(path, {"a": torch.ones(3)}, made, step=1, files=names)
-    with safetensors.safe_open(path, framework="pt") as file:
-        assert len(file.metadata()["bingo_compress"]) < 1000
-    found, facts = checkpoint.load(path, checked=True)
-    assert facts == {"step": 1, "files": names, "made_of": made.told()} and list(found) == ["a"]
-    assert checkpoint.made_of(path) == made
-    whole = path.read_bytes()
-    path.write_bytes(whole.replace(b"7.jpg", b"8.jpg", 1))
-    assert not checkpoint.is_sound(path, made)
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "garbage", "header"])
