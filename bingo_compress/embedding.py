@@ -35,7 +35,7 @@ def embed(recipe: Recipe, out: Path, share: tuple[int, int], given: Given = NOTH
     if before and (difference := trained.changed(before, models.recipe)):
         raise _other(out, difference)
     plan = make_plan(models.recipe, len(folder.files), device, shape_of(models.teacher))
-    plan, asked = material.with_room(plan, asked, models.student, folder, out, new=before is None)
+    plan, asked = material.with_room(plan, asked, models.student, folder, out, new=before is None, by_jobs=True)
     models = replace(models, recipe=plan.recipe)
     run_dir.open_shared(out, f"{number}-of-{jobs}")
     _begin(run, models, folder, device)
@@ -47,7 +47,8 @@ def embed(recipe: Recipe, out: Path, share: tuple[int, int], given: Given = NOTH
     next_ = f"bingo-compress distill --out {shlex.quote(str(out))} --resume"
     try:
         with distributed.as_job(number, jobs):
-            material.embed(plan, models.teacher, folder, run.work)
+            # Packed ones, too, as the teacher gives them: `distill` knows their space when all are there.
+            material.embed(plan, models.teacher, folder, run.work, plan.views)
     except distributed.Unfinished as others:
         decoded = others.stage == "embedded"
         then = f"the run goes on with: {next_}" if decoded else "the same command again embeds"

@@ -17,7 +17,7 @@ from bingo_compress.data.image_list import ImageList
 from bingo_compress.data.quarantine import report
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation.held_out import held_out_recall, train
-from bingo_compress.features import bagging, near_copies
+from bingo_compress.features import bagging, near_copies, teacher_pass
 from bingo_compress.html_report import looking, looks
 from bingo_compress.models import trained
 from bingo_compress.models.encoder import Encoder, weights_digest
@@ -151,7 +151,9 @@ def _refuse_other_inputs(models: Models, folder: ImageList, out: Path) -> None:
 
 
 def _save_beginning(run: run_dir.RunDir, plan: Plan, student: Encoder, material: Material, bags: Tensor) -> None:
-    """The bags and the student as it is before training."""
+    """The bags and the student as it is before training. What array jobs stored to be packed has been packed."""
+    if plan.packed and run.begun.is_file():
+        teacher_pass.drop_views(material.seen)
     bagging.save(run.bags, bags, material.folder.only(material.training.numpy()))
     trained.save_start(student, run.start, plan.recipe)
 

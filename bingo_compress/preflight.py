@@ -66,11 +66,6 @@ def refuse_alone(recipe: Recipe, share: str) -> tuple[int, int]:
             "--views online: expected stored views, found a teacher that runs in every step: there is nothing to embed"
             " before; give --views 4, or start distill"
         )
-    if recipe.stored_as != Recipe.model_fields["stored_as"].default:
-        raise BingoError(
-            f"--set stored_as={recipe.stored_as}: expected views as the teacher gives them, found packed ones, whose"
-            " space is known when all is embedded; leave it out, or start distill"
-        )
     if recipe.time:
         raise BingoError(
             f"--set time={recipe.time}: expected epochs, found a time, which no job can know of the others; give"

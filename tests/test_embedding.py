@@ -4,11 +4,12 @@ import fcntl
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from helpers import TINY, Ran, flags, photos
+from helpers import CPU, TINY, Ran, flags, interrupted_at, photos, recipe
 from safetensors.torch import load_file
 
 import bingo_compress
@@ -16,7 +17,9 @@ from bingo_compress import embedding
 from bingo_compress.data import pixel_store
 from bingo_compress.errors import BingoError
 from bingo_compress.features import extract, teacher_pass
+from bingo_compress.models.trained import build_models
 from bingo_compress.runtime import checkpoint
+from bingo_compress.training.plan import plan_run, settle
 
 Bingo = Callable[..., Ran]
 JOBS = 4
@@ -45,9 +48,15 @@ def job(number: int, folder: Path, out: Path, **changes: Any) -> list[str]:
 
 
 def parts(run: Path) -> dict[str, bytes]:
-    """Every file of both stages, by its path."""
-    stages = [path for stem in ("pixels", "teacher") for path in (run / "work").glob(f"{stem}-*/*")]
-    return {str(path.relative_to(run)): path.read_bytes() for path in stages}
+    """Every file of both stages, by its path; of safetensors the tensors, for the facts beside them have no order."""
+    stages = [path for stem in ("pixels", "teacher") for path in (run / "work").glob(f"{stem}-*/**/*")]
+    return {str(path.relative_to(run)): content(path) for path in stages if path.is_file()}
+
+
+def content(file: Path) -> bytes:
+    if file.suffix != ".safetensors":
+        return file.read_bytes()
+    return b"".join(name.encode() + tensor.numpy().tobytes() for name, tensor in sorted(load_file(file).items()))
 
 
 def same(one: Path, two: Path) -> None:
@@ -63,11 +72,13 @@ def same(one: Path, two: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["float16", "int8"])
 def test_four_jobs_join_into_the_run_that_one_process_makes(
-    folder: Path, tmp_path: Path, bingo: Bingo, monkeypatch: pytest.MonkeyPatch
+    kind: str, folder: Path, tmp_path: Path, bingo: Bingo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """With int8 the run packs the float16 views of the jobs, and drops them when it has packed all."""
     out, alone = tmp_path / "joined", tmp_path / "alone"
-    rounds = [[bingo(*job(number, folder, out)) for number in (2, 0, 3, 1)] for _ in range(2)]
+    rounds = [[bingo(*job(number, folder, out, stored_as=kind)) for number in (2, 0, 3, 1)] for _ in range(2)]
     assert [ran.status for made in rounds for ran in made] == [0] * 8, [ran.err for made in rounds for ran in made]
     last = [[ran.out.strip().splitlines()[-1] for ran in made] for made in rounds]
     assert last[0][0] == (
@@ -84,13 +95,47 @@ def test_four_jobs_join_into_the_run_that_one_process_makes(
     with monkeypatch.context() as patch:
         for owner, name in ((pixel_store, "_fill"), (teacher_pass, "_embedded")):
             patch.setattr(owner, name, lambda *_: pytest.fail("made again"))
-        assert bingo(*job(0, folder, out)).out.strip().splitlines()[-1] == last[1][3]
+        assert bingo(*job(0, folder, out, stored_as=kind)).out.strip().splitlines()[-1] == last[1][3]
         ran = bingo("distill", "--out", out, "--resume")
     assert ran.status == 0, ran.err
-    assert parts(out) == before
-    by_itself = bingo("distill", "--out", alone, *flags(data=folder, **WORDS))
+    gone = {Path(name).name[:5] for name, _ in before.items() - parts(out).items()}
+    assert gone == ({"views"} if kind == "int8" else set())
+    by_itself = bingo("distill", "--out", alone, *flags(data=folder, stored_as=kind, **WORDS))
     assert by_itself.status == 0, by_itself.err
     same(out, alone)
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_while_it_packs_the_views_of_jobs_goes_on(
+    folder: Path, tmp_path: Path, bingo: Bingo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is packed is not packed again; the teacher is asked for the one shard that was damaged meanwhile."""
+    out, alone, words = tmp_path / "run", tmp_path / "alone", flags(data=folder, stored_as="int8", **WORDS)
+    assert bingo("embed", "--shard", "0/1", "--out", out, *words).status == 0
+    with interrupted_at(monkeypatch, teacher_pass, "packed", 5):
+        assert bingo("distill", "--out", out, "--resume").status == 130
+    file = next(out.glob("work/teacher-*/views.f16"))
+    content = file.read_bytes()
+    file.write_bytes(content[:-8] + bytes(8))
+    asked, real = [], teacher_pass._embedded
+    with monkeypatch.context() as patch:
+        patch.setattr(teacher_pass, "_embedded", lambda *given: asked.append(1) or real(*given))
+        ran = bingo("distill", "--out", out, "--resume")
+    assert ran.status == 0 and "are damaged and are made again" in ran.out and len(asked) == 1, ran.err
+    assert not list(file.parent.glob("views*"))
+    assert bingo("distill", "--out", alone, *words).status == 0
+    same(out, alone)
+
+
+def test_jobs_count_views_that_will_be_packed_in_both_forms_on_the_disk(
+    folder: Path, tmp_path: Path, bingo: Bingo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_run(build_models(settle(recipe(data=str(folder), stored_as="int8"))), 25, CPU)
+    each = plan.stored_bytes + 2 * 2 * plan.teacher.embedding  # two views of two bytes a number beside them
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=25 * plan.stored_bytes))
+    ran = bingo(*job(0, folder, tmp_path / "run", stored_as="int8"))
+    assert ran.status == 2 and f"the teacher's embeddings needs {round(25 * each * 1.02):,} bytes" in ran.err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
@@ -138,7 +183,6 @@ def test_jobs_at_the_same_time_and_more_than_there_are_shards_join_as_well(
         (["--shard", "-1/4"], "found '-1/4'"),
         (["--shard", "0/0"], "found '0/0'"),
         (["--views", "online"], "--views online: expected stored views"),
-        (["--set", "stored_as=int8"], "stored_as=int8: expected views as the teacher gives them"),
         (["--epochs", "0", "--time", "1h"], "expected epochs, found a time"),
     ],
 )

@@ -97,12 +97,18 @@ class Stored:
             console.say(f"rows {first:,} to {first + rows - 1:,} of {self.path} are damaged and are made again")
         return whole
 
-    def read(self, *shape: int) -> Tensor:
-        """The rows as a tensor of this shape, read from disk as they are used. Writing to it changes memory alone,
-        never the file.
+    def read(self, *shape: int, first: int = 0) -> Tensor:
+        """The rows from `first` as a tensor of this shape, read from disk as they are used. Writing to it changes
+        memory alone, never the file.
         """
         kind = torch.empty(0, dtype=self.kind).numpy().dtype
-        return torch.from_numpy(np.memmap(self.path, kind, "c", shape=shape))
+        return torch.from_numpy(np.memmap(self.path, kind, "c", self.size(first), shape))
+
+    def drop(self) -> None:
+        """Delete the file and its markers, where they are there."""
+        for marker in self.path.parent.glob(f"{self.path.stem}-*.json"):
+            marker.unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)
 
     def size(self, rows: int) -> int:
         """Bytes of so many rows."""

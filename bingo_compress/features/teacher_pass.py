@@ -30,6 +30,7 @@ SHARD = 1024
 ROWS = 1024  # of a sample
 TOO_ALIKE = 1 - 1.6e-5  # the mean cosine at which float16's rounding is 5% of the images' spread
 LARGE = 512  # images that the teacher is given at once on a GPU; halved until they fit
+VIEWS = "views.f16"  # as the teacher gave them
 
 
 def run(
@@ -58,7 +59,7 @@ def run(
         distributed.from_first(lambda: drop_stale(work, stem, {shards.name}))
     shards.mkdir(exist_ok=True)
     count = len(folder.files)
-    viewed = Stored(shards / "views.f16", teacher.width if of_features else teacher.embedding_width())
+    viewed = Stored(shards / VIEWS, teacher.width if of_features else teacher.embedding_width())
     plain = (
         Stored(shards / "features.f16", teacher.width),
         Stored(shards / "embeddings.f16", teacher.embedding_width()),
@@ -91,7 +92,8 @@ def with_packed_views(
 ) -> TeacherPass:
     """`seen`, a pass without views, with the views that `run` would have made, in the target space alone, as `project`
     gives it: `targets.packed`, with their `closeness`. By shards of rows in the folder `home`, that are never made
-    twice; whoever names it answers for `project` being always the same there.
+    twice; whoever names it answers for `project` being always the same there. The teacher is not asked for views that
+    `run` has stored beside `seen`, as array jobs do.
 
     Raises BingoError as `run` does.
     """
@@ -105,10 +107,15 @@ def with_packed_views(
         close = torch.einsum("nd,nd->n", plain[rows.start : rows.stop].float(), made.float())
         return packed(project(made)), close[:, None]
 
-    files = _Files((), kept, count, viewing.of_features, pack)
+    files = _Files((), kept, count, viewing.of_features, pack, Stored(seen.home / VIEWS, plain.shape[1]))
     _complete(files, viewing, range(views), home)
     found, close = files.views(views)
     return replace(seen, views=found, close=close[:, :, 0])
+
+
+def drop_views(seen: TeacherPass) -> None:
+    """Delete the views that `run` has stored beside `seen`: `with_packed_views` has packed them."""
+    Stored(seen.home / VIEWS, seen.embeddings.shape[1]).drop()
 
 
 Shard = tuple[range, int]  # images, and which augmented view of them, -1 for the plain one
@@ -130,12 +137,15 @@ def _complete(files: "_Files", viewing: Viewing, views: range, work: Path) -> bo
         mine = distributed.mine(missing)
         with console.bar(f"teacher, {len(views)} views", sum(len(rows) for rows, _ in mine)) as advance:
             for rows, view in mine:
-                batches = (
-                    _plain_shard(teacher, folder, rows, device)
-                    if view < 0
-                    else _view_shard(teacher, viewing.pixels, rows, view, viewing.scale_min)
-                )
-                made = files.kinds(view, *_embedded(teacher, batches, fit, advance))
+                if made := files.as_given(rows, view):
+                    advance(len(rows))
+                else:
+                    batches = (
+                        _plain_shard(teacher, folder, rows, device)
+                        if view < 0
+                        else _view_shard(teacher, viewing.pixels, rows, view, viewing.scale_min)
+                    )
+                    made = files.kinds(view, *_embedded(teacher, batches, fit, advance))
                 for kind in made:
                     _refuse_no_direction(kind, folder, rows, teacher)
                 files.write(rows, view, made)
@@ -161,7 +171,7 @@ def _key(teacher: Encoder, folder: ImageList, pixels: PixelStore, scale_min: flo
 class _Files:
     """What a pass over `count` images writes. plain: features and embeddings, (N, width); viewed: what `pack` makes of
     the augmented views' features or embeddings, or those as they are; view by view, so that more views go on at the
-    end, (V, N, width).
+    end, (V, N, width). given: where another pass may have stored what `pack` takes.
     """
 
     plain: tuple[Stored, ...]
@@ -169,6 +179,7 @@ class _Files:
     count: int
     of_features: bool
     pack: Callable[[range, Tensor], tuple[Tensor, ...]] = lambda _, made: (made,)
+    given: Stored | None = None
 
     def _parts(self, view: int) -> tuple[Stored, ...]:
         return self.plain if view < 0 else self.viewed
@@ -179,6 +190,13 @@ class _Files:
     def kinds(self, view: int, features: Tensor, embeddings: Tensor) -> tuple[Tensor, ...]:
         """Those of the two that are kept of a view."""
         return (features, embeddings) if view < 0 else (features,) if self.of_features else (embeddings,)
+
+    def as_given(self, rows: range, view: int) -> tuple[Tensor, ...]:
+        """What `kinds` keeps of a shard that another pass has stored; nothing where none has."""
+        first = self._first(rows, view)
+        if self.given is None or not self.given.sound(first, len(rows)):
+            return ()
+        return (self.given.read(len(rows), self.given.width, first=first),)
 
     def sound(self, rows: range, view: int) -> bool:
         """Whether a shard is there as it was written."""
@@ -195,7 +213,7 @@ class _Files:
     def reserve(self, views: int) -> None:
         """Make room for all images and so many views."""
         for parts, high in ((self.plain, 1), (self.viewed, views)):
-            for part in parts:
+            for part in parts if high else ():
                 part.reserve(high * self.count)
 
     def write(self, rows: range, view: int, made: Sequence[Tensor]) -> None:

@@ -56,13 +56,21 @@ def begun_with(models: Models, folder: image_list.ImageList) -> dict[str, Any]:
 
 
 def with_room(
-    plan: Plan, asked: Recipe, student: Encoder, folder: image_list.ImageList, out: Path, *, new: bool
+    plan: Plan,
+    asked: Recipe,
+    student: Encoder,
+    folder: image_list.ImageList,
+    out: Path,
+    *,
+    new: bool,
+    by_jobs: bool = False,
 ) -> tuple[Plan, Recipe]:
-    """The plan and what was asked for, with what pixels=auto means here where the run is new. Raises BingoError, before
-    anything is written, where no image can be decoded or the disk is too small.
+    """The plan and what was asked for, with what pixels=auto means here where the run is new. by_jobs: array jobs make
+    the teacher's pass. Raises BingoError, before anything is written, where no image can be decoded or the disk is too
+    small.
     """
     count = len(folder.files)
-    beside = (plan.stored_bytes + plan.target_bytes) * count
+    beside = (plan.joined_bytes if by_jobs else plan.stored_bytes + plan.target_bytes) * count
     if new and plan.recipe.pixels == "auto":
         chosen = distributed.from_first(lambda: pixel_store.choose(count, plan.side, out.resolve() / "work", beside))
         if chosen == "encoded":
@@ -88,7 +96,8 @@ def prepare(plan: Plan, models: Models, folder: image_list.ImageList, work: Path
     BingoError.
     """
     sources = sources_of(models, folder)
-    store, folder, seen = embed(plan, models.teacher, folder, work)
+    # Packed views come when their space is known.
+    store, folder, seen = embed(plan, models.teacher, folder, work, 0 if plan.packed else plan.views)
     sources |= {"teacher's embeddings": seen.key}
     scenes = _scenes(plan, models.teacher, folder, store, seen, work)
     if len(scenes.unique()) < len(scenes):
@@ -99,10 +108,10 @@ def prepare(plan: Plan, models: Models, folder: image_list.ImageList, work: Path
 
 
 def embed(
-    plan: Plan, teacher: Encoder, folder: image_list.ImageList, work: Path
+    plan: Plan, teacher: Encoder, folder: image_list.ImageList, work: Path, views: int
 ) -> tuple[pixel_store.PixelStore, image_list.ImageList, TeacherPass]:
-    """(pixels, the images that can be decoded, the teacher's pass), of an array job its share alone. Raises BingoError,
-    and distributed.Unfinished where other jobs have not made theirs.
+    """(pixels, the images that can be decoded, the teacher's pass with so many `views`), of an array job its share
+    alone. Raises BingoError, and distributed.Unfinished where other jobs have not made theirs.
     """
     recipe, room = plan.recipe, machine.parse_memory(plan.recipe.memory)
     store, folder = pixel_store.build(folder, plan.side, work, plan.device, recipe.pixels, room, plan.step_bytes)
@@ -110,7 +119,7 @@ def embed(
         teacher,
         folder,
         store,
-        0 if plan.packed else plan.views,
+        views,
         recipe.crop_scale_min,
         work,
         plan.device,

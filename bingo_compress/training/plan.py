@@ -285,6 +285,13 @@ class Plan:
         return 2 * (self.teacher.width + self.teacher.embedding) + self.views * self.view_bytes
 
     @property
+    def joined_bytes(self) -> int:
+        """The same of a run that goes on with what array jobs stored: until all views are packed, they are there as the
+        teacher gave them, too.
+        """
+        return self.stored_bytes + (2 * self.views * self._source if self.packed else 0)
+
+    @property
     def view_bytes(self) -> int:
         """That it stores an image and view; packed: numbers, their step and how close the view is to the image."""
         return self.dim + 2 + 4 if self.packed else 2 * self._source

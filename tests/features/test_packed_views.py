@@ -1,5 +1,6 @@
 """Stored views in the target space, a byte a number: against the float16 pass, interrupted, and in a bag's making."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,14 +46,14 @@ def whole(
 
 
 class Packing:
-    """The packed pass of one folder, teacher and target space."""
+    """The packed pass of one folder, teacher and target space, by the teacher and not from stored views."""
 
     def __init__(self, teacher: Encoder, folder: image_list.ImageList, store: pixel_store.PixelStore) -> None:
         self.viewing = teacher_pass.Viewing(teacher, folder, store, 0.2, CPU, of_features=False)
 
     def __call__(self, seen: TeacherPass, space: TargetSpace, home: Path, views: int = 2) -> TeacherPass:
         home.mkdir(exist_ok=True)
-        return teacher_pass.with_packed_views(seen, self.viewing, views, space, home)
+        return teacher_pass.with_packed_views(replace(seen, home=home), self.viewing, views, space, home)
 
 
 @pytest.fixture
@@ -137,6 +138,28 @@ def test_more_views_add_to_those_that_are_there_and_a_damaged_shard_is_made_agai
     three = packing(whole, space, tmp_path, views=3)
     assert torch.equal(three.views, by_shards(space, whole.views))
     assert made == [(8, 1), (0, 2), (8, 2), (16, 2)]
+
+
+@pytest.mark.parametrize("of_features", [False, True])
+def test_views_that_are_stored_beside_a_pass_are_packed_without_the_teacher(
+    of_features: bool,
+    packing: Packing,
+    teacher: Encoder,
+    folder: image_list.ImageList,
+    store: pixel_store.PixelStore,
+    space: TargetSpace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    viewing = replace(packing.viewing, of_features=of_features)
+    teacher_pass.run(teacher, folder, store, 2, 0.2, tmp_path, CPU, of_features=of_features)
+    seen = teacher_pass.run(teacher, folder, store, 0, 0.2, tmp_path, CPU, of_features=of_features)
+    (tmp_path / "asked").mkdir()
+    asked = teacher_pass.with_packed_views(replace(seen, home=tmp_path), viewing, 2, space, tmp_path / "asked")
+    with monkeypatch.context() as patch:
+        patch.setattr(teacher_pass, "_embedded", lambda *_: pytest.fail("embedded again"))
+        found = teacher_pass.with_packed_views(seen, viewing, 2, space, seen.home)
+    assert torch.equal(found.views, asked.views) and torch.equal(found.close, asked.close)
 
 
 def test_an_image_that_the_teacher_makes_no_numbers_of_is_not_packed(
