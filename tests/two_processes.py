@@ -18,14 +18,14 @@ from typing import Any
 from unittest import mock
 
 import torch
-from helpers import CPU, clustered, encoder, flags
+from helpers import CPU, clustered, encoder, flags, unit
 
 import bingo_compress.training.loop as loop
 from bingo_compress import budget, cli
 from bingo_compress.data import listing, pixel_store
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation import finetune
-from bingo_compress.features import extract, neighbours, teacher_pass
+from bingo_compress.features import extract, near_copies, neighbours, teacher_pass
 from bingo_compress.features.targets import TargetSpace
 from bingo_compress.models.encoder import weights_digest
 from bingo_compress.runtime import checkpoint, distributed, signals
@@ -162,6 +162,22 @@ def search(how: str, out: Path) -> dict[str, Any]:
     return {"blocks": sum(name.startswith("neighbours") for name in made)}
 
 
+def copies(data: Path) -> dict[str, Any]:
+    """The scenes that this process got, and the pairs that it compared itself."""
+    compared, real = [], near_copies._are_copies
+
+    def recorded(look: near_copies.Look, pairs: torch.Tensor, alike: float) -> torch.Tensor:
+        compared.extend(pairs.T.tolist())
+        return real(look, pairs, alike)
+
+    folder = listing.list_images(data)
+    # As if the processors differed: it is the first process's neighbours that are compared.
+    features = unit(len(folder.files), 8, seed=distributed.rank())
+    with mock.patch.multiple(near_copies, PAIRS=5, _are_copies=recorded):
+        scenes = near_copies.find(near_copies.of_folder(features, folder), near_copies.Limits(-1.0, 0.7))
+    return {"scenes": scenes.tolist(), "compared": compared}
+
+
 def joined() -> dict[str, Any]:
     """Rows of differing numbers from each process, from one alone and from none; and what only one process raises."""
     first = distributed.rank() == 0
@@ -209,6 +225,7 @@ def main(data: Path, test: Path, out: Path) -> None:
         "pass": lambda: whole_pass(data, out),
         "exact": lambda: search("exact", out),
         "ivf": lambda: search("ivf", out),
+        "copies": lambda: copies(out / "clips" / "all"),
         "joined": joined,
     }
     with (

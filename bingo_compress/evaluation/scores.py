@@ -17,7 +17,7 @@ from bingo_compress.errors import BingoError
 from bingo_compress.evaluation import finetune, intervals, probes
 from bingo_compress.features import extract, near_copies
 from bingo_compress.models.encoder import Preprocessing
-from bingo_compress.runtime import checkpoint, console, distributed
+from bingo_compress.runtime import checkpoint, console
 from bingo_compress.runtime.run_dir import made_by
 from bingo_compress.sources.opened import Data
 
@@ -148,7 +148,7 @@ def scenes_of(model: tuple[Preprocessing, extract.Embed], parts: Sequence[tuple[
     """The scene (N,) of every image of `parts` (the model's features, images), as the model sees them; says what it
     found.
     """
-    scenes = distributed.from_first(lambda: near_copies.in_folders(model, parts))
+    scenes = near_copies.in_folders(model, parts)
     names = [folder.place(index) for _, folder in parts for index in range(len(folder.files))]
     if told := near_copies.describe(scenes, names, "labelled images"):
         console.say(f"{told}; a scene stays on one side of every split")
