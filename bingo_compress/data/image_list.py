@@ -86,9 +86,9 @@ class ImageList:
 
     @property
     def contents(self) -> Contents:
-        """Digests of all files, read when they are first asked for, once."""
+        """Digests of all files, read when they are first asked for, once; by `hashed`, several processes share that."""
         if self.read is None:
-            object.__setattr__(self, "read", _read_contents(self))
+            object.__setattr__(self, "read", read_contents(self, range(len(self.files))))
         assert self.read is not None and len(self.read.digests) == len(self.files)
         return self.read
 
@@ -128,17 +128,19 @@ class ImageList:
         )
 
 
-def _read_contents(folder: ImageList) -> Contents:
+def read_contents(folder: ImageList, rows: Sequence[int]) -> Contents:
+    """The contents of the files number `rows` alone, in their order, read now."""
+
     def one(index: int) -> tuple[str, tuple[int, ...]]:
         # The stamp first: a change after it shows, one before it is in the digest.
         stamp = folder.stamp(index)
         return _digest(folder, index), stamp
 
-    count = len(folder.files)
+    count = len(rows)
     digests, stamps = np.zeros((count, 32), np.uint8), np.zeros((count, 3), np.int64)
     with console.bar("read files", count) if count > MANY else nullcontext() as advance:
-        for index, (digest, stamp) in in_threads(one, range(count)):
-            digests[index], stamps[index] = np.frombuffer(bytes.fromhex(digest), np.uint8), stamp
+        for place, (_, (digest, stamp)) in enumerate(in_threads(one, rows)):
+            digests[place], stamps[place] = np.frombuffer(bytes.fromhex(digest), np.uint8), stamp
             if advance:
                 advance(1)
     return Contents(digests, stamps)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bingo_compress.data.hashing import hashed
 from bingo_compress.data.image_list import UNREADABLE, ImageList, labels_of, refuse_other_classes, say_splits
 from bingo_compress.data.listing import list_images
 from bingo_compress.errors import BingoError
@@ -195,6 +196,8 @@ def open_labelled(
     tested = list_images(test, "--test", work) if test else None
     if tested:
         refuse_other_classes(bank, tested, option)
+    bank, tested = hashed(bank), hashed(tested) if tested else None
+    if tested:
         refuse_shared(bank, tested, option)
     refuse_few(bank, tested, option, least)
     return bank, tested

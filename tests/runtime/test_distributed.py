@@ -271,6 +271,25 @@ def test_two_processes_share_the_blocks_and_find_the_same(how: str, two: Path) -
 
 
 @pytest.mark.slow
+def test_two_processes_know_the_same_files_and_each_reads_its_half(two: Path, folder: Path) -> None:
+    one, (first, second) = listing.list_images(folder), did(two, "hashed")
+    assert first["fingerprint"] == second["fingerprint"] == first["alone"] == one.fingerprint()
+    assert first["stamps"] == second["stamps"] == one.contents.stamps.tolist()
+    files = [one.place(index) for index in range(36)]
+    assert (sorted(first["read"]), sorted(second["read"])) == (files[:18], files[18:])
+    assert first["refused"].startswith(f"{folder}: expected the same files in every process, found 36 in process 0 and")
+    assert "15 in process 1, whose names differ" in first["refused"] and second["refused"].endswith("start again")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "images"), [("bingo", 36), ("validate", 51)])
+def test_a_command_of_two_processes_reads_each_file_once_to_hash_it(case: str, images: int, two: Path) -> None:
+    first, second = (process["read"] for process in did(two, case))
+    assert len({*first, *second}) == len(first) + len(second) == images
+    assert abs(len(first) - len(second)) <= 2
+
+
+@pytest.mark.slow
 def test_two_processes_share_the_pairs_and_find_the_same_scenes(two: Path) -> None:
     one, (first, second) = copies(two / "clips" / "all"), did(two, "copies")
     assert first["scenes"] == second["scenes"] == one["scenes"] and len(set(one["scenes"])) < 60  # of 96 images
