@@ -163,6 +163,21 @@ def photos(folder: Path, each: int, kinds: int = 3, start: int = 0) -> Path:
     return folder
 
 
+def clips(root: Path) -> Path:
+    """../shared/cases/video_frames_on_both_sides: 12 clips of 8 all but equal frames, labels by clip, in all/; nine of
+    the clips in bank/, three in test/.
+    """
+    for clip in range(12):
+        base = np.kron(np.random.default_rng(clip).integers(0, 255, (8, 8, 3)), np.ones((8, 8, 1)))
+        for frame in range(8):
+            noisy = base + np.random.default_rng(frame).normal(0, 2, base.shape)
+            for part in ("all", "bank" if clip < 9 else "test"):
+                folder = root / part / ("ok" if clip % 2 else "defect")
+                folder.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / f"clip{clip:02d}_{frame:03d}.png")
+    return root
+
+
 def bad_files(folder: Path) -> set[str]:
     """Put five files that are no images into `folder`. Returns their names."""
     good = next(folder.rglob("*.png"))

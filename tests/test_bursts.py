@@ -5,30 +5,13 @@ them.
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
-from helpers import command, flags
-from PIL import Image
+from helpers import clips, command, flags
 
 from bingo_compress import api
 from bingo_compress.runtime.run_dir import RunDir
 
 TEACHER = ("--teacher", "test_resnet", "--teacher-weights", "random", "--device", "cpu")
-
-
-def clips(root: Path) -> Path:
-    """../shared/cases/video_frames_on_both_sides: 12 clips of 8 all but equal frames, labels by clip, in all/; nine of
-    the clips in bank/, three in test/.
-    """
-    for clip in range(12):
-        base = np.kron(np.random.default_rng(clip).integers(0, 255, (8, 8, 3)), np.ones((8, 8, 1)))
-        for frame in range(8):
-            noisy = base + np.random.default_rng(frame).normal(0, 2, base.shape)
-            for part in ("all", "bank" if clip < 9 else "test"):
-                folder = root / part / ("ok" if clip % 2 else "defect")
-                folder.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / f"clip{clip:02d}_{frame:03d}.png")
-    return root
 
 
 @pytest.mark.slow

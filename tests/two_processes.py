@@ -18,14 +18,14 @@ from typing import Any
 from unittest import mock
 
 import torch
-from helpers import CPU, clustered, encoder, flags
+from helpers import CPU, clustered, encoder, flags, unit
 
 import bingo_compress.training.loop as loop
 from bingo_compress import budget, cli
-from bingo_compress.data import listing, pixel_store
+from bingo_compress.data import hashing, image_list, listing, pixel_store
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation import finetune
-from bingo_compress.features import extract, neighbours, teacher_pass
+from bingo_compress.features import extract, near_copies, neighbours, teacher_pass
 from bingo_compress.features.targets import TargetSpace
 from bingo_compress.models.encoder import weights_digest
 from bingo_compress.runtime import checkpoint, distributed, signals
@@ -79,10 +79,19 @@ def validate(run: Path, data: Path, test: Path, file: Path) -> list[str]:
     ]
 
 
+@contextlib.contextmanager
+def reads() -> Iterator[list[str]]:
+    """The files that are read inside to hash them."""
+    read, real = [], image_list.file_digest
+    recorded = lambda file: (read.append(str(file)), real(file))[1]  # noqa: E731
+    with mock.patch.object(image_list, "file_digest", recorded):
+        yield read
+
+
 def command(*words: str, stop_at: int | None = None) -> dict[str, Any]:
     """The command line in this process: its exit status, what it printed, the students it checked during training, and
-    of each step that it trained the images that it showed as anchors and the seed of other random numbers. stop_at: a
-    step before which the last process gets a SIGTERM.
+    of each step that it trained the images that it showed as anchors and the seed of other random numbers; and the
+    files that it read to hash them. stop_at: a step before which the last process gets a SIGTERM.
     """
     out, err, checked, made, trained, seeds = io.StringIO(), io.StringIO(), [], {}, [], {}
     real, make, learning_rate = extract.store_features, loader.Maker.__call__, loop.learning_rate
@@ -104,6 +113,7 @@ def command(*words: str, stop_at: int | None = None) -> dict[str, Any]:
         return learning_rate(step, *rest)
 
     with contextlib.ExitStack() as stack:
+        read = stack.enter_context(reads())
         stack.callback(signals._heard.clear)
         stack.enter_context(mock.patch.object(loader.Maker, "__call__", recorded_make))
         stack.enter_context(mock.patch.object(loop, "learning_rate", recorded_rate))
@@ -123,6 +133,7 @@ def command(*words: str, stop_at: int | None = None) -> dict[str, Any]:
                 "checked": checked,
                 "shown": shown,
                 "seeds": seeds,
+                "read": read,
             }
     raise AssertionError("the command line always exits")
 
@@ -160,6 +171,38 @@ def search(how: str, out: Path) -> dict[str, Any]:
         bags, similar = neighbours.mates(clustered(2000), 4, neighbours.Search(how, CPU, out / f"bags-{how}"))
     real(out / f"{how}.{distributed.rank()}.safetensors", {"bags": bags, "similar": similar})
     return {"blocks": sum(name.startswith("neighbours") for name in made)}
+
+
+def hashed(data: Path, other: Path) -> dict[str, Any]:
+    """What this process knows of files that it and others hashed, and which of them it read; what it says where the
+    second process has other files; and what the first finds alone.
+    """
+    with reads() as read:
+        folder = hashing.hashed(listing.list_images(data))
+        found = {"fingerprint": folder.fingerprint(), "stamps": folder.contents.stamps.tolist()}
+    named = listing.list_images((data, other)[distributed.rank()])
+    try:
+        hashing.hashed(named)
+    except BingoError as error:
+        found["refused"] = str(error)
+    alone = distributed.from_first(lambda: hashing.hashed(listing.list_images(data)).fingerprint())
+    return {**found, "alone": alone, "read": read}
+
+
+def copies(data: Path) -> dict[str, Any]:
+    """The scenes that this process got, and the pairs that it compared itself."""
+    compared, real = [], near_copies._are_copies
+
+    def recorded(look: near_copies.Look, pairs: torch.Tensor, alike: float) -> torch.Tensor:
+        compared.extend(pairs.T.tolist())
+        return real(look, pairs, alike)
+
+    folder = listing.list_images(data)
+    # As if the processors differed: it is the first process's neighbours that are compared.
+    features = unit(len(folder.files), 8, seed=distributed.rank())
+    with mock.patch.multiple(near_copies, PAIRS=5, _are_copies=recorded):
+        scenes = near_copies.find(near_copies.of_folder(features, folder), near_copies.Limits(-1.0, 0.7))
+    return {"scenes": scenes.tolist(), "compared": compared}
 
 
 def joined() -> dict[str, Any]:
@@ -209,6 +252,8 @@ def main(data: Path, test: Path, out: Path) -> None:
         "pass": lambda: whole_pass(data, out),
         "exact": lambda: search("exact", out),
         "ivf": lambda: search("ivf", out),
+        "copies": lambda: copies(out / "clips" / "all"),
+        "hashed": lambda: hashed(data, test),
         "joined": joined,
     }
     with (

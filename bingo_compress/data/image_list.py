@@ -85,9 +85,9 @@ class ImageList:
 
     @property
     def contents(self) -> Contents:
-        """Digests of all files, read when they are first asked for, once."""
+        """Digests of all files, read when they are first asked for, once; by `hashed`, several processes share that."""
         if self.read is None:
-            object.__setattr__(self, "read", _read_contents(self))
+            object.__setattr__(self, "read", read_contents(self, range(len(self.files))))
         assert self.read is not None and len(self.read.digests) == len(self.files)
         return self.read
 
@@ -98,13 +98,18 @@ class ImageList:
 
     def fingerprint(self) -> str:
         """A hash of names and contents, wherever the folder lies: differs when any file does, or how one is read."""
+        digest = self.hash_of_names()
+        digest.update(self.contents.digests.tobytes())
+        digest.update(repr(self.bands).encode() if self.bands else b"")  # a satellite has more than 255
+        return digest.hexdigest()
+
+    def hash_of_names(self) -> "hashlib._Hash":
+        """sha256 of the names alone, one by one: joined they would be there a second time."""
         digest, between = hashlib.sha256(), ""
         for name in self.files:
             digest.update(f"{between}{name}".encode("utf-8", "surrogateescape"))
             between = "\0"
-        digest.update(self.contents.digests.tobytes())
-        digest.update(repr(self.bands).encode() if self.bands else b"")  # a satellite has more than 255
-        return digest.hexdigest()
+        return digest
 
     def only(self, indices: Sequence[int] | NDArray[np.int64]) -> "ImageList":
         """The folder with only these of its files; what was read of them is not read again."""
@@ -132,17 +137,19 @@ class ImageList:
         )
 
 
-def _read_contents(folder: ImageList) -> Contents:
+def read_contents(folder: ImageList, rows: Sequence[int]) -> Contents:
+    """The contents of the files number `rows` alone, in their order, read now."""
+
     def one(index: int) -> tuple[str, int]:
         # The stamp first: a change after it shows, one before it is in the digest.
         stamp = hash(folder.stamp(index))
         return _digest(folder, index), stamp
 
-    count = len(folder.files)
+    count = len(rows)
     digests, stamps = np.zeros((count, 32), np.uint8), np.zeros(count, np.int64)
     with console.bar("read files", count) if count > MANY else nullcontext() as advance:
-        for index, (digest, stamp) in in_threads(one, range(count)):
-            digests[index], stamps[index] = np.frombuffer(bytes.fromhex(digest), np.uint8), stamp
+        for place, (_, (digest, stamp)) in enumerate(in_threads(one, rows)):
+            digests[place], stamps[place] = np.frombuffer(bytes.fromhex(digest), np.uint8), stamp
             if advance:
                 advance(1)
     return Contents(digests, stamps)

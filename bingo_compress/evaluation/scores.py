@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bingo_compress.data.hashing import hashed
 from bingo_compress.data.image_list import UNREADABLE, ImageList, labels_of, refuse_other_classes, say_splits
 from bingo_compress.data.listing import list_images
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation import finetune, intervals, probes
 from bingo_compress.features import bagging, extract, near_copies
 from bingo_compress.models.encoder import Preprocessing
-from bingo_compress.runtime import console, distributed
+from bingo_compress.runtime import console
 from bingo_compress.runtime.run_dir import made_by
 from bingo_compress.sources.opened import Data
 
@@ -148,7 +149,7 @@ def scenes_of(model: tuple[Preprocessing, extract.Embed], parts: Sequence[tuple[
     """The scene (N,) of every image of `parts` (the model's features, images), as the model sees them; says what it
     found.
     """
-    scenes = distributed.from_first(lambda: near_copies.in_folders(model, parts))
+    scenes = near_copies.in_folders(model, parts)
     names = [folder.place(index) for _, folder in parts for index in range(len(folder.files))]
     if told := near_copies.describe(scenes, names, "labelled images"):
         console.say(f"{told}; a scene stays on one side of every split")
@@ -195,6 +196,8 @@ def open_labelled(
     tested = list_images(test, "--test", work) if test else None
     if tested:
         refuse_other_classes(bank, tested, option)
+    bank, tested = hashed(bank), hashed(tested) if tested else None
+    if tested:
         refuse_shared(bank, tested, option)
     refuse_few(bank, tested, option, least)
     return bank, tested

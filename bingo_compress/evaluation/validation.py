@@ -62,8 +62,8 @@ def validate(
     run_dir.refuse_no_file(json_file, "--json")
     run = run_dir.open_finished(run_path)
     other = _open_against(extras.against) if extras.against else None
+    where = choose_device(device)  # the other processes are joined: they share what follows
     bank_folder, test_folder = scores.open_labelled(data, test, "--data", work=run.work)
-    where = choose_device(device)
     distributed.from_first(lambda: run_dir.hold(run.path, "--run"))
     distributed.from_first(lambda: image_list.keep(run.work, bank_folder, test_folder))
     subjects = _subjects(run, other, given)

@@ -1,7 +1,9 @@
 """Matrices that need not fit into memory: rows of a raw file of numbers, and some rows of another matrix."""
 
 import json
+import math
 import os
+import tempfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bingo_compress.runtime import console
-from bingo_compress.runtime.run_dir import write_text
+from bingo_compress.runtime.run_dir import need_space, write_text
 
 READ = 1 << 24  # bytes read at once for a checksum
 
@@ -42,6 +44,23 @@ class Rows:
 
 
 Matrix = Tensor | Rows
+
+
+def scratch(shape: tuple[int, ...], kind: torch.dtype, folder: Path | None, what: str) -> Tensor:
+    """A tensor of anything, in a file of `folder` that is gone with the process: how much of it is in memory is the
+    system's affair. In memory without a folder. what: it is, for the error. Raises BingoError when the disk is too
+    small.
+    """
+    if folder is None:
+        return torch.empty(shape, dtype=kind)
+    size = kind.itemsize * math.prod(shape)
+    need_space(folder, size, what)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.truncate(size)
+        if hasattr(os, "posix_fallocate"):  # not on macOS; a disk that fills up later would kill at the first write
+            os.posix_fallocate(file.fileno(), 0, size)
+        return torch.from_numpy(np.memmap(file, torch.empty(0, dtype=kind).numpy().dtype, "r+", shape=shape))
 
 
 def blocks(matrix: Matrix, rows: int) -> Iterator[tuple[int, Tensor]]:

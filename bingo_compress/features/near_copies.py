@@ -5,9 +5,9 @@ small pictures without what is coarse in them, at the best of some shifts. A gar
 and the eye's neighbour of many another; its creases are its own.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 
 import numpy as np
 import torch
@@ -21,9 +21,9 @@ from bingo_compress.data.decode import decode_all
 from bingo_compress.data.image_list import ImageList
 from bingo_compress.data.pixel_store import PixelStore, store_of
 from bingo_compress.features import extract, neighbours
-from bingo_compress.features.memmap import Matrix
+from bingo_compress.features.memmap import Matrix, scratch
 from bingo_compress.models.encoder import Preprocessing
-from bingo_compress.runtime import console
+from bingo_compress.runtime import console, distributed
 from bingo_compress.runtime.made_of import hash_seed
 
 SIDE = 64  # pixels of a picture that is compared
@@ -73,27 +73,26 @@ def find(photos: Photos, limits: Limits, search: neighbours.Search = neighbours.
     near-copies.
 
     Images are joined by their nearest neighbours, and those of one scene need not all be alike: the first frame of a
-    video and the last. Exact copies are always one scene.
+    video and the last. Exact copies are always one scene. Several processes share the pairs that are compared, and each
+    gets all.
     """
     count = len(photos.features)
     scenes = same_bytes(photos.digests)
     wanted = min(NEIGHBOURS, count - 1)
     if wanted < 1 or limits.alike > 1:
         return scenes
-    # Of a neighbour that is not similar nothing is kept: of a large folder this is most of what is in memory here.
-    near = torch.empty(count, wanted, dtype=torch.int32)
-    for rows, mates, similar in neighbours.mates_by_block(photos.features, wanted, search):
+    # In memory, a large folder's would be most of all that is there.
+    near = scratch((count, wanted), torch.int32, search.folder if count > neighbours.BLOCK else None, "near-copies")
+    found = neighbours.mates_by_block(photos.features, wanted, search)
+    # The first process lists the pairs for all: on another processor the last bits of a similarity may be others.
+    for rows, mates, similar in found if distributed.rank() == 0 else ():
         near[rows] = torch.where(similar >= limits.similar, mates, -1)
-    # An image's pairs side by side: what is worked out of its picture serves all of a block.
+    del found  # in the others it may hold what a search in memory found
     for images in torch.arange(count).chunk(ROUNDS):
-        pairs = torch.cat([_pairs(near, scenes, part, images[0]) for part in images.split(ROWS)]).unique()
+        pairs = distributed.from_first(partial(_pairs_of, near, scenes, images))
         pairs = torch.stack((pairs // count, pairs % count))
         if pairs.shape[1]:
-            # Kept apart, each answer would pin the large blocks that were freed below it in the heap.
-            alike = torch.empty(pairs.shape[1], dtype=torch.bool)
-            for block, answer in zip(pairs.split(PAIRS, dim=1), alike.split(PAIRS), strict=True):
-                answer.copy_(_are_copies(photos.look, block, limits.alike))
-            scenes = _joined(scenes, pairs[:, alike])
+            scenes = _joined(scenes, pairs[:, _compared(photos.look, pairs, limits.alike)])
     return scenes
 
 
@@ -145,7 +144,7 @@ def in_folders(model: tuple[Preprocessing, extract.Embed], parts: Sequence[tuple
     parts: its features of the images of a folder.
     """
     photos = reduce(_joined_photos, (of_folder(features, folder) for features, folder in parts))
-    return find(photos, fit(model, parts[0][1]))
+    return find(photos, distributed.from_first(lambda: fit(model, parts[0][1])))
 
 
 def said(model: tuple[Preprocessing, extract.Embed], folder: ImageList) -> list[list[int]]:
@@ -270,6 +269,21 @@ def repeats(fine: Tensor) -> Tensor:
     return found
 
 
+def _compared(look: Look, pairs: Tensor, alike: float) -> Tensor:
+    """`_are_copies` of pairs (2, P), by PAIRS at once whatever the number of processes, and so with the same bits."""
+    blocks = distributed.stretch(pairs.split(PAIRS, dim=1))
+
+    def answers() -> Iterator[list[Tensor]]:
+        # Kept apart, each answer would pin the large blocks that were freed below it in the heap.
+        found = torch.empty(sum(block.shape[1] for block in blocks), dtype=torch.bool)
+        for start, block in enumerate(blocks):
+            found[start * PAIRS :][:PAIRS] = _are_copies(look, block, alike)
+        yield [found]
+
+    (found,) = distributed.joined(answers())
+    return found
+
+
 def _are_copies(look: Look, pairs: Tensor, alike: float) -> Tensor:
     """bool (B,): whether pairs (2, B) show one scene. Two pieces of one fabric are alike without doing so: what a
     picture has in common with itself elsewhere tells nothing, and half of the rest must be there too.
@@ -304,6 +318,14 @@ def _disturbed(plain: Tensor, generator: torch.Generator) -> Tensor:
 def same_bytes(digests: NDArray[np.uint8]) -> Tensor:
     """`find` by exact copies alone."""
     return torch.from_numpy(image_list.same_bytes(digests))
+
+
+def _pairs_of(near: Tensor, scenes: Tensor, images: Tensor) -> Tensor:
+    """`_pairs` (P,) of a round's `images`, those of an image side by side: what is worked out of its picture serves all
+    of a block.
+    """
+    found: Tensor = torch.cat([_pairs(near, scenes, part, images[0]) for part in images.split(ROWS)]).unique()
+    return found
 
 
 def _pairs(near: Tensor, scenes: Tensor, images: Tensor, first: Tensor) -> Tensor:

@@ -1,23 +1,18 @@
 """What a student is trained towards: the teacher's stored or fresh embeddings, in the space that a recipe asks for."""
 
-import math
-import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from bingo_compress.data import augment
 from bingo_compress.data.pixel_store import PixelStore
-from bingo_compress.features.memmap import Matrix, blocks
+from bingo_compress.features.memmap import Matrix, blocks, scratch
 from bingo_compress.models.encoder import Encoder
 from bingo_compress.runtime.machine import sent
-from bingo_compress.runtime.run_dir import need_space
 
 ROWS = 8192  # rows of a stored pass held in memory at once
 STEPS = 127  # of an int8, from zero on
@@ -92,19 +87,6 @@ def _at_hand(rows: Tensor, device: torch.device) -> Tensor:
     return rows.to(device) if small else rows
 
 
-def _on_disk(shape: tuple[int, ...], folder: Path) -> Tensor:
-    """Zeros, float16, in a file of `folder` that is gone with the process: how much of it is in memory is the system's
-    affair. Raises BingoError when the disk is too small.
-    """
-    size = 2 * math.prod(shape)
-    need_space(folder, size, "the file of targets")
-    with tempfile.TemporaryFile(dir=folder) as file:
-        file.truncate(size)
-        if hasattr(os, "posix_fallocate"):  # not on macOS; a disk that fills up later would kill at the first write
-            os.posix_fallocate(file.fileno(), 0, size)
-        return torch.from_numpy(np.memmap(file, np.float16, "r+", shape=shape))
-
-
 class StoredTargets:
     """Targets from stored views: one of an image's V views, drawn anew each time, or (mean) the mean of all, always the
     same.
@@ -126,7 +108,7 @@ class StoredTargets:
         self._lengths = lengths
         project = space.project if lengths else space
         shape = (len(views), 1 if mean else views.shape[1], project(views[:1]).shape[-1])
-        made = _on_disk(shape, work) if work else torch.empty(shape, dtype=torch.float16)
+        made = scratch(shape, torch.float16, work, "the file of targets")
         for rows, part in zip(made.split(ROWS), views.split(ROWS), strict=True):
             rows.copy_(project(part).mean(1, keepdim=True) if mean else project(part))
         self._views, self._device = _at_hand(made, device), device

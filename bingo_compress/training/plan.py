@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from bingo_compress.data import pixel_store, quarantine
+from bingo_compress.data.hashing import hashed
 from bingo_compress.data.image_list import ImageList
 from bingo_compress.data.listing import list_images
 from bingo_compress.errors import BingoError
@@ -43,9 +44,7 @@ def take(recipe: Recipe) -> ImageList:
     """The files of recipe.data, exact copies counted on screen and dropped where the recipe says so, with the recipe's
     limit on bad files. Raises BingoError.
     """
-    listed = list_images(of_recipe(recipe))
-    read = distributed.from_first(lambda: listed.contents)  # by one process, and so the same for all
-    folder = replace(listed, max_bad=recipe.max_bad, read=read)
+    folder = replace(hashed(list_images(of_recipe(recipe))), max_bad=recipe.max_bad)
     found = quarantine.copies(folder)
     quarantine.say_copies(found, recipe.duplicates)
     if recipe.duplicates == "drop":

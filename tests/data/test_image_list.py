@@ -13,7 +13,7 @@ import pytest
 from bingo_edge.image import ImageError
 
 from bingo_compress.data.decode import decode_all
-from bingo_compress.data.image_list import ImageList, labels_of, same_bytes
+from bingo_compress.data.image_list import ImageList, labels_of, read_contents, same_bytes
 from bingo_compress.data.listing import list_images
 from bingo_compress.data.quarantine import write_quarantine
 from bingo_compress.errors import BingoError
@@ -236,6 +236,13 @@ def test_a_picture_that_was_only_touched_goes_on(photos: Path) -> None:
     folder.read_raw(3).chmod(0o600)
     os.utime(folder.read_raw(2))
     assert len(list(decode_all(folder, range(len(folder.files)), np.shape))) == len(folder.files)
+
+
+def test_some_files_alone_are_read(photos: Path) -> None:
+    folder = list_images(photos)
+    some = read_contents(folder, range(2, 5))
+    assert np.array_equal(some.digests, folder.contents.digests[2:5])
+    assert np.array_equal(some.stamps, folder.contents.stamps[2:5])
 
 
 def test_a_part_of_a_folder_keeps_what_was_read(photos: Path) -> None:

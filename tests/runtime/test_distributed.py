@@ -14,11 +14,23 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import CPU, Ran, clustered, encoder, photos
+from helpers import CPU, Ran, clips, clustered, encoder, photos
 from timm.layers import EvoNorm2dB0
 from torch import nn
 from torch.distributed.run import parse_args
-from two_processes import BATCHES, DISTILLED, HANDED_OVER, SHARDS, SLOW, STOP_AT, TUNED, command, distill, validate
+from two_processes import (
+    BATCHES,
+    DISTILLED,
+    HANDED_OVER,
+    SHARDS,
+    SLOW,
+    STOP_AT,
+    TUNED,
+    command,
+    copies,
+    distill,
+    validate,
+)
 
 from bingo_compress.data import listing, pixel_store
 from bingo_compress.errors import BingoError
@@ -64,6 +76,7 @@ def two(folder: Path, labelled: Path, tmp_path_factory: pytest.TempPathFactory) 
         (out / "began.json").write_text(
             json.dumps(command(*distill(folder, out / "taken", **HANDED_OVER), stop_at=STOP_AT))
         )
+    clips(out / "clips")
     done = torchrun(Path(__file__).parents[1] / "two_processes.py", folder, labelled, out)
     assert (out / "joined.1.json").exists(), done.stderr[-5000:]
     (out / "stderr").write_text(done.stderr)
@@ -255,6 +268,33 @@ def test_two_processes_share_the_blocks_and_find_the_same(how: str, two: Path) -
     for rank in (0, 1):
         found = checkpoint.load(two / f"{how}.{rank}.safetensors")[0]
         assert torch.equal(found["bags"], expected[0]) and torch.allclose(found["similar"], expected[1], atol=1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_know_the_same_files_and_each_reads_its_half(two: Path, folder: Path) -> None:
+    one, (first, second) = listing.list_images(folder), did(two, "hashed")
+    assert first["fingerprint"] == second["fingerprint"] == first["alone"] == one.fingerprint()
+    assert first["stamps"] == second["stamps"] == one.contents.stamps.tolist()
+    files = [one.place(index) for index in range(36)]
+    assert (sorted(first["read"]), sorted(second["read"])) == (files[:18], files[18:])
+    assert first["refused"].startswith(f"{folder}: expected the same files in every process, found 36 in process 0 and")
+    assert "15 in process 1, whose names differ" in first["refused"] and second["refused"].endswith("start again")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "images"), [("bingo", 36), ("validate", 51)])
+def test_a_command_of_two_processes_reads_each_file_once_to_hash_it(case: str, images: int, two: Path) -> None:
+    first, second = (process["read"] for process in did(two, case))
+    assert len({*first, *second}) == len(first) + len(second) == images
+    assert abs(len(first) - len(second)) <= 2
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_pairs_and_find_the_same_scenes(two: Path) -> None:
+    one, (first, second) = copies(two / "clips" / "all"), did(two, "copies")
+    assert first["scenes"] == second["scenes"] == one["scenes"] and len(set(one["scenes"])) < 60  # of 96 images
+    assert sorted(first["compared"] + second["compared"]) == sorted(one["compared"])
+    assert 0.4 < len(second["compared"]) / len(one["compared"]) <= 0.5
 
 
 @pytest.mark.slow
