@@ -294,7 +294,7 @@ def test_two_processes_share_the_pairs_and_find_the_same_scenes(two: Path) -> No
     one, (first, second) = copies(two / "clips" / "all"), did(two, "copies")
     assert first["scenes"] == second["scenes"] == one["scenes"] and len(set(one["scenes"])) < 60  # of 96 images
     assert sorted(first["compared"] + second["compared"]) == sorted(one["compared"])
-    assert 0.4 < len(second["compared"]) / len(one["compared"]) <= 0.5
+    assert 0.3 < len(second["compared"]) / len(one["compared"]) <= 0.5  # of so few images a round has few blocks
 
 
 @pytest.mark.slow
