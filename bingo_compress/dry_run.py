@@ -16,7 +16,7 @@ from bingo_compress.sources.opened import absolute_recipe
 from bingo_compress.training.plan import Plan, begin, held_out, plan_run
 from bingo_compress.training.state import make_head
 
-LISTED = 450  # bytes of memory an image, beside its pixels and targets, at most (docs/scaling.md)
+LISTED = 220  # bytes of memory an image, beside its pixels and targets, at most (docs/scaling.md)
 # Of files: the system takes their memory back when it needs it.
 MAPPED = ("stored targets, mapped from a file", "teacher's features and views, mapped while bags are made")
 

@@ -255,8 +255,8 @@ def _refuse_under(recall: float, count: int, probes: int) -> None:
 
 
 class _Lists:
-    """Lists of rows by nearest centroid. home: (N,) list of each row; order: (N,) rows by list; sizes: (L,) rows of
-    each list; probes: lists a query reads; measured: (queries (S,), similarities (S, K)) of exact queries. Raises
+    """Lists of rows by nearest centroid. home: (N,) int32 list of each row; order: (N,) rows by list; sizes: (L,) rows
+    of each list; probes: lists a query reads; measured: (queries (S,), similarities (S, K)) of exact queries. Raises
     BingoError.
     """
 
@@ -267,7 +267,7 @@ class _Lists:
         def block(start: int, stop: int) -> dict[str, Tensor]:
             return {"home": _nearest(features[start:stop], self._centroids, 1, device)[1][:, 0].int()}
 
-        self.home = torch.cat([part["home"] for part in _in_blocks("lists", len(features), folder, block)()]).long()
+        self.home = torch.cat([part["home"] for part in _in_blocks("lists", len(features), folder, block)()])
         self.order = self.home.argsort(stable=True)
         self.sizes = self.home.bincount(minlength=len(self._centroids))
         self._ends = self.sizes.cumsum(0)
@@ -281,7 +281,7 @@ class _Lists:
         """The fewest lists a query that reach the WANTED recall. A neighbour is found if its list is read: no search is
         needed to know.
         """
-        drawn = torch.randperm(len(self._features), generator=torch.Generator().manual_seed(1))[: 2 * SAMPLE]
+        drawn = torch.randperm(len(self._features), generator=torch.Generator().manual_seed(1))[: 2 * SAMPLE].clone()
         exact = _others(
             drawn, *nearest_neighbours(self._features[drawn], self._features, self._count + 1, self._device)
         )
