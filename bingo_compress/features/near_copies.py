@@ -81,11 +81,13 @@ def find(photos: Photos, limits: Limits, search: neighbours.Search = neighbours.
     wanted = min(NEIGHBOURS, count - 1)
     if wanted < 1 or limits.alike > 1:
         return scenes
-    # In memory, a large folder's would be most of all that is there.
-    near = scratch((count, wanted), torch.int32, search.folder if count > neighbours.BLOCK else None, "near-copies")
-    found = neighbours.mates_by_block(photos.features, wanted, search)
     # The first process lists the pairs for all: on another processor the last bits of a similarity may be others.
-    for rows, mates, similar in found if distributed.rank() == 0 else ():
+    first = distributed.rank() == 0
+    # In memory, a large folder's would be most of all that is there.
+    home = search.folder if first and count > neighbours.BLOCK else None
+    near = scratch((count, wanted), torch.int32, home, "near-copies")
+    found = neighbours.mates_by_block(photos.features, wanted, search)
+    for rows, mates, similar in found if first else ():
         near[rows] = torch.where(similar >= limits.similar, mates, -1)
     del found  # in the others it may hold what a search in memory found
     for images in torch.arange(count).chunk(ROUNDS):

@@ -70,7 +70,7 @@ def with_room(
     small.
     """
     count = len(folder.files)
-    beside = (plan.joined_bytes if by_jobs else plan.stored_bytes + plan.target_bytes) * count
+    beside = ((plan.joined_bytes if by_jobs else plan.stored_bytes) + plan.target_bytes) * count
     if new and plan.recipe.pixels == "auto":
         chosen = distributed.from_first(lambda: pixel_store.choose(count, plan.side, out.resolve() / "work", beside))
         if chosen == "encoded":

@@ -198,7 +198,7 @@ def test_a_look_that_finds_nothing_says_so(
     assert "no near-copies" in capsys.readouterr().out
 
 
-def test_pairs_in_parts_are_those_of_the_whole_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pairs_in_parts_are_those_of_the_whole_in_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As they were listed when neighbours and similarities were held whole."""
     count, least = 200, 0.2
     photos = Photos(unit(count, 6), digests_of(map(str, range(count))), lambda images: torch.empty(0))
@@ -222,3 +222,10 @@ def test_pairs_in_parts_are_those_of_the_whole_in_order(monkeypatch: pytest.Monk
         scenes = near_copies._joined(scenes, pairs[:, alike(pairs)])
     assert asked == wanted and len(scenes.unique()) < count
     assert found.tolist() == scenes.tolist()
+
+    # The neighbours of a folder of more than a block are in files.
+    asked.clear()
+    monkeypatch.setattr(neighbours, "BLOCK", 64)
+    search = neighbours.Search("exact", CPU, tmp_path)
+    assert torch.equal(near_copies.find(photos, Limits(least, 0.7), search), found) and asked == wanted
+    assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors"}  # the table of them is gone
