@@ -206,7 +206,8 @@ def rehearse(plan: Plan, student: Encoder, lessons: Lessons, enough: float) -> t
                         since = now()
                     if taken > warm and distributed.largest(int(time.perf_counter() - since >= share * enough)):
                         break
-            each = (now() - since) / (taken - warm)
+                ended = now()  # before the batches that nobody will take are waited for
+            each = (ended - since) / (taken - warm)
             getting_ready += max(0.0, since - began - warm * each)
             step += share * each
     return getting_ready, step
