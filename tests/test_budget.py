@@ -1,7 +1,7 @@
 """--time: what fits into it, that a run of it is the run of the epochs it became, and that it goes on with them."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -195,6 +195,30 @@ def test_a_rehearsal_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert step > 0 and getting_ready >= 0
     assert weights_digest(student) == before and torch.equal(torch.get_rng_state(), drawn)
     assert not student.training and all(each.requires_grad for each in student.parameters())
+
+
+def test_a_rehearsed_step_is_as_long_as_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches that are being made when it ends are waited for, and that was counted: 0.3 s of 2 s."""
+    clock = [0.0]
+    real = loop._batches
+
+    def batches(*given: Any) -> Iterator[Any]:
+        try:
+            yield from real(*given)
+        finally:
+            clock[0] += 100
+
+    def step(plan: Plan, state: Any, *_: Any) -> None:
+        clock[0] += 2
+        state.step += 1
+
+    monkeypatch.setattr(loop, "_batches", batches)
+    monkeypatch.setattr(loop, "train_step", step)
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: clock[0])
+    source = StoredTargets(kind_targets(16, 2, 16), TargetSpace(None, None), CPU)
+    lessons = Lessons(filled_store(16), torch.arange(16), torch.arange(48).view(16, 3) % 16, source)
+    plan = planned(recipe(head_first=0.5, epochs=40), 16)
+    assert loop.rehearse(plan, encoder("test_efficientnet"), lessons, 5.0)[1] == 2
 
 
 def state(run: Path) -> dict[str, torch.Tensor]:
