@@ -53,7 +53,8 @@ class Left:
 
 def find(run: RunDir, recipe: Recipe) -> Left | None:
     """What is left in a run's work folder; None where the pixels, the teacher's embeddings or the bags are not there
-    any more (the folder was deleted, or the run kept no pixels). Raises BingoError for files that are not the run's.
+    any more (the folder was deleted, or the run kept no pixels), or the bags do not say whose they are. Raises
+    BingoError for files that are not the run's.
     """
     pixels = _one(run.work, "pixels-*")
     teacher = _one(run.work, "teacher-*/features.f16") or _one(run.work, "teacher_features-*/features.f16")
@@ -67,6 +68,8 @@ def find(run: RunDir, recipe: Recipe) -> Left | None:
         shape = (len(store), width)
         features = torch.from_numpy(np.memmap(teacher, np.float16, "c", shape=shape))
         bags, listed, _ = bagging.load(run.bags)
+        if len(bags) and not listed:  # of an earlier version
+            return None
         training = split(scenes, recipe)[1]
         assert len(scenes) == len(store) and len(training) == len(listed) == len(bags)
         names = [""] * len(store)

@@ -155,6 +155,14 @@ def test_without_its_work_folder_a_run_has_a_smaller_page(run: RunDir) -> None:
     assert shown.words.count("work folder") == 3
 
 
+def test_bags_of_an_earlier_version_leave_a_smaller_page(run: RunDir) -> None:
+    bags = checkpoint.load(run.bags)[0]["bags"]
+    checkpoint.save(run.bags, {"bags": bags}, files=["1.jpg"] * len(bags), digests=["ab" * 32] * len(bags))
+    run.looks.unlink()
+    shown = Page(bingo_compress.report(runs=[run.path], progress=False))
+    assert tuple(shown.sections) == ("figures", "training", "data", "recipe", "missing")
+
+
 def test_what_was_not_kept_is_made_again_the_same(run: RunDir) -> None:
     kept = looks.load(run)
     run.looks.unlink()
