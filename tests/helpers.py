@@ -8,7 +8,7 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from torch import Tensor
 from bingo_compress.cli import main
 from bingo_compress.data.image_list import Contents, ImageList
 from bingo_compress.data.pixel_store import PixelStore, store_of
+from bingo_compress.features.targets import TargetSpace
 from bingo_compress.models import trained
 from bingo_compress.models.encoder import Encoder, build, weights_digest
 from bingo_compress.recipe import Recipe, make_recipe, recipe_text
@@ -255,6 +256,17 @@ class Trained:
     @property
     def weights(self) -> dict[str, Tensor]:
         return self.student.backbone.state_dict()
+
+
+def turned(real: Callable[..., TargetSpace]) -> Callable[..., TargetSpace]:
+    """`real`, which fits a target space, as another processor may fit it: an axis points the other way."""
+
+    def fitted(*given: Any) -> TargetSpace:
+        space = real(*given)
+        assert space.basis is not None
+        return TargetSpace(space.mean, space.basis * torch.tensor([-1.0] + [1.0] * (space.basis.shape[1] - 1)))
+
+    return fitted
 
 
 @contextmanager

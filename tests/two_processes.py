@@ -18,14 +18,14 @@ from typing import Any
 from unittest import mock
 
 import torch
-from helpers import CPU, clustered, encoder, flags, unit
+from helpers import CPU, clustered, encoder, flags, turned, unit
 
 import bingo_compress.training.loop as loop
 from bingo_compress import budget, cli
 from bingo_compress.data import hashing, image_list, listing, pixel_store
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation import finetune
-from bingo_compress.features import extract, near_copies, neighbours, teacher_pass
+from bingo_compress.features import extract, near_copies, neighbours, targets, teacher_pass
 from bingo_compress.features.targets import TargetSpace
 from bingo_compress.models.encoder import weights_digest
 from bingo_compress.runtime import checkpoint, distributed, signals
@@ -91,7 +91,8 @@ def reads() -> Iterator[list[str]]:
 def command(*words: str, stop_at: int | None = None) -> dict[str, Any]:
     """The command line in this process: its exit status, what it printed, the students it checked during training, and
     of each step that it trained the images that it showed as anchors and the seed of other random numbers; and the
-    files that it read to hash them. stop_at: a step before which the last process gets a SIGTERM.
+    files that it read to hash them. stop_at: a step before which the last process gets a SIGTERM. The second process is
+    one that would fit another target space.
     """
     out, err, checked, made, trained, seeds = io.StringIO(), io.StringIO(), [], {}, [], {}
     real, make, learning_rate = extract.store_features, loader.Maker.__call__, loop.learning_rate
@@ -120,6 +121,8 @@ def command(*words: str, stop_at: int | None = None) -> dict[str, Any]:
         stack.enter_context(mock.patch.object(sys, "argv", ["bingo-compress", *words]))
         stack.enter_context(mock.patch.object(distributed, "stop"))  # the next case goes on with the same processes
         stack.enter_context(mock.patch.object(extract, "store_features", recorded))
+        if os.environ.get("RANK", "0") != "0":
+            stack.enter_context(mock.patch.object(targets, "target_space", turned(targets.target_space)))
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(err))
         try:

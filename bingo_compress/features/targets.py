@@ -26,12 +26,16 @@ class TargetSpace:
     out.
     """
 
-    mean: Tensor | None
-    basis: Tensor | None
+    mean: Tensor | None = None
+    basis: Tensor | None = None
 
     def __call__(self, embeddings: Tensor) -> Tensor:
         """(..., D) -> (..., d) float32, L2-normalised."""
         return normalize(self.project(embeddings), dim=-1)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What it is made of, by name."""
+        return {name: part for name, part in (("mean", self.mean), ("basis", self.basis)) if part is not None}
 
     def project(self, embeddings: Tensor) -> Tensor:
         """The same without the last normalisation: (..., D) -> (..., d) float32."""
@@ -41,12 +45,15 @@ class TargetSpace:
         return points if self.basis is None else points @ self.basis.to(points.device)
 
 
+RAW = TargetSpace()
+
+
 def target_space(embeddings: Matrix, target: str, dim: int) -> TargetSpace:
     """Fit on the plain-view embeddings (N, D). target: raw, centred, pca (at most `dim` dimensions kept) or whitened
     (the same, each scaled to variance 1).
     """
     if target == "raw":
-        return TargetSpace(None, None)
+        return RAW
     count, width = embeddings.shape
     mean = torch.zeros(width, dtype=torch.float64)
     for _, rows in blocks(embeddings, ROWS):

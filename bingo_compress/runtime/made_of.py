@@ -18,11 +18,11 @@ FORMATS = {
     "index": 1,  # where the members of a tar file lie
     "pixels": 5,  # pictures as the store keeps them, and which files are pictures
     "teacher": 6,  # the teacher's pass: plain views and augmented ones
-    "targets": 1,  # views of the teacher's pass in the target space, and that space
+    "targets": 2,  # the space of targets, and views of the teacher's pass in it
     "near-copies": 1,  # which images show one scene
     "bags": 2,
     "embeddings": 3,  # plain views of several models, for checks and proofs
-    "training": 6,  # the state of the loop
+    "training": 7,  # the state of the loop
     "student": 1,  # a trained student
     "start": 1,  # the student before training
     "looks": 1,  # what the report shows of a run's images

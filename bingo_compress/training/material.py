@@ -18,7 +18,7 @@ from bingo_compress.models.encoder import Encoder
 from bingo_compress.models.trained import Models
 from bingo_compress.recipe import Recipe, deciding
 from bingo_compress.runtime import checkpoint, console, distributed, machine, run_dir
-from bingo_compress.runtime.made_of import hash_seed, made_of
+from bingo_compress.runtime.made_of import MadeOf, hash_seed, made_of
 from bingo_compress.training.loader import Lessons
 from bingo_compress.training.plan import Plan, held_out
 
@@ -28,8 +28,8 @@ DRAWN = 4096  # images looked at together for those to hold out
 @dataclass(frozen=True)
 class Material:
     """What stages before training give. store, folder and seen hold the same images in the same order; held and
-    training are positions in them; scenes: (N,) as `near_copies.find` names them; work: where later stages write;
-    sources: digests of what it was made from.
+    training are positions in them; scenes: (N,) as `near_copies.find` names them; space: of the targets; work: where
+    later stages write; sources: digests of what it was made from.
     """
 
     store: pixel_store.PixelStore
@@ -38,6 +38,7 @@ class Material:
     training: Tensor
     seen: TeacherPass
     scenes: Tensor
+    space: targets.TargetSpace
     work: Path
     sources: dict[str, str]
 
@@ -70,7 +71,8 @@ def with_room(
     small.
     """
     count = len(folder.files)
-    beside = ((plan.joined_bytes if by_jobs else plan.stored_bytes) + plan.target_bytes) * count
+    stored = plan.joined_bytes if by_jobs else plan.stored_bytes
+    beside = (stored + plan.target_bytes * distributed.world()) * count  # every process has a file of targets
     if new and plan.recipe.pixels == "auto":
         chosen = distributed.from_first(lambda: pixel_store.choose(count, plan.side, out.resolve() / "work", beside))
         if chosen == "encoded":
@@ -103,8 +105,8 @@ def prepare(plan: Plan, models: Models, folder: image_list.ImageList, work: Path
     if len(scenes.unique()) < len(scenes):
         sources["near-copies"] = checkpoint.tensor_digest(scenes)
     held, training = split(scenes, plan.recipe)
-    material = Material(store, folder, held, training, seen, scenes, work, sources)
-    return _with_packed_views(plan, models.teacher, material) if plan.packed else material
+    material = Material(store, folder, held, training, seen, scenes, targets.RAW, work, sources)
+    return _with_targets(plan, models.teacher, material) if plan.loss.teacher else material
 
 
 def embed(
@@ -163,9 +165,10 @@ def _scenes(
     return distributed.from_first(lambda: checkpoint.load(file)[0]["scenes"])
 
 
-def _with_packed_views(plan: Plan, teacher: Encoder, material: Material) -> Material:
-    """The same with the stored views in the plan's target space. The space is kept beside them: fitted again, by other
-    threads, its axes may point the other way.
+def _with_targets(plan: Plan, teacher: Encoder, material: Material) -> Material:
+    """The same with the plan's target space and, where they are kept packed, the stored views in it. The space is kept:
+    fitted again, by another processor or other threads, its axes may point the other way, and what goes on would learn
+    towards other targets than it began with.
     """
     seen, plan = material.seen, plan.on(anchors_count(plan, material))
     made = made_of(
@@ -175,28 +178,28 @@ def _with_packed_views(plan: Plan, teacher: Encoder, material: Material) -> Mate
         target=plan.target,
         dim=plan.dim,
         lengths=plan.loss.lengths,
-        stored_as=plan.recipe.stored_as,
+        of_features=plan.loss.regression,
     )
     home = seen.home / f"targets-{made.key}"
-    file = home / "space.safetensors"
+    space = distributed.from_first(lambda: _kept_space(plan, material, home / "space.safetensors", made))
+    if plan.packed:
+        viewing = teacher_pass.Viewing(
+            teacher, material.folder, material.store, plan.recipe.crop_scale_min, plan.device, plan.loss.regression
+        )
+        project = space.project if plan.loss.lengths else space
+        seen = teacher_pass.with_packed_views(seen, viewing, plan.views, project, home)
+    digest = hashlib.sha256("".join(checkpoint.tensor_digest(part) for part in space.tensors().values()).encode())
+    return replace(material, seen=seen, space=space, sources=material.sources | {"target space": digest.hexdigest()})
 
-    def kept() -> targets.TargetSpace:
-        if not checkpoint.is_sound(file, made):
-            space = targets.target_space(_plain(plan, material), plan.target, plan.dim)
-            shutil.rmtree(home, ignore_errors=True)  # views in a space that is gone
-            home.mkdir()
-            named = {"mean": space.mean, "basis": space.basis}
-            checkpoint.save(file, {name: part for name, part in named.items() if part is not None}, made)
-        found = checkpoint.load(file)[0]
-        return targets.TargetSpace(found.get("mean"), found.get("basis"))
 
-    space = distributed.from_first(kept)
-    viewing = teacher_pass.Viewing(
-        teacher, material.folder, material.store, plan.recipe.crop_scale_min, plan.device, plan.loss.regression
-    )
-    project = space.project if plan.loss.lengths else space
-    seen = teacher_pass.with_packed_views(seen, viewing, plan.views, project, home)
-    return replace(material, seen=seen, sources=material.sources | {"stored targets": made.key})
+def _kept_space(plan: Plan, material: Material, file: Path, made: MadeOf) -> targets.TargetSpace:
+    """The plan's target space out of `file`; fitted, and kept there, where it is not."""
+    if not checkpoint.is_sound(file, made):
+        space = targets.target_space(_plain(plan, material), plan.target, plan.dim)
+        shutil.rmtree(file.parent, ignore_errors=True)  # views in a space that is gone
+        file.parent.mkdir()
+        checkpoint.save(file, space.tensors(), made)
+    return targets.TargetSpace(**checkpoint.load(file)[0])
 
 
 def _plain(plan: Plan, material: Material) -> Rows:
@@ -258,15 +261,14 @@ def _target_source(plan: Plan, teacher: Encoder, material: Material) -> targets.
     mean = recipe.stored_views == "mean"
     if plan.packed:
         return targets.PackedTargets(seen.views, plan.device, lengths=loss.lengths, mean=mean)
-    space = targets.target_space(_plain(plan, material), plan.target, plan.dim)
     if not plan.online:
         return targets.StoredTargets(
-            seen.views, space, plan.device, lengths=loss.lengths, mean=mean, work=material.work
+            seen.views, material.space, plan.device, lengths=loss.lengths, mean=mean, work=material.work
         )
     return targets.OnlineTargets(
         teacher,
         material.store,
-        space,
+        material.space,
         recipe.crop_scale_min,
         plan.device,
         features=loss.regression,
