@@ -3,18 +3,21 @@
 python benchmarks/listed.py [--images 200000] [--work FOLDER] [--stage NAME]
 
 The images are simulated: names, digests, and a store's facts beside empty files of full length. Each stage runs in a
-process of its own. Near-copies: 16 pairs an image are asked for and none found, the worst case; their pictures are not
+process of its own. In an archive a member beside each image names its class. Near-copies: 16 pairs an image are asked for and none found, the worst case; their pictures are not
 compared. Counted is the process's own memory (RssAnon), looked at every millisecond; what is mapped from files is not.
 """
 
 import argparse
 import ctypes
+import io
 import json
 import re
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,6 +100,27 @@ def folder(images: int, work: Path) -> Stage:
     return lambda: list_images(work / "photos")
 
 
+def archives(images: int, work: Path, each: int, kind: str) -> Stage:
+    """Archives of `each` images, as WebDataset lays them out: beside each a member that names its class."""
+    home = work / "archives"
+    home.mkdir()
+    names = [name.replace("/", "_") for name in listed(images).files]
+    for start in range(0, images, each):
+        members = [(name, b"x") for name in names[start : start + each]]
+        members += [(f"{Path(name).stem}.cls", b"7") for name, _ in members]
+        if kind == "zip":
+            with zipfile.ZipFile(home / f"{start:09d}.zip", "w") as packed:
+                for name, content in members:
+                    packed.writestr(name, content)
+            continue
+        with tarfile.open(home / f"{start:09d}.tar", "w") as archive:
+            for name, content in sorted(members):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    return lambda: list_images(home)
+
+
 def bags(images: int, work: Path) -> Stage:
     folder, found = listed(images), torch.zeros(images, 5, dtype=torch.int64)
     return lambda: bagging.save(work / "bags.safetensors", found, folder)
@@ -166,6 +190,9 @@ def mean_targets(images: int, work: Path) -> Stage:
 
 STAGES: dict[str, Callable[[int, Path], Stage]] = {
     "a folder, listed": folder,
+    "tar files of 1,000, listed": lambda images, work: archives(images, work, 1000, "tar"),
+    "one tar file, listed": lambda images, work: archives(images, work, images, "tar"),
+    "one zip file, listed": lambda images, work: archives(images, work, images, "zip"),
     "exact copies, counted": copies,
     "exact copies, as scenes": same_bytes,
     "pixel store": store,

@@ -46,7 +46,7 @@ def indexed(file: Path) -> list[float]:
             member = tarfile.TarInfo(name.rstrip("/"))
             member.size, member.type = size, tarfile.DIRTYPE if name.endswith("/") else tarfile.REGTYPE
             archive.addfile(member, io.BytesIO(bytes(size)))
-    return [float(number) for place in tar.index_of(file, stamp_of(file)).values() for number in place]
+    return [float(number) for _, *place in tar.index_of(file, stamp_of(file)) for number in place]
 
 
 def by_formula(encoder: Encoder) -> Encoder:

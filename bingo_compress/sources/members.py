@@ -26,13 +26,17 @@ ABOUT = frozenset([".cls", ".label", ".id", ".index", ".caption", ".cap", ".text
 
 
 def listed(
-    sizes: Mapping[str, int], read: Callable[[str], bytes], stamp: Callable[[], Stamp], columns: Columns
+    sizes_of: Callable[[], Mapping[str, int]],
+    read: Callable[[str], bytes],
+    stamp: Callable[[], Stamp],
+    columns: Columns,
 ) -> Listed:
-    """Images of an archive. sizes: bytes of each member that is a file; read: its contents, raises OSError; stamp: of
-    the archive.
+    """Images of an archive. sizes_of: bytes of each member that is a file, asked for again where labels are; read: its
+    contents, raises OSError; stamp: of the archive.
 
     A member that is not an image but has the key of one tells of it: its label where it is NAME.cls or NAME.json.
     """
+    sizes = sizes_of()
     kept = [name for name in sizes if not _is_system(name)]
     images = {_key(name) for name in kept if not _tells(name)}
     files = Names()
@@ -47,7 +51,8 @@ def listed(
             files.append(name)
 
     def labels() -> Sequence[str]:
-        told = [_label(name, sizes, read, columns) for name in files]
+        known = sizes_of()
+        told = [_label(name, known, read, columns) for name in files]
         return told if any(told) else first_folders(files)
 
     return Listed(

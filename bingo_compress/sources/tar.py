@@ -7,6 +7,9 @@ import json
 import os
 import tarfile
 import zlib
+from array import array
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -16,10 +19,29 @@ from bingo_compress.errors import BingoError
 from bingo_compress.runtime.made_of import made_of
 from bingo_compress.runtime.run_dir import stage_key, write_text
 from bingo_compress.sources import members
-from bingo_compress.sources.listed import Columns, Listed, Stamp, stamp_of
+from bingo_compress.sources.listed import Columns, Listed, Names, Stamp, stamp_of
 
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
-Index = dict[str, tuple[int, int]]  # (where a member begins, bytes)
+Place = tuple[int, int]  # (where a member begins, bytes)
+
+
+class Index:
+    """Where N members lie, each a name, where it begins and its bytes, by name: 24 bytes a member beside its letters, a
+    tenth of what a dict of tuples takes.
+    """
+
+    def __init__(self, places: Mapping[str, Place]) -> None:
+        ordered = sorted(places)
+        self._names = Names(ordered)
+        self._starts, self._sizes = (array("Q", (places[name][part] for name in ordered)) for part in (0, 1))
+
+    def __iter__(self) -> Iterator[tuple[str, int, int]]:
+        return zip(self._names, self._starts, self._sizes, strict=True)
+
+    def place(self, name: str) -> Place:
+        """Of a member that is there."""
+        row = bisect_left(self._names, name)
+        return self._starts[row], self._sizes[row]
 
 
 def matches(path: Path) -> bool:
@@ -36,9 +58,12 @@ def listed(path: Path, columns: Columns) -> Listed:
         )
     stamp = stamp_of(path)
     index = index_of(path, stamp)
-    whole = {name: size for name, (start, size) in index.items() if start + size <= stamp[0]}
-    found = members.listed(whole, partial(_read, path, index), partial(stamp_of, path), columns)
-    cut = tuple((name, "cut short with its archive") for name in index if name not in whole)
+
+    def sizes() -> dict[str, int]:
+        return {name: size for name, start, size in index if start + size <= stamp[0]}
+
+    found = members.listed(sizes, partial(_read, path, index), partial(stamp_of, path), columns)
+    cut = tuple((name, "cut short with its archive") for name, start, size in index if start + size > stamp[0])
     return replace(found, bad=found.bad + cut, keep=partial(_keep, path, stamp, index))
 
 
@@ -65,13 +90,12 @@ def recall(path: Path, work: Path) -> None:
         header, _, body = _place(path, work).read_bytes().partition(b"\n")
         if header == _header(path, stamp, body):
             names, starts, sizes = json.loads(body)
-            _known[path] = stamp, dict(zip(names, zip(starts, sizes, strict=True), strict=True))
+            _known[path] = stamp, Index(dict(zip(names, zip(starts, sizes, strict=True), strict=True)))
 
 
 def _keep(path: Path, stamp: Stamp, index: Index, work: Path) -> None:
     """Write the index where `recall` finds it, if it is not there yet."""
-    starts, sizes = zip(*index.values(), strict=True) if index else ((), ())
-    body = json.dumps([list(index), starts, sizes])
+    body = json.dumps([list(part) for part in zip(*index, strict=True)] or [[], [], []])
     whole = f"{_header(path, stamp, body.encode()).decode()}\n{body}"
     if not (file := _place(path, work)).is_file() or file.read_bytes() != whole.encode():
         write_text(file, whole)
@@ -88,19 +112,19 @@ def _header(path: Path, stamp: Stamp, body: bytes) -> bytes:
 
 
 def _walked(path: Path) -> Index:
-    index: Index = {}
+    places: dict[str, Place] = {}
     try:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
                 if member.isreg() and not member.issparse():
-                    index[member.name.removeprefix("./")] = member.offset_data, member.size
+                    places[member.name.removeprefix("./")] = member.offset_data, member.size
                 archive.members = []  # type: ignore[attr-defined]  # it would keep all, a kilobyte each
     except tarfile.ReadError as error:
-        if not index:
+        if not places:
             raise BingoError(f"expected a tar file, found something else: {path} ({error})") from None
     except (OSError, UnicodeError) as error:
         raise BingoError(f"{path} cannot be read ({error})") from None
-    return index
+    return Index(places)
 
 
 @lru_cache(maxsize=256)
@@ -109,7 +133,7 @@ def _opened(path: Path, stamp: Stamp) -> io.FileIO:
 
 
 def _read(path: Path, index: Index, name: str) -> bytes:
-    start, size = index[name]
+    start, size = index.place(name)
     file = _opened(path, stamp_of(path))  # held, or another thread's opening might close it
     found = os.pread(file.fileno(), size, start)
     if len(found) < size:

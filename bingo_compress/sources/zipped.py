@@ -24,7 +24,10 @@ def listed(path: Path, columns: Columns) -> Listed:
         entries = _opened(path, stamp_of(path)).infolist()
     except (OSError, *DAMAGED) as error:
         raise BingoError(f"expected a zip file, found something else: {path} ({error})") from None
-    sizes = {entry.filename: entry.file_size for entry in entries if _is_file(entry)}
+
+    def sizes() -> dict[str, int]:
+        return {entry.filename: entry.file_size for entry in entries if _is_file(entry)}
+
     return members.listed(sizes, partial(_read, path), partial(stamp_of, path), columns)
 
 
