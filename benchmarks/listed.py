@@ -3,8 +3,9 @@
 python benchmarks/listed.py [--images 200000] [--work FOLDER] [--stage NAME]
 
 The images are simulated: names, digests, and a store's facts beside empty files of full length. Each stage runs in a
-process of its own. In an archive a member beside each image names its class. Near-copies: 16 pairs an image are asked for and none found, the worst case; their pictures are not
-compared. Counted is the process's own memory (RssAnon), looked at every millisecond; what is mapped from files is not.
+process of its own. In an archive a member beside each image names its class. Near-copies: 16 pairs an image are asked
+for and none found, the worst case; their pictures are not compared. Counted is the process's own memory (RssAnon),
+looked at every millisecond; what is mapped from files is not.
 """
 
 import argparse

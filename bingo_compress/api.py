@@ -183,9 +183,10 @@ def compare(words: options.Compare) -> Comparison:
         raise BingoError(f"--seeds: expected numbers with commas between, for example 0,1,2; found {words.seeds!r}")
     preflight.refuse_early(recipe, out, {}, resume=True, overwrite=words.overwrite)
 
-    from bingo_compress.comparison.arms import make_arms
+    from bingo_compress.comparison.arms import make_arms, refuse_own
     from bingo_compress.comparison.side_by_side import compare as run
 
+    refuse_own(_named(words))
     _refuse_unread(words, recipe, [arm.recipe for arm in make_arms(words.methods, recipe)])
     seeds = list(dict.fromkeys(map(int, numbers)))
     columns = Columns(recipe.image_column, recipe.label_column)

@@ -1,8 +1,9 @@
 """The arms of a comparison: what `--methods` stands for."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
 from bingo_compress.errors import BingoError
 from bingo_compress.recipe import Recipe, make_recipe, parse_setting, repeated
@@ -42,6 +43,13 @@ class Arm:
 
     name: str
     recipe: Recipe
+
+
+def refuse_own(named: Mapping[str, Any]) -> None:
+    """Raise BingoError where a setting that each arm has of its own was named for the whole comparison."""
+    for key in ("method", "seed"):
+        if key in named:
+            raise BingoError(f"compare: expected no {key} for all arms, found {key}={named[key]}; {SHARED[key]}")
 
 
 def make_arms(methods: str, base: Recipe) -> list[Arm]:

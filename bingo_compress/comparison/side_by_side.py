@@ -1,7 +1,8 @@
 """Several methods side by side on one folder: shared stages, equal student passes, several seeds, one table."""
 
+import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ FOLDS = 5
 class Labelled:
     """Labelled images as every student is judged on them. bank, test: folders (test None: cross-validated over the
     bank); teacher: its features; groups: (N,) the same for images of the bank that no split sets apart, as in
-    `scores.Sides`.
+    `scores.Sides`; near: what is told of near-copies on both sides.
     """
 
     bank: ImageList
@@ -48,6 +49,7 @@ class Labelled:
     classes: int
     teacher: dict[str, Tensor]
     groups: Tensor
+    near: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -71,9 +73,8 @@ class Shared:
 
     def figures(self, **inputs: Any) -> MadeOf:
         """What figures on the labelled images are made of, beside `inputs`."""
-        return made_of(
-            "figures", bank=self.bank.fingerprint(), test=self.test.fingerprint() if self.test else "", **inputs
-        )
+        bank, test = (_with_labels(folder) if folder else "" for folder in (self.bank, self.test))
+        return made_of("figures", bank=bank, test=test, **inputs)
 
     def labelled(self, models: Models) -> Labelled:
         """The labelled images as this teacher sees them."""
@@ -153,7 +154,8 @@ def _result(shared: Shared, arm: Arm, seed: int, title: str) -> dict[str, Any]:
         measured, right = judge(models.student, shared.labelled(models), shared.device)
         told = {key: value for key, value in found.items() if key != "made_of"} | measured
         purity = scores.bag_purity(bags, shared.bank) if bags.exists() and checkpoint.made_of(bags) == made else {}
-        checkpoint.save(judged, right, of_figures, **told, purity=purity, digest=encoder.weights_digest(models.student))
+        told |= {"purity": purity, "near_copies": shared.labelled(models).near}
+        checkpoint.save(judged, right, of_figures, **told, digest=encoder.weights_digest(models.student))
     right, found = checkpoint.load(judged)
     return {**found, "tensors": right}
 
@@ -187,10 +189,15 @@ def _made_of(recipe: Recipe, folder: ImageList, device: torch.device) -> MadeOf:
         "arm",
         settings=deciding(recipe),
         weights=_weights(recipe),
-        images=folder.fingerprint(),
+        images=_with_labels(folder) if recipe.bags == "labels" else folder.fingerprint(),
         training=FORMATS["training"],
         program=_program(device),
     )
+
+
+def _with_labels(folder: ImageList) -> str:
+    """A digest of the images of a folder and of their labels, which stand in no image where a table gives them."""
+    return hashlib.sha256(json.dumps([folder.fingerprint(), folder.labels()]).encode()).hexdigest()
 
 
 def _weights(recipe: Recipe) -> dict[str, str]:
@@ -245,12 +252,12 @@ def _labelled(bank: ImageList, test: ImageList | None, teacher: Encoder, device:
             kept[role] = folder.only(good)
     scenes = scores.scenes_of(seer, [(features[role], kept[role]) for role in kept])
     if test:
-        scores.near_bank(scenes, len(labels["bank"]))
+        near = scores.near_bank(scenes, len(labels["bank"]))
         groups = scenes[: len(labels["bank"])]
     else:
         copied = near_copies.same_bytes(kept["bank"].contents.digests)
         groups, whole = near_copies.parted(scenes, labels["bank"], copied)
-        scores.near_data(scenes, [classes[label] for label in whole])
+        near = scores.near_data(scenes, [classes[label] for label in whole])
     return Labelled(
         kept["bank"],
         kept.get("test"),
@@ -259,6 +266,7 @@ def _labelled(bank: ImageList, test: ImageList | None, teacher: Encoder, device:
         len(classes),
         features,
         groups,
+        near,
     )
 
 

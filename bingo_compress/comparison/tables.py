@@ -20,6 +20,8 @@ from bingo_compress.presenting import plots
 from bingo_compress.recipe import Recipe
 from bingo_compress.runtime import console, run_dir
 
+OF_ARMS = {"method", "seed"}  # not of the comparison
+
 
 def titles(gallery: int) -> dict[str, str]:
     """The figures of a table and how they are headed; no recall where the smallest gallery, of so many images, is too
@@ -40,8 +42,9 @@ def summarise(results: list[dict[str, Any]], arms: list[str], base: Recipe, test
     ranks = {name: intervals.spearman(recalls, [run[name] for run in results]) for name in ("knn", "linear")}
     strengths = [strength for run in results for strength in run["linear_strengths"]]
     return {
-        "protocol": _protocol(gallery, strengths, test, alone=len(first) == 1),
-        "settings": base.model_dump(),
+        "protocol": _protocol(gallery, strengths, test, alone=len(first) == 1)
+        | {"near_copies": results[0]["near_copies"]},
+        "settings": base.model_dump(exclude=OF_ARMS),
         "rank_correlation_of_recall": {
             **{name: None if math.isnan(value) else value for name, value in ranks.items()},
             "runs": len(results),
@@ -189,6 +192,16 @@ def _closing(table: Mapping[str, Any], headed: Mapping[str, str]) -> list[str]:
         lines.append(
             f"linear probe: {ends} of {protocol['linear_fits']} fits took an L2 penalty at the end of the grid; one"
             " beyond it may do better"
+        )
+    if share := protocol["near_copies"].get("test_share_near_bank"):
+        lines.append(
+            f"{share:.0%} of the test images have a near-copy in the bank, which is found, not recognised: every model"
+            " looks better than it is"
+        )
+    if whole := protocol["near_copies"].get("classes_of_one_scene"):
+        lines.append(
+            f"{len(whole):,} classes are near-copies of one scene, on both sides of the split: every model looks better"
+            " than it is"
         )
     lines += same_students(table["runs"])
     if protocol["judged_images_in_data"]:

@@ -28,7 +28,7 @@ FORMATS = {
     "looks": 1,  # what the report shows of a run's images
     "mistakes": 1,  # the test images that its student got wrong
     "arm": 3,  # a trained student of a comparison
-    "figures": 5,  # probes of a comparison's student
+    "figures": 6,  # probes of a comparison's student
 }
 
 

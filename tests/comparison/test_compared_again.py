@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from compared import KINDS, Ground, World, figures
-from helpers import CPU, command, encoder, photos
+from helpers import CPU, command, encoder, photos, recipe
+from PIL import Image
 
 from bingo_compress.comparison import side_by_side
 from bingo_compress.data import listing
@@ -117,6 +118,48 @@ def test_another_test_set_judges_again_without_training(world: World, tmp_path: 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_training")
+def test_mended_labels_of_a_table_judge_again(world: World, tmp_path: Path) -> None:
+    """The images are the same to the byte; only the words beside them change."""
+    files, table = sorted(world.data.rglob("*.png")), tmp_path / "labels.csv"
+
+    def compared(out: Path, kinds: list[str]) -> dict[str, Any]:
+        lines = [f"{file},{kind}" for file, kind in zip(files, kinds, strict=True)]
+        table.write_text("\n".join(["image,label", *lines]))
+        return side_by_side.compare(world.base, table, None, "moco", [1], world.copy(out) if not out.exists() else out)
+
+    right = [file.parent.name for file in files]
+    wrong = [f"half{place % 2}" for place in range(len(files))]
+    before, after = (compared(tmp_path / "out", kinds) for kinds in (wrong, right))
+    assert figures(after, "moco") == figures(world.table, "moco")[1:] != figures(before, "moco")
+    assert [row["linear"] for row in after["references"]] == [row["linear"] for row in world.table["references"]]
+
+
+def test_bags_of_labels_are_made_of_them(ground: Ground, tmp_path: Path) -> None:
+    table, made = tmp_path / "photos.csv", []
+    for kinds in ("ab", "ba"):
+        lines = [f"{file},{kind}" for file, kind in zip(sorted(ground.data.rglob("*.png")), kinds, strict=False)]
+        table.write_text("\n".join(["image,label", *lines]))
+        folder = listing.list_images(table)
+        made.append([side_by_side._made_of(recipe(bags=bags), folder, CPU).key for bags in ("labels", "knn")])
+    assert made[0][0] != made[1][0] and made[0][1] == made[1][1]
+
+
+@pytest.mark.slow
+def test_test_images_with_a_near_copy_in_the_bank_are_told_in_every_table(world: World, tmp_path: Path) -> None:
+    """The bank is its own test set but for the names."""
+    test = photos(tmp_path / "test", 2, KINDS)
+    for file in test.rglob("*.png"):
+        brighter = np.array(Image.open(world.data / file.relative_to(test))).clip(0, 250) + 4
+        Image.fromarray(brighter.astype(np.uint8)).save(file)
+    out = world.copy(tmp_path / "out")
+    for _ in range(2):  # the second time nothing is judged
+        table = side_by_side.compare(world.base, world.data, test, "moco", [1], out)
+        assert table["protocol"]["near_copies"] == {"test_images_near_bank": 8, "test_share_near_bank": 1.0}
+        assert "100% of the test images have a near-copy in the bank" in (out / "table.txt").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_training")
 def test_purity_is_that_of_the_labels_of_the_day(world: World, tmp_path: Path) -> None:
     """Half of the kinds under one name: the bags are the same, their purity is not."""
     for kind in range(KINDS):
@@ -167,6 +210,11 @@ def test_other_settings_and_overwrite_train_anew(world: World, monkeypatch: pyte
         ({"seeds": "0,x"}, "--seeds: expected numbers with commas between, for example 0,1,2; found '0,x'"),
         ({"seeds": ""}, "--seeds: expected numbers"),
         ({"seeds": "-1"}, "--seeds: expected numbers"),
+        (
+            {"set": "seed=7"},
+            "compare: expected no seed for all arms, found seed=7; give all arms their seeds by --seeds",
+        ),
+        ({"set": "method=coss"}, "compare: expected no method for all arms, found method=coss"),
         ({"labels": "/nowhere"}, "--labels: expected a folder of images, found nothing at /nowhere"),
     ],
 )
