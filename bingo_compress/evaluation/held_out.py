@@ -97,7 +97,7 @@ def held_out_recall(run: run_dir.RunDir, plan: Plan, student: Encoder, material:
     def measure() -> dict[str, Any]:
         each = {name: probes.neighbour_recalls((truth[held], truth[gallery]), side) for name, side in sides.items()}
         found: dict[str, Any] = {name: float(values.mean()) for name, values in each.items()}
-        found |= {f"{name}_interval": list(intervals.mean_interval(values)) for name, values in each.items()}
-        return counts | found | {"gain_interval": list(intervals.mean_interval(each["student"] - each["start"]))}
+        found |= {f"{name}_interval": list(intervals.bounded_interval(values)) for name, values in each.items()}
+        return counts | found | {"gain_interval": list(intervals.bounded_interval(each["student"] - each["start"], -1))}
 
     return distributed.from_first(measure)

@@ -56,6 +56,22 @@ def share_interval(values: Tensor, draws: int = 0, seed: int = 0) -> tuple[float
     return wilson(float(values.double().sum()), len(values))
 
 
+def bounded_interval(values: Tensor, least: float = 0.0) -> tuple[float, float]:
+    """95% interval of the mean of per-query values (M,) between `least` and 1, such as recalls or what they gained:
+    `mean_interval`; Student's under FEW queries, for which a bootstrap is too narrow; and Wilson's, the widest for such
+    values, where all agree. Raises BingoError without queries.
+    """
+    values = values.double()
+    if len(values) < 2 or bool((values == values[0]).all()):
+        span = 1 - least
+        low, high = wilson(float((values - least).sum()) / span, len(values))
+        return least + span * low, least + span * high
+    if len(values) >= FEW:
+        return mean_interval(values)
+    middle, half = float(values.mean()), student(len(values) - 1) * float(values.std()) / math.sqrt(len(values))
+    return max(least, middle - half), min(1.0, middle + half)
+
+
 def wilson(found: float, count: int) -> tuple[float, float]:
     """95% score interval of the share found / count (Wilson 1927). Raises BingoError for a count of 0."""
     _generator(count, 0)

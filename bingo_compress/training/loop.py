@@ -255,12 +255,14 @@ def _frugal(plan: Plan, state: State, make: Maker) -> Frugal:
     """Student and head as one model, compiled where that is asked for or pays, and shared among processes."""
     model, wanted = nn.Sequential(state.student, state.head), plan.recipe.compile
     worth = plan.device.type == "cuda" and plan.schedule.steps - state.step >= COMPILE_FROM
+    if distributed.world() > 1:
+        if wanted == "on":
+            console.say("torch.compile: not used, several processes share the student")
+        return Frugal(model, state.student.backbone, distributed.shared(model, plan.device))
     run = None
     if wanted == "on" or (wanted == "auto" and worth):
         run = devices.compiled_if_faster(model, make(state.step, state.bags).views, wanted)
-    # DistributedDataParallel goes around everything else: it is what sees the gradients.
-    shared = distributed.shared(model, plan.device) if distributed.world() > 1 else run
-    return Frugal(model, state.student.backbone, shared)
+    return Frugal(model, state.student.backbone, run)
 
 
 def _batches(make: Maker, state: State, last: int) -> Generator[Ready]:

@@ -10,7 +10,9 @@ import torch
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation import intervals, probes
 from bingo_compress.evaluation.intervals import (
+    FEW,
     area_interval,
+    bounded_interval,
     confusion,
     interval,
     mean_and_spread,
@@ -126,6 +128,27 @@ def test_shares_of_few_queries_are_covered(share: float, count: int) -> None:
         low, high = share_interval(answers(right, count - right))
         covered += math.comb(count, right) * share**right * (1 - share) ** (count - right) * (low <= share <= high)
     assert covered >= 0.92
+
+
+@pytest.mark.parametrize("count", [3, 5, 10, 40, 150])
+def test_what_two_equal_students_gained_over_few_images_is_seldom_called_something(count: int) -> None:
+    """Recalls in twentieths; by the bootstrap, three images called one of seven pairs different."""
+    generator = torch.Generator().manual_seed(count)
+    one, other = ((torch.rand(1000, count, generator=generator) * 8 + 4).round() / 20 for _ in range(2))
+    called = [bounded_interval(gain, -1) for gain in one - other]
+    assert sum(low > 0 or high < 0 for low, high in called) / 1000 <= 0.07
+
+
+def test_a_mean_of_few_that_all_agree_is_not_certain() -> None:
+    low, high = bounded_interval(torch.full((3,), 0.85))
+    assert low < 0.6 and 0.85 < high < 1
+    low, high = bounded_interval(torch.zeros(4), -1)
+    assert low == pytest.approx(-high) and high > 0.5
+    assert bounded_interval(torch.ones(200))[0] > 0.98
+    values = torch.rand(FEW, generator=torch.Generator().manual_seed(0))
+    assert bounded_interval(values) == mean_interval(values)
+    with pytest.raises(BingoError):
+        bounded_interval(torch.zeros(0))
 
 
 @pytest.mark.slow

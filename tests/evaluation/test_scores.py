@@ -196,6 +196,7 @@ def a_run_of(arm: str, seed: int, **changes: Any) -> dict[str, Any]:
         "memory_mb": 1.0,
         "bags": {},
         "purity": {},
+        "near_copies": {"test_images_near_bank": 4, "test_share_near_bank": 0.1},
     }
     own = {
         "arm": arm,
@@ -230,6 +231,7 @@ def test_one_seed_has_no_spread_and_the_table_says_so(tmp_path: Path) -> None:
 def test_the_table_names_k_chance_the_ends_of_the_grid_and_what_is_in_training(tmp_path: Path) -> None:
     table, text = table_of(tmp_path, [0, 1, 2])
     assert "recall@3 (chance 0.094)" in text and "one seed" not in text
+    assert "10% of the test images have a near-copy in the bank" in text
     assert "3 of the 40 images that students are judged on are also in --data" in text
     assert "6 of 12 fits took an L2 penalty at the end of the grid" in text
     assert table["protocol"]["recall"]["k"] == 3

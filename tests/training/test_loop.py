@@ -21,7 +21,7 @@ from bingo_compress.training import loop, metrics, plan
 from bingo_compress.training.loader import AHEAD, Lessons
 from bingo_compress.training.losses import Batch, Bingo
 from bingo_compress.training.out_of_memory import Frugal
-from bingo_compress.training.state import make_optimizer
+from bingo_compress.training.state import first_state, make_optimizer
 
 IMAGES, DIM, VIEWS = 40, 16, 3
 STORE = filled_store(IMAGES)
@@ -358,3 +358,15 @@ def test_a_damaged_checkpoint_is_an_error_and_not_a_new_start(tmp_path: Path) ->
     run.saved.write_bytes(run.saved.read_bytes()[:-100])
     with pytest.raises(BingoError, match=r"checkpoint\.safetensors"):
         train(tmp_path, recipe())
+
+
+def test_several_processes_never_try_to_compile_what_they_would_not_use(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = planned(recipe(compile="on"), IMAGES)
+    state = first_state(chosen, encoder("test_resnet", 32), BAGS)
+    monkeypatch.setattr(loop.devices, "compiled_if_faster", lambda *_: pytest.fail("compiled"))
+    monkeypatch.setattr(loop.distributed, "world", lambda: 2)
+    monkeypatch.setattr(loop.distributed, "shared", lambda model, _: model)
+    loop._frugal(chosen, state, lambda *_: pytest.fail("a batch was made"))
+    assert capsys.readouterr().out == "torch.compile: not used, several processes share the student\n"
