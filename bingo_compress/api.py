@@ -381,14 +381,14 @@ def _named(words: options.Training) -> dict[str, Any]:
 def _recipe(words: options.Run | options.Compare) -> Recipe:
     """Defaults, then the recipe (of a run that goes on: its own), then what was named. Raises BingoError."""
     named, chosen = _named(words), words.recipe
-    if isinstance(chosen, Recipe):
-        return make_recipe(chosen.model_dump(exclude_unset=True) | named, "the recipe")
-    saved = _place(words.out) / "recipe.yaml"
     going_on = words if isinstance(words, options.Distill) and words.resume else None
     if going_on and going_on.overwrite:
         raise BingoError(
             "--overwrite: expected --resume (go on) or --overwrite (start anew), found both; leave one out"
         )
+    if isinstance(chosen, Recipe):
+        return make_recipe(chosen.model_dump(exclude_unset=True) | named, "the recipe")
+    saved = _place(words.out) / "recipe.yaml"
     file = recipe_file(str(chosen)) if chosen else saved if going_on and saved.is_file() else None
     return load_recipe(file, [], named)
 

@@ -76,7 +76,7 @@ def run_distill(
     plan, rates = _expected(plan, models, folder, any_views, began, new=not (out / "work").exists())
     plan, asked = with_room(plan, asked, models.student, folder, out, new=before is None)
     distributed.barrier()  # no process looks at --out after the first has made it
-    run = distributed.from_first(lambda: run_dir.open_new(out, resume=resume, overwrite=overwrite))
+    run = _opened(out, given, resume=resume, overwrite=overwrite)
     _keep(run, plan)
     distributed.from_first(lambda: image_list.keep(run.work, folder))
     # Last: with it the folder is a run.
@@ -105,6 +105,14 @@ def run_distill(
         if look:
             distributed.from_first(lambda: _look(run, plan, models.student, material, bags, picture))
     return run
+
+
+def _opened(out: Path, given: Given, *, resume: bool, overwrite: bool) -> run_dir.RunDir:
+    """`run_dir.open_new` by the first process. The weights of modules that were given do not tell all that they do, so
+    one that begins anew uses nothing of the run before.
+    """
+    whole = given != NOTHING_GIVEN
+    return distributed.from_first(lambda: run_dir.open_new(out, resume=resume, overwrite=overwrite, whole=whole))
 
 
 def _with_choice(asked: Recipe, before: Recipe | None, out: Path) -> Recipe:

@@ -20,6 +20,7 @@ import bingo_compress
 from bingo_compress import BingoError, Encoder, Preprocessing, Recipe, api, cli, options
 from bingo_compress.models import trained
 from bingo_compress.recipe import GIVEN, load_recipe
+from bingo_compress.runtime import checkpoint
 
 SEES = Preprocessing(32, 0.9, "bicubic", "center", (0.5, 0.4, 0.3), (0.2, 0.3, 0.2))
 OF_OWN = {"batch_size", "bag_size", "views", "epochs", "threads", "device"}  # words of TINY that are no model's
@@ -274,6 +275,43 @@ def test_a_run_has_a_folder_for_timm_of_just_its_student(tmp_path: Path) -> None
     assert not (first.timm / "of another one").exists()
     assert not torch.equal(as_timm_has_it(), before)
     assert torch.allclose(as_timm_has_it(), bingo_compress.load_student(first.run)(views).detach(), atol=1e-6)
+
+
+class Pooled(nn.Module):
+    """Two networks of the same weights, by how they pool."""
+
+    def __init__(self, largest: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.cells, self.largest = nn.Conv2d(3, 16, 8, 8), largest
+
+    def forward(self, views: Tensor) -> Tensor:
+        found: Tensor = self.cells(views).flatten(2)
+        return found.amax(2) if self.largest else found.mean(2)
+
+
+@pytest.mark.slow
+def test_a_teacher_of_the_same_weights_and_another_forward_is_another_teacher_when_begun_anew(tmp_path: Path) -> None:
+    words = quick() | {
+        "data": photos(tmp_path / "photos", 4),
+        "student": "test_efficientnet",
+        "student_weights": "random",
+        "image_size": 32,
+    }
+
+    def weights(largest: bool, out: str, **more: Any) -> dict[str, Tensor]:
+        teacher = Encoder("ours", Pooled(largest), SEES)
+        run = bingo_compress.distill(**words, **more, teacher=teacher, out=tmp_path / out)
+        return checkpoint.load(run.student)[0]
+
+    weights(False, "one")
+    again, clean = weights(True, "one", overwrite=True), weights(True, "other")
+    assert all(torch.equal(again[name], clean[name]) for name in clean)
+
+
+def test_going_on_and_beginning_anew_are_not_both_asked_for_with_a_recipe_either(tmp_path: Path) -> None:
+    with pytest.raises(BingoError, match="found both"):
+        bingo_compress.distill(recipe=Recipe(data="photos"), out=tmp_path / "run", resume=True, overwrite=True)
 
 
 def test_the_folder_for_timm_goes_before_its_student_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,9 +50,9 @@ class RunDir:
         return self.resolved if self.resolved.is_file() else self.recipe
 
 
-def open_new(path: Path, *, resume: bool, overwrite: bool) -> RunDir:
-    """The folder for a run that is to be written. Raises BingoError if something is in it and neither flag says what to
-    do.
+def open_new(path: Path, *, resume: bool, overwrite: bool, whole: bool = False) -> RunDir:
+    """The folder for a run that is to be written. whole: with `overwrite`, what stages made goes too, which they else
+    find again. Raises BingoError if something is in it and neither flag says what to do.
     """
     run = RunDir(path)
     refuse_taken(path, may_hold_files=resume or overwrite)
@@ -69,6 +69,11 @@ def open_new(path: Path, *, resume: bool, overwrite: bool) -> RunDir:
     hold(path, "--out")  # before anything of another writer's is deleted
     if clear:
         _clear(run)
+        for made in run.work.iterdir() if whole else ():
+            if made.is_dir():
+                shutil.rmtree(made)
+            elif not made.name.startswith("writer"):  # this process's lock
+                made.unlink()
     return run
 
 

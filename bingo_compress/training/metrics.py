@@ -205,10 +205,15 @@ def profiled(wanted: bool, path: Path) -> Iterator[Callable[[], None]]:
         yield lambda: None
         return
 
+    written: list[Path] = []
+
     def write(tracer: profile) -> None:
+        written.append(path)
         tracer.export_chrome_trace(str(path))
         console.say(f"trace of {TRACED} steps: {path} (open it in https://ui.perfetto.dev or chrome://tracing)")
 
     steps = schedule(wait=0, warmup=WARM, active=TRACED, repeat=1)
     with profile(activities=supported_activities(), schedule=steps, on_trace_ready=write) as tracer:
         yield tracer.step
+    if not written:
+        console.say(f"no trace: --profile needs {WARM + TRACED} steps in one go, and this run took fewer")

@@ -370,3 +370,12 @@ def test_several_processes_never_try_to_compile_what_they_would_not_use(
     monkeypatch.setattr(loop.distributed, "shared", lambda model, _: model)
     loop._frugal(chosen, state, lambda *_: pytest.fail("a batch was made"))
     assert capsys.readouterr().out == "torch.compile: not used, several processes share the student\n"
+
+
+def test_a_run_too_short_for_a_trace_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for steps in (metrics.WARM + metrics.TRACED, 4):
+        with metrics.profiled(True, tmp_path / f"{steps}.json") as tick:
+            for _ in range(steps):
+                tick()
+        assert (tmp_path / f"{steps}.json").exists() == (steps > 4)
+    assert capsys.readouterr().out.splitlines()[-1].startswith("no trace: --profile needs 15 steps")
