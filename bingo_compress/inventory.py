@@ -39,6 +39,8 @@ def check(data: Data, look: Callable[[ImageList], list[list[int]]] | None = None
     look: finds the near-copies among usable images, and says how many.
     """
     folder = listing.list_images(data)
+    if asked(data).columns.label:
+        folder.labels()  # a column that is not there is refused before all is decoded
     image_list.say_passed(folder)
     image_list.say_splits(folder)
     bad = list(folder.bad)
@@ -75,18 +77,27 @@ def check(data: Data, look: Callable[[ImageList], list[list[int]]] | None = None
     quarantine.say_copies(copies, "keep")
     good = folder.only(usable)
     scenes = tuple(tuple(good.files[image] for image in scene) for scene in look(good)) if look else None
-    known: dict[str, int] = {}
-    try:
-        classes, labels = image_list.labels_of(folder)
-        counts = Counter(labels)
-        known = {name: counts[number] for number, name in enumerate(classes)}
-        console.say(
-            f"as labels (only `validate` reads them): {len(classes)} folders of {min(counts.values()):,} to"
-            f" {max(counts.values()):,} images"
-        )
-    except BingoError:
-        hint = image_list.other_root(folder)
-        console.say(f"no folder names that could be labels{f' ({hint})' if hint else ''}; none are needed to distil")
+    known = _said_classes(folder)
     given = " ".join(f"--data {shlex.quote(place)}" for place in asked(data).places)
     console.say(f"next: bingo-compress distill {given} --teacher resnet152 --student mobilenetv3 --out runs/first")
     return Inventory(len(sides), tuple(sorted(bad)), tuple(short), tuple(copies), known, scenes)
+
+
+def _said_classes(folder: ImageList) -> dict[str, int]:
+    """How many images each class has; none where there are no labels, which is said."""
+    try:
+        hint = image_list.other_root(folder)
+    except BingoError as error:
+        console.say(f"no labels ({error}); none are needed to distil")
+        return {}
+    try:
+        classes, labels = image_list.labels_of(folder)
+    except BingoError:
+        console.say(f"no folder names that could be labels{f' ({hint})' if hint else ''}; none are needed to distil")
+        return {}
+    counts = Counter(labels)
+    console.say(
+        f"as labels (only `validate` reads them): {len(classes)} folders of {min(counts.values()):,} to"
+        f" {max(counts.values()):,} images"
+    )
+    return {name: counts[number] for number, name in enumerate(classes)}

@@ -2,10 +2,12 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from itertools import islice
+from pathlib import Path, PurePath
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,10 +16,11 @@ from bingo_compress.errors import BingoError
 from bingo_compress.runtime import console
 from bingo_compress.runtime.machine import in_threads
 from bingo_compress.runtime.made_of import file_digest
-from bingo_compress.sources.listed import SPLITS, Names, Opened, Stamp, stamp_of
+from bingo_compress.sources.listed import SPLITS, Names, Opened, Stamp, Tree, stamp_of
 
 MANY = 20_000  # files whose reading is worth a bar
 UNREADABLE = "0" * 64
+NAMED = 5  # folders in a message
 
 
 @dataclass(frozen=True)
@@ -187,12 +190,14 @@ def keep(work: Path, *folders: ImageList | None) -> None:
 
 
 def say_passed(folder: ImageList) -> None:
-    """One line about what was passed over, if anything was."""
+    """One line about what was passed over, and one about what a list repeats, if there is any."""
     if folder.passed:
         console.say(
             f"{folder.passed:,} hidden or system files and folders, and folders of this program, passed over in"
             f" {folder.where}"
         )
+    if repeated := sum(part.repeated for part in folder.opened.parts) if folder.opened else 0:
+        console.say(f"{repeated:,} lines of {folder.where} name an image again; each is taken once")
 
 
 def say_splits(folder: ImageList) -> None:
@@ -212,7 +217,7 @@ def labels_of(folder: ImageList) -> tuple[list[str], list[int]]:
             raise BingoError(
                 f"labels: expected a label for each image of {folder.where} (a folder a class, a column label, or"
                 f" NAME.cls beside NAME.jpg), found {len(set(names) - {''})} classes and {names.count('')} images"
-                " without; see --label-column"
+                f" without; {hint or 'see --label-column'}"
             )
         raise BingoError(
             f"labels: expected one folder a class in {folder.root} (class_a/1.jpg, class_b/2.jpg, ...), "
@@ -225,26 +230,92 @@ def labels_of(folder: ImageList) -> tuple[list[str], list[int]]:
 
 
 def other_root(folder: ImageList) -> str:
-    """A word on which folder was meant, where the first folders are no classes but hold them: one folder about all, or
-    train, val and test; else "".
+    """A word on which folders were meant, where the first ones are no classes but hold them, or may not be; else "".
+    Raises BingoError where labels cannot be read.
     """
-    parts = [name.split(os.sep, 2) for name in folder.files] if folder.plain else []
-    if not parts or any(len(part) < 3 for part in parts):
+    trees = folder.opened.trees if folder.opened else []
+    return next(filter(None, [_wrapped(trees), *map(_parted, trees), _deeper(trees), *map(_packed, trees)]), "")
+
+
+def _wrapped(trees: Sequence[Tree]) -> str:
+    """In each place one folder holds all the others."""
+    held: dict[Path, set[str]] = {}
+    for tree in trees:
+        if len(tree.classes) != 1:
+            return ""
+        ((name, inner),) = tree.classes.items()
+        if "" in {name, *inner}:
+            return ""
+        held[tree.place / name] = inner
+    if len(held) == 1:
+        ((path, inner),) = held.items()
+        return f"{path.name} holds {len(inner)} folders: did you mean {path}?" if len(inner) > 1 else ""
+    if not _share(held.values()):
         return ""
-    below: dict[str, set[str]] = {}
-    for part in parts:
-        below.setdefault(part[0], set()).add(part[1])
-    if len(below) == 1:
-        ((outer, inner),) = below.items()
-        return f"{outer} holds {len(inner)} folders: did you mean {folder.root / outer}?" if len(inner) > 1 else ""
-    if not all(name.lower() in SPLITS for name in below) or not set.intersection(*below.values()):
+    return f"{_some(map(str, held))} hold folders of the same names, which look like the classes: give these"
+
+
+def _parted(tree: Tree) -> str:
+    """The first folders are train, val and test."""
+    below = tree.classes
+    if any("" in {name, *inner} or name.lower() not in SPLITS for name, inner in below.items()):
+        return ""
+    if len(below) < 2 or not set.intersection(*below.values()):
         return ""
     given = sorted(below, key=lambda name: (not name.lower().startswith("train"), -len(below[name]), name))
-    held = " and ".join(sorted(below))
+    hint = f"{' and '.join(sorted(below))} hold folders of the same names, which look like the classes: give"
+    if tree.folder:
+        return f"{hint} {tree.place / given[0]}, and {tree.place / given[1]} as --test"
+    part = PurePath(tree.outer, given[0])
+    return f"{hint} {part} of {tree.place} as a folder, list or archive of its own, and {given[1]} as --test"
+
+
+def _deeper(trees: Sequence[Tree]) -> str:
+    """A folder holds no images but folders that are called as classes elsewhere are."""
+    classes = set().union(*(tree.classes for tree in trees))
+    inside = set().union(*(inner for tree in trees for inner in tree.classes.values()))
+    for tree in trees:
+        beside = set().union(*(other.classes for other in trees if other is not tree))
+        if (outer := PurePath(tree.outer).name) and outer in beside:
+            return f"{outer} is a class, and in {tree.place} a folder about classes: bring all classes to one level"
+        for name, inner in tree.classes.items():
+            # Not where classes hold folders that are called as they are: what was predicted, in what is true.
+            if "" not in {name, *inner} and name not in inside and inner & classes:
+                return (
+                    f"{name} of {tree.place} holds no images but folders that are called as classes are"
+                    f" ({_some(sorted(inner & classes))}): bring all classes to one level"
+                )
+    return ""
+
+
+def _packed(tree: Tree) -> str:
+    """The names of several archives may be the classes: each holds one folder of its own name with folders in it, or
+    they are words and hold folders of the same names.
+    """
+    if tree.folder or len(tree.below) < 2:
+        return ""
+    held = {PurePath(archive): below for archive, below in tree.below.items() if below}
+    stems = [str(archive.with_suffix("")) for archive in held]
+    own = all([*below] == [archive.stem] for archive, below in held.items())
+    words = not any(re.search(r"\d", stem) or SPLITS & set(re.split("[-_./]", stem.lower())) for stem in stems)
+    inner = [set().union(*below.values()) if own else set(below) for below in held.values()]
+    folders = sorted(set().union(*inner))
+    if "" in folders or len(folders) < 2 or not (own or (words and _share(inner))):
+        return ""
     return (
-        f"{held} hold folders of the same names, which look like the classes: give {folder.root / given[0]}, and"
-        f" {folder.root / given[1]} as --test"
+        f"{_some(map(str, held))} may be the classes, or the folders in them ({_some(folders)}): in the first case"
+        " unpack each into a folder of its name, all in one folder; in the second give each by an option of its own"
     )
+
+
+def _share(held: Collection[set[str]]) -> bool:
+    """Whether two of them have a name in common, and there are others."""
+    return sum(map(len, held)) > len(set().union(*held)) > 1
+
+
+def _some(names: Iterable[str]) -> str:
+    first = [*islice(names, NAMED + 1)]
+    return ", ".join(first[:NAMED]) + (", ..." if len(first) > NAMED else "")
 
 
 def refuse_other_classes(bank: ImageList, test: ImageList, option: str) -> None:

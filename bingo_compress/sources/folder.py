@@ -6,6 +6,7 @@ import stat
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from bingo_compress.errors import BingoError
 from bingo_compress.sources.listed import Columns, Listed, Names, is_system_file, is_system_folder, refusal, stamp_of
 
 
@@ -42,7 +43,7 @@ def walked(root: Path, unreadable: Callable[[OSError], None]) -> Iterator[tuple[
 
 
 def listed(root: Path, columns: Columns) -> Listed:
-    """Every regular file below `root`, links followed, each real file once; the first folder of each is its label."""
+    """Every regular file below `root`, links followed, each real file once. Its folders are the labels."""
     files = Names()
     bad: list[tuple[str, str]] = []
     seen: set[int] = set()
@@ -60,12 +61,20 @@ def listed(root: Path, columns: Columns) -> Listed:
                 files.append(relative)
             elif reason:
                 bad.append((relative, reason))
+
+    def labels() -> None:
+        if columns.label:
+            raise BingoError(
+                f"--label-column {columns.label}: expected a source with a column of labels, found a folder, whose"
+                f" labels are the names of its folders: {root}; leave --label-column out, or give a table (.csv)"
+            )
+
     return Listed(
         files,
         tuple(bad),
         lambda index: root / files[index],
         lambda index: stamp_of(root / files[index]),
-        lambda: [name.split(os.sep, 1)[0] if os.sep in name else "" for name in files],
+        labels,
         passed,
     )
 

@@ -3,10 +3,10 @@
 import os
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, chain
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import NamedTuple, overload
 
@@ -121,31 +121,61 @@ class Listed:
     """What is in one source: N `names`, stable and each there once, to be tried as images, and `bad` as (name, reason).
 
     read: a file, or the bytes of a member of an archive, by position; raises OSError. stamp: what changes when the
-    image does. labels: N class names, "" where there is none; read when they are asked for. passed: hidden and system
-    files and folders, and folders of this program, that were passed over. keep: writes to a run's work folder what of
-    this took long to find, for the next command (`open_sources`).
+    image does. labels: N class names that something other than folders tells, "" where there is none, or None; read
+    when they are asked for, raises BingoError. passed: hidden and system files and folders, and folders of this
+    program, that were passed over. keep: writes to a run's work folder what of this took long to find, for the next
+    command (`open_sources`). repeated: lines of a list that name an image again. wrapped: a folder about all of it is
+    no class, as archives and lists are often made of one.
     """
 
     names: Names
     bad: tuple[tuple[str, str], ...]
     read: Callable[[int], Path | bytes]
     stamp: Callable[[int], Stamp]
-    labels: Callable[[], Sequence[str]]
+    labels: Callable[[], Sequence[str] | None]
     passed: int = 0
     keep: Callable[[Path], None] = lambda work: None
+    repeated: int = 0
+    wrapped: bool = False
+
+
+class Tree(NamedTuple):
+    """The folders of one place, where they name the classes. outer: of an archive or a list, the folders about all of
+    it, which name none; folder: whether the place is none of these; below: by part, the folders in each class, ""
+    among them where images lie in the class itself.
+    """
+
+    place: Path
+    outer: str
+    folder: bool
+    below: Mapping[str, Mapping[str, set[str]]]
+
+    @property
+    def classes(self) -> dict[str, set[str]]:
+        """`below` of all parts as one."""
+        found: dict[str, set[str]] = {}
+        for part in self.below.values():
+            for name, inner in part.items():
+                found.setdefault(name, set()).update(inner)
+        return found
 
 
 @dataclass(frozen=True)
 class Opened:
     """All sources as one. where: of people's words; names: of N images, `source!member` unless there is but a folder;
-    bad: (name, reason); passed: as in `Listed`; splits: a line for each place whose archives' names tell some apart.
+    bad: (name, reason); passed: as in `Listed`; places: each that was given, and how many of the parts are of it;
+    splits: a line for each place whose archives' names tell some apart.
     """
 
     where: str
-    root: Path
     parts: tuple[Listed, ...]
     prefixes: tuple[str, ...]
+    places: tuple[tuple[Path, int], ...]
     splits: tuple[str, ...] = ()
+
+    @property
+    def root(self) -> Path:
+        return self.places[0][0]
 
     @property
     def names(self) -> Names:
@@ -182,10 +212,39 @@ class Opened:
         part, index = self._at(row)
         return part.stamp(index)
 
-    @cached_property
+    @property
     def labels(self) -> list[str]:
-        """A class name an image, "" where there is none; read when they are first asked for, once."""
-        return list(chain.from_iterable(part.labels() for part in self.parts))
+        """A class name an image, "" where there is none; read once, when they are asked for. Raises BingoError."""
+        return self._classes[0]
+
+    @property
+    def trees(self) -> list[Tree]:
+        """Of each place whose labels are the names of folders. Raises BingoError."""
+        return self._classes[1]
+
+    @cached_property
+    def _classes(self) -> tuple[list[str], list[Tree]]:
+        labels: list[str] = []
+        trees: list[Tree] = []
+        numbers = iter(range(len(self.parts)))
+        for place, count in self.places:
+            inside = {self.prefixes[number].rstrip("!"): self.parts[number] for number in islice(numbers, count)}
+            told = [part.labels() for part in inside.values()]
+            if any(each is not None for each in told):
+                for part, each in zip(inside.values(), told, strict=True):
+                    labels += [""] * len(part.names) if each is None else each
+                continue
+            wrapped = all(part.wrapped for part in inside.values())
+            outer = outer_folders(chain.from_iterable(part.names for part in inside.values())) if wrapped else []
+            below: dict[str, dict[str, set[str]]] = {}
+            for source, part in inside.items():
+                held = below.setdefault(source, {})
+                for name in part.names:
+                    first, second = [*_folders(name)[len(outer) :], "", ""][:2]
+                    held.setdefault(first, set()).add(second)
+                    labels.append(first)
+            trees.append(Tree(place, "/".join(outer), not wrapped, below))
+        return labels, trees
 
     def _at(self, row: int) -> tuple[Listed, int]:
         number = bisect_right(self._starts, row) - 1
@@ -231,16 +290,20 @@ def in_order(name: str) -> tuple[tuple[bool, str], ...]:
     return (*((True, folder) for folder in folders), (False, file))
 
 
-def first_folders(names: Iterable[str]) -> list[str]:
-    """The first folder of each name below all that they have in common, "" where there is none: an archive is often
-    made of a folder that holds the classes.
+def outer_folders(names: Iterable[str]) -> list[str]:
+    """The folders that all names begin with and that are no class: an archive is often made of a folder that holds the
+    classes. Where one folder holds all images, it is one.
     """
-    parts = [name.replace(os.sep, "/").split("/")[:-1] for name in names]
-    shared = 0
-    if parts:
-        low, high = min(parts), max(parts)
-        while shared < min(len(low), len(high)) and low[shared] == high[shared]:
-            shared += 1
-    if parts and all(len(part) == shared for part in parts):  # one folder holds all
-        shared = max(shared - 1, 0)
-    return [part[shared] if len(part) > shared else "" for part in parts]
+    shared: list[str] | None = None
+    depth = 0
+    for folders in map(_folders, names):
+        shared = folders if shared is None else shared
+        while folders[: len(shared)] != shared:
+            shared = shared[:-1]
+        depth = max(depth, len(folders))
+    shared = shared or []
+    return shared[:-1] if depth == len(shared) else shared
+
+
+def _folders(name: str) -> list[str]:
+    return name.replace(os.sep, "/").split("/")[:-1]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bingo_compress.errors import BingoError, nearest
-from bingo_compress.sources.listed import Columns, Listed, Names, first_folders, refusal, stamp_of
+from bingo_compress.sources.listed import Columns, Listed, Names, refusal, stamp_of
 
 IMAGE_NAMES = (
     "image",
@@ -33,31 +33,52 @@ def listed(path: Path, columns: Columns) -> Listed:
     """The files that a list names, in its order, each once; paths are relative to the list's folder. Labels are of the
     label's column; without one, of the first folder that tells images apart. Raises BingoError.
     """
-    lines, said = _text_list(path) if path.suffix.lower() == ".txt" else _table(path, columns)
+    is_text = path.suffix.lower() == ".txt"
+    lines, said = _text_list(path) if is_text else _table(path, columns)
     files = Names()
     labels: list[str] = []
     bad: list[tuple[str, str]] = []
-    seen: set[str] = set()
+    seen: dict[str, str] = {}
     repeated = 0
+    two: tuple[str, str, str] | None = None
     for number, line in enumerate(lines):
         place = path.parent / os.path.expanduser(line)
+        label = said[number] if said else ""
         if line in seen:
             repeated += 1
+            if two is None and seen[line] != label:
+                two = line, seen[line], label
             continue
-        seen.add(line)
+        seen[line] = label
         if reason := refusal(line) or _unusable(place):
             bad.append((line, reason))
             continue
         files.append(line)
-        labels += said[number : number + 1]
+        if said:
+            labels.append(label)
     base = path.parent
+
+    def told() -> Sequence[str] | None:
+        if columns.label and is_text:
+            raise BingoError(
+                f"--label-column {columns.label}: expected a source with a column of labels, found a list without"
+                f" columns: {path}; leave --label-column out, or make a table of it (.csv)"
+            )
+        if two:
+            raise BingoError(
+                f"labels: expected one label an image in {path}, found {two[0]} as {two[1]!r} and as {two[2]!r}; leave"
+                " one of the two lines out"
+            )
+        return labels if said else None
+
     return Listed(
         files,
         tuple(bad),
         lambda index: base / os.path.expanduser(files[index]),
         lambda index: stamp_of(base / os.path.expanduser(files[index])),
-        lambda: labels or first_folders(files),
-        repeated,
+        told,
+        repeated=repeated,
+        wrapped=True,
     )
 
 

@@ -4,20 +4,21 @@ lays them out.
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from bingo_compress.errors import BingoError
 from bingo_compress.sources.listed import (
     LARGEST,
     NOT_IMAGES,
     Columns,
     Listed,
     Names,
-    Stamp,
-    first_folders,
     in_order,
     is_system_file,
     is_system_folder,
     refusal,
+    stamp_of,
 )
 
 LABELS = (".cls", ".cls.txt", ".label", ".label.txt")
@@ -28,11 +29,11 @@ ABOUT = frozenset([".cls", ".label", ".id", ".index", ".caption", ".cap", ".text
 def listed(
     sizes_of: Callable[[], Mapping[str, int]],
     read: Callable[[str], bytes],
-    stamp: Callable[[], Stamp],
+    path: Path,
     columns: Columns,
 ) -> Listed:
-    """Images of an archive. sizes_of: bytes of each member that is a file, asked for again where labels are; read: its
-    contents, raises OSError; stamp: of the archive.
+    """Images of the archive `path`. sizes_of: bytes of each member that is a file, asked for again where labels are;
+    read: its contents, raises OSError.
 
     A member that is not an image but has the key of one tells of it: its label where it is NAME.cls or NAME.json.
     """
@@ -50,18 +51,26 @@ def listed(
         else:
             files.append(name)
 
-    def labels() -> Sequence[str]:
+    def labels() -> Sequence[str] | None:
         known = sizes_of()
         told = [_label(name, known, read, columns) for name in files]
-        return told if any(told) else first_folders(files)
+        if columns.label and len(files) and not any(told):
+            keys = {key for name in files[:100] for key in _json(name, known, read)}
+            raise BingoError(
+                f"--label-column {columns.label}: expected a key of NAME.json beside NAME.jpg in {path}, which have"
+                f" {', '.join(sorted(keys)) or 'none'}; name one whose value is a word or a whole number, or leave"
+                " --label-column out"
+            )
+        return told if any(told) else None
 
     return Listed(
         files,
         tuple(bad),
         lambda index: read(files[index]),
-        lambda index: stamp(),
+        lambda index: stamp_of(path),
         labels,
         len(sizes) - len(kept),
+        wrapped=True,
     )
 
 
@@ -86,19 +95,26 @@ def _tells(name: str) -> bool:
 
 def _label(name: str, sizes: Mapping[str, int], read: Callable[[str], bytes], columns: Columns) -> str:
     """What a member of the image's key says its class is; "" where none does. An OSError of it is the reader's."""
-    folder, slash, file = name.rpartition("/")
-    stem = f"{folder}{slash}{file.partition('.')[0]}"
     if not columns.label:
         for end in LABELS:
-            if f"{stem}{end}" in sizes:
-                return read(f"{stem}{end}").decode("utf-8", "replace").strip()
-    if f"{stem}.json" not in sizes:
-        return ""
-    try:
-        said: Any = json.loads(read(f"{stem}.json"))
-    except ValueError:
-        return ""
-    if not isinstance(said, dict):
-        return ""
+            if (beside := f"{_stem(name)}{end}") in sizes:
+                return read(beside).decode("utf-8", "replace").strip()
+    said = _json(name, sizes, read)
     value = next((said[key] for key in ([columns.label] if columns.label else JSON_KEYS) if key in said), "")
     return str(value) if isinstance(value, str | int) else ""
+
+
+def _json(name: str, sizes: Mapping[str, int], read: Callable[[str], bytes]) -> dict[str, Any]:
+    """What NAME.json of the image's key holds; nothing where there is none."""
+    if (beside := f"{_stem(name)}.json") not in sizes:
+        return {}
+    try:
+        said: Any = json.loads(read(beside))
+    except ValueError:
+        return {}
+    return said if isinstance(said, dict) else {}
+
+
+def _stem(name: str) -> str:
+    folder, slash, file = name.rpartition("/")
+    return f"{folder}{slash}{file.partition('.')[0]}"

@@ -92,7 +92,8 @@ def open_sources(data: Data, option: str, work: Path | None = None) -> Opened:
         )
     prefixes = ("",) if plain else tuple(f"{tail}!" for tail in _tails(paths))
     told = (_splits(Path(place), found, option) for place, found in zip(given.places, expanded, strict=True))
-    return Opened(_named(given.places), Path(given.places[0]), tuple(parts), prefixes, tuple(filter(None, told)))
+    places = tuple((Path(place), len(found)) for place, found in zip(given.places, expanded, strict=True))
+    return Opened(_named(given.places), tuple(parts), prefixes, places, tuple(filter(None, told)))
 
 
 def _named(places: Sequence[str]) -> str:

@@ -62,7 +62,7 @@ def listed(path: Path, columns: Columns) -> Listed:
     def sizes() -> dict[str, int]:
         return {name: size for name, start, size in index if start + size <= stamp[0]}
 
-    found = members.listed(sizes, partial(_read, path, index), partial(stamp_of, path), columns)
+    found = members.listed(sizes, partial(_read, path, index), path, columns)
     cut = tuple((name, "cut short with its archive") for name, start, size in index if start + size > stamp[0])
     return replace(found, bad=found.bad + cut, keep=partial(_keep, path, stamp, index))
 

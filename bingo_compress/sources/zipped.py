@@ -28,7 +28,7 @@ def listed(path: Path, columns: Columns) -> Listed:
     def sizes() -> dict[str, int]:
         return {entry.filename: entry.file_size for entry in entries if _is_file(entry)}
 
-    return members.listed(sizes, partial(_read, path), partial(stamp_of, path), columns)
+    return members.listed(sizes, partial(_read, path), path, columns)
 
 
 def _is_file(entry: zipfile.ZipInfo) -> bool:

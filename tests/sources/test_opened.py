@@ -149,7 +149,7 @@ def test_a_list_is_read_from_where_it_lies_and_names_what_it_cannot_use(tmp_path
     (tmp_path / "deep" / "empty.jpg").touch()
     (tmp_path / "deep" / "list.txt").write_text("\n a.jpg \ngone.jpg\nempty.jpg\nnotes.md\na.jpg\n")
     found = list_images(tmp_path / "deep" / "list.txt")
-    assert found.files == ("list.txt!a.jpg",) and found.passed == 1
+    assert found.files == ("list.txt!a.jpg",) and found.passed == 0
     assert dict(found.bad) == {
         "list.txt!gone.jpg": "no such file",
         "list.txt!empty.jpg": "empty file",
