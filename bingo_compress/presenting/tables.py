@@ -11,6 +11,7 @@ from bingo_compress.data.image_list import ImageList
 from bingo_compress.features import neighbours
 from bingo_compress.models import exported
 from bingo_compress.models.trained import Models
+from bingo_compress.presenting import caveats
 from bingo_compress.presenting.markdown import figure, title
 from bingo_compress.runtime import console, run_dir
 from bingo_compress.training.plan import Plan
@@ -25,7 +26,7 @@ def show(result: dict[str, Any], run: run_dir.RunDir, models: Models) -> None:
     rows = {row["name"]: row for row in result["rows"]}
     _main(result["protocol"], result["rows"])
     _few_labels(result["rows"])
-    _classes(rows["student"]["per_class"])
+    _classes(rows["student"])
     closing_table(models, rows, result["protocol"]["bank_images"])
     _strengths(result["rows"])
     _gap(rows)
@@ -41,6 +42,11 @@ def show(result: dict[str, Any], run: run_dir.RunDir, models: Models) -> None:
             f"bags: {figure(result, 'bag_purity')} of the pairs (anchor, mate) with labels share one; by chance"
             f" {result['bag_purity_chance']:.3f}"
         )
+    _next(run)
+
+
+def _next(run: run_dir.RunDir) -> None:
+    """What to type, with files that are there."""
     made = exported.files(run.export)
     if not made:
         console.say(
@@ -48,7 +54,9 @@ def show(result: dict[str, Any], run: run_dir.RunDir, models: Models) -> None:
             " again"
         )
     for file in made.values():
-        console.say(f"next: bingo-edge classify {file} --head {file.with_suffix(exported.LINEAR)} PHOTOS")
+        own = "classes" in exported.contract(file)  # then the heads beside it are those that it was exported with
+        head = "" if own else f" --head {file.with_suffix(exported.LINEAR)}"
+        console.say(f"next: bingo-edge classify {file}{head} PHOTOS")
 
 
 def _main(protocol: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
@@ -87,9 +95,9 @@ def _few_labels(rows: Sequence[Mapping[str, Any]]) -> None:
     )
 
 
-def _classes(found: Sequence[Mapping[str, Any]]) -> None:
+def _classes(student: Mapping[str, Any]) -> None:
     """The student's classes, weakest first."""
-    known = sorted((entry for entry in found if entry["images"]), key=lambda entry: entry["accuracy"])
+    known = sorted((entry for entry in student["per_class"] if entry["images"]), key=lambda entry: entry["accuracy"])
     shown = known[:CLASSES_SHOWN]
     more = f", the weakest {len(shown)} of {len(known)}" if len(shown) < len(known) else ""
     cells = [
@@ -99,6 +107,8 @@ def _classes(found: Sequence[Mapping[str, Any]]) -> None:
     console.table(
         f"{title('student')}, linear probe by class{more}", ("", "images", "found", "most often taken for"), cells
     )
+    if none := caveats.untested(student):
+        console.say(f"classes without a test image, of which no figure tells: {none:,}")
 
 
 def _strengths(rows: Sequence[Mapping[str, Any]]) -> None:
