@@ -368,7 +368,7 @@ class Suggest:
 
 @dataclass(frozen=True, kw_only=True)
 class Runs:
-    """List the runs in a folder with their figures, best first where they compare."""
+    """List the runs in a folder with their figures, best first."""
 
     folder: Annotated[Place, Word("run", "where runs are, at most three folders down", Path, "", "DIR", True)]
     json: Json = None

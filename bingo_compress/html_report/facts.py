@@ -113,9 +113,9 @@ def called(runs: Sequence[Facts]) -> str:
     return ", ".join(facts.name for facts in runs)
 
 
-def measured_on(groups: Sequence[Sequence[Facts]]) -> str:
-    """What the figures of labelled runs are of, grouped by `proven_on`; that those of several groups do not compare."""
-    told = []
+def measured_on(runs: Sequence[Facts]) -> str:
+    """What the figures of labelled runs are of; where they differ in `proven_on`, that they do not compare."""
+    told, groups = [], grouped(runs, proven_on)
     for group in groups:
         of = group[0].proof["protocol"]
         told.append(
@@ -124,9 +124,9 @@ def measured_on(groups: Sequence[Sequence[Facts]]) -> str:
     return _each(groups, told, "They were measured on different images or with different banks")
 
 
-def sought_on(groups: Sequence[Sequence[Facts]]) -> str:
-    """The same of neighbour recalls, grouped by `recalled_on`."""
-    told = []
+def sought_on(runs: Sequence[Facts]) -> str:
+    """The same of neighbour recalls, by `recalled_on`."""
+    told, groups = [], grouped(runs, recalled_on)
     for group in groups:
         recall = group[0].summary["neighbour_recall"]
         told.append(

@@ -83,9 +83,8 @@ def proof(runs: Sequence[Facts]) -> Section | Missing:
     labelled = [facts for facts in runs if facts.proof]
     if not labelled:
         return _recall(runs)
-    groups = grouped(labelled, proven_on)
-    blocks = [block for group in groups for block in _figures(group, alone=len(runs) == 1)]
-    lead = f"{measured_on(groups)} The line through a dot is its 95% interval."
+    blocks = [block for group in grouped(labelled, proven_on) for block in _figures(group, alone=len(runs) == 1)]
+    lead = f"{measured_on(labelled)} The line through a dot is its 95% interval."
     return Section("figures", "How good it is", lead, blocks)
 
 
@@ -159,9 +158,8 @@ def _recall(runs: Sequence[Facts]) -> Section | Missing:
     found = [facts for facts in runs if facts.summary.get("neighbour_recall")]
     if not found:
         return missing
-    groups = grouped(found, recalled_on)
-    charts = [_recalls(group, alone=len(runs) == 1) for group in groups]
-    lead = f"No labels were given. {sought_on(groups)} The line through a dot is its 95% interval."
+    charts = [_recalls(group, alone=len(runs) == 1) for group in grouped(found, recalled_on)]
+    lead = f"No labels were given. {sought_on(found)} The line through a dot is its 95% interval."
     way = f"For figures on labels: {missing.way}"
     return Section("figures", "How alike it sees", lead, [{"kind": "charts", "charts": charts}, text(way)])
 

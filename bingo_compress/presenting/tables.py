@@ -26,7 +26,9 @@ def show(result: dict[str, Any], run: run_dir.RunDir, models: Models) -> None:
     rows = {row["name"]: row for row in result["rows"]}
     _main(result["protocol"], result["rows"])
     _few_labels(result["rows"])
-    _classes(rows["student"])
+    _classes(rows["student"]["per_class"])
+    if none := caveats.untested(rows["student"]):
+        console.say(f"classes without a test image, of which no figure tells: {none:,}")
     closing_table(models, rows, result["protocol"]["bank_images"])
     _strengths(result["rows"])
     _gap(rows)
@@ -95,9 +97,9 @@ def _few_labels(rows: Sequence[Mapping[str, Any]]) -> None:
     )
 
 
-def _classes(student: Mapping[str, Any]) -> None:
+def _classes(found: Sequence[Mapping[str, Any]]) -> None:
     """The student's classes, weakest first."""
-    known = sorted((entry for entry in student["per_class"] if entry["images"]), key=lambda entry: entry["accuracy"])
+    known = sorted((entry for entry in found if entry["images"]), key=lambda entry: entry["accuracy"])
     shown = known[:CLASSES_SHOWN]
     more = f", the weakest {len(shown)} of {len(known)}" if len(shown) < len(known) else ""
     cells = [
@@ -107,8 +109,6 @@ def _classes(student: Mapping[str, Any]) -> None:
     console.table(
         f"{title('student')}, linear probe by class{more}", ("", "images", "found", "most often taken for"), cells
     )
-    if none := caveats.untested(student):
-        console.say(f"classes without a test image, of which no figure tells: {none:,}")
 
 
 def _strengths(rows: Sequence[Mapping[str, Any]]) -> None:
