@@ -119,7 +119,7 @@ def _apart(groups: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
     """What of the tables does not compare."""
     said = []
     if len([group for group in groups if group[0]["of"]]) > 1:
-        said.append("figures of different images do not compare: those of one table do")
+        said.append("figures of different images or banks do not compare; those of one table do")
     if any(len({row["recall_of"] for row in group if "recall_of" in row}) > 1 for group in groups):
         said.append(
             "recall of different images held out, or different teachers, does not compare, not in one table either"
