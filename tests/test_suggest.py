@@ -20,6 +20,7 @@ from test_cli import one_error
 
 from bingo_compress import options
 from bingo_compress.errors import BingoError
+from bingo_compress.models.names import FAMILIES
 from bingo_compress.presenting.plots import scatter
 from bingo_compress.runtime.made_of import file_digest
 from bingo_compress.suggesting import cached, trials
@@ -143,6 +144,17 @@ def test_a_machine_that_was_busy_is_told_of(bingo: Callable[..., Ran], profile: 
     assert "warning: something else ran beside: one run in ten took 2.0 times the median" in bingo(*words).out
 
 
+def test_a_family_is_the_model_that_it_means_with_what_is_stated_of_it(
+    bingo: Callable[..., Ran], profile: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FAMILIES, "lcnet", "lcnet_050")
+    ran = bingo("suggest", "--on", profile, "--students", "lcnet,mnasnet_small,mnasnet_small", "--latency-ms", 7)
+    assert ran.status == 0 and "student: lcnet means lcnet_050" in ran.out and "not stated" not in ran.out
+    assert "--student lcnet_050 " in ran.out and "7 ms: 2; " in ran.out
+    assert STUDENTS[FAMILIES["mobilenetv3"]].top1 == 75.766
+    assert not [word for word in FAMILIES if timm.is_model(word)]  # timm's own name would be meant
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -198,6 +210,9 @@ def test_files_for_a_device_are_written_and_its_profile_comes_back(
         (("--plot", "x.png"), "FILE.svg"),
         (("--json", "gone/x.json"), "make gone first"),
         (("--on", "a", "--files", "b"), "found both"),
+        (("--files", "f", "--json", "x.json", "--students", "a/b"), "--files: expected no --json beside it"),
+        (("--files", "f", "--plot", "x.svg", "--students", "a/b"), "--files: expected no --plot beside it"),
+        (("--files", "f", "--data", "photos", "--students", "a/b"), "--files: expected no --data beside it"),
         (("--students", "a/b"), "'a/b'"),
         (("--data", "gone", "--teacher", "test_resnet"), "found nothing"),
         (("--data", "photos"), "--teacher"),

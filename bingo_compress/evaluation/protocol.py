@@ -112,7 +112,9 @@ FIGURES = {
         _linear,
     ),
     "linear_balanced": Figure(
-        lambda bank: "balanced", lambda bank: "mean over classes of the linear probe's recall", _balanced
+        lambda bank: "balanced",
+        lambda bank: "mean over classes with test images of the linear probe's recall",
+        _balanced,
     ),
     "linear_auc": Figure(
         lambda bank: "AUC", lambda bank: "of two classes: area under the linear probe's ROC curve", _area

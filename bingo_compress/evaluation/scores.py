@@ -281,8 +281,9 @@ def _quarter(labels: Tensor, groups: Tensor) -> Tensor:
 
 
 def by_class(predicted: Tensor, sides: Sides) -> dict[str, Any]:
-    """Per class: test images, share found, and the class it is most often taken for; and the confusion matrix, rows the
-    truth. Of more than DENSE classes the weakest, and the pairs that are confused most, as [truth, taken for, images].
+    """Per class: test images, share found, and the class it is most often taken for; how many classes are untested, of
+    no image; and the confusion matrix, rows the truth. Of more than DENSE classes the weakest, and the pairs that are
+    confused most, as [truth, taken for, images].
     """
     classes, labels, count = sides.classes, sides.query_labels, len(sides.classes)
     images = torch.bincount(labels, minlength=count).tolist()
@@ -308,10 +309,11 @@ def by_class(predicted: Tensor, sides: Sides) -> dict[str, Any]:
         if images[index]:
             entry["accuracy_interval"] = intervals.share_interval(predicted[labels == index] == index)
         entries.append(entry)
+    told = {"per_class": entries, "untested": images.count(0)}
     if count > DENSE:
         pairs = [[classes[truth], classes[guess], number] for truth, guess, number in wrong[:DENSE]]
-        return {"per_class": entries, "confused_most": pairs}
-    return {"per_class": entries, "confusion": intervals.confusion(predicted, labels, count).tolist()}
+        return told | {"confused_most": pairs}
+    return told | {"confusion": intervals.confusion(predicted, labels, count).tolist()}
 
 
 def gap_closed(low: Tensor, value: Tensor, high: Tensor) -> dict[str, Any]:

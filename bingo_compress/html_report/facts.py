@@ -2,13 +2,14 @@
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from bingo_compress.html_report import mistakes
 from bingo_compress.html_report.looks import Looks
 from bingo_compress.models import exported
+from bingo_compress.presenting import timing_table
 from bingo_compress.recipe import Recipe, load_recipe
 from bingo_compress.runtime.run_dir import RunDir, made_by, read_json
 from bingo_compress.training.metrics import seconds_of
@@ -81,17 +82,77 @@ def read(run: RunDir, name: str, looks: Looks | None) -> Facts:
     )
 
 
-def measured_on(runs: Sequence[Facts]) -> str:
-    """What the figures of labelled runs are of; where runs were measured on other images, that they do not compare."""
-    told = []
+def proven_on(facts: Facts) -> tuple[str, ...]:
+    """What labelled runs must share for their figures to compare."""
+    of = facts.proof["protocol"]
+    return tuple(str(of.get(key)) for key in ("test", "test_images", "bank", "bank_images", "classes"))
+
+
+def recalled_on(facts: Facts) -> tuple[str, ...]:
+    """What runs must share for their neighbour recalls to compare."""
+    recall, recipe = facts.summary["neighbour_recall"], facts.recipe
+    counts = (recall[key] for key in ("k", "queries", "gallery"))
+    return tuple(map(str, (recipe.data, recipe.teacher, recipe.teacher_weights, *counts)))
+
+
+def timed_on(facts: Facts) -> str:
+    """What runs must share for the times of their files to compare, in words; "" where none was timed."""
+    return timing_table.where(facts.timed[0]) if facts.timed else ""
+
+
+def grouped(runs: Sequence[Facts], key: Callable[[Facts], Any]) -> list[list[Facts]]:
+    """The runs that share a key together, in the order of the page."""
+    groups: dict[Any, list[Facts]] = {}
     for facts in runs:
-        of = facts.proof["protocol"]
-        count = f"{of['test_images']:,} test images, a bank of {of['bank_images']:,}, {len(of['classes']):,} classes."
-        told.append((of["test"], count))
-    if len(set(told)) == 1:
-        return told[0][1]
-    each = " ".join(f"{facts.name}: {count}" for facts, (_, count) in zip(runs, told, strict=True))
-    return f"{each} They were measured on different images: figures of one run do not compare with those of another."
+        groups.setdefault(key(facts), []).append(facts)
+    return list(groups.values())
+
+
+def called(runs: Sequence[Facts]) -> str:
+    """The names of runs."""
+    return ", ".join(facts.name for facts in runs)
+
+
+def measured_on(runs: Sequence[Facts]) -> str:
+    """What the figures of labelled runs are of; where they differ in `proven_on`, that they do not compare."""
+    told, groups = [], grouped(runs, proven_on)
+    for group in groups:
+        of = group[0].proof["protocol"]
+        told.append(
+            f"{of['test_images']:,} test images, a bank of {of['bank_images']:,}, {len(of['classes']):,} classes."
+        )
+    return _each(groups, told, "They were measured on different images or with different banks")
+
+
+def sought_on(runs: Sequence[Facts]) -> str:
+    """The same of neighbour recalls, by `recalled_on`."""
+    told, groups = [], grouped(runs, recalled_on)
+    for group in groups:
+        recall = group[0].summary["neighbour_recall"]
+        told.append(
+            f"{recall['queries']:,} held-out images, each sought among {recall['gallery']:,}; by chance"
+            f" {recall['k'] / recall['gallery']:.3f}."
+        )
+    return _each(groups, told, "Their images, neighbours or teachers are different")
+
+
+def apart(runs: Sequence[Facts]) -> list[str]:
+    """Where the exported files of runs were timed, and what of times and figures does not compare."""
+    timed = grouped([facts for facts in runs if facts.timed], timed_on)
+    said = [f"Timed on {timed_on(timed[0][0])}."] if len(timed) == 1 else []
+    if len(timed) > 1:
+        said = [f"{called(group)}: timed on {timed_on(group[0])}." for group in timed]
+        said.append("Times of different machines or batches do not compare.")
+    if len(grouped([facts for facts in runs if facts.files and facts.proof], proven_on)) > 1:
+        said.append("kNN and linear are of different images, as above, and do not compare either.")
+    return said
+
+
+def _each(groups: Sequence[Sequence[Facts]], told: Sequence[str], apart: str) -> str:
+    if len(told) == 1:
+        return told[0]
+    each = " ".join(f"{called(group)}: {words}" for group, words in zip(groups, told, strict=True))
+    return f"{each} {apart}: figures of one chart do not compare with those of another."
 
 
 def _lines(run: RunDir) -> list[Row]:

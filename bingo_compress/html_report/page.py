@@ -16,6 +16,7 @@ from bingo_compress.html_report import looking, looks, picture_sections, section
 from bingo_compress.html_report.facts import Facts
 from bingo_compress.html_report.sections import Missing, Section, View
 from bingo_compress.models import trained
+from bingo_compress.presenting import timing_table
 from bingo_compress.presenting.markdown import name_of
 from bingo_compress.recipe import GIVEN, load_recipe
 from bingo_compress.runtime import console, distributed
@@ -163,7 +164,8 @@ def _tiles(facts: Facts) -> list[dict[str, str]]:
             {"value": console.size(contract["bytes"]), "note": name_of(contract), "name": "file for the device"}
         )
         if time:
-            tiles.append({"value": f"{time['p50_ms']:.1f} ms", "note": "one thread", "name": "a picture"})
+            value = f"{timing_table.milliseconds(timing_table.picture_ms(time))} ms"
+            tiles.append({"value": value, "note": f"one thread{timing_table.batches(time)}", "name": "a picture"})
     return tiles[:5]
 
 

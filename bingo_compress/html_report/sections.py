@@ -2,12 +2,22 @@
 blocks, which assets/page.html shows by their kind; a chart has a table behind it.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bingo_compress.html_report.facts import Facts, Row, measured_on
-from bingo_compress.presenting import timing_table
+from bingo_compress.html_report.facts import (
+    Facts,
+    Row,
+    apart,
+    called,
+    grouped,
+    measured_on,
+    proven_on,
+    recalled_on,
+    sought_on,
+)
+from bingo_compress.presenting import caveats, timing_table
 from bingo_compress.presenting.markdown import name_of, shown, title
 from bingo_compress.recipe import FILES, WORDS, Recipe, make_recipe, recipe_text
 from bingo_compress.runtime import console
@@ -69,11 +79,18 @@ def text(words: str) -> Block:
 
 
 def proof(runs: Sequence[Facts]) -> Section | Missing:
-    """Every model's figures with their intervals."""
+    """Every model's figures with their intervals; those that compare in one chart."""
     labelled = [facts for facts in runs if facts.proof]
     if not labelled:
         return _recall(runs)
-    protocol, rows = labelled[0].proof["protocol"], _rows(labelled, alone=len(runs) == 1)
+    blocks = [block for group in grouped(labelled, proven_on) for block in _figures(group, alone=len(runs) == 1)]
+    lead = f"{measured_on(labelled)} The line through a dot is its 95% interval."
+    return Section("figures", "How good it is", lead, blocks)
+
+
+def _figures(runs: Sequence[Facts], *, alone: bool) -> list[Block]:
+    """The figures of runs that were proven on the same images. alone: the page is on one run."""
+    protocol, rows = runs[0].proof["protocol"], _rows(runs, alone=alone)
     figures = {key: name for key, name in protocol["figures"].items() if any(key in row for _, row in rows)}
     charts = []
     for key, name in figures.items():
@@ -84,13 +101,14 @@ def proof(runs: Sequence[Facts]) -> Section | Missing:
         ]
         cells = [[label, shown(row, key)] for label, row in rows if key in row]
         charts.append(chart("intervals", _figure(key, name), {"points": points}, (("model", name), cells)))
-    blocks: list[Block] = [{"kind": "charts", "charts": charts}, *map(text, _gaps(labelled, alone=len(runs) == 1))]
     measured = [[_figure(key, figures[key]), protocol[key]] for key in figures] + [["intervals", protocol["intervals"]]]
-    blocks.append(
-        {"kind": "details", "summary": "How each figure is measured", "header": ("figure", "how"), "rows": measured}
-    )
-    lead = f"{measured_on(labelled)} The line through a dot is its 95% interval."
-    return Section("figures", "How good it is", lead, blocks)
+    summary = "How each figure is measured" + ("" if alone else f" ({called(runs)})")
+    said = [line if alone else f"{facts.name}: {line}" for facts in runs for line in _beside(facts)]
+    return [
+        {"kind": "charts", "charts": charts},
+        *map(text, said),
+        {"kind": "details", "summary": summary, "header": ("figure", "how"), "rows": measured},
+    ]
 
 
 def _figure(key: str, name: str) -> str:
@@ -119,21 +137,16 @@ def _role(name: str) -> str:
     return name if name in ("teacher", "student", "start", "random") else "file"
 
 
-def _gaps(runs: Sequence[Facts], *, alone: bool) -> Iterable[str]:
-    for facts in runs:
-        row = facts.row("student")
-        if "gap_closed" in row:
-            low, high = row["gap_closed_interval"]
-            whose = "The" if alone else f"{facts.name}: the"
-            yield (
-                f"{whose} student closed {row['gap_closed']:.0%} [{low:.0%}, {high:.0%}] of the gap between random"
-                " weights and the teacher (linear probe)."
-            )
-        if facts.proof["protocol"].get("test_images_trained_on"):
-            yield (
-                f"{facts.proof['protocol']['test_images_trained_on']:,} of the test images were also distilled on,"
-                " without their labels."
-            )
+def _beside(facts: Facts) -> list[str]:
+    """What belongs beside the figures of a proof: how much of the gap was closed, and what they leave out."""
+    row, said = facts.row("student"), []
+    if "gap_closed" in row:
+        low, high = row["gap_closed_interval"]
+        said.append(
+            f"The student closed {row['gap_closed']:.0%} [{low:.0%}, {high:.0%}] of the gap between random weights and"
+            " the teacher (linear probe)."
+        )
+    return [*caveats.of_proof(facts.proof["protocol"], row), *said]
 
 
 def _recall(runs: Sequence[Facts]) -> Section | Missing:
@@ -142,25 +155,27 @@ def _recall(runs: Sequence[Facts]) -> Section | Missing:
         "How good it is on labels: kNN and linear probe of teacher, student, start, random weights and exported files",
         "bingo-compress validate --run RUN --data LABELLED_FOLDER",
     )
-    found = [(facts, facts.summary["neighbour_recall"]) for facts in runs if facts.summary.get("neighbour_recall")]
+    found = [facts for facts in runs if facts.summary.get("neighbour_recall")]
     if not found:
         return missing
+    charts = [_recalls(group, alone=len(runs) == 1) for group in grouped(found, recalled_on)]
+    lead = f"No labels were given. {sought_on(found)} The line through a dot is its 95% interval."
+    way = f"For figures on labels: {missing.way}"
+    return Section("figures", "How alike it sees", lead, [{"kind": "charts", "charts": charts}, text(way)])
+
+
+def _recalls(runs: Sequence[Facts], *, alone: bool) -> Block:
+    """Neighbour recalls that were measured alike."""
     points, cells = [], []
-    for facts, recall in found:
+    for facts in runs:
+        recall = facts.summary["neighbour_recall"]
         for name in ("start", "student"):
-            label = title(name) if len(runs) == 1 else f"{facts.name}: {title(name)}"
+            label = title(name) if alone else f"{facts.name}: {title(name)}"
             value, interval = recall[name], recall.get(f"{name}_interval")
             points.append({"name": label, "value": value, "interval": interval, "role": name})
             cells.append([label, shown(recall, name) if interval else f"{value:.3f}"])
-    recall = found[0][1]
-    name = f"The teacher's {recall['k']:,} nearest images found"
-    lead = (
-        f"No labels were given. {recall['queries']:,} held-out images, each sought among {recall['gallery']:,}; by"
-        f" chance {recall['k'] / recall['gallery']:.3f}. The line through a dot is its 95% interval."
-    )
-    block = chart("intervals", name, {"points": points}, (("model", "recall"), cells))
-    way = f"For figures on labels: {missing.way}"
-    return Section("figures", "How alike it sees", lead, [{"kind": "charts", "charts": [block]}, text(way)])
+    name = f"The teacher's {runs[0].summary['neighbour_recall']['k']:,} nearest images found"
+    return chart("intervals", name, {"points": points}, (("model", "recall"), cells))
 
 
 def training(runs: Sequence[Facts]) -> Section | Missing:
@@ -258,7 +273,8 @@ def classes(runs: Sequence[Facts]) -> Section | Missing:
         counted = [[name, *map(str, line)] for name, line in zip(names, row["confusion"], strict=True)]
         data = {"classes": names, "counts": row["confusion"]}
         charts.append(chart("matrix", "What is taken for what", data, (("is, down", *names), counted), wide=True))
-    lead = f"The student's linear probe by class, weakest first{_of(len(known), CLASSES)}."
+    none = caveats.without_images(row, len(facts.proof["protocol"]["classes"]))
+    lead = " ".join([f"The student's linear probe by class, weakest first{_of(len(known), CLASSES)}.", *none])
     return Section("classes", "Classes", lead, [{"kind": "charts", "charts": charts}])
 
 
@@ -274,58 +290,38 @@ def files(runs: Sequence[Facts]) -> Section | Missing:
     for facts in runs:
         for contract in facts.files:
             name = name_of(contract) if len(runs) == 1 else f"{facts.name}: {name_of(contract)}"
-            time = facts.timing(contract)
-            row = facts.proven(contract)
-            if time:
-                points.append(
-                    {
-                        "name": name,
-                        "ms": time["p50_ms"],
-                        "mb": contract["bytes"] / 1e6,
-                        "value": row.get("linear"),
-                        "interval": row.get("linear_interval"),
-                    }
-                )
-            rows.append(
-                [
-                    name,
-                    console.size(contract["bytes"]),
-                    f"{time['p50_ms']:.2f}" if time else "-",
-                    shown(row, "knn"),
-                    shown(row, "linear"),
-                ]
-            )
+            time, row = facts.timing(contract), facts.proven(contract)
+            took = timing_table.picture_ms(time) if time else None
+            if took is not None:
+                point = {"name": name, "ms": took, "mb": contract["bytes"] / 1e6}
+                points.append(point | {"value": row.get("linear"), "interval": row.get("linear_interval")})
+            taken = "-" if took is None else f"{took:.2f}"
+            rows.append([name, console.size(contract["bytes"]), taken, shown(row, "knn"), shown(row, "linear")])
             judged += _gate(name, contract)
     if not rows:
         return Missing(
             "The files for a device: size, latency and accuracy", "bingo-compress export --run RUN --format all"
         )
-    table = (("file", "size", "p50 ms, 1 thread", "kNN", "linear"), rows)
+    table = (("file", "size", "ms a picture, 1 thread", "kNN", "linear"), rows)
     blocks: list[Block] = []
     if points:
-        blocks.append(
-            {
-                "kind": "charts",
-                "charts": [chart("files", "Latency, accuracy and size", {"points": points}, table, wide=True)],
-            }
-        )
+        drawn = chart("files", "Latency, accuracy and size", {"points": points}, table, wide=True)
+        blocks.append({"kind": "charts", "charts": [drawn]})
     blocks.append({"kind": "table", "header": table[0], "rows": rows})
-    blocks += map(text, judged)
-    timed = next((facts.timed for facts in runs if facts.timed), [])
-    lead = "What an exported file weighs, takes and finds."
-    if timed:
-        lead += f" Timed on {timing_table.describe(timed[0]['machine'])}."
-    return Section("files", "For the device", lead, blocks)
+    lead = " ".join(["What an exported file weighs, takes and finds.", *apart(runs)])
+    return Section("files", "For the device", lead, [*blocks, *map(text, judged)])
 
 
-def _gate(name: str, contract: Row) -> Iterable[str]:
-    if "int8" in contract:
-        gate = contract["int8"]["gate"]
-        recall = f", neighbour recall {gate['recall']:.3f}" if "recall" in gate else ""
-        yield (
-            f"{name} was made by {contract['int8']['rung']} and judged against the float file on {gate['images']:,}"
-            f" images: mean cosine {gate['mean_cosine']:.4f}{recall}."
-        )
+def _gate(name: str, contract: Mapping[str, Any]) -> list[str]:
+    """How an int8 file of that name was made and judged; nothing of another one."""
+    if "int8" not in contract:
+        return []
+    judged = contract["int8"]["gate"]
+    recall = f", neighbour recall {judged['recall']:.3f}" if "recall" in judged else ""
+    return [
+        f"{name} was made by {contract['int8']['rung']} and judged against the float file on {judged['images']:,}"
+        f" images: mean cosine {judged['mean_cosine']:.4f}{recall}."
+    ]
 
 
 def recipe(runs: Sequence[Facts], view: View) -> Section:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bingo_compress.html_report.facts import Facts
+from bingo_compress.presenting import caveats, timing_table
 from bingo_compress.presenting.markdown import name_of
 from bingo_compress.runtime import console
 
@@ -27,7 +28,7 @@ def sentence(facts: Facts) -> str:
 
 def aside(facts: Facts) -> list[str]:
     """What belongs beside the verdict: what it does not say, and what became of the exported files."""
-    said = [] if facts.row("student") else [ALONE]
+    said = caveats.near_copies(facts.proof["protocol"]) if facts.row("student") else [ALONE]
     if facts.row("student") and (other := _by_neighbours(facts)):
         said.append(other)
     return [*said, _exported(facts)]
@@ -83,7 +84,7 @@ def _exported(facts: Facts) -> str:
     parts = []
     for contract in facts.files:
         time = facts.timing(contract)
-        told = [console.size(contract["bytes"]), *([f"{time['p50_ms']:.1f} ms"] if time else [])]
+        told = [console.size(contract["bytes"]), *([timing_table.a_picture(time)] if time else [])]
         row = facts.proven(contract)
         told += [percent(row, "linear", plain=True)] if "linear" in row else []
         parts.append(f"{name_of(contract)} ({', '.join(told)})")

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from bingo_compress.presenting import caveats
 from bingo_compress.presenting.markdown import CLASSES_SHOWN, name_of, plain, shown, table
 
 Files = Sequence[Mapping[str, Any]]  # contracts
@@ -70,4 +71,5 @@ def section(files: Files) -> list[str]:
         *blocks,
         f"{name_of(headed[0])} on {head['test_images']:,} test images, weakest class first:",
         table(("class", "test images", "found"), cells[:CLASSES_SHOWN]),
+        *caveats.without_images(head, len(names)),
     ]

@@ -12,7 +12,7 @@ import timm
 from bingo_compress import __version__
 from bingo_compress.features import bagging
 from bingo_compress.models import exported
-from bingo_compress.presenting import classes_section, timing_table, toolchain_table
+from bingo_compress.presenting import caveats, classes_section, timing_table, toolchain_table
 from bingo_compress.presenting.markdown import CLASSES_SHOWN, name_of, plain, shown, table, title
 from bingo_compress.recipe import GIVEN, Recipe, load_recipe, may_change
 from bingo_compress.runtime import console
@@ -214,12 +214,8 @@ def _proof(protocol: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> li
         ),
         table(("", *(plain(titles[key]) for key in keys)), cells),
     ]
-    if protocol.get("test_images_trained_on"):
-        blocks.append(
-            f"{protocol['test_images_trained_on']:,} of the test images were also distilled on (the same contents),"
-            " without their labels."
-        )
     (student,) = (row for row in rows if row["name"] == "student")
+    blocks += map(plain, caveats.of_proof(protocol, student))
     if "gap_closed" in student:
         low, high = student["gap_closed_interval"]
         blocks.append(

@@ -11,6 +11,7 @@ from bingo_compress.data.image_list import ImageList
 from bingo_compress.features import neighbours
 from bingo_compress.models import exported
 from bingo_compress.models.trained import Models
+from bingo_compress.presenting import caveats
 from bingo_compress.presenting.markdown import figure, title
 from bingo_compress.runtime import console, run_dir
 from bingo_compress.training.plan import Plan
@@ -26,6 +27,8 @@ def show(result: dict[str, Any], run: run_dir.RunDir, models: Models) -> None:
     _main(result["protocol"], result["rows"])
     _few_labels(result["rows"])
     _classes(rows["student"]["per_class"])
+    if none := caveats.untested(rows["student"]):
+        console.say(f"classes without a test image, of which no figure tells: {none:,}")
     closing_table(models, rows, result["protocol"]["bank_images"])
     _strengths(result["rows"])
     _gap(rows)
@@ -41,6 +44,11 @@ def show(result: dict[str, Any], run: run_dir.RunDir, models: Models) -> None:
             f"bags: {figure(result, 'bag_purity')} of the pairs (anchor, mate) with labels share one; by chance"
             f" {result['bag_purity_chance']:.3f}"
         )
+    _next(run)
+
+
+def _next(run: run_dir.RunDir) -> None:
+    """What to type, with files that are there."""
     made = exported.files(run.export)
     if not made:
         console.say(
@@ -48,7 +56,9 @@ def show(result: dict[str, Any], run: run_dir.RunDir, models: Models) -> None:
             " again"
         )
     for file in made.values():
-        console.say(f"next: bingo-edge classify {file} --head {file.with_suffix(exported.LINEAR)} PHOTOS")
+        own = "classes" in exported.contract(file)  # then the heads beside it are those that it was exported with
+        head = "" if own else f" --head {file.with_suffix(exported.LINEAR)}"
+        console.say(f"next: bingo-edge classify {file}{head} PHOTOS")
 
 
 def _main(protocol: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:

@@ -1,12 +1,38 @@
 """The table of `timing`: what an exported file takes on this machine."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bingo_compress.runtime import console
 
 PARTS = 10
 HEADER = ("", "size", "threads", "p50 ms", "p90 ms", "p99 ms", "load ms", "peak memory")
+
+
+def picture_ms(row: Mapping[str, Any]) -> float:
+    """Median milliseconds a picture: of a batch that is fixed in the file, its share."""
+    return float(row["p50_ms"]) / int(row["batch"])
+
+
+def a_picture(row: Mapping[str, Any]) -> str:
+    """`picture_ms` in words: 1.5 ms a picture in batches of 32."""
+    return f"{milliseconds(picture_ms(row))} ms a picture{batches(row)}"
+
+
+def milliseconds(value: float) -> str:
+    """Two digits at least: a picture of a batch may take little."""
+    return f"{value:.1f}" if value >= 1 else f"{value:.2g}"
+
+
+def batches(row: Mapping[str, Any]) -> str:
+    """What goes after a time that is a batch's share."""
+    return f" in batches of {row['batch']:,}" if row["batch"] > 1 else ""
+
+
+def where(row: Mapping[str, Any]) -> str:
+    """What times must share to be compared: the machine and the batch."""
+    by = batches(row)
+    return f"{describe(row['machine'])}{',' if by else ''}{by}"
 
 
 def caption(rows: Sequence[dict[str, Any]]) -> str:
@@ -56,7 +82,7 @@ def said(rows: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def describe(machine: dict[str, Any]) -> str:
+def describe(machine: Mapping[str, Any]) -> str:
     """One line on where it was timed."""
     cores = f"{machine['cores']} core{'s' if machine['cores'] > 1 else ''}"
     return (

@@ -16,6 +16,7 @@ from bingo_edge.measuring import measure
 
 from bingo_compress import options, preflight
 from bingo_compress.errors import BingoError
+from bingo_compress.models.names import FAMILIES
 from bingo_compress.presenting.plots import scatter
 from bingo_compress.recipe import make_recipe, parse_setting
 from bingo_compress.runtime import console, run_dir
@@ -41,7 +42,8 @@ def suggest(
 
     try_out: `trials.halving`, which imports torch when it is called. Raises BingoError.
     """
-    names = [name.strip() for name in words.students.split(",") if name.strip()] or list(STUDENTS)
+    asked_for = [name.strip() for name in words.students.split(",") if name.strip()]
+    names = _meant(asked_for) or list(STUDENTS)
     named = _refused(words, names)
     profile = read_profile(Path(words.on)) if words.on else None
     where = cached.folder()
@@ -66,6 +68,14 @@ def suggest(
     return order
 
 
+def _meant(words: Sequence[str]) -> list[str]:
+    """timm's names of what was asked for, each once: figures are stated of those, not of families."""
+    for word in words:
+        if word in FAMILIES:
+            console.say(f"student: {word} means {FAMILIES[word]}")
+    return list(dict.fromkeys(FAMILIES.get(word, word) for word in words))
+
+
 def _refused(words: options.Suggest, names: Sequence[str]) -> dict[str, Any]:
     """The settings that all trials share, once all is refused that can be known to be wrong."""
     for option, value in (("--latency-ms", words.latency_ms), ("--size-mb", words.size_mb), ("--epochs", words.epochs)):
@@ -75,6 +85,12 @@ def _refused(words: options.Suggest, names: Sequence[str]) -> dict[str, Any]:
         raise BingoError(f"--top: expected at least 1, found {words.top}; give a larger number")
     if words.on and words.files:
         raise BingoError("--files: expected --files (before a device measures) or --on (after it), found both")
+    after = {"--json": words.json, "--plot": words.plot, "--data": words.data}
+    if words.files and (later := [option for option, given in after.items() if given]):
+        raise BingoError(
+            f"--files: expected no {later[0]} beside it, since nothing is measured yet, found one; give it with --on,"
+            " once the device has measured"
+        )
     if strange := [name for name in names if not re.fullmatch(r"[\w.-]+", name)]:
         raise BingoError(f"--students: expected names of timm's with commas between, found {strange[0]!r}")
     if words.plot and Path(words.plot).suffix.lower() != ".svg":
