@@ -129,8 +129,8 @@ FIGURES = {
     "own_classes": Figure(
         lambda bank: "own classes",
         lambda bank: (
-            "of a file with classes in it: share of the test images that it names rightly itself, with the head that it"
-            ' was exported with; "none of these" is wrong, and so is every answer where it does not know the class'
+            "of a file with classes in it: share of the test images that it names rightly, by the head that it was"
+            ' exported with; "none of these" is wrong, and so are images of classes that it does not know'
         ),
         _own_classes,
     ),
