@@ -209,9 +209,9 @@ def validate(words: options.Validate) -> Validation:
     bands = preflight.refuse_run(run, given, ("teacher", "student"), json_file).bands
 
     from bingo_compress.evaluation.protocol import Extras
-    from bingo_compress.evaluation.validation import validate as prove
     from bingo_compress.html_report import page
     from bingo_compress.models.trained import Given
+    from bingo_compress.validation import validate as prove
 
     with page.renewed(run_dir.RunDir(run) if words.report else None):
         found = prove(

@@ -19,7 +19,6 @@ from bingo_edge.model import Embedder, latency_ms
 from bingo_compress import options
 from bingo_compress.errors import BingoError
 from bingo_compress.evaluation.protocol import Extras
-from bingo_compress.evaluation.validation import validate
 from bingo_compress.exporting import export
 from bingo_compress.html_report import page
 from bingo_compress.models import exported
@@ -28,6 +27,7 @@ from bingo_compress.presenting.markdown import figure, title
 from bingo_compress.recipe import RECIPES_DIR, load_recipe, recipe_text
 from bingo_compress.runtime import console
 from bingo_compress.runtime.run_dir import open_new, write_text
+from bingo_compress.validation import validate
 
 DEFECTIVE_FROM = 0.5
 TEST_SHARE = 0.25

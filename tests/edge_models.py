@@ -104,8 +104,8 @@ def headed(model: Path, copy: Path, pictures: list[str], *, between: bool) -> tu
     held = Embedder(model)
     random = np.random.default_rng(3)
     means = units(held.embed(pictures[:4]).embeddings + random.normal(size=(4, held.dim)) * 0.01).astype(np.float32)
-    head = LinearHead(means * 20, np.zeros(4, np.float32), np.array(["ant", "bee", "cow", "dog"]))
-    made = with_head(onnx.load(model), head, means)
+    head = LinearHead(means * 20, np.zeros(4, np.float32), np.array(["ant", "bee", "cow", "dog"]), means)
+    made = with_head(onnx.load(model), head)
     told = held.contract | {"classes": head.classes.tolist(), "head": {}}
     told["outputs"] = dict.fromkeys(("embedding", "features", "scores", "distance"), "float32")
     if between:

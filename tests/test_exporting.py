@@ -15,10 +15,11 @@ import torch
 from helpers import CPU, encoder, photo, photos, shallow, untrained_run
 from PIL import Image
 
-from bingo_compress import exporting
+from bingo_compress import exporting, validation
 from bingo_compress.data import image_list, listing
 from bingo_compress.errors import BingoError
-from bingo_compress.evaluation import probes, validation
+from bingo_compress.evaluation import probes
+from bingo_compress.evaluation.scores import Sides
 from bingo_compress.exporters import onnx as exporter
 from bingo_compress.exporters.onnx import Deployed, export_onnx
 from bingo_compress.features import extract
@@ -322,13 +323,13 @@ def test_golden_pictures_reach_the_network_the_same_in_the_trainer_and_on_the_de
 def test_the_kit_classifies_as_the_probes_do(exported: tuple[Path, Any], tmp_path: Path) -> None:
     path, student = exported
     folder = listing.list_images(photos(tmp_path / "photos", 12))
-    classes, labels = image_list.labels_of(folder)
-    features = extract.plain({"s": extract.as_embed(student, CPU)}, folder, range(36), "test")[0]["s"]
-    head = probes.fit_linear(features, torch.tensor(labels), 3)
+    classes, named_as = image_list.labels_of(folder)
+    labels, places = torch.tensor(named_as), list(range(36))
+    features = extract.plain({"s": extract.as_embed(student, CPU)}, folder, places, "test")[0]["s"]
+    head = probes.fit_linear(features, labels, 3)
     embedder = bingo_edge.Embedder(path)
-    validation.save_heads(
-        tmp_path / "student.onnx", embedder.sha256, head, features, torch.tensor(labels), classes, list(folder.files)
-    )
+    sides = Sides(classes, {"s": features}, labels, folder, places, {}, labels[:0], folder, [])
+    validation.save_heads(tmp_path / "student.onnx", embedder.sha256, head, "s", sides)
     queries = photos(tmp_path / "queries", 5, start=100)
     got = embedder.embed(str(queries))
     asked = extract.plain({"s": extract.as_embed(student, CPU)}, listing.list_images(queries), range(15), "test")[0][
@@ -336,7 +337,7 @@ def test_the_kit_classifies_as_the_probes_do(exported: tuple[Path, Any], tmp_pat
     ]
     expected = {
         "student.linear.npz": head.predict(asked),
-        "student.bank.npz": probes.knn_predict(features, torch.tensor(labels), asked, 3),
+        "student.bank.npz": probes.knn_predict(features, labels, asked, 3),
     }
     for file, indices in expected.items():
         named, shares = bingo_edge.classify(
@@ -345,7 +346,8 @@ def test_the_kit_classifies_as_the_probes_do(exported: tuple[Path, Any], tmp_pat
         assert named.tolist() == [classes[index] for index in indices.tolist()]
         assert len(set(named.tolist())) > 1
         if file == "student.linear.npz":
-            assert shares == pytest.approx(head.logits(asked).softmax(1).numpy(), abs=1e-3)
+            heat = float(np.load(tmp_path / file)["temperature"])
+            assert shares == pytest.approx((head.logits(asked) / heat).softmax(1).numpy(), abs=1e-3)
 
 
 @pytest.mark.parametrize(("norms", "told"), [([0.5, 200.0], False), ([0.5, 300.0], True), ([1e-4, 2.0], True)])

@@ -26,7 +26,7 @@ ROOMS = (
     "heads",
     "exporters toolchains budget",
     "int8 converting",
-    "exporting",
+    "exporting validation",
     "pipeline embedding options results",
     "dry_run inventory comparison demo run_table",
     "preflight",

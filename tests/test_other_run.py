@@ -13,10 +13,10 @@ import safetensors.torch
 import torch
 from helpers import encoder, photos, recipe
 
-from bingo_compress import pipeline
+from bingo_compress import pipeline, validation
 from bingo_compress.comparison import side_by_side
 from bingo_compress.errors import BingoError
-from bingo_compress.evaluation import held_out, validation
+from bingo_compress.evaluation import held_out
 from bingo_compress.models import trained
 from bingo_compress.recipe import Recipe
 from bingo_compress.runtime import checkpoint

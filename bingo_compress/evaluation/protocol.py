@@ -32,12 +32,15 @@ NO_EXTRAS = Extras()
 
 
 class Judged(NamedTuple):
-    """One model's answers: predicted: (M,) positions in sides.classes by "knn" and by "linear"."""
+    """One model's answers: predicted: (M,) positions in sides.classes by "knn" and by "linear"; own: the same by the
+    classes in a file, scores.NONE_OF_THESE and UNKNOWN among them; None of a model without.
+    """
 
     name: str
     sides: Sides
     head: probes.LinearHead
     predicted: dict[str, Tensor]
+    own: Tensor | None = None
 
 
 class Figure(NamedTuple):
@@ -94,6 +97,13 @@ def _recall_how(bank: int) -> str:
     )
 
 
+def _own_classes(judged: Judged) -> dict[str, Any]:
+    if judged.own is None:
+        return {}
+    found = scores.with_interval("own_classes", judged.own == judged.sides.query_labels)
+    return found | {"none_of_these": float((judged.own == scores.NONE_OF_THESE).double().mean())}
+
+
 # Tables, card, protocol and --require take what is here.
 FIGURES = {
     "knn": Figure(
@@ -120,13 +130,23 @@ FIGURES = {
         lambda bank: "AUC", lambda bank: "of two classes: area under the linear probe's ROC curve", _area
     ),
     "neighbour_recall": Figure(neighbours.recall_title, _recall_how, _recall),
+    "own_classes": Figure(
+        lambda bank: "own classes",
+        lambda bank: (
+            "of a file with classes in it: share of the test images that it names rightly, by the head that it was"
+            ' exported with; "none of these" is wrong, and so are images of classes that it does not know'
+        ),
+        _own_classes,
+    ),
 }
 
 
-def figures_of(name: str, sides: Sides, head: probes.LinearHead) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(the figures of one model, whether kNN and linear were right on each query, bool (M,))."""
+def figures_of(
+    name: str, sides: Sides, head: probes.LinearHead, own: Tensor | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(the figures of one model, whether kNN and linear were right on each query, bool (M,)). own: as in `Judged`."""
     nearest = probes.knn_predict(sides.bank[name], sides.labels, sides.queries[name], len(sides.classes))
-    judged = Judged(name, sides, head, {"knn": nearest, "linear": head.predict(sides.queries[name])})
+    judged = Judged(name, sides, head, {"knn": nearest, "linear": head.predict(sides.queries[name])}, own)
     found: dict[str, Any] = {}
     for figure in FIGURES.values():
         found |= figure.measure(judged)
@@ -141,8 +161,9 @@ def protocol(sides: Sides, test: image_list.ImageList | None, specs: list[str], 
         **{key: figure.how(bank_size) for key, figure in FIGURES.items()},
         "recall": neighbours.recall_facts(bank_size),
         "onnx": (
-            "an exported file: kNN with a bank of its own features; in float the student's linear head where both see"
-            " pictures alike, else, and in int8 always, a head fitted on the file's own features"
+            "an exported file: kNN and linear have a bank and a head of this proof, whatever classes are in the file:"
+            " kNN a bank of the file's own features; linear in float the student's head where both see pictures alike,"
+            " else, and in int8 always, a head fitted on the file's own features"
         ),
         "intervals": (
             f"95%, over test images: percentile bootstrap, {intervals.DRAWS} draws; of under {intervals.FEW} images"

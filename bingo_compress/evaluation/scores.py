@@ -27,6 +27,7 @@ DENSE = 200  # classes up to which a confusion matrix is written; above, this ma
 NAMED = 5  # classes in a message
 SUBSETS = 3  # draws of few labels
 TEST_SHARE = 0.25  # of each class, where no test images are given
+NONE_OF_THESE, UNKNOWN = -1, -2  # what the classes in a file may answer beside those of a proof; UNKNOWN: others
 
 
 @dataclass(frozen=True)

@@ -48,9 +48,9 @@ class Classes:
     images: Tensor
 
 
-def with_head(model: onnx.ModelProto, head: Head, means: NDArray[np.float32] | None) -> onnx.ModelProto:
+def with_head(model: onnx.ModelProto, head: Head) -> onnx.ModelProto:
     """`model`, which has outputs embedding and features (B, D), with a head after them: output scores (B, C), as
-    `bingo_edge.classify` gives them; with means (C, D) of length one also output distance (B, 1). All in float32.
+    `bingo_edge.classify` gives them; of a head with means also output distance (B, 1). All in float32.
 
     A bank that votes as a whole is two products and a softmax; only one whose k is smaller needs TopK and Gather.
     """
@@ -90,8 +90,8 @@ def with_head(model: onnx.ModelProto, head: Head, means: NDArray[np.float32] | N
             node("MatMul", ["head_weights", "head_voices"], "head_sums")
             node("Reshape", ["head_sums", constant("flat", flat)], "scores")
     result("scores", len(head.classes))
-    if means is not None:
-        node("MatMul", ["embedding", constant("means", means.T)], "head_to_means")
+    if head.means is not None:
+        node("MatMul", ["embedding", constant("means", head.means.T)], "head_to_means")
         opset = next(entry.version for entry in made.opset_import if not entry.domain)
         if opset >= REDUCE_AXES_INPUT:
             node("ReduceMax", ["head_to_means", constant("axes", np.array([1], np.int64))], "head_closest", keepdims=1)
@@ -127,13 +127,13 @@ def publish_with_head(
         sides = _seen_by(bare, name, sides, classes.preprocessing)
     made = classes.given or _fitted(classes.kind, sides, name)
     headed = path.with_name(f"{path.stem}-head.onnx")
-    onnx.save(with_head(onnx.load(bare), made.head, made.means), headed)
+    onnx.save(with_head(onnx.load(bare), made.head), headed)
     facts = made.facts | {"parity": _prove(headed, made.head, classes.images)}
-    if made.threshold is not None:
-        facts["threshold"] = made.threshold
+    if made.head.threshold is not None:
+        facts["threshold"] = made.head.threshold
     if sides and classes.tested:
         facts |= _tested(headed, made, sides, name, classes.preprocessing)
-    outputs = {key: what for key, what in OUTPUTS.items() if key == "scores" or made.means is not None}
+    outputs = {key: what for key, what in OUTPUTS.items() if key == "scores" or made.head.means is not None}
     contract = contract | {"classes": made.head.classes.tolist(), "head": facts}
     contract["outputs"] = contract["outputs"] | outputs
     contract = publish(headed, path, contract, wanted)
@@ -197,16 +197,10 @@ def _difference(found: NDArray[Any], expected: NDArray[Any], allowed: float, wha
 
 def _tested(headed: Path, made: Made, sides: scores.Sides, name: str, preprocessing: Preprocessing) -> dict[str, Any]:
     """`_figures` of the file's own answers to test images. Raises BingoError where they are not the head's."""
-    run = exported.runner_by_name(headed)
-
-    def answers(batch: Tensor) -> Tensor:
-        found = run(batch)
-        return torch.cat([found[key] for key in OUTPUTS if key in found], 1)
-
-    model = {"file": (preprocessing, answers)}
+    model = {"file": (preprocessing, exported.classes_runner(headed))}
     found = scores.again(model, sides.query_folder, sides.query_places, "classify test images")["file"]
     count = len(made.head.classes)
-    probabilities, distance = found[:, :count], found[:, count] if made.means is not None else None
+    probabilities, distance = found[:, :count], found[:, count] if made.head.means is not None else None
     rows = sides.queries[name]
     expected = classify(made.head, fitting.embeddings(rows).numpy(), rows.numpy())[1]
     _difference(probabilities.numpy(), expected, _allowed(made.head, rows.numpy()), "test images")
@@ -223,28 +217,37 @@ def _tested(headed: Path, made: Made, sides: scores.Sides, name: str, preprocess
 
 def _figures(probabilities: Tensor, distance: Tensor | None, made: Made, sides: scores.Sides) -> dict[str, Any]:
     """What a head does on sides.queries: accuracy with interval, by class, calibration error, and how many of these
-    images of known classes are taken for none. probabilities: (M, C); distance: (M,).
+    images of known classes are taken for none; and the share of them with a near-copy among the labelled images, with
+    which the others are too good. probabilities: (M, C); distance: (M,).
     """
     predicted = probabilities.argmax(1)
     found: dict[str, Any] = {"test_images": len(predicted)}
     found |= scores.with_interval("accuracy", predicted == sides.query_labels)
     found |= {"ece": calibration.calibration_error(probabilities, sides.query_labels), "ece_bins": calibration.BINS}
-    if isinstance(made.head, LinearHead):
+    if isinstance(made.head, LinearHead) and "temperature" in made.facts:
         # softmax(temperature x log p): the same head without its temperature
         plain = (probabilities.double().clamp(min=1e-45).log() * made.facts["temperature"]).softmax(1)
         found["ece_uncalibrated"] = calibration.calibration_error(plain, sides.query_labels)
-    if distance is not None and made.threshold is not None:
-        found |= scores.with_interval("false_alarms", distance > made.threshold)
+    if distance is not None and made.head.threshold is not None:
+        found |= scores.with_interval("false_alarms", distance > made.head.threshold)
+    found |= {key: sides.near[key] for key in ("test_share_near_bank",) if key in sides.near}
     return found | {"per_class": scores.by_class(predicted, sides)["per_class"]}
 
 
 def _say(path: Path, contract: dict[str, Any], head: Head) -> None:
     facts = contract["head"]
+    heat = f"temperature {facts['temperature']:.3g}" if "temperature" in facts else "temperature not known"
     console.say(
-        f"{path.name}: head {facts['kind']} of {len(contract['classes']):,} classes, temperature"
-        f" {facts['temperature']:.3g}; its scores equal those of the head beside it to"
-        f" {facts['parity']['max_difference']:.1g}"
+        f"{path.name}: head {facts['kind']} of {len(contract['classes']):,} classes, {heat}; its scores equal those of"
+        f" the head beside it to {facts['parity']['max_difference']:.1g}"
     )
+    if "calibrated" not in facts:
+        console.say(
+            f"{path.name}: whether its scores are calibrated is not known: an earlier version made the head; run"
+            " validate again"
+        )
+    elif not facts["calibrated"]:
+        console.say(f"{path.name}: its scores are not calibrated; {_mended(facts)} whose scores are")
     if isinstance(head, BankHead):
         console.say(
             f"{path.name}: the bank is {console.size(4 * head.embeddings.size)} of it; --head linear needs"
@@ -269,4 +272,11 @@ def _say(path: Path, contract: dict[str, Any], head: Head) -> None:
             f" [{low:.1%}, {high:.1%}] of the test images, whose classes are known, are refused"
         )
     elif "threshold" not in facts:
-        console.say(f'{path.name}: says no "none of these": a head from a file knows no threshold; give --labels')
+        console.say(f'{path.name}: says no "none of these": the head knows no threshold; {_mended(facts)} that does')
+
+
+def _mended(facts: dict[str, Any]) -> str:
+    """How to get another head."""
+    if "head_sha256" in facts:
+        return "--head linear or knn, with --labels, makes one"
+    return "all labelled images show one scene; others make one"

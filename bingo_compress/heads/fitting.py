@@ -3,7 +3,7 @@ before.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,43 +29,73 @@ LEAST_COMPARED = 256  # images
 
 @dataclass(frozen=True)
 class Made:
-    """A head as the device has it, its temperature in it. means: (C, D) float32 of length one, of the embeddings of
-    each class; threshold: the distance to the nearest of them from which on an image is of none; both None where they
-    are not known; facts: what the file's contract says of it; paths: of a bank's images.
+    """A head as the device has it, its temperature in it. facts: what the file's contract says of it, "calibrated" and
+    a linear head's "temperature" among it where they are known; paths: of a bank's images.
     """
 
     head: Head
-    means: NDArray[np.float32] | None
-    threshold: float | None
     facts: dict[str, Any]
     paths: Sequence[str] = ()
 
 
-def fit(kind: str, features: Tensor, labels: Tensor, classes: Sequence[str], groups: Tensor | None = None) -> Made:
+def fit(
+    kind: str,
+    features: Tensor,
+    labels: Tensor,
+    classes: Sequence[str],
+    groups: Tensor | None = None,
+    fitted: probes.LinearHead | None = None,
+) -> Made:
     """A head of KINDS on features (N, D) raw with labels (N,), calibrated on held-out folds of these.
 
     linear: `probes.fit_linear`, its logits over the temperature. knn: every image of the bank votes exp(cosine /
     temperature) for its class. Both temperatures minimise the negative log-likelihood of each fold under the others.
-    groups: as in `probes.folds`.
+    groups: as in `probes.folds`; fitted: the linear head where there is one of these rows already. Where all rows are
+    one group there are no folds: then the temperature is the proof's own, and the head says that it is not calibrated.
     """
-    count, names = len(classes), np.array(classes)
-    units = embeddings(features)
+    count = len(classes)
     fold = probes.folds(labels, probes.FOLDS, groups)
-    means = calibration.class_means(units, labels, count)
-    threshold = calibration.threshold(units, labels, count, fold)
-    facts: dict[str, Any] = {"kind": kind, "images": len(labels)}
+    apart = len(fold.unique()) > 1
     if kind == "linear":
-        head = probes.fit_linear(features, labels, count, groups=groups)
-        logits = probes.held_out_logits(features, labels, count, head.strength, fold)
-        heat = calibration.temperature(lambda each: (logits / each).log_softmax(1), labels)
+        head = fitted or probes.fit_linear(features, labels, count, groups=groups)
+        heat = 1.0
+        if apart:
+            logits = probes.held_out_logits(features, labels, count, head.strength, fold)
+            heat = calibration.temperature(lambda each: (logits / each).log_softmax(1), labels)
         weight, bias = ((each.double() / heat).float().numpy() for each in (head.weight, head.bias))
+        facts = {"kind": kind, "images": len(labels), "calibrated": apart}
         facts |= {"temperature": heat, "strength": head.strength}
-        return Made(LinearHead(weight, bias, names), means.numpy(), threshold, facts)
-    rows = units.half().float()  # as the npz beside holds them
-    heat = _bank_temperature(rows, labels, count, fold)
-    facts |= {"temperature": heat, "k": len(labels)}
-    bank = BankHead(rows.numpy(), labels.int().numpy(), names, len(labels), heat)
-    return Made(bank, means.numpy(), threshold, facts)
+        return Made(LinearHead(weight, bias, np.array(classes), *_none_of_these(features, labels, count, fold)), facts)
+    rows = embeddings(features).half().float()  # as the npz beside holds them
+    heat = _bank_temperature(rows, labels, count, fold) if apart else probes.KNN_TEMPERATURE
+    made = _bank(features, labels, classes, fold, len(labels), heat)
+    return replace(made, facts=made.facts | {"calibrated": apart})
+
+
+def knn(features: Tensor, labels: Tensor, classes: Sequence[str], groups: Tensor | None = None) -> Made:
+    """The bank of a proof's kNN: of KNN_K nearest at KNN_TEMPERATURE, so that it is right as often as the proof says.
+    Its shares of the vote are not calibrated: no temperature makes less than sure of a vote that is unanimous.
+    """
+    fold = probes.folds(labels, probes.FOLDS, groups)
+    return _bank(features, labels, classes, fold, probes.KNN_K, probes.KNN_TEMPERATURE)
+
+
+def _bank(features: Tensor, labels: Tensor, classes: Sequence[str], fold: Tensor, k: int, temperature: float) -> Made:
+    rows, whose = embeddings(features).half().float().numpy(), labels.int().numpy()
+    none_of_these = _none_of_these(features, labels, len(classes), fold)
+    facts = {"kind": "knn", "images": len(labels), "calibrated": False, "temperature": temperature, "k": k}
+    return Made(BankHead(rows, whose, np.array(classes), k, temperature, *none_of_these), facts)
+
+
+def _none_of_these(
+    features: Tensor, labels: Tensor, classes: int, fold: Tensor
+) -> tuple[NDArray[np.float32] | None, float | None]:
+    """(class means, the threshold of the distance to them); None, None where there is one fold alone."""
+    if len(fold.unique()) < 2:
+        return None, None
+    units = embeddings(features)
+    means = calibration.class_means(units, labels, classes)
+    return means.numpy(), calibration.threshold(units, labels, classes, fold)
 
 
 def embeddings(features: Tensor) -> Tensor:
@@ -112,12 +142,26 @@ def read(path: Path, student_weights: str, preprocess: Mapping[str, Any]) -> Mad
             " another student or input; run validate on this run again"
         )
     with np.load(path, allow_pickle=False) as held:
-        extra = {key: held[key] for key in ("means", "threshold", "paths") if key in held.files}
-    linear = isinstance(head, LinearHead)
-    facts: dict[str, Any] = {"kind": "linear" if linear else "knn", "head_sha256": file_digest(path)}
-    facts |= {"temperature": 1.0} if isinstance(head, LinearHead) else {"temperature": head.temperature, "k": head.k}
-    means, threshold = _none_of_these(extra, len(head.classes), model.dim)
-    return Made(head, means, threshold, facts, extra["paths"].tolist() if "paths" in extra else ())
+        extra = {key: held[key] for key in ("calibrated", "temperature", "paths") if key in held.files}
+    facts: dict[str, Any] = {"kind": "linear" if isinstance(head, LinearHead) else "knn"}
+    facts |= {"head_sha256": file_digest(path)} | _said(extra, path)
+    facts |= {} if isinstance(head, LinearHead) else {"k": head.k}
+    return Made(head, facts, extra["paths"].tolist() if "paths" in extra else ())
+
+
+def _said(held: Mapping[str, NDArray[Any]], path: Path) -> dict[str, Any]:
+    """What `save` wrote of how a head was fitted; earlier versions wrote less. Raises BingoError."""
+    try:
+        told: dict[str, Any] = {"calibrated": bool(held["calibrated"])} if "calibrated" in held else {}
+        told |= {"temperature": float(held["temperature"])} if "temperature" in held else {}
+        assert 0 < told.get("temperature", 1.0) < np.inf
+    except (AssertionError, TypeError, ValueError):
+        found = ", ".join(f"{key} {held[key].dtype} {held[key].shape}" for key in held)
+        raise BingoError(
+            f"--head: expected a head with one temperature above 0, found {found} in {path}; run validate on this run"
+            " again"
+        ) from None
+    return told
 
 
 def of(file: Path) -> Head:
@@ -127,29 +171,18 @@ def of(file: Path) -> Head:
     return load_head(file.with_suffix(end), model)
 
 
-def _none_of_these(
-    held: Mapping[str, NDArray[Any]], classes: int, dim: int
-) -> tuple[NDArray[np.float32] | None, float | None]:
-    """(class means, threshold) as `save` wrote them; None, None where they are not there or not sound."""
-    means, threshold = held.get("means"), held.get("threshold")
-    if means is None or threshold is None or means.shape != (classes, dim) or threshold.shape != ():
-        return None, None
-    if means.dtype.kind != "f" or threshold.dtype.kind != "f" or not (np.isfinite(means).all() and 0 <= threshold <= 2):
-        return None, None
-    return means.astype(np.float32), float(threshold)
-
-
 def save(file: Path, sha256: str, made: Made) -> Path:
     """STEM.linear.npz or STEM.bank.npz beside the exported file of that sha256: the head that is in it, for `--head` of
     `bingo-edge classify` and of `export`. Returns the file.
     """
-    arrays: dict[str, Any] = {"model_sha256": sha256, **made.head._asdict()}
+    arrays: dict[str, Any] = {key: value for key, value in made.head._asdict().items() if value is not None}
+    arrays |= {"model_sha256": sha256} | {
+        key: made.facts[key] for key in ("calibrated", "temperature") if key in made.facts
+    }
     if isinstance(made.head, BankHead):
         arrays["embeddings"] = made.head.embeddings.astype(np.float16)
         if made.paths:
             arrays["paths"] = [path.encode("utf-8", "backslashreplace").decode() for path in made.paths]
-    if made.means is not None and made.threshold is not None:
-        arrays |= {"means": made.means, "threshold": made.threshold}
     target = file.with_suffix(exported.LINEAR if isinstance(made.head, LinearHead) else exported.BANK)
     with run_dir.atomic(target) as temporary, temporary.open("wb") as handle:
         np.savez(handle, **{key: np.asarray(value) for key, value in arrays.items()})  # type: ignore[arg-type]

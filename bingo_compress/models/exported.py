@@ -218,6 +218,19 @@ def _runner(
     return run
 
 
+def classes_runner(path: Path) -> Callable[[Tensor], Tensor]:
+    """`runner_by_name` of a file with classes in it, as a function of uint8 (B, S, S, 3) -> its scores (B, C), with its
+    distances as one column more where it has them.
+    """
+    run = runner_by_name(path)
+
+    def answers(batch: Tensor) -> Tensor:
+        found = run(batch)
+        return torch.cat([found[name] for name in ("scores", "distance") if name in found], 1)
+
+    return answers
+
+
 def onnx_runner(path: Path) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """`runner_by_name` as a function of uint8 (B, S, S, 3) -> (embedding, features). Of a file with features alone the
     embedding is made of them. Raises BingoError, for a file without features too.

@@ -40,7 +40,7 @@ def section(files: Files) -> list[str]:
             [
                 name_of(contract),
                 plain(head["kind"]),
-                f"{head['temperature']:.3g}",
+                f"{head['temperature']:.3g}" if "temperature" in head else "-",
                 shown(head, "accuracy"),
                 *numbers,
                 shown(head, "false_alarms"),
@@ -53,6 +53,7 @@ def section(files: Files) -> list[str]:
         "## Classes",
         f"In the file, output scores, in this order: {', '.join(map(plain, names[:CLASSES_SHOWN]))}{more}.",
         table(header, rows),
+        *_doubts(headed),
         (
             "Scores are probabilities. Calibration error: expected, of 15 equal bins (Guo et al. 2017), with the"
             " temperature and before it. None of these: an image whose distance, 1 - the largest cosine of its"
@@ -72,4 +73,21 @@ def section(files: Files) -> list[str]:
         f"{name_of(headed[0])} on {head['test_images']:,} test images, weakest class first:",
         table(("class", "test images", "found"), cells[:CLASSES_SHOWN]),
         *caveats.without_images(head, len(names)),
+    ]
+
+
+def _doubts(files: Files) -> list[str]:
+    """Whose scores are not known to be calibrated, and whose figures are too good."""
+    uncalibrated = [name_of(one) for one in files if one["head"].get("calibrated") is False]
+    unknown = [name_of(one) for one in files if "head_sha256" in one["head"] and "calibrated" not in one["head"]]
+    shares = {name_of(one): float(one["head"].get("test_share_near_bank", 0)) for one in files}
+    return [
+        *([f"Not calibrated: {', '.join(uncalibrated)}."] if uncalibrated else []),
+        *([f"Whether the scores are calibrated is not known: {', '.join(unknown)}."] if unknown else []),
+        *(
+            f"{share:.0%} of the test images have a near-copy among the labelled images, which is found, not"
+            f" recognised: {name} looks better than it is."
+            for name, share in shares.items()
+            if share
+        ),
     ]

@@ -15,16 +15,22 @@ CHUNK = 4_000_000  # similarities held at once: 16 MB
 
 
 class LinearHead(NamedTuple):
-    """weight float32 (C, D) and bias float32 (C,) on raw features; classes unicode (C,)."""
+    """weight float32 (C, D) and bias float32 (C,) on raw features; classes unicode (C,).
+
+    means: float32 (C, D) of length one, of the embeddings of each class; threshold: the distance to the nearest of them
+    above which a picture is of none of the classes; both None where the head does not know them.
+    """
 
     weight: NDArray[np.float32]
     bias: NDArray[np.float32]
     classes: NDArray[np.str_]
+    means: NDArray[np.float32] | None = None
+    threshold: float | None = None
 
 
 class BankHead(NamedTuple):
     """embeddings float32 (N, D) L2-normalised, labels int (N,) into classes unicode (C,), k neighbours, temperature of
-    the vote.
+    the vote; means and threshold as in `LinearHead`.
     """
 
     embeddings: NDArray[np.float32]
@@ -32,9 +38,12 @@ class BankHead(NamedTuple):
     classes: NDArray[np.str_]
     k: int
     temperature: float
+    means: NDArray[np.float32] | None = None
+    threshold: float | None = None
 
 
 Head = LinearHead | BankHead
+NONE_OF_THESE = ("means", "threshold")
 KEYS = {"linear head": ("weight", "bias", "classes"), "bank": ("embeddings", "labels", "classes", "k", "temperature")}
 
 
@@ -51,7 +60,8 @@ def load_head(path: str | PathLike[str], model: Embedder) -> Head:
             weight, bias = held["weight"], held["bias"]
             good = good and weight.ndim == 2 and bias.shape == classes.shape == weight.shape[:1]
             if good and np.isfinite(weight).all() and np.isfinite(bias).all():
-                return LinearHead(weight.astype(np.float32), bias.astype(np.float32), classes)
+                none_of_these = _none_of_these(held, weight.shape)
+                return LinearHead(weight.astype(np.float32), bias.astype(np.float32), classes, *none_of_these)
         else:
             rows, labels = unit_rows(held["embeddings"], path), held["labels"]
             k, temperature = int(held["k"]), float(held["temperature"])
@@ -63,11 +73,27 @@ def load_head(path: str | PathLike[str], model: Embedder) -> Head:
                 and 0 < temperature < np.inf
             )
             if good and labels.min() >= 0 and labels.max() < len(classes):
-                return BankHead(rows, labels, classes, k, temperature)
+                none_of_these = _none_of_these(held, (len(classes), rows.shape[1]))
+                return BankHead(rows, labels, classes, k, temperature, *none_of_these)
     except (TypeError, ValueError):
         pass  # the arrays are not even numbers: the same refusal
-    shapes = ", ".join(f"{key} {held[key].dtype} {held[key].shape}" for key in KEYS[kind])
+    keys = (*KEYS[kind], *(key for key in NONE_OF_THESE if key in held))
+    shapes = ", ".join(f"{key} {held[key].dtype} {held[key].shape}" for key in keys)
     raise EdgeError(f"a sound {kind}", f"{shapes} in {os.fspath(path)}", "run bingo-compress validate again")
+
+
+def _none_of_these(
+    held: dict[str, NDArray[Any]], shape: tuple[int, ...]
+) -> tuple[NDArray[np.float32] | None, float | None]:
+    """(means, threshold) of a head, or None, None where it has neither. Raises ValueError for others than such."""
+    if not set(NONE_OF_THESE) & held.keys():
+        return None, None
+    means, threshold = (held.get(key, np.array("")) for key in NONE_OF_THESE)
+    if means.shape != shape or threshold.shape != () or means.dtype.kind != "f" or threshold.dtype.kind != "f":
+        raise ValueError
+    if not (np.isfinite(means).all() and 0 <= threshold <= 2):
+        raise ValueError
+    return means.astype(np.float32), float(threshold)
 
 
 def classify(
@@ -102,7 +128,7 @@ def classify(
 
 class Answer(NamedTuple):
     """What a picture is taken for: the most likely class, its probability, and whether the picture is near enough to a
-    class to be of one; distance is None, and known true, where the file does not know how near that is.
+    class to be of one; distance is None, and known true, where neither head nor file knows how near that is.
     """
 
     label: str
@@ -116,19 +142,21 @@ def named(model: Embedder, found: Embedded, head: Head | None = None) -> list[An
     EdgeError where there are none.
     """
     distances: NDArray[Any] | None = None
+    threshold = model.threshold if head is None else head.threshold
     if head is not None:
         labels, probabilities = classify(head, found.embeddings, found.features)
+        distances = None if head.means is None else 1 - (found.embeddings @ head.means.T).max(axis=1)
     elif found.scores is not None:
         probabilities = found.scores.astype(np.float64)
         labels = np.array(model.classes)[probabilities.argmax(axis=1)]
-        distances = found.distances if model.threshold is not None else None
+        distances = found.distances
     else:
         raise EdgeError("a model with classes in it, or a head", model.path, "give a head")
     answers = zip(labels.tolist(), probabilities.max(axis=1).tolist(), strict=True)
-    if distances is None or model.threshold is None:
+    if distances is None or threshold is None:
         return [Answer(label, probability, True, None) for label, probability in answers]
     return [
-        Answer(label, probability, distance <= model.threshold, distance)
+        Answer(label, probability, distance <= threshold, distance)
         for (label, probability), distance in zip(answers, distances.tolist(), strict=True)
     ]
 

@@ -21,7 +21,7 @@ HEAD = LinearHead(np.array([(0.01, 0, 0), (0, 0.01, 0)], "f4"), np.zeros(2, "f4"
 
 def headed(path: Path, batch: int | str = "batch", known: bool = True, **changes: object) -> str:
     """Classes red and green by the mean colour; a picture further than 0.2 from both is of neither."""
-    made = with_head(onnx.load(make_model(path, batch=batch)), HEAD, MEANS if known else None)
+    made = with_head(onnx.load(make_model(path, batch=batch)), HEAD._replace(means=MEANS if known else None))
     outputs = {"embedding": "", "features": "", **(OUTPUTS if known else {"scores": ""})}
     head = {"kind": "linear", **({"threshold": 0.2} if known else {})}
     meta = contract(outputs=outputs, classes=NAMES, head=head, **changes)
@@ -80,6 +80,19 @@ def test_classify_needs_nothing_beside_the_file(
         "class",
         "probability",
     }
+    held |= {
+        "means": MEANS,
+        "threshold": np.array(0.2),
+        "weight": HEAD.weight,
+        "bias": HEAD.bias,
+        "classes": HEAD.classes,
+    }
+    np.savez(linear, model_sha256=np.array(Embedder(model).sha256), **held)
+    # the head beside it says what the file with that head in it does
+    assert run(capfd, "classify", model, "--head", linear, *photos)[1] == run(capfd, "classify", model, *photos)[1]
+    np.savez(linear, model_sha256=np.array(Embedder(model).sha256), **held | {"threshold": np.array(np.nan)})
+    code, out, err = run(capfd, "classify", model, "--head", linear, *photos)
+    assert code == 2 and out == "" and "expected a sound linear head" in err and "threshold float64 ()" in err
     bare = make_model(tmp_path / "bare.onnx")
     code, out, err = run(capfd, "classify", bare, photos[0])
     assert code == 2 and out == "" and "expected a model with classes in it, or --head" in err
@@ -126,3 +139,17 @@ def test_the_self_test_looks_at_scores(tmp_path: Path, capfd: pytest.CaptureFixt
     (folder / "golden.json").write_text(json.dumps(held))
     code, out, _ = run(capfd, "selftest", model)
     assert code == 3 and out.splitlines()[0].split("\t")[1] == "scores"
+
+
+@pytest.mark.parametrize(("off", "passes"), [(0.05, True), (0.15, False)])
+def test_the_self_test_compares_scores_of_16_bits_too(
+    off: float, passes: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = headed(tmp_path / "m.onnx", precision="float16")
+    folder = write_golden(Path(model), Embedder(model).contract, runner_by_name(Path(model)))
+    held = json.loads((folder / "golden.json").read_text())
+    first, second = held["images"][0]["scores"]
+    held["images"][0]["scores"] = [first + off, second - off]  # a sum of 1 still
+    (folder / "golden.json").write_text(json.dumps(held))
+    code, out, _ = run(capfd, "selftest", model)
+    assert (code, out.splitlines()[0].split("\t")[1]) == ((0, "ok") if passes else (3, "scores"))

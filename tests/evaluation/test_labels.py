@@ -13,11 +13,12 @@ import torch
 from helpers import Ran, listed, photos, recipe, untrained_run
 from torch import Tensor
 
+from bingo_compress import validation
 from bingo_compress.comparison import side_by_side
 from bingo_compress.data import listing
 from bingo_compress.data.image_list import labels_of
 from bingo_compress.errors import BingoError
-from bingo_compress.evaluation import scores, validation
+from bingo_compress.evaluation import scores
 from bingo_compress.features import extract
 from bingo_compress.int8 import gate
 from bingo_compress.runtime.run_dir import RunDir

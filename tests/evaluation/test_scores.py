@@ -13,10 +13,11 @@ import pytest
 import torch
 from helpers import CPU, Ran, encoder, photos, recipe, unit
 
+from bingo_compress import validation
 from bingo_compress.comparison import side_by_side, tables
 from bingo_compress.data import image_list, listing
 from bingo_compress.errors import BingoError
-from bingo_compress.evaluation import probes, scores, validation
+from bingo_compress.evaluation import probes, scores
 from bingo_compress.features import bagging, extract
 from bingo_compress.int8 import gate
 from bingo_compress.recipe import recipe_text

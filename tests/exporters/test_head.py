@@ -18,9 +18,9 @@ from bingo_edge.heads import BankHead, Head, LinearHead
 from edge_models import make_model, units
 from helpers import Ran, command, photos, untrained_run
 
-from bingo_compress import exporting
+from bingo_compress import exporting, validation
 from bingo_compress.errors import BingoError
-from bingo_compress.evaluation import probes, validation
+from bingo_compress.evaluation import probes
 from bingo_compress.exporters import head as heads
 from bingo_compress.exporters.onnx import OUTPUTS, PROFILES, REFUSED, publish
 from bingo_compress.exporting import Int8, Shape
@@ -60,7 +60,7 @@ def test_the_scores_of_a_file_are_those_of_the_head_beside_it(
     bare = onnx.load(make_model(tmp_path / "student.onnx", batch=batch))
     if opset != 18:  # the reductions of make_model are written as 18 has them
         bare = onnx.version_converter.convert_version(bare, opset)
-    made = heads.with_head(bare, HEADS[kind], MEANS)
+    made = heads.with_head(bare, HEADS[kind]._replace(means=MEANS))
     onnx.save(made, tmp_path / "headed.onnx")
     found = exported.runner_by_name(tmp_path / "headed.onnx")(SHOWN)
     assert {name: tuple(values.shape[1:]) for name, values in found.items()} == {
@@ -83,7 +83,7 @@ def test_the_scores_of_a_file_are_those_of_the_head_beside_it(
 
 
 def test_a_head_that_the_file_does_not_give_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    onnx.save(heads.with_head(onnx.load(make_model(tmp_path / "s.onnx")), linear(), MEANS), tmp_path / "h.onnx")
+    onnx.save(heads.with_head(onnx.load(make_model(tmp_path / "s.onnx")), linear()), tmp_path / "h.onnx")
     assert heads._prove(tmp_path / "h.onnx", linear(), SHOWN)["max_difference"] < 1e-5
     other = linear()._replace(bias=linear().bias + np.array([0, 1e-3, 0, 0], np.float32))
     with pytest.raises(BingoError, match="differ on 11 of your images by") as caught:
@@ -96,7 +96,7 @@ def test_a_head_that_the_file_does_not_give_is_refused(tmp_path: Path, monkeypat
     assert heads._allowed(bank(50)._replace(temperature=0.005), features) == 200 * 2**-23
     monkeypatch.setattr(heads, "LARGEST", 100)
     with pytest.raises(BingoError, match="expected a bank of at most"):
-        heads.with_head(onnx.load(tmp_path / "s.onnx"), bank(50), None)
+        heads.with_head(onnx.load(tmp_path / "s.onnx"), bank(50))
 
 
 # ---------------------------------------------------------------- fitted
@@ -126,7 +126,7 @@ def test_a_fitted_head_is_calibrated_and_saved_as_it_is(kind: str, tmp_path: Pat
     probabilities = torch.from_numpy(before)
     accuracy = float((probabilities.argmax(1) == truth).double().mean())
     assert accuracy > 0.6 and abs(float(probabilities.max(1).values.mean()) - accuracy) < 0.1
-    assert made.threshold is not None and 0 < made.threshold < 2 and made.facts["kind"] == kind
+    assert made.head.threshold is not None and 0 < made.head.threshold < 2 and made.facts["kind"] == kind
     if kind == "linear":
         plain = probes.fit_linear(features, labels, 3)
         assert made.head.weight * made.facts["temperature"] == pytest.approx(plain.weight.numpy(), rel=1e-5)
@@ -285,7 +285,8 @@ def test_a_strangers_npz_is_never_unpickled(world: Path, bingo: Any, tmp_path: P
 
 def test_publishing_keeps_the_outputs_that_are_asked_for(tmp_path: Path) -> None:
     meta = {"outputs": {"embedding": "", "features": "", **heads.OUTPUTS}, "input": {"dtype": "uint8"}}
-    onnx.save(heads.with_head(onnx.load(make_model(tmp_path / "s.onnx")), linear(), MEANS), tmp_path / "h.onnx")
+    head = linear()._replace(means=MEANS)
+    onnx.save(heads.with_head(onnx.load(make_model(tmp_path / "s.onnx")), head), tmp_path / "h.onnx")
     wanted = PROFILES["modern"].__class__(18, 0, 0, outputs=("embedding", "scores"))
     publish(tmp_path / "h.onnx", tmp_path / "out.onnx", meta, wanted)
     assert [output.name for output in onnx.load(tmp_path / "out.onnx").graph.output] == ["embedding", "scores"]

@@ -14,9 +14,10 @@ import pytest
 import torch
 from helpers import digests_of, encoder, listed, photos, recipe, unit
 
+from bingo_compress import validation
 from bingo_compress.data import listing
 from bingo_compress.data.image_list import ImageList
-from bingo_compress.evaluation import finetune, intervals, probes, protocol, scores, validation
+from bingo_compress.evaluation import finetune, intervals, probes, protocol, scores
 from bingo_compress.evaluation.scores import Sides
 from bingo_compress.features import bagging, extract
 from bingo_compress.presenting import tables

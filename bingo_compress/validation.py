@@ -5,11 +5,10 @@ labelled images.
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from bingo_compress.evaluation import finetune, probes, scores
 from bingo_compress.evaluation.protocol import FIGURES, NO_EXTRAS, Extras, figures_of, protocol
 from bingo_compress.evaluation.scores import Sides
 from bingo_compress.features import extract, neighbours
+from bingo_compress.heads import answers, fitting
 from bingo_compress.html_report import looking, mistakes
 from bingo_compress.models import exported, trained
 from bingo_compress.models.encoder import Encoder, Preprocessing, weights_digest
@@ -73,7 +73,7 @@ def validate(
     sides = scores.sides(models, bank_folder, test_folder, image_list.labels_of(bank_folder)[0], keep)
 
     def judge() -> dict[str, Any]:
-        rows, heads, right = _rows(subjects, models, sides, specs)
+        rows, heads, right = _rows(subjects, models, sides, specs, run.export)
         by_name = {row["name"]: row for row in rows}
         if extras.fine_tune or extras.literature:
             tuned = specs if extras.fine_tune else []
@@ -89,6 +89,7 @@ def validate(
         if extras.mistakes:
             _keep_mistakes(run, by_name["student"], sides, heads["student"])
         show(result, run, Models(subjects.recipe, subjects.encoders["teacher"], subjects.encoders["student"]))
+        answers.say(rows, sides)
         _refuse_under(least, [by_name[name] for name in subjects.contracts or ("student",)], len(sides.labels))
         return result
 
@@ -150,9 +151,13 @@ def _digests(subjects: Subjects) -> dict[str, str]:
 
 
 def _rows(
-    subjects: Subjects, models: Mapping[str, tuple[Preprocessing, extract.Embed]], sides: Sides, specs: list[str]
+    subjects: Subjects,
+    models: Mapping[str, tuple[Preprocessing, extract.Embed]],
+    sides: Sides,
+    specs: list[str],
+    folder: Path,
 ) -> tuple[list[dict[str, Any]], dict[str, probes.LinearHead], dict[str, dict[str, Tensor]]]:
-    """(figures, linear head, per test image whether kNN and linear were right) of each model."""
+    """(figures, linear head, per test image whether kNN and linear were right) of each model. folder: of the files."""
     rows: list[dict[str, Any]] = []
     heads: dict[str, probes.LinearHead] = {}
     right: dict[str, dict[str, Tensor]] = {}
@@ -160,20 +165,24 @@ def _rows(
         # The float file has the student's own head: one fitted anew on features that differ by rounding may end
         # elsewhere. Where a file sees pictures otherwise, and in int8, the features are others, and the head that the
         # device will have is fitted on those.
-        own = name == "onnx" and models[name][0] == models["student"][0]
+        alike = name == "onnx" and models[name][0] == models["student"][0]
         heads[name] = (
             heads["student"]
-            if own
+            if alike
             else probes.fit_linear(sides.bank[name], sides.labels, len(sides.classes), groups=sides.groups)
         )
-        found, right[name] = figures_of(name, sides, heads[name])
-        if name == "student" or name in subjects.contracts:
+        contract = subjects.contracts.get(name, {})
+        knows = "scores" in contract.get("outputs", ())
+        own = answers.in_classes_of(sides, folder / contract["file"], contract, models[name][0]) if knows else None
+        found, right[name] = figures_of(name, sides, heads[name], own)
+        if name == "student" or contract:
             found |= scores.by_class(heads[name].predict(sides.queries[name]), sides)
-        if specs and name not in subjects.contracts:
+        if specs and not contract:
             found["shots"] = {spec: scores.few_labels(name, sides, spec) for spec in specs}
         source = {"weights": subjects.weights[name]} if name in subjects.weights else {}
-        if name in subjects.contracts:
-            source = {key: subjects.contracts[name][key] for key in ("file", "sha256")}
+        if contract:
+            source = {key: contract[key] for key in ("file", "sha256")}
+            found |= answers.other_classes(contract, sides) if knows else {}
         rows.append({"name": name, **source, **found})
     student = next(row for row in rows if row["name"] == "student")
     student |= scores.gap_closed(*(right[name]["linear"] for name in ("random", "student", "teacher")))
@@ -205,20 +214,11 @@ def _write(
     heads: Mapping[str, probes.LinearHead],
 ) -> None:
     """The proof's file, a linear head and a bank beside each exported file, and the card that tells of both. One with
-    classes in it keeps the head that it was exported with: that one is calibrated.
+    classes in it keeps the head that it was exported with.
     """
-    paths = [sides.bank_folder.files[place] for place in sides.places]
     for name, contract in contracts.items():
         if "classes" not in contract:
-            save_heads(
-                run.export / contract["file"],
-                contract["sha256"],
-                heads[name],
-                sides.bank[name],
-                sides.labels,
-                sides.classes,
-                paths,
-            )
+            save_heads(run.export / contract["file"], contract["sha256"], heads[name], name, sides)
     for file in filter(None, (run.validation, json_file)):
         run_dir.write_text(file, _json(result))
     run_dir.drop_stale(run.work, "proof", set())
@@ -355,30 +355,11 @@ def _json(result: dict[str, Any]) -> str:
     )
 
 
-def save_heads(
-    file: Path, sha256: str, head: probes.LinearHead, bank: Tensor, labels: Tensor, classes: list[str], paths: list[str]
-) -> None:
-    """STEM.linear.npz and STEM.bank.npz beside the exported file of that sha256, for `bingo-edge classify`: arrays
-    only, no pickle.
+def save_heads(file: Path, sha256: str, head: probes.LinearHead, name: str, sides: Sides) -> None:
+    """STEM.linear.npz and STEM.bank.npz beside the exported file of that sha256, for `bingo-edge classify`: head and
+    bank of the proof's row `name`, the head calibrated as one in a file is.
     """
-    names, whose = np.array(classes), np.array(sha256)
-    contents = {
-        exported.LINEAR: {
-            "model_sha256": whose,
-            "weight": head.weight.numpy(),
-            "bias": head.bias.numpy(),
-            "classes": names,
-        },
-        exported.BANK: {
-            "model_sha256": whose,
-            "embeddings": probes.normalised(bank).half().numpy(),
-            "labels": labels.int().numpy(),
-            "classes": names,
-            "paths": np.array([path.encode("utf-8", "backslashreplace").decode() for path in paths]),
-            "k": np.array(probes.KNN_K),
-            "temperature": np.array(probes.KNN_TEMPERATURE),
-        },
-    }
-    for end, arrays in contents.items():
-        with run_dir.atomic(file.with_suffix(end)) as temporary, temporary.open("wb") as handle:
-            np.savez(handle, **arrays)  # type: ignore[arg-type]
+    on = sides.bank[name], sides.labels, sides.classes, sides.groups
+    paths = [sides.bank_folder.files[place] for place in sides.places]
+    fitting.save(file, sha256, fitting.fit("linear", *on, head))
+    fitting.save(file, sha256, replace(fitting.knn(*on), paths=paths))
