@@ -249,7 +249,8 @@ class Recipe(BaseModel):
         description=(
             "where decoded images are kept; disk: read by the crop; encoded: on disk as JPEGs, 7 to 12 times smaller,"
             " crops take 2 to 3 times as long and lose a little; stream: nowhere, files are decoded for every crop;"
-            " auto: the first that fits; all but encoded give the same crops, on a GPU to a level or so, and --resume may change between those"
+            " auto: the first that fits; all but encoded give the same crops (on a GPU to a level or so), and --resume"
+            " may change between those"
         ),
     )
     memory: str = Field(

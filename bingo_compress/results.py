@@ -17,7 +17,8 @@ class Figure(NamedTuple):
 @dataclass(frozen=True)
 class Distilled:
     """A finished run: its folder, the student's weights, `timm`: a folder that timm.create_model reads (None for a
-    student that timm does not know), and, without labels, how many of the teacher's neighbours models keep, with intervals.
+    student that timm does not know), and, without labels, how many of the teacher's neighbours models keep, with
+    intervals.
     """
 
     run: Path
@@ -40,8 +41,8 @@ class Embedded:
 
 @dataclass(frozen=True)
 class Validation:
-    """A proof: `figures[model][name]` of teacher, student, start, random, onnx, onnx-fp16, onnx-int8 and against; `protocol`: how
-    each was measured; `rows`: all that is in `file`, RUN/validation.json.
+    """A proof: `figures[model][name]` of teacher, student, start, random, onnx, onnx-fp16, onnx-int8 and against;
+    `protocol`: how each was measured; `rows`: all that is in `file`, RUN/validation.json.
     """
 
     file: Path

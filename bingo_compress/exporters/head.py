@@ -231,7 +231,8 @@ def _figures(probabilities: Tensor, distance: Tensor | None, made: Made, sides: 
     if distance is not None and made.head.threshold is not None:
         found |= scores.with_interval("false_alarms", distance > made.head.threshold)
     found |= {key: sides.near[key] for key in ("test_share_near_bank",) if key in sides.near}
-    return found | {"per_class": scores.by_class(predicted, sides)["per_class"]}
+    classes = scores.by_class(predicted, sides)
+    return found | {key: classes[key] for key in ("per_class", "untested") if key in classes}
 
 
 def _say(path: Path, contract: dict[str, Any], head: Head) -> None:
