@@ -109,10 +109,13 @@ def run_distill(
 
 def _opened(out: Path, given: Given, *, resume: bool, overwrite: bool) -> run_dir.RunDir:
     """`run_dir.open_new` by the first process. The weights of modules that were given do not tell all that they do, so
-    one that begins anew uses nothing of the run before.
+    one that begins anew uses nothing that they made before.
     """
-    whole = given != NOTHING_GIVEN
-    return distributed.from_first(lambda: run_dir.open_new(out, resume=resume, overwrite=overwrite, whole=whole))
+    seen = ("teacher", "near-copies", "bags") if given.teacher else ()
+    embedded = ("closing", "proof") if given != NOTHING_GIVEN else ()
+    return distributed.from_first(
+        lambda: run_dir.open_new(out, resume=resume, overwrite=overwrite, stages=(*seen, *embedded))
+    )
 
 
 def _with_choice(asked: Recipe, before: Recipe | None, out: Path) -> Recipe:

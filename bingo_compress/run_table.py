@@ -63,7 +63,9 @@ def _row(run: RunDir, folder: Path) -> dict[str, Any]:
     with made_by("distill", run.summary):
         of = {"recall_of": _recalled(recall, recipe)} if recall else {}
     with made_by("validate", run.validation):
-        of |= {"of": _proven(known.proof["protocol"])} if student else {"of": of.get("recall_of", "")}
+        of["of"] = _proven(known.proof["protocol"]) if student else of.get("recall_of", "")
+        if student:
+            of["images"] = " ".join(facts.proven_on(known))
     smallest = min(known.files, key=lambda contract: int(contract["bytes"]), default={})
     time = known.timing(smallest) if smallest else {}
     with made_by("export", run.export / exported.LATENCY):
@@ -101,7 +103,7 @@ def _recalled(recall: Mapping[str, Any], recipe: Recipe) -> str:
 
 def _group(row: Mapping[str, Any]) -> tuple[int, str]:
     place = next((place for place, key in enumerate(RANKED) if key in row), len(RANKED))
-    return place, row["of"] if place < len(RANKED) else ""
+    return place, row.get("images", row["of"]) if place < len(RANKED) else ""
 
 
 def _rank(row: Mapping[str, Any]) -> tuple[Any, ...]:

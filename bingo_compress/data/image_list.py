@@ -252,7 +252,11 @@ def _wrapped(trees: Sequence[Tree]) -> str:
         return f"{path.name} holds {len(inner)} folders: did you mean {path}?" if len(inner) > 1 else ""
     if not _share(held.values()):
         return ""
-    return f"{_some(map(str, held))} hold folders of the same names, which look like the classes: give these"
+    return (
+        f"{_some(map(str, held))} hold folders of the same names and may be the classes, or hold them"
+        f" ({_some(sorted(set().union(*held.values())))}): in the first case give one folder with all of them in it; in"
+        " the second give these"
+    )
 
 
 def _parted(tree: Tree) -> str:
@@ -273,39 +277,55 @@ def _parted(tree: Tree) -> str:
 def _deeper(trees: Sequence[Tree]) -> str:
     """A folder holds no images but folders that are called as classes elsewhere are."""
     classes = set().union(*(tree.classes for tree in trees))
-    inside = set().union(*(inner for tree in trees for inner in tree.classes.values()))
+    below: dict[str, set[str]] = {}
+    for name, inner in (pair for tree in trees for pair in tree.classes.items()):
+        below.setdefault(name, set()).update(inner)
     for tree in trees:
         beside = set().union(*(other.classes for other in trees if other is not tree))
         if (outer := PurePath(tree.outer).name) and outer in beside:
             return f"{outer} is a class, and in {tree.place} a folder about classes: bring all classes to one level"
         for name, inner in tree.classes.items():
-            # Not where classes hold folders that are called as they are: what was predicted, in what is true.
-            if "" not in {name, *inner} and name not in inside and inner & classes:
+            # Not where those hold folders that are called as classes are, too: sessions of persons, both by numbers.
+            alike = {other for other in inner & classes if not below[other] & classes}
+            if "" not in {name, *inner} and alike:
                 return (
                     f"{name} of {tree.place} holds no images but folders that are called as classes are"
-                    f" ({_some(sorted(inner & classes))}): bring all classes to one level"
+                    f" ({_some(sorted(alike))}): bring all classes to one level"
                 )
     return ""
 
 
 def _packed(tree: Tree) -> str:
-    """The names of several archives may be the classes: each holds one folder of its own name with folders in it, or
-    they are words and hold folders of the same names.
+    """Several archives may be the classes, or what is in them: each holds one folder with folders in it, which has the
+    archive's name or others of which have folders of the same names; or their names are words, and they hold folders of
+    the same names.
     """
     if tree.folder or len(tree.below) < 2:
         return ""
     held = {PurePath(archive): below for archive, below in tree.below.items() if below}
     stems = [str(archive.with_suffix("")) for archive in held]
-    own = all([*below] == [archive.stem] for archive, below in held.items())
-    words = not any(re.search(r"\d", stem) or SPLITS & set(re.split("[-_./]", stem.lower())) for stem in stems)
-    inner = [set().union(*below.values()) if own else set(below) for below in held.values()]
+    named = all([*below] == [archive.stem] for archive, below in held.items())
+    outer = all(len(below) == 1 for below in held.values()) and len(tree.classes) > 1
+    inner = [set().union(*below.values()) if outer else set(below) for below in held.values()]
     folders = sorted(set().union(*inner))
-    if "" in folders or len(folders) < 2 or not (own or (words and _share(inner))):
+    doubtful = named or (_share(inner) and (outer or (not any(map(_numbered, stems)) and not _lettered(stems))))
+    if "" in folders or len(folders) < 2 or not doubtful:
         return ""
     return (
         f"{_some(map(str, held))} may be the classes, or the folders in them ({_some(folders)}): in the first case"
         " unpack each into a folder of its name, all in one folder; in the second give each by an option of its own"
     )
+
+
+def _numbered(stem: str) -> bool:
+    """Whether the name of an archive is a shard's or a split's."""
+    return bool(re.search(r"\d", stem) or SPLITS & set(re.split("[-_./]", stem.lower())))
+
+
+def _lettered(stems: Sequence[str]) -> bool:
+    """Whether names differ in their last two letters at most, as of shards: part-aa, part-ab."""
+    shared = next((place for place, letters in enumerate(zip(*stems, strict=False)) if len(set(letters)) > 1), 0)
+    return shared >= 3 and {len(stem) for stem in stems} <= {shared + 1, shared + 2}
 
 
 def _share(held: Collection[set[str]]) -> bool:

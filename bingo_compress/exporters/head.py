@@ -244,8 +244,8 @@ def _say(path: Path, contract: dict[str, Any], head: Head) -> None:
     )
     if "calibrated" not in facts:
         console.say(
-            f"{path.name}: whether its scores are calibrated is not known: an earlier version made the head; run"
-            " validate again"
+            f"{path.name}: whether its scores are calibrated is not known: an earlier version made the head;"
+            " export without --head, validate, and export with it again"
         )
     elif not facts["calibrated"]:
         console.say(f"{path.name}: its scores are not calibrated; {_mended(facts)} whose scores are")

@@ -83,9 +83,10 @@ def read(run: RunDir, name: str, looks: Looks | None) -> Facts:
 
 
 def proven_on(facts: Facts) -> tuple[str, ...]:
-    """What labelled runs must share for their figures to compare."""
+    """What labelled runs must share for their figures to compare: the same images, however their place was spelt."""
     of = facts.proof["protocol"]
-    return tuple(str(of.get(key)) for key in ("test", "test_images", "bank", "bank_images", "classes"))
+    images = (of.get(f"{part}_digest", of.get(part)) for part in ("bank", "test"))
+    return tuple(map(str, (*images, *(of.get(key) for key in ("test_images", "bank_images", "classes")))))
 
 
 def recalled_on(facts: Facts) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ import os
 import shutil
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -50,9 +50,10 @@ class RunDir:
         return self.resolved if self.resolved.is_file() else self.recipe
 
 
-def open_new(path: Path, *, resume: bool, overwrite: bool, whole: bool = False) -> RunDir:
-    """The folder for a run that is to be written. whole: with `overwrite`, what stages made goes too, which they else
-    find again. Raises BingoError if something is in it and neither flag says what to do.
+def open_new(path: Path, *, resume: bool, overwrite: bool, stages: Sequence[str] = ()) -> RunDir:
+    """The folder for a run that is to be written. stages: with `overwrite`, what these made goes too, which they else
+    find again; by the beginnings of names in work/. Raises BingoError if something is in it and neither flag says what
+    to do.
     """
     run = RunDir(path)
     refuse_taken(path, may_hold_files=resume or overwrite)
@@ -69,11 +70,8 @@ def open_new(path: Path, *, resume: bool, overwrite: bool, whole: bool = False) 
     hold(path, "--out")  # before anything of another writer's is deleted
     if clear:
         _clear(run)
-        for made in run.work.iterdir() if whole else ():
-            if made.is_dir():
-                shutil.rmtree(made)
-            elif not made.name.startswith("writer"):  # this process's lock
-                made.unlink()
+        for stage in stages:
+            drop_stale(run.work, stage, set())
     return run
 
 

@@ -6,7 +6,7 @@ import stat
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from bingo_compress.errors import BingoError
+from bingo_compress.runtime import console
 from bingo_compress.sources.listed import Columns, Listed, Names, is_system_file, is_system_folder, refusal, stamp_of
 
 
@@ -64,10 +64,7 @@ def listed(root: Path, columns: Columns) -> Listed:
 
     def labels() -> None:
         if columns.label:
-            raise BingoError(
-                f"--label-column {columns.label}: expected a source with a column of labels, found a folder, whose"
-                f" labels are the names of its folders: {root}; leave --label-column out, or give a table (.csv)"
-            )
+            console.say(f"--label-column {columns.label}: not of {root}, whose labels are the names of its folders")
 
     return Listed(
         files,

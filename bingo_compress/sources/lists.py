@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bingo_compress.errors import BingoError, nearest
+from bingo_compress.runtime import console
 from bingo_compress.sources.listed import Columns, Listed, Names, refusal, stamp_of
 
 IMAGE_NAMES = (
@@ -60,10 +61,7 @@ def listed(path: Path, columns: Columns) -> Listed:
 
     def told() -> Sequence[str] | None:
         if columns.label and is_text:
-            raise BingoError(
-                f"--label-column {columns.label}: expected a source with a column of labels, found a list without"
-                f" columns: {path}; leave --label-column out, or make a table of it (.csv)"
-            )
+            console.say(f"--label-column {columns.label}: not of {path}, a list without columns")
         if two:
             raise BingoError(
                 f"labels: expected one label an image in {path}, found {two[0]} as {two[1]!r} and as {two[2]!r}; leave"

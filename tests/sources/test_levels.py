@@ -94,7 +94,7 @@ def test_classes_at_two_levels_are_refused_whatever_they_lie_in(make: Maker, tmp
 
 
 def test_shards_have_the_labels_of_one_archive(tmp_path: Path) -> None:
-    kinds = {kind: [f"{kind}/v1", f"{kind}/v2"] for kind in ("cat", "dog")}
+    kinds = {"cat": ["cat/v1", "cat/v2"], "dog": ["dog/v3", "dog/v4"]}
     for number, folders in enumerate(kinds.values()):
         as_tar(tmp_path / "shards" / str(number), folders)
     whole = list_images(as_tar(tmp_path / "whole", [*kinds["cat"], *kinds["dog"]]))
@@ -115,6 +115,8 @@ def test_each_place_keeps_its_own_outer_folder(tmp_path: Path) -> None:
         {"cat": ["2020", "2021"], "dog": ["2020", "2021"]},
         {"cat": ["cat/2020", "cat/2021"], "dog": ["dog/2020"]},
         {"day1": each("day1"), "day2": each("day2")},
+        {"0": ["cat/v1", "cat/v2"], "1": ["dog/v1", "dog/v2"]},
+        {"april": each("2024-04"), "march": each("2024-03")},
     ],
 )
 def test_archives_that_may_be_the_classes_are_asked_about(archives: dict[str, list[str]], tmp_path: Path) -> None:
@@ -134,6 +136,7 @@ def test_archives_that_may_be_the_classes_are_asked_about(archives: dict[str, li
         {"photos-01": each("all"), "photos-02": each("all")},
         {"train": ["cat", "dog"], "test": ["cat", "dog"]},
         {"one": ["cat"], "other": ["dog"]},
+        {"part-aa": ["cat", "dog"], "part-ab": ["cat", "dog"]},
     ],
 )
 def test_archives_that_are_shards_are_not(archives: dict[str, list[str]], tmp_path: Path) -> None:
@@ -144,13 +147,16 @@ def test_archives_that_are_shards_are_not(archives: dict[str, list[str]], tmp_pa
 
 def test_a_wrapper_in_each_place_is_named(tmp_path: Path) -> None:
     one, other = (as_folder(tmp_path / name, each(f"{name} light")) for name in ("morning", "evening"))
-    assert f"{one}/morning light, {other}/evening light hold folders of the same names" in refusal(one, other)
+    said = refusal(one, other)
+    assert f"{one}/morning light, {other}/evening light hold folders of the same names and may be the classes" in said
 
 
 def test_folders_within_classes_are_no_labels(tmp_path: Path) -> None:
     true = as_folder(tmp_path / "predicted", each("cat", "dog"))
     one, other = as_folder(tmp_path / "a", ["cat/v1", "cat/v2"]), as_folder(tmp_path / "b", ["dog/v3", "dog/v4"])
     assert classes(true) == classes(one, other) == ["cat", "dog"]
+    persons = as_folder(tmp_path / "persons", [f"{person}/{session}" for person in (1, 2, 3) for session in (1, 2)])
+    assert classes(persons) == ["1", "2", "3"]
 
 
 def test_what_archives_tell_stays_whatever_their_folders_are(tmp_path: Path) -> None:
@@ -167,8 +173,6 @@ def test_what_archives_tell_stays_whatever_their_folders_are(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("kind", "found"),
     [
-        ("all", "a folder, whose labels are the names of its folders: .*all; leave --label-column out"),
-        ("all.txt", "a list without columns: .*all.txt; leave --label-column out, or make a table"),
         ("all.tar", "a key of NAME.json beside NAME.jpg in .*all.tar, which have none; name one"),
         ("told.tar", "a key of NAME.json beside NAME.jpg in .*told.tar, which have photographer, species; name one"),
     ],
@@ -193,12 +197,26 @@ def test_a_label_column_that_is_not_there_is_refused_where_labels_are_asked_for(
         assert labels_of(list_images(Asked((place,), Columns("", "species")))) == (["cat", "dog"], [0, 1, 0, 1])
 
 
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [("all", "whose labels are the names of its folders"), ("all.txt", "a list without columns")],
+)
+def test_beside_a_table_a_folder_keeps_its_labels_and_says_so(
+    kind: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    as_list(tmp_path / "all", ["cat", "dog"])
+    table(tmp_path / "t.csv", [("all/cat/0.jpg", "puma")], "species")
+    found = list_images(Asked((str(tmp_path / kind), str(tmp_path / "t.csv")), Columns("", "species")))
+    assert labels_of(found)[0] == ["cat", "dog", "puma"]
+    assert said in " ".join(capsys.readouterr().out.split())
+
+
 # ---------------------------------------------------------------- lines of a list
 
 
-def table(place: Path, rows: Iterable[tuple[Any, ...]]) -> Path:
+def table(place: Path, rows: Iterable[tuple[Any, ...]], column: str = "label") -> Path:
     with place.open("w", newline="") as handle:
-        csv.writer(handle).writerows([("image", "label"), *rows])
+        csv.writer(handle).writerows([("image", column), *rows])
     return place
 
 
