@@ -217,6 +217,11 @@ def _rows(fmt: str, int8: Int8, head: str, wanted: Form) -> list[str]:
         raise BingoError(f"--finetune: expected --format onnx-int8 or all beside it, found {fmt}")
     if "onnx-int8" not in rows and int8.labels and not head:
         raise BingoError(f"--labels: expected --format onnx-int8 or all, or --head, beside it, found {fmt}")
+    if int8.max_loss != gate.MAX_LOSS and not (int8.labels and "onnx-int8" in rows):
+        raise BingoError(
+            f"--max-loss: expected --labels and --format onnx-int8 or all beside it, found {fmt}"
+            f"{'' if int8.labels else ' and no labels'}"
+        )
     if head in fitting.KINDS and not int8.labels:
         raise BingoError(f"--head {head}: expected --labels beside it, images to fit it on, found none")
     if not {"embedding", "features"} & set(wanted.outputs) or ("scores" in wanted.outputs) < bool(head):

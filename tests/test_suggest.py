@@ -216,6 +216,8 @@ def test_files_for_a_device_are_written_and_its_profile_comes_back(
         (("--students", "a/b"), "'a/b'"),
         (("--data", "gone", "--teacher", "test_resnet"), "found nothing"),
         (("--data", "photos"), "--teacher"),
+        (("--teacher", "test_resnet"), "--teacher: expected --data beside it"),
+        (("--set", "lrr=1"), "--set: expected --data beside it"),
         (("--data", "photos", "--teacher", "test_resnet", "--set", "lrr=1"), "lrr"),
         (("--data", "photos", "--teacher", "test_resnet", "--set", "clusters=7"), "clusters"),
         (("--data", "photos", "--teacher", "test_resnet", "--set", "epochs=7"), "found epochs"),

@@ -258,10 +258,21 @@ def build(name: str, size: int, source: str, option: str, ema: bool = False) -> 
         encoder.projection = weights.put_into(backbone, name, apart, f"{option}: {name}", ema)[1]
     elif source not in ("pretrained", "random"):
         layout, projection = weights.load_into(encoder.backbone, name, Path(source), option, ema)
-        if layout is not None:
-            encoder = encoder.normalised_by(layout.mean, layout.std)
-            encoder.projection = projection
+        encoder = _normalised(encoder, layout, Path(source), option, quiet=projection is not None)
+        encoder.projection = projection
     return encoder.eval()
+
+
+def _normalised(encoder: Encoder, layout: Any, file: Path, option: str, *, quiet: bool) -> Encoder:
+    """`encoder` with the mean and std that the weights of `file` were trained with, as far as it tells; says so where
+    they are not timm's.
+    """
+    told = (layout.mean, layout.std) if layout else weights.normalised_with(file)
+    made = encoder.normalised_by(*told) if told else encoder
+    if made.preprocessing != encoder.preprocessing and not quiet:
+        by = f"it is laid out like {layout.method}'s, which" if layout else "its file says that it"
+        console.say(f"{option}: {file}: {by} sees {made.preprocessing.describe()}; timm's own mean and std are others")
+    return made
 
 
 def _hub_config(name: str, option: str) -> Any:

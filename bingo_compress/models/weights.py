@@ -158,6 +158,26 @@ def read_tensors(file: Path, option: str, ema: bool = False) -> Tensors:
     return {key: value for key, value in tensors.items() if key.rpartition(".")[2] != COUNTER}
 
 
+def normalised_with(file: Path) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """(mean, std) by which a model sees, where its file says so: a student of a run, or a file beside timm's
+    config.json. None for others.
+    """
+    if file.suffix != ".safetensors":
+        return None
+    with safetensors.safe_open(file, framework="pt") as opened:
+        told = (opened.metadata() or {}).get("bingo_compress", "")
+    config = file.with_name("config.json")
+    try:
+        if not told and config.is_file():
+            found = json.loads(config.read_text(encoding="utf-8"))["pretrained_cfg"]
+        else:
+            found = json.loads(told or "{}")
+        mean, std = (tuple(map(float, found[name])) for name in ("mean", "std"))
+    except (KeyError, OSError, TypeError, ValueError):
+        return None  # of another program, or of a version that did not say it
+    return mean, std
+
+
 def _content(file: Path) -> Any:
     if file.suffix == ".safetensors":
         return safetensors.torch.load_file(file)

@@ -98,6 +98,9 @@ def _refused(words: options.Suggest, names: Sequence[str]) -> dict[str, Any]:
     for option, file in (("--plot", words.plot), ("--json", words.json)):
         run_dir.refuse_no_file(Path(file) if file else None, option)
     if not words.data:
+        if words.teacher or words.settings:
+            option = "--teacher" if words.teacher else "--set"
+            raise BingoError(f"{option}: expected --data beside it, images to try students on, found none")
         return {}
     chosen = words.settings or ()
     settings = dict(chosen) if isinstance(chosen, Mapping) else dict(parse_setting(each, "--set") for each in chosen)

@@ -366,6 +366,8 @@ def test_an_int8_file_below_the_gate_is_not_published(
     [
         ({"fmt": "onnx-int4"}, "--format: expected onnx, onnx-fp16, onnx-int8, all"),
         ({"int8": Int8(finetune=True)}, "--finetune: expected --format onnx-int8 or all"),
+        ({"int8": Int8(max_loss=2.0)}, "--max-loss: expected --labels and --format onnx-int8 or all"),
+        ({"fmt": "onnx-int8", "int8": Int8(max_loss=2.0)}, "found onnx-int8 and no labels"),
         ({"int8": Int8(Path("x"))}, "--labels: expected --format"),
         ({"fmt": "all", "int8": Int8(test=Path("x"))}, "--test: expected --labels"),
     ],

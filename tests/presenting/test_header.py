@@ -53,3 +53,26 @@ def test_a_student_that_began_with_a_methods_file_keeps_its_normalisation(dino: 
     views = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         assert torch.equal(found(views), student(views))
+
+
+@pytest.mark.parametrize("file", ["student.safetensors", "timm/model.safetensors"])
+def test_a_student_of_a_run_as_anothers_start_or_teacher_sees_as_it_was_trained(
+    file: str, dino: Path, tmp_path: Path, printed: io.StringIO
+) -> None:
+    """It began with a method's file, whose mean is not timm's."""
+    settings = recipe(student="test_vit", student_weights=str(dino))
+    student = trained.build_models(settings).student
+    trained.save_start(student, tmp_path / "student.safetensors", settings)
+    student.save_timm(tmp_path / "timm")
+    found = trained.build("test_vit", 32, str(tmp_path / file), "--teacher-weights")
+    assert found.preprocessing == student.preprocessing
+    assert "its file says that it sees the centred" in " ".join(printed.getvalue().split())
+
+
+def test_weights_that_only_their_prefix_takes_for_a_methods_are_said_to_be(
+    tmp_path: Path, printed: io.StringIO
+) -> None:
+    tensors = trained.build("test_vit", 32, "random", "--test").backbone.state_dict()
+    torch.save({f"backbone.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "last.ckpt")
+    trained.build("test_vit", 32, str(tmp_path / "last.ckpt"), "--teacher-weights")
+    assert "it is laid out like DINO's, which sees" in " ".join(printed.getvalue().split())
