@@ -86,13 +86,14 @@ def check(data: Data, look: Callable[[ImageList], list[list[int]]] | None = None
 def _said_classes(folder: ImageList) -> dict[str, int]:
     """How many images each class has; none where there are no labels, which is said."""
     try:
-        hint = image_list.other_root(folder)
+        folder.labels()
     except BingoError as error:
         console.say(f"no labels ({error}); none are needed to distil")
         return {}
     try:
         classes, labels = image_list.labels_of(folder)
     except BingoError:
+        hint = image_list.other_root(folder)
         console.say(f"no folder names that could be labels{f' ({hint})' if hint else ''}; none are needed to distil")
         return {}
     counts = Counter(labels)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +73,11 @@ class Shared:
 
     def figures(self, **inputs: Any) -> MadeOf:
         """What figures on the labelled images are made of, beside `inputs`."""
-        bank, test = (_with_labels(folder) if folder else "" for folder in (self.bank, self.test))
-        return made_of("figures", bank=bank, test=test, **inputs)
+        return made_of("figures", **self._labelled_images, **inputs)
+
+    @cached_property
+    def _labelled_images(self) -> dict[str, str]:
+        return {"bank": _with_labels(self.bank), "test": _with_labels(self.test) if self.test else ""}
 
     def labelled(self, models: Models) -> Labelled:
         """The labelled images as this teacher sees them."""

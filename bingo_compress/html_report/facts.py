@@ -116,25 +116,25 @@ def called(runs: Sequence[Facts]) -> str:
 
 def measured_on(runs: Sequence[Facts]) -> str:
     """What the figures of labelled runs are of; where they differ in `proven_on`, that they do not compare."""
-    told, groups = [], grouped(runs, proven_on)
-    for group in groups:
-        of = group[0].proof["protocol"]
-        told.append(
-            f"{of['test_images']:,} test images, a bank of {of['bank_images']:,}, {len(of['classes']):,} classes."
-        )
-    return _each(groups, told, "They were measured on different images or with different banks")
+    return _each(grouped(runs, proven_on), _measured, "They were measured on different images or with different banks")
 
 
 def sought_on(runs: Sequence[Facts]) -> str:
     """The same of neighbour recalls, by `recalled_on`."""
-    told, groups = [], grouped(runs, recalled_on)
-    for group in groups:
-        recall = group[0].summary["neighbour_recall"]
-        told.append(
-            f"{recall['queries']:,} held-out images, each sought among {recall['gallery']:,}; by chance"
-            f" {recall['k'] / recall['gallery']:.3f}."
-        )
-    return _each(groups, told, "Their images, neighbours or teachers are different")
+    return _each(grouped(runs, recalled_on), _sought, "Their images, neighbours or teachers are different")
+
+
+def _measured(facts: Facts) -> str:
+    of = facts.proof["protocol"]
+    return f"{of['test_images']:,} test images, a bank of {of['bank_images']:,}, {len(of['classes']):,} classes."
+
+
+def _sought(facts: Facts) -> str:
+    recall = facts.summary["neighbour_recall"]
+    return (
+        f"{recall['queries']:,} held-out images, each sought among {recall['gallery']:,}; by chance"
+        f" {recall['k'] / recall['gallery']:.3f}."
+    )
 
 
 def apart(runs: Sequence[Facts]) -> list[str]:
@@ -149,10 +149,10 @@ def apart(runs: Sequence[Facts]) -> list[str]:
     return said
 
 
-def _each(groups: Sequence[Sequence[Facts]], told: Sequence[str], apart: str) -> str:
-    if len(told) == 1:
-        return told[0]
-    each = " ".join(f"{called(group)}: {words}" for group, words in zip(groups, told, strict=True))
+def _each(groups: Sequence[Sequence[Facts]], words: Callable[[Facts], str], apart: str) -> str:
+    if len(groups) == 1:
+        return words(groups[0][0])
+    each = " ".join(f"{called(group)}: {words(group[0])}" for group in groups)
     return f"{each} {apart}: figures of one chart do not compare with those of another."
 
 
